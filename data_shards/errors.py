@@ -1,0 +1,56 @@
+"""Errors that a person can act on, and how a command line shows them.
+
+Every message says what was wrong, where, and what to do. A command that meets one prints it as a
+single `error:` line and exits with the class's `exit_code`; anything else is a defect and keeps
+its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class ReidError(Exception):
+    """Base of all errors that this project raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(ReidError):
+    """A setting, a recipe or a command line is wrong."""
+
+    exit_code = 2
+
+
+class DataError(ReidError):
+    """A dataset, a shard, an image, an embedding or a checkpoint is wrong."""
+
+    exit_code = 3
+
+
+class StorageError(ReidError):
+    """Object storage or a disk refused, failed, or ran full."""
+
+    exit_code = 4
+
+
+class ObjectMissing(StorageError):
+    """The object, bucket or file is not there."""
+
+
+class ObjectExists(StorageError):
+    """A create-once write found something in its place."""
+
+
+def run_command(main: Callable[[], None]) -> int:
+    """Run a command's `main`; turn a `ReidError` into one line on stderr and its exit code."""
+    try:
+        main()
+    except ReidError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
