@@ -1,0 +1,117 @@
+"""Image bytes to uint8 RGB at the training size, written straight into the batch.
+
+JPEGs go through libjpeg-turbo (simplejpeg), everything else through OpenCV. Pixels are taken as
+stored: EXIF orientation is ignored and an alpha channel is dropped, as the field's own loaders do.
+"""
+
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from data_shards.errors import DataError
+
+# Above this an image is refused before a pixel is decoded: 2^26 pixels take 200 MB as RGB.
+MAX_PIXELS = 1 << 26
+
+_JPEG_MAGIC = b"\xff\xd8\xff"
+
+# Loader processes are the parallelism; a thread pool in each would only fight the others.
+cv2.setNumThreads(0)
+# What OpenCV prints about a corrupt image says less than the DataError raised for it.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Read an image's size from its header, decoding nothing.
+
+    Args:
+        data: the bytes of an image file.
+
+    Returns:
+        (width, height) in pixels.
+
+    Raises:
+        DataError: the header is unreadable, or the image has more than `MAX_PIXELS` pixels.
+    """
+    try:
+        if data.startswith(_JPEG_MAGIC):
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        else:
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"not a readable image: {error}") from error
+    _check_pixels(width, height)
+    return width, height
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Decode an image at its own size.
+
+    Args:
+        data: the bytes of an image file; grey, palette, 16-bit and alpha images become 8-bit RGB.
+
+    Returns:
+        (height, width, 3) uint8, RGB.
+
+    Raises:
+        DataError: corrupt or truncated bytes, or more than `MAX_PIXELS` pixels.
+    """
+    if data.startswith(_JPEG_MAGIC):
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            _check_pixels(width, height)
+            if colorspace in ("YCbCr", "Gray", "RGB"):
+                return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        except ValueError as error:
+            raise DataError(f"corrupt JPEG: {error}") from error
+    else:
+        image_size(data)
+    return _decode_with_opencv(data)
+
+
+def decode_into(data: bytes, out: np.ndarray) -> None:
+    """Decode an image and resize it to the size of `out`.
+
+    Bilinear; an image more than twice as large both ways is averaged over areas instead, because
+    bilinear would then skip pixels.
+
+    Args:
+        data: the bytes of an image file.
+        out: (H, W, 3) uint8, C-contiguous; overwritten with RGB.
+
+    Raises:
+        DataError: corrupt or truncated bytes, or more than `MAX_PIXELS` pixels.
+    """
+    image = decode(data)
+    height, width = out.shape[:2]
+    if image.shape == out.shape:
+        out[:] = image
+        return
+    shrinks = image.shape[0] > 2 * height and image.shape[1] > 2 * width
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    cv2.resize(image, (width, height), dst=out, interpolation=interpolation)
+
+
+def _decode_with_opencv(data: bytes) -> np.ndarray:
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise DataError(f"corrupt image: {error}") from error
+    if image is None:
+        raise DataError("corrupt image, or a format that OpenCV cannot read")
+    return image
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{width} × {height} pixels is more than the {MAX_PIXELS:,} allowed for one image: "
+            "scale it down before building shards"
+        )
