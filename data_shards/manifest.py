@@ -1,0 +1,279 @@
+"""The contract of a sharded dataset: `manifest.json` and `index.parquet`.
+
+The manifest names every shard with its bytes and SHA-256, and counts what is inside. The index
+has one row an image, so that any image can be read by offset without scanning a tar. Both are
+validated in full when they are read: whoever holds a `Manifest` or an `Index` can trust it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from data_shards.errors import DataError
+from data_shards.records import SPLITS
+
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.parquet"
+
+_COLUMNS = {
+    "shard": pa.int32(),
+    "offset": pa.int64(),
+    "size": pa.int64(),
+    "pid": pa.int64(),
+    "label": pa.int64(),
+    "camid": pa.int32(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "path": pa.string(),
+}
+
+
+def _inside(name: str) -> str:
+    """Refuse a name that could lead out of the dataset's folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not a name inside the dataset")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_inside)]
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Split = Literal["train", "val", "query", "gallery"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class SplitInfo(_Model):
+    """How much a split holds."""
+
+    images: Count
+    identities: Count
+    cameras: Count
+
+
+class FileInfo(_Model):
+    """A file of the dataset; `name` is its key below the dataset's URL."""
+
+    name: Name
+    bytes: Count
+    sha256: Sha256
+
+
+class ShardInfo(FileInfo):
+    """A tar of images of one split, such as `shards/train-000000.tar`."""
+
+    split: Split
+    images: Count
+
+
+class LeftOut(_Model):
+    """An image of the source that is in no shard, and why."""
+
+    path: str
+    reason: str
+
+
+class Manifest(_Model):
+    """What a sharded dataset is made of.
+
+    Attributes:
+        name: the dataset, as each image's JSON member has it.
+        source: the parser that read it, such as `msmt17`.
+        options: the parser's options.
+        complete: whether all published counts were met.
+        splits: counts for each split that has images.
+        shards: in the order that `Index.shard` counts in.
+        index: the index file.
+        left_out: unreadable images that the user chose to go without.
+    """
+
+    schema_version: Literal[1] = 1
+    name: str
+    source: str
+    options: dict[str, JsonValue]
+    complete: bool
+    splits: dict[Split, SplitInfo]
+    shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1, strict=False)]
+    index: FileInfo
+    left_out: Annotated[tuple[LeftOut, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> Manifest:
+        names = Counter(shard.name for shard in self.shards)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"shard {twice[0]} is listed twice")
+        images = Counter[str]()
+        for shard in self.shards:
+            images[shard.split] += shard.images
+        if dict(images) != {split: info.images for split, info in self.splits.items()}:
+            raise ValueError("the shards' images do not add up to the splits'")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of everything in the manifest: the dataset's identity."""
+        return _digest(self.model_dump(mode="json"))
+
+    @property
+    def evaluation_digest(self) -> str:
+        """SHA-256, in hex, of what an evaluation sees: the query and gallery images alone.
+
+        Two trainings on different train images, evaluated on the same test images, have the same.
+        """
+        seen = [s for s in self.shards if s.split in ("query", "gallery")]
+        return _digest([[s.split, s.images, s.bytes, s.sha256] for s in seen])
+
+    def to_json(self) -> bytes:
+        """The bytes of `manifest.json`."""
+        return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Read `manifest.json`.
+
+        Raises:
+            DataError: it is not JSON, lacks or adds a field, or contradicts itself.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the document"
+            raise DataError(
+                f"manifest.json is not valid: {where}: {first['msg']}"
+                " (was it written by another version, or edited?)"
+            ) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Images in shard order, one row each, as columns of length N.
+
+    Attributes:
+        shard: (N,) int32, position in `manifest.shards`.
+        offset: (N,) int64, bytes from the start of the shard to the encoded image.
+        size: (N,) int64, bytes of the encoded image.
+        pid: (N,) int64.
+        label: (N,) int64, 0..C-1 by ascending pid in train; -1 elsewhere.
+        camid: (N,) int32.
+        width: (N,) int32, pixels.
+        height: (N,) int32, pixels.
+        path: (N,) object (str), path of the image in its source.
+    """
+
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    pid: np.ndarray
+    label: np.ndarray
+    camid: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    path: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def select(self, rows: np.ndarray) -> Index:
+        """Some rows: `rows` is a boolean mask or integer positions."""
+        return Index(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    @classmethod
+    def from_columns(cls, columns: dict[str, Any]) -> Index:
+        """Build from one sequence a column, cast to the column's type."""
+        return cls(
+            **{
+                name: np.asarray(columns[name], object if kind == pa.string() else str(kind))
+                for name, kind in _COLUMNS.items()
+            }
+        )
+
+    def to_parquet(self) -> bytes:
+        """The bytes of `index.parquet`: the same for the same rows."""
+        table = pa.table({name: pa.array(getattr(self, name), t) for name, t in _COLUMNS.items()})
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd", row_group_size=1 << 17)
+        return sink.getvalue()
+
+    @classmethod
+    def from_parquet(cls, data: bytes, manifest: Manifest) -> Index:
+        """Read `index.parquet` and check it against the manifest.
+
+        Raises:
+            DataError: not Parquet, other columns, or rows that the manifest's shards cannot hold.
+        """
+        try:
+            table = pq.read_table(pa.BufferReader(data))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{INDEX_NAME} is not readable Parquet: {error}") from None
+        if table.schema.names != list(_COLUMNS) or table.schema.types != list(_COLUMNS.values()):
+            raise DataError(f"{INDEX_NAME} has columns {table.schema.names}: another version's?")
+        if any(column.null_count for column in table.columns):
+            raise DataError(f"{INDEX_NAME} has empty cells")
+        index = cls(**{n: table[n].to_numpy(zero_copy_only=False) for n in _COLUMNS})
+        _check_index(index, manifest)
+        return index
+
+
+def split_of_rows(index: Index, manifest: Manifest) -> np.ndarray:
+    """The split of each row, (N,) int8: a position in `SPLITS`."""
+    of_shard = np.array([SPLITS.index(shard.split) for shard in manifest.shards], np.int8)
+    return of_shard[index.shard]
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return sha256(canonical.encode())
+
+
+def _check_index(index: Index, manifest: Manifest) -> None:
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise DataError(f"{INDEX_NAME} is not valid: {what}; build the dataset again")
+
+    shards = manifest.shards
+    shard, offset, size = index.shard, index.offset, index.size
+    require(bool(((shard >= 0) & (shard < len(shards))).all()), "a row names no shard")
+    require(bool((np.diff(shard) >= 0).all()), "its rows are not in shard order")
+    counts = np.bincount(shard, minlength=len(shards))
+    require(counts.tolist() == [s.images for s in shards], "a shard has other images than listed")
+    capacity = np.array([s.bytes for s in shards], np.int64)[shard]
+    # `size <= capacity` first, so that the sum below cannot overflow.
+    fits = (offset >= 0) & (size > 0) & (size <= capacity) & (offset <= capacity - size)
+    require(bool(fits.all()), "an image lies outside its shard")
+    together = shard[1:] == shard[:-1]
+    apart = offset[1:] >= offset[:-1] + size[:-1]
+    require(bool((apart | ~together).all()), "two images overlap")
+    require(bool(((index.width > 0) & (index.height > 0)).all()), "an image has no pixels")
+    require(bool(((index.pid >= 0) & (index.camid >= 0)).all()), "a pid or camid is negative")
+    train = split_of_rows(index, manifest) == SPLITS.index("train")
+    _, label = np.unique(index.pid[train], return_inverse=True)
+    require(bool((index.label[train] == label).all()), "labels do not follow the train pids")
+    require(bool((index.label[~train] == -1).all()), "an image outside train has a label")

@@ -1,0 +1,380 @@
+"""S3, or any server that speaks it, as a `Storage`.
+
+boto3's stream dies with its connection, so reads go through a loop of our own: each continues
+with a `Range` from the byte it reached, pinned to the object's version by its ETag. No ETag is
+taken for an MD5: what is checked is our own SHA-256. Every request is tried a bounded number of
+times, with each retry logged. Messages carry the server's error code, never its free text, which
+could repeat a credential.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+import boto3.session
+import botocore.exceptions as boto
+import urllib3.exceptions
+from botocore.config import Config
+
+from data_shards.errors import ObjectExists, ObjectMissing, StorageError
+from data_shards.files import disk_errors, file_sha256, replacing, require_sha256
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 6  # in a row without a byte of progress, before giving up
+BACKOFF = 0.2  # seconds before the second attempt; doubles with jitter, up to BACKOFF_MOST
+BACKOFF_MOST = 5.0
+CHUNK = 1 << 20
+PART_BYTES = 16 << 20  # of a multipart upload, which is used for anything larger
+PART_THREADS = 4
+PARTS_MOST = 10_000  # S3's limit
+
+T = TypeVar("T")
+
+_BROKEN = (
+    boto.HTTPClientError,
+    boto.ConnectionError,
+    boto.IncompleteReadError,
+    urllib3.exceptions.HTTPError,
+    ConnectionError,
+    TimeoutError,
+)
+_BUSY = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling"}
+_BUSY |= {"ConditionalRequestConflict", "OperationAborted"}
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+_DENIED |= {"InvalidToken", "AuthorizationHeaderMalformed", "401", "403"}
+_MISSING = {"NoSuchKey", "NotFound", "404"}
+
+
+class _CutOff(ConnectionError):
+    """The server closed an answer before its announced end."""
+
+
+@lru_cache(maxsize=8)
+def _client_of(process: int, environment: tuple[str | None, ...]) -> Any:
+    # A client must not cross a fork, so its process is part of the key; making a session of one's
+    # own, rather than sharing boto3's default one, is what makes this safe among threads.
+    config = Config(
+        connect_timeout=5,
+        read_timeout=20,
+        retries={"total_max_attempts": 1},  # ours are the only ones, bounded and logged
+        max_pool_connections=16,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return boto3.session.Session().client("s3", config=config)
+
+
+def _client() -> Any:
+    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_PROFILE")
+    names += ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION")
+    return _client_of(os.getpid(), tuple(os.environ.get(name) for name in names))
+
+
+def _code(error: Exception) -> str:
+    if isinstance(error, boto.ClientError):
+        return str(error.response.get("Error", {}).get("Code", "unknown"))
+    return type(error).__name__
+
+
+def _transient(error: Exception) -> bool:
+    if isinstance(error, boto.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or _code(error) in _BUSY
+    return isinstance(error, _BROKEN)
+
+
+def _wait(what: str, failures: int, error: Exception) -> None:
+    seconds = min(BACKOFF_MOST, BACKOFF * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
+    log.warning(
+        "%s: %s; attempt %d of %d in %.1f s", what, _code(error), failures + 1, ATTEMPTS, seconds
+    )
+    time.sleep(seconds)
+
+
+@dataclass(frozen=True)
+class S3Storage:
+    """A bucket, or what lies below a prefix in one. Cheap to copy, pickle and fork."""
+
+    bucket: str
+    prefix: str
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def _where(self, key: str) -> dict[str, str]:
+        if not key or key.startswith("/") or ".." in key.split("/"):
+            raise StorageError(f"{key!r} is not a key inside {self.url}")
+        return {"Bucket": self.bucket, "Key": f"{self.prefix}/{key}" if self.prefix else key}
+
+    def _fail(self, key: str, error: Exception) -> NoReturn:
+        """Say what went wrong, and what to do, in one line."""
+        code, where = _code(error), f"{self.url}/{key}"
+        if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+            raise StorageError(
+                f"no credentials for {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from None
+        if code == "NoSuchBucket":
+            raise StorageError(
+                f"no bucket {self.bucket!r} on {_endpoint()}: create it, or check the name"
+            ) from None
+        if code in _MISSING:
+            raise ObjectMissing(f"{where} is not there") from None
+        if code in _DENIED:
+            raise StorageError(
+                f"{_endpoint()} denies access to {where} ({code}): check AWS_ACCESS_KEY_ID,"
+                " AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and the bucket's permissions"
+            ) from None
+        if isinstance(error, _BROKEN):
+            raise StorageError(
+                f"cannot reach {_endpoint()} for {where} ({code}, {ATTEMPTS} attempts):"
+                " is AWS_ENDPOINT_URL right, and the server up?"
+            ) from None
+        if isinstance(error, boto.ClientError | boto.BotoCoreError):
+            raise StorageError(f"{_endpoint()} refuses {where} ({code})") from None
+        raise error
+
+    def _try(self, key: str, request: Callable[[Any], T]) -> T:
+        failures = 0
+        while True:
+            try:
+                return request(_client())
+            except (boto.ClientError, boto.BotoCoreError, *_BROKEN) as error:
+                failures += 1
+                if not _transient(error) or failures == ATTEMPTS:
+                    self._fail(key, error)
+                _wait(f"{self.url}/{key}", failures, error)
+
+    def _stream(
+        self, key: str, sink: Callable[[bytes], object], start: int = 0, stop: int | None = None
+    ) -> None:
+        """Give bytes [start, stop) to `sink`, each once, over as many connections as it takes."""
+        where, etag, position, failures = self._where(key), None, start, 0
+        while stop is None or position < stop:
+            request: dict[str, Any] = dict(where)
+            if position or stop is not None:
+                request["Range"] = f"bytes={position}-{'' if stop is None else stop - 1}"
+            if etag is not None:
+                request["IfMatch"] = etag
+            try:
+                response = _client().get_object(**request)
+                if etag not in (None, response["ETag"]):  # a server that ignores If-Match
+                    raise StorageError(
+                        f"{self.url}/{key} was replaced while it was read; try again"
+                    )
+                etag = response["ETag"]
+                length = response["ContentLength"]
+                if "Range" in request and not response.get("ContentRange"):
+                    raise StorageError(f"{_endpoint()} does not honour Range: cannot read {key}")
+                end = stop = position + length if stop is None else stop
+                for chunk in response["Body"].iter_chunks(CHUNK):
+                    sink(chunk)
+                    position, failures = position + len(chunk), 0
+                if position < end:
+                    raise _CutOff
+            except (boto.ClientError, boto.BotoCoreError, *_BROKEN) as error:
+                if _code(error) in ("PreconditionFailed", "412"):
+                    raise StorageError(
+                        f"{self.url}/{key} was replaced while it was read; try again"
+                    ) from None
+                if _code(error) in ("InvalidRange", "416"):
+                    raise StorageError(
+                        f"{self.url}/{key} ends before byte {stop}: is it truncated?"
+                    ) from None
+                failures += 1
+                if not _transient(error) or failures == ATTEMPTS:
+                    self._fail(key, error)
+                _wait(f"{self.url}/{key} at byte {position}", failures, error)
+
+    def read(self, key: str) -> bytes:
+        data = bytearray()
+        self._stream(key, data.extend)
+        return bytes(data)
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        data = bytearray()
+        self._stream(key, data.extend, start, start + length)
+        return bytes(data)
+
+    def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
+        digest = hashlib.sha256()
+        with disk_errors(path), replacing(path) as file:
+
+            def sink(chunk: bytes) -> None:
+                file.write(chunk)
+                digest.update(chunk)
+
+            self._stream(key, sink)
+            if sha256 is not None:
+                require_sha256(f"{self.url}/{key}", digest.hexdigest(), sha256)
+
+    def write(self, key: str, data: bytes, *, create_once: bool = False) -> None:
+        where = self._where(key) | ({"IfNoneMatch": "*"} if create_once else {})
+        tries = 0
+
+        def put(client: Any) -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                client.put_object(Body=data, **where)
+            except boto.ClientError as error:
+                if _code(error) not in ("PreconditionFailed", "412"):
+                    raise
+                # An earlier try of ours may have been stored though its answer was lost.
+                if tries == 1 or self.read(key) != data:
+                    raise ObjectExists(f"{self.url}/{key} is there already") from None
+
+        self._try(key, put)
+
+    def upload(self, key: str, path: Path) -> None:
+        with disk_errors(path):
+            size = path.stat().st_size
+            if size <= PART_BYTES:
+                self.write(key, path.read_bytes())
+            else:
+                _MultipartUpload(self, key, path, size).run()
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except ObjectMissing:
+            return False
+        return True
+
+    def size(self, key: str) -> int:
+        where = self._where(key)
+        try:
+            return self._try(key, lambda client: client.head_object(**where))["ContentLength"]
+        except ObjectMissing:
+            # A HEAD's 404 does not say whether the object or the bucket is missing.
+            self._try("", lambda client: client.list_objects_v2(Bucket=self.bucket, MaxKeys=1))
+            raise
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        root = f"{self.prefix}/" if self.prefix else ""
+        request = {"Bucket": self.bucket, "Prefix": root + prefix}
+        while True:
+            page = self._try(prefix, lambda client: client.list_objects_v2(**request))
+            for entry in page.get("Contents", ()):
+                yield entry["Key"].removeprefix(root), entry["Size"]
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def delete(self, key: str) -> None:
+        where = self._where(key)
+        self._try(key, lambda client: client.delete_object(**where))
+
+    def child(self, key: str) -> S3Storage:
+        return S3Storage(self.bucket, self._where(key.rstrip("/"))["Key"])
+
+
+def _endpoint() -> str:
+    """The server's address, without any password in it."""
+    parts = urlsplit(_client().meta.endpoint_url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+@dataclass
+class _MultipartUpload:
+    """One file's upload in parts, resumed by a note that is kept beside the file.
+
+    The server's parts are trusted only if the note says that they belong to an upload of these
+    very bytes; a part's ETag says nothing about its content.
+    """
+
+    storage: S3Storage
+    key: str
+    path: Path
+    size: int
+
+    def run(self) -> None:
+        storage, where = self.storage, self.storage._where(self.key)
+        part_bytes = max(PART_BYTES, -(-self.size // PARTS_MOST))
+        note = self.path.with_name(self.path.name + ".upload.json")
+        identity = {"url": f"{storage.url}/{self.key}", "endpoint": _endpoint()}
+        identity |= {"sha256": file_sha256(self.path), "part_bytes": part_bytes}
+        upload_id, done = self._resume(note, identity)
+        if upload_id is None:
+            created = storage._try(self.key, lambda c: c.create_multipart_upload(**where))
+            upload_id = created["UploadId"]
+            with replacing(note) as file:
+                file.write(json.dumps(identity | {"upload_id": upload_id}).encode())
+
+        def put(number: int) -> tuple[int, str]:
+            if number in done:
+                return number, done[number]
+            with self.path.open("rb") as file:
+                file.seek((number - 1) * part_bytes)
+                body = file.read(part_bytes)
+            ids = {"UploadId": upload_id, "PartNumber": number}
+            answer = storage._try(self.key, lambda c: c.upload_part(Body=body, **ids, **where))
+            return number, answer["ETag"]
+
+        with ThreadPoolExecutor(PART_THREADS) as pool:
+            parts = list(pool.map(put, range(1, -(-self.size // part_bytes) + 1)))
+        self._complete(upload_id, parts)
+        note.unlink()
+
+    def _expected(self, number: int, part_bytes: int) -> int:
+        return min(part_bytes, self.size - (number - 1) * part_bytes)
+
+    def _resume(self, note: Path, identity: dict[str, Any]) -> tuple[str | None, dict[int, str]]:
+        """The upload that was cut off, if there is one, and its finished parts' ETags."""
+        try:
+            known = json.loads(note.read_bytes())
+            upload_id = str(known.pop("upload_id"))
+        except (OSError, ValueError, KeyError, AttributeError):
+            return None, {}
+        if known != identity:
+            return None, {}
+        where, done, marker = self.storage._where(self.key), dict[int, str](), 0
+        while True:
+            request = {"UploadId": upload_id, "PartNumberMarker": marker, **where}
+            try:
+                page = self.storage._try(self.key, lambda c: c.list_parts(**request))  # noqa: B023
+            except StorageError as error:
+                log.info("starting the upload of %s afresh: %s", self.key, error)
+                return None, {}
+            for part in page.get("Parts", ()):
+                number = part["PartNumber"]
+                if part["Size"] == self._expected(number, identity["part_bytes"]):
+                    done[number] = part["ETag"]
+            if not page.get("IsTruncated"):
+                break
+            marker = page["NextPartNumberMarker"]
+        log.info("resuming the upload of %s: %d parts are there", self.key, len(done))
+        return upload_id, done
+
+    def _complete(self, upload_id: str, parts: list[tuple[int, str]]) -> None:
+        storage = self.storage
+        listed = {"Parts": [{"PartNumber": n, "ETag": etag} for n, etag in parts]}
+        request = {"UploadId": upload_id, "MultipartUpload": listed, **storage._where(self.key)}
+        tries = 0
+
+        def complete(client: Any) -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                client.complete_multipart_upload(**request)
+            except boto.ClientError as error:
+                # An earlier try of ours may have completed it though its answer was lost.
+                if _code(error) != "NoSuchUpload" or tries == 1:
+                    raise
+
+        storage._try(self.key, complete)
+        if storage.size(self.key) != self.size:
+            raise StorageError(f"{storage.url}/{self.key} arrived with another size; try again")

@@ -1,0 +1,166 @@
+"""Object storage and local folders behind one small interface.
+
+With `s3.py`, which it hides, the only file that talks to where data is kept. A local folder has
+the semantics of a bucket: a write is whole or not at all, and create-once means it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from data_shards.errors import ConfigError, StorageError
+from data_shards.files import TEMPORARY, disk_errors, file_sha256, replacing, require_sha256
+from data_shards.s3 import S3Storage
+
+CHUNK = 1 << 20
+
+
+class Storage(Protocol):
+    """Named byte strings below a URL. Keys are relative, with forward slashes."""
+
+    @property
+    def url(self) -> str:
+        """Where this storage is rooted."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises `ObjectMissing`."""
+        ...
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from byte `start`. Raises `ObjectMissing`, `StorageError`."""
+        ...
+
+    def write(self, key: str, data: bytes, *, create_once: bool = False) -> None:
+        """Put an object, whole or not at all; `ObjectExists` if `create_once` and it is there."""
+        ...
+
+    def upload(self, key: str, path: Path) -> None:
+        """Put a file; a large one in parts, continuing where an earlier try was cut off."""
+        ...
+
+    def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
+        """Get an object into a file, whole or not at all; `DataError` if its digest differs."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+        ...
+
+    def size(self, key: str) -> int:
+        """Its bytes. Raises `ObjectMissing`."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Key and bytes of all objects whose key starts with `prefix`, by ascending key."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens if it is not there."""
+        ...
+
+    def child(self, key: str) -> Storage:
+        """The storage rooted below this one."""
+        ...
+
+
+def open_storage(url: str) -> Storage:
+    """The storage at `s3://bucket/prefix`, `file:///folder` or a folder's path.
+
+    S3 is reached as the environment says: `AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
+    `AWS_SECRET_ACCESS_KEY`, `AWS_DEFAULT_REGION`. Nothing is contacted yet.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        if not parts.netloc:
+            raise ConfigError(f"{url!r} names no bucket: write s3://bucket/prefix")
+        return S3Storage(parts.netloc, parts.path.strip("/"))
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return LocalStorage(Path(unquote(parts.path)))
+    if "://" in url or not url:
+        raise ConfigError(
+            f"cannot open {url!r}: write s3://bucket/prefix, file:///folder or a path"
+        )
+    return LocalStorage(Path(url).expanduser().absolute())
+
+
+@dataclass(frozen=True)
+class LocalStorage:
+    """A folder on a disk."""
+
+    root: Path
+
+    @property
+    def url(self) -> str:
+        return str(self.root)
+
+    def _path(self, key: str) -> Path:
+        if not key or key.startswith("/") or "\0" in key or ".." in key.split("/"):
+            raise StorageError(f"{key!r} is not a key inside {self.root}")
+        return self.root / key
+
+    def read(self, key: str) -> bytes:
+        path = self._path(key)
+        with disk_errors(path):
+            return path.read_bytes()
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        path = self._path(key)
+        with disk_errors(path), path.open("rb") as file:
+            data = os.pread(file.fileno(), length, start)
+        if len(data) != length:
+            raise StorageError(f"{path} ends before byte {start + length}: is it truncated?")
+        return data
+
+    def write(self, key: str, data: bytes, *, create_once: bool = False) -> None:
+        path = self._path(key)
+        with disk_errors(path), replacing(path, create_once=create_once) as file:
+            file.write(data)
+
+    def upload(self, key: str, path: Path) -> None:
+        _copy(path, self._path(key))
+
+    def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
+        _copy(self._path(key), path, sha256)
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def size(self, key: str) -> int:
+        path = self._path(key)
+        with disk_errors(path):
+            return path.stat().st_size
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        found = []
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                path = Path(folder, name)
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix) and not name.startswith(TEMPORARY):
+                    found.append((key, path.stat().st_size))
+        yield from sorted(found)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with disk_errors(path):
+            path.unlink(missing_ok=True)
+
+    def child(self, key: str) -> LocalStorage:
+        return LocalStorage(self._path(key))
+
+
+def _copy(source: Path, target: Path, sha256: str | None = None) -> None:
+    with disk_errors(source):
+        stream = source.open("rb")
+    with stream, disk_errors(target), replacing(target) as file:
+        shutil.copyfileobj(stream, file, CHUNK)
+        if sha256 is not None:
+            file.flush()
+            require_sha256(str(source), file_sha256(Path(file.name)), sha256)
