@@ -1,0 +1,64 @@
+"""The two losses of an objective head: label-smoothed cross-entropy, and batch-hard triplet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def label_smoothing_cross_entropy(logits: Tensor, label: Tensor, smoothing: float = 0.1) -> Tensor:
+    """Return the mean cross-entropy against (1 − s) · one-hot + s / C, in float32.
+
+    Args:
+        logits: (B, C).
+        label: (B,) int64, in 0..C-1.
+        smoothing: s.
+
+    Returns:
+        Scalar, mean over the batch. Szegedy et al., CVPR 2016.
+    """
+    return F.cross_entropy(logits.float(), label, label_smoothing=smoothing)
+
+
+def batch_hard_triplet(
+    embedding: Tensor,
+    pid: Tensor,
+    candidates: Tensor | None = None,
+    candidate_pid: Tensor | None = None,
+) -> Tensor:
+    """Return the batch-hard triplet loss with soft margin, in float32 under autocast too.
+
+    softplus(furthest positive − closest negative), mean over anchors, with the Euclidean distance
+    sqrt(Σ (a − b)² + 1e-12). The anchor itself counts as a positive (it is never the furthest,
+    unless it is the only one). Hermans et al., arXiv 1703.07737.
+
+    Args:
+        embedding: (B, D), the anchors.
+        pid: (B,) int64, their identities.
+        candidates: (N, D), where positives and negatives are looked for; the anchors themselves
+            by default. Under data parallelism the gathered embeddings of all ranks.
+        candidate_pid: (N,) int64; given exactly when `candidates` is.
+
+    Returns:
+        Scalar. An anchor of which no negative is among the candidates counts 0.
+    """
+    if candidates is None or candidate_pid is None:
+        candidates, candidate_pid = embedding, pid
+    anchors, candidates = embedding.float(), candidates.float()
+    same = pid[:, None] == candidate_pid[None, :]
+    with torch.no_grad():
+        # Who is hardest is decided outside autograd, so that only B pairs are differentiated and
+        # no gradient of a zero distance arises. Exact differences: ‖a‖² + ‖b‖² − 2ab cancels.
+        distance = torch.cdist(anchors, candidates, compute_mode="donot_use_mm_for_euclid_dist")
+        positive = distance.masked_fill(~same, -torch.inf).argmax(dim=1)
+        negative = distance.masked_fill(same, torch.inf).argmin(dim=1)
+    furthest = _distance(anchors, candidates[positive])
+    closest = _distance(anchors, candidates[negative])
+    loss = F.softplus(furthest - closest)
+    return torch.where(same.all(dim=1), 0.0, loss).mean()
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """Return sqrt(Σ (a − b)² + 1e-12) of rows, (B,): finite gradient where a equals b."""
+    return ((a - b).square().sum(dim=1) + 1e-12).sqrt()

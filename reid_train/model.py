@@ -1,0 +1,177 @@
+"""The network: a ResNet whose last stage is doubled into a global and a regional branch.
+
+Ni, Fang, Huttunen, arXiv 2007.07875, on torchvision's ResNet. That is "v1.5": the stride of a
+block sits in its 3×3 convolution, where the authors' Keras model has it in the first 1×1; and its
+convolutions carry no bias. So the weights fit torchvision's ImageNet checkpoints, and there are
+fewer tensors, hence fewer θ, than in the authors' model. Backbone batch norm keeps torchvision's
+ε = 1e-5 and momentum 0.1.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from data_shards.errors import ConfigError
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+class Output(NamedTuple):
+    """What a training step sees of each objective head, in the order global, stripe 0, 1, …"""
+
+    pooled: list[Tensor]  # (B, D_i), within [0, 1]; the triplet loss's input
+    logits: list[Tensor]  # (B, C)
+
+
+class ObjectiveHead(nn.Module):
+    """Global average pooling, clip to [0, 1], batch norm, linear classifier without bias.
+
+    Args:
+        channels: of the map.
+        identities: C, classes.
+    """
+
+    def __init__(self, channels: int, identities: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels, eps=2e-5, momentum=0.01)
+        self.classifier = nn.Linear(channels, identities, bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Return the pooled feature (B, channels), float32, of a map (B, channels, H, W)."""
+        return features.mean(dim=(2, 3), dtype=torch.float32).clamp(0.0, 1.0)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pooled feature (B, channels) and the logits (B, C)."""
+        pooled = self.pool(features)
+        return pooled, self.classifier(self.norm(pooled))
+
+
+class ReidNet(nn.Module):
+    """The paper's network for person re-identification.
+
+    Args:
+        backbone: one of `BACKBONES`.
+        identities: C, number of training identities.
+        stripes: horizontal stripes of the regional branch; 0 for the global branch alone.
+        seed: decides the initial weights, whatever the global random state.
+
+    Raises:
+        ConfigError: the backbone is unknown or a number is out of range.
+    """
+
+    def __init__(self, backbone: str, identities: int, *, stripes: int = 2, seed: int = 0) -> None:
+        super().__init__()
+        if backbone not in BACKBONES:
+            raise ConfigError(f"model: no backbone {backbone!r}; there are {', '.join(BACKBONES)}")
+        if identities < 2:
+            raise ConfigError(f"model: {identities} identities; a classifier needs two or more")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            source = getattr(resnet, backbone)(weights=None)
+            channels = source.fc.in_features
+            if not 0 <= stripes <= channels:
+                raise ConfigError(f"model: {stripes} stripes; 0 to {channels} are possible")
+            _remove_stride(source.layer4)
+            shared = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
+            self.trunk = nn.Sequential(OrderedDict((n, getattr(source, n)) for n in shared))
+            self.global_layer4 = source.layer4
+            self.global_head = ObjectiveHead(channels, identities)
+            self.regional_layer4 = deepcopy(source.layer4) if stripes else None
+            reduced = channels // max(stripes, 1)
+            self.reductions = nn.ModuleList(
+                nn.Conv2d(channels, reduced, kernel_size=3, padding=1) for _ in range(stripes)
+            )
+            for reduction in self.reductions:  # Keras's defaults, as in the authors' code
+                nn.init.xavier_uniform_(reduction.get_parameter("weight"))
+                nn.init.zeros_(reduction.get_parameter("bias"))
+            self.regional_heads = nn.ModuleList(
+                ObjectiveHead(reduced, identities) for _ in range(stripes)
+            )
+        self.embedding_size = channels + stripes * reduced
+        self._backbone_frozen = False
+
+    def forward(self, image: Tensor) -> Output:
+        """Return what each head's losses need of images (B, 3, H, W), normalised."""
+        pooled, logits = zip(*(head(x) for head, x in self._maps(image)), strict=True)
+        return Output(list(pooled), list(logits))
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Return embeddings (B, D) float32: all heads' pooled features, concatenated.
+
+        Not averaged with the mirror image's, not normalised.
+        """
+        return torch.cat([head.pool(x) for head, x in self._maps(image)], dim=1)
+
+    def load_backbone(self, state: Mapping[str, Tensor]) -> None:
+        """Set the backbone, both copies of its last stage included.
+
+        Args:
+            state: exactly the tensors of `backbone_shapes`; `weights.load_weights` reads them.
+        """
+        last = {name: value for name, value in state.items() if name.startswith("layer4.")}
+        self.trunk.load_state_dict({k: v for k, v in state.items() if k not in last})
+        for stage in (self.global_layer4, self.regional_layer4):
+            if stage is not None:
+                stage.load_state_dict({k.removeprefix("layer4."): v for k, v in last.items()})
+
+    def backbone_shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of the backbone's tensors, by their names in torchvision's ResNet."""
+        last = {f"layer4.{k}": v.shape for k, v in self.global_layer4.state_dict().items()}
+        return {k: v.shape for k, v in self.trunk.state_dict().items()} | last
+
+    def backbone_modules(self) -> list[nn.Module]:
+        """Return the parts that come from the pretrained ResNet."""
+        parts = (self.trunk, self.global_layer4, self.regional_layer4)
+        return [part for part in parts if part is not None]
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that come from the pretrained ResNet."""
+        return [p for part in self.backbone_modules() for p in part.parameters()]
+
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Freeze or release the backbone.
+
+        A frozen backbone's batch norm uses, and leaves alone, its running statistics, as a Keras
+        layer with `trainable = False` does.
+        """
+        self._backbone_frozen = frozen
+        for parameter in self.backbone_parameters():
+            parameter.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> ReidNet:
+        """Set training mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        for part in self.backbone_modules():
+            part.train(mode and not self._backbone_frozen)
+        return self
+
+    def _maps(self, image: Tensor) -> Iterator[tuple[ObjectiveHead, Tensor]]:
+        """Yield each objective head with the map it looks at, (B, D_i, H, W)."""
+        shared = self.trunk(image)
+        yield self.global_head, self.global_layer4(shared)
+        if self.regional_layer4 is None:
+            return
+        regional = self.regional_layer4(shared)
+        count = len(self.reductions)
+        height = regional.shape[2] // count
+        parts = zip(self.regional_heads, self.reductions, strict=True)
+        for i, (head, reduction) in enumerate(parts):
+            end = (i + 1) * height if i + 1 < count else regional.shape[2]
+            stripe = regional[:, :, i * height : end]
+            yield head, reduction(stripe).relu()  # pyright: ignore[reportReturnType]
+
+
+def _remove_stride(stage: nn.Module) -> None:
+    """Make a ResNet stage keep its input's resolution."""
+    for module in stage.modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
