@@ -1,4 +1,4 @@
-"""What a training run is told: frozen, validated, and the same in JSON, on the command line and in MLflow.
+"""What a training run is told: frozen, validated, the same in JSON, in flags and in MLflow.
 
 The defaults are the paper's (Ni, Fang, Huttunen, ICPR 2020). A recipe (`recipes.py`) is a named
 `TrainConfig`; every field is a flag, such as `--optimizer.learning-rate 3e-4`.
@@ -35,7 +35,7 @@ class BatchConfig(Section):
     steps_per_epoch: Count | None = 200
     """Optimizer steps an epoch; None uses every group of K images once."""
     small_identities: Literal["replace", "drop"] = "replace"
-    """Identities with fewer than K images: sampled with replacement, or dropped (the authors' rule)."""
+    """Identities with fewer than K images: drawn with replacement, or dropped as the authors do."""
     window: Count = 16
     """Shards that are mixed at a time; two windows are held in the node's cache."""
     accumulate: Count = 1
@@ -72,7 +72,7 @@ class ModelConfig(Section):
     stripes: Annotated[int, Field(ge=0)] = 2
     """Horizontal stripes of the regional branch; 0 leaves the branch out."""
     batch_norm: Literal["global", "local"] = "global"
-    """Batch statistics of the global batch (a run does not depend on its number of workers) or of each worker's part (no communication)."""
+    """Statistics of the global batch, whatever the number of workers, or of each worker's part."""
 
 
 class AmplitudeConfig(Section):
@@ -181,7 +181,7 @@ class TrackingConfig(Section):
     """MLflow: where runs are tracked and models registered."""
 
     uri: str | None = None
-    """Tracking URI; None takes MLFLOW_TRACKING_URI or a SQLite file beside a local output; 'off' tracks nothing."""
+    """MLflow; None takes MLFLOW_TRACKING_URI, or SQLite beside a local output; 'off' is none."""
     experiment: str = "reid"
     """MLflow experiment."""
     model_name: str | None = None

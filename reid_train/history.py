@@ -1,0 +1,82 @@
+"""What happened during a run: losses by step, metrics by epoch, λ of every tensor over time.
+
+It travels in every checkpoint, so a resumed run's curves are whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+
+@dataclass
+class History:
+    """Columns of equal length: one row a recorded step, one row an evaluation, one row of λ."""
+
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    evaluations: dict[str, list[float]] = field(default_factory=dict)
+    factor_steps: list[int] = field(default_factory=list)
+    factor_rows: list[np.ndarray] = field(default_factory=list)
+
+    def add_step(self, step: int, values: dict[str, float]) -> None:
+        """Record one step's losses, learning rate and throughput."""
+        _append(self.steps, {"step": step, **values})
+
+    def add_evaluation(self, epoch: int, values: dict[str, float]) -> None:
+        """Record the metrics after `epoch` epochs."""
+        _append(self.evaluations, {"epoch": epoch, **values})
+
+    def add_factors(self, step: int, factors: np.ndarray) -> None:
+        """Record λ (n,) of every tensor at a step."""
+        self.factor_steps.append(step)
+        self.factor_rows.append(factors.astype(np.float32))
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps (T,) int64 and λ (T, n) float32."""
+        rows = np.stack(self.factor_rows) if self.factor_rows else np.zeros((0, 0), np.float32)
+        return np.asarray(self.factor_steps, np.int64), rows
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Step and evaluation columns as float64 arrays, for the curves."""
+        return {
+            name: np.asarray(column) for name, column in (self.steps | self.evaluations).items()
+        }
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file."""
+        steps, factors = self.factors()
+        columns = {f"steps/{name}": column for name, column in self.steps.items()}
+        columns |= {f"evaluations/{name}": column for name, column in self.evaluations.items()}
+        tensors = {
+            name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()
+        }
+        tensors["factors/step"] = torch.from_numpy(steps)
+        tensors["factors/value"] = torch.from_numpy(factors)
+        save_file(tensors, path)
+
+    @classmethod
+    def load(cls, path: Path) -> History:
+        """Read what `save` wrote."""
+        tensors = load_file(path)
+        history = cls(
+            factor_steps=tensors.pop("factors/step").tolist(),
+            factor_rows=list(tensors.pop("factors/value").numpy()),
+        )
+        for name, column in tensors.items():
+            group, _, key = name.partition("/")
+            (history.steps if group == "steps" else history.evaluations)[key] = column.tolist()
+        return history
+
+
+def _append(columns: dict[str, list[float]], row: dict[str, float]) -> None:
+    length = max((len(column) for column in columns.values()), default=0)
+    for name, value in row.items():
+        # A column that appears late, such as a metric first measured at epoch 10, starts with NaN.
+        columns.setdefault(name, [float("nan")] * length).append(float(value))
+    for column in columns.values():
+        if len(column) == length:
+            column.append(float("nan"))

@@ -1,0 +1,309 @@
+"""The training loop of one worker, from top to bottom as the paper's algorithm.
+
+Nothing here knows Ray or MLflow. A batch is global: each worker takes its slice, batch norm and the
+triplet loss see all of it, and DDP averages the gradients; so one worker and eight compute the same
+step.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data_shards.dataset import Dataset
+from data_shards.errors import DataError
+from data_shards.loader import Batch, train_batches
+from data_shards.sampler import plan, slice_for_rank
+from reid_train import augment, build
+from reid_train.checkpoint import Checkpoint, Origin, Progress, save
+from reid_train.config import TrainConfig
+from reid_train.distributed import gather_with_gradient
+from reid_train.history import History
+from reid_train.losses import batch_hard_triplet, label_smoothing_cross_entropy
+from reid_train.meter import Meter
+from reid_train.validation import Validation, validate
+from reid_train.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+FACTOR_ROWS = 400
+"""About how many rows of λ over time a run keeps."""
+
+
+def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | None = None) -> None:
+    """Train until the last epoch, from the beginning or from a checkpoint.
+
+    Args:
+        config: the run.
+        dataset: its train split is learnt; query and gallery, where it has them, are measured.
+        worker: this process's place among the others.
+        start: folder of a checkpoint to continue from.
+
+    Raises:
+        DataError: no training images, another dataset's checkpoint, or a loss that is not finite.
+    """
+    torch.use_deterministic_algorithms(config.deterministic)
+    index = dataset.index("train")
+    if len(index) == 0:
+        raise DataError(f"{dataset.url} has no train split: build it with training images")
+    manifest = dataset.manifest
+    identities = int(index.label.max()) + 1
+    origin = Origin(manifest.digest, manifest.evaluation_digest, identities)
+
+    model = build.model(config, identities)
+    model = model.to(worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    regularizer = build.regularizer(config, model)
+    progress, history, saved = Progress(), History(), None
+    if start is not None:
+        saved = Checkpoint.open(start)
+        saved.require(origin)
+        saved.load_model(model)
+        saved.load_theta(regularizer)
+        progress, history = saved.progress, saved.history()
+        logger.info("continuing at epoch %d, step %d", progress.epoch, progress.step)
+
+    run = _Run(config, dataset, worker, origin, model, regularizer, progress, history)
+    if config.evaluation.initial and progress.global_step == 0:
+        run.validate()
+
+    frozen = config.optimizer.frozen_epochs
+    for phase, end in (("heads", frozen), ("all", config.total_epochs)):
+        if progress.epoch >= end:
+            continue
+        model.freeze_backbone(phase == "heads")
+        run.network = _parallel(model, config, worker)
+        run.optimizer = build.optimizer(config, model, regularizer)
+        if saved is not None and saved.progress.phase == phase:
+            saved.load_optimizer(run.optimizer)
+        progress.phase = phase
+        for epoch in range(progress.epoch, end):
+            build.set_learning_rate(run.optimizer, config, epoch)
+            rows = epoch_plan(config, index, epoch)
+            steps = len(rows) // config.batch.accumulate
+            for batches in _steps(config, dataset, worker, rows, progress.step):
+                run.step(batches)
+                run.watch(steps)
+                run.checkpoint_between(steps)
+            progress.epoch, progress.step = epoch + 1, 0
+            last = progress.epoch == config.total_epochs
+            if last or progress.epoch % config.evaluation.every == 0:
+                run.checkpoint(run.validate())
+
+
+def epoch_plan(config: TrainConfig, index, epoch: int) -> np.ndarray:
+    """Rows of the train index for an epoch's global batches, (steps · accumulate, P·K) int64."""
+    batch = config.batch
+    steps = batch.steps_per_epoch
+    rows = plan(
+        index,
+        seed=config.seed,
+        epoch=epoch,
+        identities=batch.identities,
+        images=batch.images,
+        window=batch.window,
+        steps=None if steps is None else steps * batch.accumulate,
+        small=batch.small_identities,
+    )
+    return rows[: len(rows) // batch.accumulate * batch.accumulate]
+
+
+def _steps(
+    config: TrainConfig, dataset: Dataset, worker: Worker, rows: np.ndarray, start: int
+) -> Iterator[list[Batch]]:
+    """This rank's batches from optimizer step `start`, `accumulate` at a time."""
+    batches = train_batches(
+        dataset,
+        worker.cache,
+        slice_for_rank(rows, worker.rank, worker.world),
+        start=start * config.batch.accumulate,
+        height=config.image.height,
+        width=config.image.width,
+        workers=config.loader.workers,
+    )
+    while group := list(islice(batches, config.batch.accumulate)):
+        yield group
+
+
+def _parallel(model: nn.Module, config: TrainConfig, worker: Worker) -> nn.Module:
+    network = torch.compile(model) if config.compile else model
+    if worker.world == 1:
+        return network  # type: ignore[return-value]
+    return DistributedDataParallel(
+        network,  # type: ignore[arg-type]
+        device_ids=[worker.device] if worker.device.type == "cuda" else None,
+        # Global statistics are the same on every rank already.
+        broadcast_buffers=config.model.batch_norm == "local",
+        gradient_as_bucket_view=True,
+    )
+
+
+class _Run:
+    """The state that a step, a look at the losses, an evaluation and a checkpoint share."""
+
+    network: nn.Module
+    optimizer: torch.optim.Adam
+
+    def __init__(self, config, dataset, worker, origin, model, regularizer, progress, history):
+        self.config: TrainConfig = config
+        self.dataset: Dataset = dataset
+        self.worker: Worker = worker
+        self.origin: Origin = origin
+        self.model = model
+        self.regularizer = regularizer
+        self.progress: Progress = progress
+        self.history: History = history
+        self.autocast = build.autocast(config, worker.device)
+        self.meter = Meter(worker)
+
+    def step(self, batches: list[Batch]) -> None:
+        """One optimizer step on `accumulate` global batches.
+
+        The order is: average the gradients of the loss, add the regularizer's once, clip, step; so
+        clipping bounds the gradient of L + Σ λ‖w‖² (METHOD §1), as with the penalty in the loss.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = []
+        for micro, batch in enumerate(batches):
+            quiet = self.worker.world > 1 and micro < len(batches) - 1
+            with self.network.no_sync() if quiet else nullcontext():  # type: ignore[operator]
+                losses = self._losses(batch, micro)
+                (losses.sum() / len(batches)).backward()
+            parts.append(losses.detach())
+        if self.regularizer is not None:
+            self.regularizer.add_gradients()
+        if self.config.optimizer.clip_norm is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip_norm)
+        self.optimizer.step()
+        self.meter.add(torch.stack(parts).mean(0))
+        self.progress.step += 1
+        self.progress.global_step += 1
+
+    def _losses(self, batch: Batch, micro: int) -> torch.Tensor:
+        """Weighted cross-entropy and triplet loss, (2,), each summed over the heads (METHOD §3)."""
+        config, worker = self.config, self.worker
+        drawn = augment.draw(
+            seed=config.seed,
+            step=self.progress.global_step * config.batch.accumulate + micro,
+            batch=config.batch_size,
+            height=config.image.height,
+            width=config.image.width,
+            flip=config.augment.flip,
+            pad=config.augment.pad,
+            erase=config.augment.erase,
+        ).rows(worker.slice(config.batch_size))
+        image = augment.apply(batch.image.to(worker.device, non_blocking=True), drawn)
+        label = batch.label.to(worker.device, non_blocking=True)
+        with self.autocast():
+            output = self.network(image)
+        everyone = gather_with_gradient(label) if worker.world > 1 else label
+        cross_entropy, triplet = [], []
+        for logits, pooled in zip(output.logits, output.pooled, strict=True):
+            pooled = pooled.float()
+            others = gather_with_gradient(pooled) if worker.world > 1 else pooled
+            cross_entropy.append(
+                label_smoothing_cross_entropy(logits.float(), label, config.loss.label_smoothing)
+            )
+            triplet.append(batch_hard_triplet(pooled, label, others, everyone))
+        return torch.stack(
+            [
+                config.loss.cross_entropy_weight * torch.stack(cross_entropy).sum(),
+                config.loss.triplet_weight * torch.stack(triplet).sum(),
+            ]
+        )
+
+    def watch(self, steps: int) -> None:
+        """Every few steps: read the losses, record them, track them, show them."""
+        progress, worker = self.progress, self.worker
+        if progress.step % self.config.tracking.every_steps and progress.step < steps:
+            return
+        rows, speed = self.meter.read(progress.global_step)
+        speed *= self.config.batch_size * self.config.batch.accumulate
+        penalty = 0.0 if self.regularizer is None else float(self.regularizer.last_penalty)
+        first = progress.global_step - len(rows) + 1
+        for step, (cross_entropy, triplet) in enumerate(rows.tolist(), first):
+            values = {
+                "loss/cross_entropy": cross_entropy,
+                "loss/triplet": triplet,
+                "loss/penalty": penalty,
+                "loss/total": cross_entropy + triplet + penalty,
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "images_per_second": speed,
+            }
+            self.history.add_step(step, values)
+            if worker.rank == 0:
+                worker.log(values, step)
+        self._watch_factors(steps)
+        if worker.rank == 0:
+            worker.show(
+                {
+                    "epoch": progress.epoch,
+                    "epochs": self.config.total_epochs,
+                    "step": progress.step,
+                    "steps": steps,
+                    "loss": float(rows[-1].sum()),
+                    "images_per_second": speed,
+                }
+            )
+
+    def _watch_factors(self, steps: int) -> None:
+        if self.regularizer is None or self.config.regularization.mode != "adaptive":
+            return
+        interval = steps * self.config.total_epochs // FACTOR_ROWS
+        step, recorded = self.progress.global_step, self.history.factor_steps
+        if recorded and step - recorded[-1] < interval:
+            return
+        factors = self.regularizer.factor_vector().detach().float().cpu().numpy()
+        self.history.add_factors(step, factors)
+        if self.worker.rank == 0:
+            low, middle, high = np.quantile(factors, [0, 0.5, 1]).tolist()
+            self.worker.log({"factor/min": low, "factor/median": middle, "factor/max": high}, step)
+
+    def validate(self) -> Validation:
+        """Measure the model now; the metrics go to the history and the tracker."""
+        result = validate(self.config, self.dataset, self.worker, self.model, self.autocast)
+        if result.metrics:
+            self.history.add_evaluation(self.progress.epoch, result.metrics)
+            self.worker.log(result.metrics, self.progress.global_step)
+            self.worker.show({"epoch": self.progress.epoch, "metrics": result.metrics})
+        self.meter.restart_clock()
+        return result
+
+    def checkpoint_between(self, steps: int) -> None:
+        """Within an epoch, every `checkpoint.every_steps` optimizer steps."""
+        every = self.config.checkpoint.every_steps
+        if every and self.progress.global_step % every == 0 and self.progress.step < steps:
+            self.checkpoint(Validation())
+
+    def checkpoint(self, measured: Validation) -> None:
+        """Write a checkpoint (rank 0) and report it (every rank).
+
+        One between evaluations has no mAP: NaN, which ranks below every measured one.
+        """
+        folder = None
+        metrics = {"mAP": float("nan"), **measured.metrics}
+        if self.worker.rank == 0:
+            folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.worker.scratch))
+            save(
+                folder,
+                config=self.config,
+                origin=self.origin,
+                progress=self.progress,
+                history=self.history,
+                model=self.model,
+                regularizer=self.regularizer,
+                optimizer=self.optimizer,
+                rank_list=measured.rank_list,
+            )
+        position = {"epoch": self.progress.epoch, "step": self.progress.global_step}
+        self.worker.report(position | metrics, folder)
+        self.meter.restart_clock()

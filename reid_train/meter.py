@@ -1,0 +1,60 @@
+"""Losses of recent steps, held on the device until it is time to look at them."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data_shards.errors import DataError
+from reid_train.worker import Worker
+
+
+class Meter:
+    """Collects the losses of steps and turns them into rows; looking waits for the device."""
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+        self._losses: list[torch.Tensor] = []
+        self._clock = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last look out of the throughput (evaluation, checkpoints)."""
+        self._clock = time.perf_counter()
+
+    def add(self, losses: torch.Tensor) -> None:
+        """Take one step's (cross-entropy, triplet) of this rank, (2,), without waiting."""
+        self._losses.append(losses)
+
+    def read(self, last_step: int) -> tuple[np.ndarray, float]:
+        """Rows since the last look, averaged over ranks, and the steps per second.
+
+        Args:
+            last_step: global step of the newest row, for the error message.
+
+        Returns:
+            (n, 2) float64 cross-entropy and triplet, and steps a second.
+
+        Raises:
+            DataError: a loss is not finite.
+        """
+        values = torch.stack(self._losses).double()
+        self._losses = []
+        if self._worker.world > 1:
+            # Each rank holds the mean over its own anchors; the batch's loss is the mean of those.
+            dist.all_reduce(values)
+            values /= self._worker.world
+        rows = values.cpu().numpy()
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(wrong):
+            step = last_step - len(rows) + 1 + int(wrong[0])
+            raise DataError(
+                f"the loss is not finite at step {step} (cross-entropy {rows[wrong[0], 0]}, "
+                f"triplet {rows[wrong[0], 1]}): lower --optimizer.learning-rate or set "
+                "--optimizer.clip-norm, and continue from the last checkpoint with --resume"
+            )
+        return rows, len(rows) / seconds
