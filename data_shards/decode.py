@@ -40,7 +40,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     """
     try:
         if data.startswith(_JPEG_MAGIC):
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            width, height, _ = _jpeg_header(data)
         else:
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
@@ -64,7 +64,7 @@ def decode(data: bytes) -> np.ndarray:
     """
     if data.startswith(_JPEG_MAGIC):
         try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            width, height, colorspace = _jpeg_header(data)
             _check_pixels(width, height)
             if colorspace in ("YCbCr", "Gray", "RGB"):
                 return simplejpeg.decode_jpeg(data, colorspace="RGB")
@@ -96,6 +96,11 @@ def decode_into(data: bytes, out: np.ndarray) -> None:
     shrinks = image.shape[0] > 2 * height and image.shape[1] > 2 * width
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     cv2.resize(image, (width, height), dst=out, interpolation=interpolation)
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, str]:
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    return int(width), int(height), colorspace
 
 
 def _decode_with_opencv(data: bytes) -> np.ndarray:

@@ -1,0 +1,282 @@
+"""A node's local copy of shards: one download however many processes, in bounded bytes.
+
+Everything is in the cache's folder, so processes need nothing else to agree: `<sha256>.tar` is a
+shard, whole and checked; whoever holds the lock on `<sha256>.lock` may make it; that file's length
+is the room reserved while it does; the modification time is the last use. Names come from
+contents, so datasets can share a folder. A dataset in a local folder is read where it lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_shards.errors import ConfigError, DataError, StorageError
+from data_shards.files import disk_errors
+from data_shards.manifest import ShardInfo
+from data_shards.storage import LocalStorage, Storage
+
+log = logging.getLogger(__name__)
+
+_ROOM_LOCK = "room.lock"
+_OPEN_ATTEMPTS = 3
+_POLL = 0.05  # seconds between looks for room that other processes' downloads hold
+
+
+@dataclass
+class CacheStats:
+    """What a cache was asked for: shards found on the disk, and shards downloaded."""
+
+    hits: int = 0
+    hit_bytes: int = 0
+    downloads: int = 0
+    download_bytes: int = 0
+
+    def add(self, other: CacheStats) -> None:
+        """Count what another process saw as well."""
+        self.hits += other.hits
+        self.hit_bytes += other.hit_bytes
+        self.downloads += other.downloads
+        self.download_bytes += other.download_bytes
+
+
+class ShardCache:
+    """Local files of a dataset's shards, the least recently used removed first.
+
+    Safe to share between threads; processes make their own over the same folder (a pickled copy
+    is such a one). A removed shard stays readable to whoever has it open.
+
+    Args:
+        storage: where the shards are, rooted at the dataset.
+        folder: made when first needed; other datasets may share it.
+        max_bytes: that the shards in `folder` may take together, those being downloaded included.
+    """
+
+    def __init__(self, storage: Storage, folder: str | Path, max_bytes: int) -> None:
+        if max_bytes < 1:
+            raise ConfigError(f"a cache of {max_bytes} bytes holds nothing")
+        self.storage = storage
+        self.folder = Path(folder)
+        self.max_bytes = max_bytes
+        self.stats = CacheStats()
+        self._guard = threading.Lock()
+        self._wanted: list[ShardInfo] = []
+        self._waiting: list[ShardInfo] = []
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def __reduce__(self) -> tuple[type[ShardCache], tuple[Storage, Path, int]]:
+        return ShardCache, (self.storage, self.folder, self.max_bytes)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether shards are read where they lie, without a copy."""
+        return isinstance(self.storage, LocalStorage)
+
+    def path(self, shard: ShardInfo) -> Path:
+        """The shard's local file, downloaded first if need be. To read it, prefer `open`.
+
+        Raises:
+            ConfigError: the shard alone is larger than the cache may be.
+            DataError: it arrived with another SHA-256, or a local one has another size.
+            StorageError: the storage or the cache's disk failed, here or in `prefetch` before.
+        """
+        with self._guard:
+            failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        if isinstance(self.storage, LocalStorage):
+            return self._local(self.storage.root / shard.name, shard)
+        if self._touch(shard):
+            self._count(CacheStats(hits=1, hit_bytes=shard.bytes))
+        else:
+            self._fetch(shard)
+        return self._target(shard)
+
+    def open(self, shard: ShardInfo) -> int:
+        """A file descriptor of the shard, which stays good when the shard is removed.
+
+        Raises:
+            ConfigError, DataError, StorageError: as `path` does.
+        """
+        for _ in range(_OPEN_ATTEMPTS):
+            path = self.path(shard)
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:  # removed between the two lines above
+                continue
+        raise StorageError(
+            f"{path} keeps disappearing: allow the cache more than {self.max_bytes:,} bytes"
+        )
+
+    def prefetch(self, shards: Sequence[ShardInfo]) -> None:
+        """Have these shards downloaded in the background, in this order, and kept meanwhile.
+
+        Replaces what was asked for before; those beyond `max_bytes` are left out. A failure is
+        raised by the next `path`.
+        """
+        if self.in_place:
+            return
+        room, wanted = self.max_bytes, []
+        for shard in shards:
+            room -= shard.bytes
+            if room < 0:
+                break
+            wanted.append(shard)
+        with self._guard:
+            self._wanted, self._waiting = wanted, wanted[::-1]
+            if self._waiting and self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+                self._thread.start()
+
+    def require(self, shards: Sequence[ShardInfo], at_once: int) -> None:
+        """Check that any `at_once` of these shards fit.
+
+        Raises:
+            ConfigError: they do not, with the number of bytes that would do.
+        """
+        needed = sum(sorted((shard.bytes for shard in shards), reverse=True)[:at_once])
+        if needed > self.max_bytes and not self.in_place:
+            raise ConfigError(
+                f"the cache in {self.folder} may take {self.max_bytes:,} bytes, and {at_once}"
+                f" shards read at a time take up to {needed:,}: allow it {needed:,} or more (twice"
+                " that to load ahead), or lower the window"
+            )
+
+    def _work(self) -> None:
+        while True:
+            with self._guard:
+                if not self._waiting:
+                    self._thread = None
+                    return
+                shard, keep = self._waiting.pop(), self._wanted
+            try:
+                # What will be wanted soon must not be the longest unused when room is made.
+                there = {s.name for s in keep if self._touch(s)}
+                if shard.name not in there:
+                    self._fetch(shard)
+            except Exception as error:
+                with self._guard:
+                    self._failure, self._waiting, self._thread = error, [], None
+                return
+
+    def _local(self, path: Path, shard: ShardInfo) -> Path:
+        with disk_errors(path):
+            size = path.stat().st_size
+        if size != shard.bytes:
+            raise DataError(
+                f"{path} has {size:,} bytes, not the {shard.bytes:,} of its manifest: restore it,"
+                " or build the dataset again"
+            )
+        self._count(CacheStats(hits=1, hit_bytes=size))
+        return path
+
+    def _target(self, shard: ShardInfo) -> Path:
+        return self.folder / f"{shard.sha256}.tar"
+
+    def _count(self, stats: CacheStats) -> None:
+        with self._guard:
+            self.stats.add(stats)
+
+    def _touch(self, shard: ShardInfo) -> bool:
+        """Whether the shard is there with its size; marks it as just used."""
+        path = self._target(shard)
+        try:
+            if path.stat().st_size != shard.bytes:
+                return False
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _fetch(self, shard: ShardInfo) -> None:
+        target, part = self._target(shard), self.folder / f"{shard.sha256}.part"
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder / f"{shard.sha256}.lock") as lock:
+                if self._touch(shard):  # another process was first
+                    self._count(CacheStats(hits=1, hit_bytes=shard.bytes))
+                    return
+                target.unlink(missing_ok=True)
+                shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
+                os.ftruncate(lock, 0)
+                self._reserve(shard, lock)
+                began = time.monotonic()
+                try:
+                    self.storage.download(shard.name, part / "shard", sha256=shard.sha256)
+                    os.replace(part / "shard", target)
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)
+                    os.ftruncate(lock, 0)
+        log.info("cached %s in %.1f s", shard.name, time.monotonic() - began)
+        self._count(CacheStats(downloads=1, download_bytes=shard.bytes))
+
+    def _reserve(self, shard: ShardInfo, lock: int) -> None:
+        """Make room, removing what was not used for longest, and hold it."""
+        if shard.bytes > self.max_bytes:
+            raise ConfigError(
+                f"the cache in {self.folder} may take {self.max_bytes:,} bytes, less than the"
+                f" {shard.bytes:,} of {shard.name}: allow it more"
+            )
+        while True:
+            with _locked(self.folder / _ROOM_LOCK):
+                excess = shard.bytes + self._reserved() - self.max_bytes
+                excess = self._evict(excess)
+                if excess <= 0:
+                    os.ftruncate(lock, shard.bytes)
+                    return
+            time.sleep(_POLL)
+
+    def _reserved(self) -> int:
+        """Bytes of the downloads under way. One whose process died holds no lock, and no room."""
+        total = 0
+        for path in self.folder.glob("*.lock"):
+            if size := path.stat().st_size:
+                with _lock_file(path) as lock:
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        os.ftruncate(lock, 0)
+                    except BlockingIOError:
+                        total += size
+        return total
+
+    def _evict(self, excess: int) -> int:
+        """Remove shards until `excess` plus what remains is not above zero; return that sum."""
+        files = []
+        for path in self.folder.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                files.append((stat.st_mtime_ns, stat.st_size, path))
+        excess += sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
+        return excess
+
+
+@contextlib.contextmanager
+def _lock_file(path: Path) -> Iterator[int]:
+    # Lock files stay: removing one would let two processes hold 'the same' lock.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Hold a file's lock, against threads and processes alike; a dead holder's is released."""
+    with _lock_file(path) as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor

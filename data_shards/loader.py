@@ -1,0 +1,269 @@
+"""Planned rows to decoded batches, in worker processes.
+
+A worker makes whole batches: it reads each image by offset from the cached shard and decodes it
+into one shared-memory buffer, so uint8 pixels are all that leaves it, uncopied. The order is the
+plan's, however many workers. Flipping, cropping, erasing and normalising are the device's work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from data_shards.cache import CacheStats, ShardCache
+from data_shards.dataset import Dataset
+from data_shards.decode import decode_into
+from data_shards.errors import ConfigError, DataError, ReidError
+from data_shards.manifest import Index, ShardInfo
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as stored, resized, with what the index says about each.
+
+    Attributes:
+        image: (B, H, W, 3) uint8, RGB.
+        label: (B,) int64, training label, -1 outside train.
+        pid: (B,) int64, identity.
+        camid: (B,) int64, camera.
+        row: (B,) int64, row in the split's index.
+    """
+
+    image: torch.Tensor
+    label: torch.Tensor
+    pid: torch.Tensor
+    camid: torch.Tensor
+    row: torch.Tensor
+
+
+def train_batches(
+    dataset: Dataset,
+    cache: ShardCache,
+    rows: np.ndarray,
+    *,
+    start: int = 0,
+    height: int,
+    width: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """The batches of a plan, or of one rank's slice of it, from step `start` on.
+
+    Args:
+        dataset: whose train split is read.
+        cache: of the dataset's shards.
+        rows: (S, B) int64 rows of `dataset.index("train")`.
+        start: the first step to give; those before it cost nothing.
+        height: H, pixels.
+        width: W, pixels.
+        workers: worker processes; 0 decodes in this one.
+
+    Yields:
+        S - start batches of B images.
+
+    Raises:
+        ConfigError: the cache is too small for one step, or `start` is out of range.
+        DataError: an image or a shard is damaged.
+        StorageError: the storage or the cache's disk failed.
+    """
+    if not 0 <= start <= len(rows):
+        raise ConfigError(f"cannot start at step {start}: the epoch has {len(rows)}")
+    return _batches(dataset, cache, "train", list(rows[start:]), (height, width), workers)
+
+
+def split_batches(
+    dataset: Dataset,
+    cache: ShardCache,
+    split: str,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    batch: int,
+    height: int,
+    width: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """One rank's images of a split, each exactly once over all ranks, in index order.
+
+    Args:
+        dataset: whose split is read.
+        cache: of the dataset's shards.
+        split: one of `SPLITS`.
+        rank: 0..world-1; gets a contiguous range of rows.
+        world: number of ranks.
+        batch: B, images in a batch; the last one has what remains, without padding.
+        height: H, pixels.
+        width: W, pixels.
+        workers: worker processes; 0 decodes in this one.
+
+    Yields:
+        Batches of at most B images; none if the rank's range is empty.
+
+    Raises:
+        ConfigError, DataError, StorageError: as `train_batches` does.
+    """
+    if batch < 1 or not 0 <= rank < world:
+        raise ConfigError(f"batches of {batch} for rank {rank} of {world} cannot be made")
+    total = len(dataset.index(split))
+    rows = np.arange(total * rank // world, total * (rank + 1) // world)
+    steps = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    return _batches(dataset, cache, split, steps, (height, width), workers)
+
+
+def _batches(
+    dataset: Dataset,
+    cache: ShardCache,
+    split: str,
+    steps: list[np.ndarray],
+    size: tuple[int, int],
+    workers: int,
+) -> Iterator[Batch]:
+    index, shards = dataset.index(split), dataset.manifest.shards
+    ahead = None if cache.in_place else _Lookahead(index, shards, steps, cache.max_bytes)
+    loader = DataLoader(
+        _Decoder(cache, shards, size, workers > 0),  # pyright: ignore[reportArgumentType]
+        batch_size=None,
+        sampler=(_Job.of(index, rows) for rows in steps),  # pyright: ignore[reportArgumentType]
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or it would draw from the training's
+    )
+    made = iter(loader)  # forks the workers, which is best done before starting a thread
+    try:
+        for step, rows in enumerate(steps):
+            if ahead is not None and (wanted := ahead.advance(step)) is not None:
+                cache.prefetch(wanted)
+            result = next(made)
+            if isinstance(result, ReidError):
+                raise result
+            image, stats = result
+            if workers:
+                cache.stats.add(stats)
+            label, pid, camid = (_int64(c[rows]) for c in (index.label, index.pid, index.camid))
+            yield Batch(image, label, pid, camid, _int64(rows))
+    finally:
+        cache.prefetch(())
+
+
+def _int64(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _as_it_is(value: object) -> object:
+    return value
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a worker needs to make a batch, so that it holds no index."""
+
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    path: np.ndarray
+
+    @classmethod
+    def of(cls, index: Index, rows: np.ndarray) -> _Job:
+        return cls(index.shard[rows], index.offset[rows], index.size[rows], index.path[rows])
+
+
+class _Decoder:
+    """Makes the pixels of a batch; lives in the workers."""
+
+    def __init__(
+        self,
+        cache: ShardCache,
+        shards: tuple[ShardInfo, ...],
+        size: tuple[int, int],
+        shared: bool,
+    ) -> None:
+        self.cache = cache
+        self.shards = shards
+        self.size = size
+        self.shared = shared
+        self.process = os.getpid()
+
+    def __getitem__(self, job: _Job) -> tuple[torch.Tensor, CacheStats] | ReidError:
+        if self.process != os.getpid():
+            # A forked copy of the cache may have a lock that its thread held at the fork.
+            self.cache = ShardCache(self.cache.storage, self.cache.folder, self.cache.max_bytes)
+            self.process = os.getpid()
+        if self.shared:
+            self.cache.stats = CacheStats()
+        try:
+            return self._decode(job), self.cache.stats
+        except ReidError as error:
+            # Returned: what a worker raises, torch wraps in another message.
+            return error
+
+    def _decode(self, job: _Job) -> torch.Tensor:
+        shape = (len(job.shard), *self.size, 3)
+        image = torch.empty(shape, dtype=torch.uint8)
+        if self.shared:
+            image.share_memory_()
+        pixels = image.numpy()
+        with ExitStack() as stack:
+            files = {}
+            for position in np.unique(job.shard).tolist():
+                files[position] = self.cache.open(self.shards[position])
+                stack.callback(os.close, files[position])
+            for i, position in enumerate(job.shard.tolist()):
+                try:
+                    decode_into(self._read(files[position], job, i), pixels[i])
+                except DataError as error:
+                    raise DataError(
+                        f"{job.path[i]} (byte {job.offset[i]} of {self.shards[position].name} in"
+                        f" {self.cache.storage.url}): {error}; see `python -m data_shards verify`"
+                    ) from None
+        return image
+
+    def _read(self, file: int, job: _Job, i: int) -> bytes:
+        data = os.pread(file, job.size[i], job.offset[i])
+        if len(data) != job.size[i]:
+            raise DataError("the shard ends inside it")
+        return data
+
+
+class _Lookahead:
+    """Which shards to have on the disk: those of the coming steps, as many steps as fit."""
+
+    def __init__(
+        self, index: Index, shards: Sequence[ShardInfo], steps: list[np.ndarray], room: int
+    ) -> None:
+        self.shards = shards
+        self.needs = [np.unique(index.shard[rows]).tolist() for rows in steps]
+        self.uses: dict[int, int] = {}  # in steps begin..end, by shard in order of first use
+        self.begin = self.end = 0
+        self.room = room
+        most = max((sum(shards[i].bytes for i in need) for need in self.needs), default=0)
+        if most > room:
+            raise ConfigError(
+                f"the cache may take {room:,} bytes, and one step reads shards of {most:,}:"
+                " allow it more, or lower the window"
+            )
+
+    def advance(self, step: int) -> list[ShardInfo] | None:
+        """The shards from `step` on in order of first use; None if nothing came in sight."""
+        for shard in (i for need in self.needs[self.begin : step] for i in need):
+            self.uses[shard] -= 1
+            if not self.uses[shard]:
+                del self.uses[shard]
+                self.room += self.shards[shard].bytes
+        self.begin = step
+        before = self.end
+        while self.end < len(self.needs):
+            need = self.needs[self.end]
+            new = [i for i in need if i not in self.uses]
+            if (bytes_ := sum(self.shards[i].bytes for i in new)) > self.room:
+                break
+            self.room -= bytes_
+            for shard in need:
+                self.uses[shard] = self.uses.get(shard, 0) + 1
+            self.end += 1
+        return [self.shards[i] for i in self.uses] if self.end > before else None

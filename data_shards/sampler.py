@@ -1,0 +1,227 @@
+"""The plan of an epoch: which images make each global batch.
+
+A pure function of the index, the seed and the epoch, so a run resumes at any step, or on another
+number of workers, and sees the same batches. All guarantees hold by construction, none by retry:
+
+* A step is P identities × K images, and no identity is in a step twice.
+* An image is used at most once in a pass over the data, unless its identity has fewer than K.
+* K images of an identity come from as many cameras as its images allow.
+* Steps come window by window, so that training needs a few shards on its disk at a time.
+
+It works like dealing cards. In a window, each identity's images are dealt into groups of K; the
+groups, identity after identity, are dealt to T steps: an identity with at most T groups then
+cannot meet itself. Afterwards steps are paired at random, and each pair's groups are put together
+in a random order of identities and dealt to the two again: an identity that both had is two
+neighbours in that order, and the deal parts them once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Literal
+
+import numpy as np
+
+from data_shards.errors import ConfigError
+from data_shards.manifest import Index
+
+# After r rounds two identities that started in one step share one with a chance of about 2^-r
+# above what is natural; ten leave nothing to measure.
+_ROUNDS = 10
+
+
+def plan(
+    index: Index,
+    *,
+    seed: int,
+    epoch: int,
+    identities: int,
+    images: int,
+    window: int,
+    steps: int | None = None,
+    small: Literal["replace", "drop"] = "replace",
+) -> np.ndarray:
+    """Plan an epoch of P × K batches.
+
+    Args:
+        index: the train split, N rows, labels 0..C-1.
+        seed: of the run, >= 0.
+        epoch: >= 0; another epoch is another order.
+        identities: P, identities in a global batch.
+        images: K, images of each.
+        window: shards that are read at a time. Larger mixes better and needs more disk. Neighbours
+            are joined where a window alone has fewer than P identities.
+        steps: S; None takes what one pass over the data gives. More than that goes on with
+            further passes, each in another order.
+        small: an identity with fewer than K images has all of them in a group filled up by
+            sampling with replacement ("replace"), or is left out ("drop", the authors' rule).
+
+    Returns:
+        (S, P * K) int64 rows of `index`, each step P blocks of K rows of one identity.
+
+    Raises:
+        ConfigError: a setting is out of range, or the data has fewer than P usable identities.
+    """
+    _check(seed=(seed, 0), epoch=(epoch, 0), identities=(identities, 1), images=(images, 1))
+    _check(window=(window, 1), steps=(1 if steps is None else steps, 1))
+    if small not in ("replace", "drop"):
+        raise ConfigError(f"small is {small!r}: choose 'replace' or 'drop'")
+    fewest = images if small == "drop" else 1
+    usable = _usable(index.label, fewest)
+    if usable < identities:
+        raise ConfigError(
+            f"a batch of {identities} identities cannot be made: the training split has {usable}"
+            f" with {fewest} images or more; lower `identities`"
+            + (", lower `images` or set small='replace'" if small == "drop" else "")
+        )
+
+    planned: list[np.ndarray] = []
+    missing = steps
+    for number in range(1) if missing is None else count():
+        entropy = np.random.SeedSequence((seed, epoch, number))
+        rng = np.random.Generator(np.random.Philox(entropy))
+        for rows in _windows(index, window, identities, fewest, rng):
+            groups, owner = _groups(rows, index, images, fewest, rng)
+            batches = groups[_deal(owner, identities, rng)].reshape(-1, identities * images)
+            planned.append(batches[:missing])
+            if missing is not None:
+                missing -= len(planned[-1])
+                if missing == 0:
+                    return np.concatenate(planned)
+    return np.concatenate(planned)
+
+
+def slice_for_rank(plan: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """One rank's share of a plan: the same contiguous block of each batch.
+
+    Args:
+        plan: (S, P * K) int64, from `plan`.
+        rank: 0..world-1.
+        world: number of ranks.
+
+    Returns:
+        (S, P * K / world) int64. Ranks 0, 1, … side by side are `plan` again.
+
+    Raises:
+        ConfigError: `world` does not divide the batch.
+    """
+    batch = plan.shape[1]
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank {rank} is not among the {world} ranks")
+    if batch % world:
+        raise ConfigError(f"a batch of {batch} images cannot be shared evenly by {world} workers")
+    share = batch // world
+    return plan[:, rank * share : (rank + 1) * share]
+
+
+def _check(**settings: tuple[int, int]) -> None:
+    for name, (value, least) in settings.items():
+        if value < least:
+            raise ConfigError(f"{name} is {value}: it must be at least {least}")
+
+
+def _usable(label: np.ndarray, fewest: int) -> int:
+    return int(np.count_nonzero(np.bincount(label) >= fewest))
+
+
+def _windows(
+    index: Index, window: int, identities: int, fewest: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Rows of the shards of each window, the shards in random order."""
+    by_shard = np.argsort(index.shard, kind="stable")
+    _, starts = np.unique(index.shard[by_shard], return_index=True)
+    shards = np.split(by_shard, starts[1:])
+    order = rng.permutation(len(shards))
+    windows: list[np.ndarray] = []
+    short = False
+    for first in range(0, len(order), window):
+        rows = np.concatenate([shards[i] for i in order[first : first + window]])
+        if short:
+            rows = np.concatenate([windows.pop(), rows])
+        windows.append(rows)
+        short = _usable(index.label[rows], fewest) < identities
+    if short and len(windows) > 1:
+        rows = np.concatenate(windows[-2:])
+        windows[-2:] = [rows]
+    yield from windows
+
+
+def _groups(
+    rows: np.ndarray, index: Index, images: int, fewest: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Deal the images of each identity into groups of K, cameras spread as evenly as can be.
+
+    Returns:
+        (G, K) rows and (G,) identities, numbered 0.. in the window, groups in their order.
+    """
+    rows = rng.permutation(rows)
+    present = np.bincount(index.label[rows]) > 0
+    identity = (np.cumsum(present) - 1)[index.label[rows]]
+    amount = np.bincount(identity)
+    first = np.cumsum(amount) - amount
+    # Cameras in another order for each identity; which, the exclusive or decides without a table.
+    camera = index.camid[rows] ^ rng.integers(1 << 16, size=len(amount), dtype=np.int32)[identity]
+    rows = rows[np.lexsort((camera, identity))]
+    identity = np.repeat(np.arange(len(amount)), amount)
+
+    # Leave out the n mod K that fill no group: evenly spaced from a random start, which is every
+    # image with the same chance, and every camera in proportion.
+    full = amount // images
+    extra = np.where(full > 0, amount % images, 0)
+    number = np.arange(extra.sum()) - np.repeat(np.cumsum(extra) - extra, extra)
+    spacing = np.repeat(amount / np.maximum(extra, 1), extra)
+    start = np.repeat(rng.random(len(amount)), extra)
+    out = np.floor((start + number) * spacing).astype(np.int64)
+    keep = (full > 0)[identity]
+    keep[np.repeat(first, extra) + out] = False
+
+    # Image i of an identity goes to its group i mod n: neighbours, who share a camera, part.
+    dealt, owner = rows[keep], np.repeat(np.arange(len(amount)), full)
+    begin = np.cumsum(full) - full
+    place = np.arange(len(dealt)) - np.repeat(begin * images, full * images)
+    n = np.repeat(full, full * images)
+    groups = np.empty((len(owner), images), np.int64)
+    groups[np.repeat(begin, full * images) + place % n, place // n] = dealt
+
+    few = np.flatnonzero((full == 0) & (amount >= fewest))
+    slot = np.arange(images)
+    drawn = np.floor(rng.random((len(few), images)) * amount[few, None]).astype(np.int64)
+    filled = rows[first[few, None] + np.where(slot < amount[few, None], slot, drawn)]
+    return np.concatenate([groups, filled]), np.concatenate([owner, few])
+
+
+def _deal(owner: np.ndarray, identities: int, rng: np.random.Generator) -> np.ndarray:
+    """Deal groups to steps so that no identity meets itself.
+
+    Args:
+        owner: (G,) identity of each group; an identity's groups are contiguous.
+        identities: P.
+
+    Returns:
+        (T, P) int64 positions in `owner`, T the most steps there can be.
+    """
+    amount = np.bincount(owner)
+    steps = len(owner) // identities
+    while (most := int(np.minimum(amount, steps).sum()) // identities) < steps:
+        steps = most
+    # Of an identity with more groups than steps a random `steps` stay, then a random surplus goes.
+    shuffled = rng.permutation(len(owner))
+    grouped = shuffled[np.argsort(owner[shuffled], kind="stable")]
+    present = amount[amount > 0]
+    turn = np.arange(len(owner)) - np.repeat(np.cumsum(present) - present, present)
+    kept = rng.permutation(grouped[turn < steps])[: steps * identities]
+
+    hands = _by_identity(kept[None], owner, rng).reshape(identities, steps).T
+    for _ in range(_ROUNDS if steps > 1 else 0):
+        hands = hands[rng.permutation(steps)]
+        even = steps // 2 * 2
+        pairs = _by_identity(hands[:even].reshape(even // 2, -1), owner, rng)
+        hands[:even] = pairs.reshape(-1, identities, 2).swapaxes(1, 2).reshape(even, identities)
+    return hands[rng.permutation(steps)]
+
+
+def _by_identity(groups: np.ndarray, owner: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Sort each line of (L, n) groups by a random order of the identities."""
+    rank = rng.permutation(int(owner.max()) + 1)
+    return np.sort(rank[owner[groups]] << 32 | groups, axis=1) & 0xFFFFFFFF
