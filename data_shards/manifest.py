@@ -34,7 +34,7 @@ from data_shards.records import SPLITS
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.parquet"
 
-_COLUMNS = {
+COLUMNS = {
     "shard": pa.int32(),
     "offset": pa.int64(),
     "size": pa.int64(),
@@ -101,8 +101,10 @@ class Manifest(_Model):
     Attributes:
         name: the dataset, as each image's JSON member has it.
         source: the parser that read it, such as `msmt17`.
-        options: the parser's options.
+        options: the parser's options, and `shard_bytes`.
         complete: whether all published counts were met.
+        content: SHA-256 over all images and what the source says of them; a build at a place that
+            holds a dataset already must have the same.
         splits: counts for each split that has images.
         shards: in the order that `Index.shard` counts in.
         index: the index file.
@@ -114,6 +116,7 @@ class Manifest(_Model):
     source: str
     options: dict[str, JsonValue]
     complete: bool
+    content: Sha256
     splits: dict[Split, SplitInfo]
     shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1, strict=False)]
     index: FileInfo
@@ -134,7 +137,7 @@ class Manifest(_Model):
     @property
     def digest(self) -> str:
         """SHA-256, in hex, of everything in the manifest: the dataset's identity."""
-        return _digest(self.model_dump(mode="json"))
+        return json_digest(self.model_dump(mode="json"))
 
     @property
     def evaluation_digest(self) -> str:
@@ -143,7 +146,7 @@ class Manifest(_Model):
         Two trainings on different train images, evaluated on the same test images, have the same.
         """
         seen = [s for s in self.shards if s.split in ("query", "gallery")]
-        return _digest([[s.split, s.images, s.bytes, s.sha256] for s in seen])
+        return json_digest([[s.split, s.images, s.bytes, s.sha256] for s in seen])
 
     def to_json(self) -> bytes:
         """The bytes of `manifest.json`."""
@@ -206,13 +209,13 @@ class Index:
         return cls(
             **{
                 name: np.asarray(columns[name], object if kind == pa.string() else str(kind))
-                for name, kind in _COLUMNS.items()
+                for name, kind in COLUMNS.items()
             }
         )
 
     def to_parquet(self) -> bytes:
         """The bytes of `index.parquet`: the same for the same rows."""
-        table = pa.table({name: pa.array(getattr(self, name), t) for name, t in _COLUMNS.items()})
+        table = pa.table({name: pa.array(getattr(self, name), t) for name, t in COLUMNS.items()})
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd", row_group_size=1 << 17)
         return sink.getvalue()
@@ -228,11 +231,11 @@ class Index:
             table = pq.read_table(pa.BufferReader(data))
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{INDEX_NAME} is not readable Parquet: {error}") from None
-        if table.schema.names != list(_COLUMNS) or table.schema.types != list(_COLUMNS.values()):
+        if table.schema.names != list(COLUMNS) or table.schema.types != list(COLUMNS.values()):
             raise DataError(f"{INDEX_NAME} has columns {table.schema.names}: another version's?")
         if any(column.null_count for column in table.columns):
             raise DataError(f"{INDEX_NAME} has empty cells")
-        index = cls(**{n: table[n].to_numpy(zero_copy_only=False) for n in _COLUMNS})
+        index = cls(**{n: table[n].to_numpy(zero_copy_only=False) for n in COLUMNS})
         _check_index(index, manifest)
         return index
 
@@ -248,7 +251,8 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _digest(value: Any) -> str:
+def json_digest(value: Any) -> str:
+    """SHA-256, in hex, of a JSON value in its canonical form."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return sha256(canonical.encode())
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-SPLITS = ("train", "val", "query", "gallery")
+SPLITS: Final = ("train", "val", "query", "gallery")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ the semantics of a bucket: a write is whole or not at all, and create-once means
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from data_shards.errors import ConfigError, StorageError
-from data_shards.files import TEMPORARY, disk_errors, file_sha256, replacing, require_sha256
+from data_shards.files import TEMPORARY, disk_errors, replacing, require_sha256
 from data_shards.s3 import S3Storage
 
 CHUNK = 1 << 20
@@ -151,6 +152,9 @@ class LocalStorage:
         path = self._path(key)
         with disk_errors(path):
             path.unlink(missing_ok=True)
+        if path.parent != self.root:
+            with contextlib.suppress(OSError):  # a bucket has no empty folders either
+                path.parent.rmdir()
 
     def child(self, key: str) -> LocalStorage:
         return LocalStorage(self._path(key))
@@ -160,7 +164,9 @@ def _copy(source: Path, target: Path, sha256: str | None = None) -> None:
     with disk_errors(source):
         stream = source.open("rb")
     with stream, disk_errors(target), replacing(target) as file:
-        shutil.copyfileobj(stream, file, CHUNK)
+        digest = hashlib.sha256()
+        while chunk := stream.read(CHUNK):
+            file.write(chunk)
+            digest.update(chunk)
         if sha256 is not None:
-            file.flush()
-            require_sha256(str(source), file_sha256(Path(file.name)), sha256)
+            require_sha256(str(source), digest.hexdigest(), sha256)

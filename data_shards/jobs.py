@@ -1,0 +1,63 @@
+"""Work spread over processes, whose results do not depend on how many there are."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from data_shards.errors import ReidError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parallel_map(function: Callable[[T], R], items: Sequence[T], jobs: int) -> Iterator[R]:
+    """Results in the items' order, each as soon as it and those before it are done.
+
+    Processes are spawned, not forked: the caller may have threads. A script that calls this needs
+    the usual `if __name__ == "__main__":`.
+
+    Args:
+        function: a module's function, or a partial of one.
+        items: what it is called with.
+        jobs: processes at most; with 1, everything happens in this one.
+    """
+    workers = min(jobs, len(items))
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
+    try:
+        yield from pool.map(function, items)
+    except BrokenProcessPool:
+        raise ReidError(
+            "a process was killed, perhaps for want of memory: try again with fewer --jobs"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # An interrupt goes to the whole group; the parent alone decides, and lets work in hand end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:  # a parent that is killed cannot stop its workers
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -1,0 +1,79 @@
+"""MSMT17, V1 and V2: four lists of `0000/0000_000_01_0303morning_0008_0.jpg 0`.
+
+A line is a path and an identity; the camera is the third field of the file's name. Identities
+start at 0 in train and in test alike, and are different people there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from data_shards.errors import DataError
+from data_shards.records import ImageRecord
+from data_shards.sources.layout import Counts, inside, require_folder
+
+COUNTS = Counts(32_621, 1_041, 11_659, 82_161, 15)
+
+_FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))  # V1, V2
+
+
+def read(root: Path, *, val: Literal["merge", "separate"] = "merge") -> list[ImageRecord]:
+    """Read MSMT17 from its unpacked archive.
+
+    Images that a list names and the folder lacks are passed over: the counts tell.
+
+    Args:
+        root: the folder that holds `list_train.txt`, or the one above it.
+        val: whether the images of `list_val.txt`, of training identities, join `train` as the
+            published numbers have it, or are kept apart as the split `val`.
+    """
+    base, train, test = _find(root)
+    folder = {"train": train, "val": train, "query": test, "gallery": test}
+    records = []
+    for split in ("train", "val", "query", "gallery"):
+        listing = base / f"list_{split}.txt"
+        if split == "val" and not listing.is_file():
+            continue
+        into = "train" if split == "val" and val == "merge" else split
+        records += _read_list(listing, base, folder[split], into)
+    return records
+
+
+def _find(root: Path) -> tuple[Path, str, str]:
+    found = [
+        (base, train, test)
+        for base in (require_folder(root), root / "MSMT17_V1", root / "MSMT17_V2")
+        for train, test in _FOLDERS
+        if (base / train).is_dir() and (base / test).is_dir()
+    ]
+    if not found:
+        raise DataError(
+            f"MSMT17: no folders train and test (V1), or mask_train_v2 and mask_test_v2 (V2),"
+            f" under {root}, {root / 'MSMT17_V1'} or {root / 'MSMT17_V2'}"
+        )
+    if len(found) > 1:
+        places = " and ".join(str(base / train) for base, train, _ in found)
+        raise DataError(f"MSMT17: both {places} are there; name one version's folder with --root")
+    return found[0]
+
+
+def _read_list(listing: Path, base: Path, folder: str, split: str) -> list[ImageRecord]:
+    if not listing.is_file():
+        raise DataError(f"MSMT17: {listing} is not there: is the archive complete?")
+    records = []
+    for number, line in enumerate(listing.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{listing}, line {number}"
+        name, _, pid = line.strip().rpartition(" ")
+        fields = name.rpartition("/")[2].split("_")
+        if not pid.isdecimal() or len(fields) < 3 or not fields[2].isdecimal():
+            raise DataError(
+                f"{where}: {line.strip()!r} is not a path with a camera, and an identity"
+            )
+        path = inside(base / folder, name, where)
+        if path.is_file():
+            relative = f"{folder}/{name}"
+            records.append(ImageRecord(path, relative, int(pid), int(fields[2]), split))
+    return records
