@@ -1,0 +1,180 @@
+"""Training curves: losses, accuracy, learning rate and speed, in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from reid_train import report_style as style
+
+_LOSSES = {
+    "loss/cross_entropy": ("cross-entropy", style.BLUE),
+    "loss/triplet": ("triplet", style.ORANGE),
+    "loss/penalty": ("L2 penalty", style.PURPLE),
+}
+_ACCURACIES = {
+    "rank-1": ("rank-1", style.GREEN),
+    "mAP": ("mAP", style.BLUE),
+    "mINP": ("mINP", style.PURPLE),
+}
+_LINE_POINTS = 200  # a smoothed line of more points looks no smoother
+_RAW_POINTS = 2000  # more raw points than pixels only slow the drawing
+
+
+def curves(path: Path, history: Mapping[str, Sequence[float] | np.ndarray]) -> None:
+    """Draw how a training went: losses, accuracy, learning rate and speed.
+
+    Args:
+        path: the PNG file to write.
+        history: arrays by name. Of length S: `step`, `loss/cross_entropy`, `loss/triplet`,
+            `loss/penalty`, `learning_rate`, `images_per_second`. Of length E: `epoch`, `mAP`,
+            `rank-1`, `mINP`, fractions from 0 to 1. Any may be missing or empty; values that are
+            not finite are left out.
+    """
+    data = {name: np.asarray(values, dtype=np.float64) for name, values in history.items()}
+    steps, epochs = len(data.get("step", ())), len(data.get("epoch", ()))
+    note = f"{style.count(steps, 'recorded step')}, {style.count(epochs, 'evaluation')}"
+    figure = style.new_figure(10, 6.6, "Training curves", note)
+    grid = figure.subplots(2, 2, height_ratios=(3, 2))
+    _losses(grid[0, 0], data)
+    _accuracy(grid[0, 1], data)
+    _learning_rate(grid[1, 0], data)
+    _speed(grid[1, 1], data)
+    figure.align_labels()
+    style.save(figure, path)
+
+
+def _losses(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
+    style.panel(axes, "Parts of the loss", "log scale", x="step", y="loss")
+    ends = []
+    for name, (label, colour) in _LOSSES.items():
+        x, y = _points(data, "step", name, positive=True)
+        if not len(x):
+            continue
+        line_x, line_y = _smoothed(x, y)
+        _raw(axes, x, y, colour)
+        axes.plot(line_x, line_y, color=colour, linewidth=1.6, marker=_marker(line_x))
+        ends.append((line_y[-1], f"{label} {line_y[-1]:.3g}", colour))
+    if not ends:
+        style.blank(axes, "no loss recorded")
+        return
+    _log_axis(axes)
+    _fit_time(axes, data, "step")
+    _label_ends(axes, ends)
+
+
+def _accuracy(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
+    x, y = _points(data, "epoch", "mAP")
+    note = f"best mAP {y.max():.1%} at epoch {x[y.argmax()]:,.0f}" if len(x) else ""
+    style.panel(axes, "Accuracy", note, x="epoch", y="score (%)")
+    ends = []
+    for name, (label, colour) in _ACCURACIES.items():
+        epoch, value = _points(data, "epoch", name)
+        if not len(epoch):
+            continue
+        marker = "o" if len(epoch) <= 40 else None
+        axes.plot(
+            epoch,
+            100 * value,
+            color=colour,
+            linewidth=1.6,
+            marker=marker,
+            markersize=3.5,
+            clip_on=False,
+        )
+        ends.append((100 * value[-1], f"{label} {value[-1]:.1%}", colour))
+    if not ends:
+        style.blank(axes, "no evaluation recorded")
+        return
+    if len(x):
+        best = y.argmax()
+        ring = {"marker": "o", "markersize": 8, "fillstyle": "none", "clip_on": False}
+        axes.plot(x[best], 100 * y[best], color=style.BLUE, markeredgewidth=1.4, **ring)
+    axes.set_ylim(0, min(100.0, axes.get_ylim()[1] * 1.04))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=style.ROUND))
+    _fit_time(axes, data, "epoch")
+    _label_ends(axes, ends)
+
+
+def _learning_rate(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
+    x, y = _points(data, "step", "learning_rate", positive=True)
+    note = f"peak {style.number(y.max())}" if len(x) else ""
+    style.panel(axes, "Learning rate", note, x="step", y="learning rate")
+    if not len(x):
+        style.blank(axes, "no learning rate recorded")
+        return
+    axes.plot(x, y, color=style.INK, linewidth=1.4, marker=_marker(x), drawstyle="steps-post")
+    _log_axis(axes)
+    _fit_time(axes, data, "step")
+
+
+def _speed(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
+    x, y = _points(data, "step", "images_per_second")
+    note = f"median {np.median(y):,.4g} images/s" if len(x) else ""
+    style.panel(axes, "Speed", note, x="step", y="images/s")
+    if not len(x):
+        style.blank(axes, "no speed recorded")
+        return
+    line_x, line_y = _smoothed(x, y)
+    _raw(axes, x, y, style.GREEN)
+    axes.plot(line_x, line_y, color=style.GREEN, linewidth=1.6, marker=_marker(line_x))
+    axes.set_ylim(0, 1.15 * np.quantile(y, 0.99) or 1)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=style.ROUND))
+    axes.yaxis.set_major_formatter(FuncFormatter(style.plain))
+    _fit_time(axes, data, "step")
+
+
+def _points(
+    data: Mapping[str, np.ndarray], time: str, name: str, positive: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The finite (and for a log axis positive) points of one series."""
+    x, y = data.get(time, np.empty(0)), data.get(name, np.empty(0))
+    if not len(x) or not len(y):
+        return np.empty(0), np.empty(0)
+    keep = np.isfinite(y) & ((y > 0) | (not positive))
+    return x[keep], y[keep]
+
+
+def _smoothed(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A centred running median over a twenty-fifth of the points: no lag, and spikes stay out."""
+    half = len(x) // 50
+    centres = np.unique(np.linspace(0, len(x) - 1, min(len(x), _LINE_POINTS)).astype(int))
+    line = [np.median(y[max(0, centre - half) : centre + half + 1]) for centre in centres]
+    return x[centres], np.asarray(line)
+
+
+def _raw(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str) -> None:
+    stride = max(1, len(x) // _RAW_POINTS)
+    axes.plot(x[::stride], y[::stride], color=colour, alpha=0.25, linewidth=0.8)
+
+
+def _marker(x: np.ndarray) -> str | None:
+    return "o" if len(x) == 1 else None  # a line of one point is invisible
+
+
+def _fit_time(axes: Axes, data: Mapping[str, np.ndarray], name: str) -> None:
+    style.time_axis(axes, data[name])
+
+
+def _log_axis(axes: Axes) -> None:
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    # Over few decades, powers of ten alone would leave a tick or two.
+    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0, 3.0) if high / low < 3000 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Name each line at its right end instead of in a legend, without overlaps."""
+    to_axes = axes.transScale + axes.transLimits
+    wanted = [to_axes.transform((0, value))[1] for value, _, _ in ends]
+    for y, (_, label, colour) in zip(style.spread(wanted, 0.065, 0, 1), ends, strict=True):
+        axes.text(
+            1.035, y, label, transform=axes.transAxes, va="center", size=style.TEXT, color=colour
+        )

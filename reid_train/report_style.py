@@ -1,0 +1,171 @@
+"""One look for every picture of a run: palette, type, axes, and how a file is written.
+
+Figures are made through matplotlib's object API on an Agg canvas: no pyplot, no rcParams, so
+pictures can be drawn from any thread and leave no global state behind.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from scipy.optimize import isotonic_regression
+
+DPI = 144  # a 10 inch picture is 1440 pixels wide: sharp on a dense screen at half that size
+
+INK = "#1f2933"
+MUTED = "#6b7785"
+FAINT = "#c5ccd4"
+GRID = "#e8ebef"
+PAPER = "#ffffff"
+BLUE = "#3a6ea5"
+ORANGE = "#d9822b"
+GREEN = "#218c6b"
+PURPLE = "#8a569e"
+RED = "#cf3f4d"
+
+ROUND = (1, 2, 2.5, 5, 10)  # ticks fall on these
+
+TITLE, PANEL, TEXT, SMALL = 13.0, 9.5, 8.0, 7.0  # points
+
+
+def new_figure(width: float, height: float, title: str, note: str) -> Figure:
+    """A blank figure of `width` × `height` inches with a heading in its top left corner."""
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    # The layout knows nothing of the heading: its room is cut off beforehand.
+    below_heading = (0, 0, 1, 1 - 0.66 / height)
+    engine = ConstrainedLayoutEngine(
+        w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.05, rect=below_heading
+    )
+    figure.set_layout_engine(engine)
+    heading(figure, title, note, left=0.14, top=0.17)
+    return figure
+
+
+def heading(figure: Figure, title: str, note: str, left: float, top: float) -> None:
+    """Write a title and a line under it, `left` and `top` inches from the corner."""
+    width, height = figure.get_size_inches()
+    x, y = left / width, 1 - top / height
+    figure.text(x, y, title, va="top", size=TITLE, weight="bold", color=INK)
+    figure.text(x, y - 0.27 / height, note, va="top", size=TEXT + 0.5, color=MUTED)
+
+
+def panel(axes: Axes, title: str, note: str = "", x: str = "", y: str = "") -> None:
+    """Give axes the common look; `title` and `note` stand above, `x` and `y` name the axes."""
+    axes.set_title(title, loc="left", size=PANEL, weight="bold", color=INK, pad=8)
+    axes.set_title(note, loc="right", size=TEXT, color=MUTED, pad=8)
+    axes.set_xlabel(x, size=TEXT, color=MUTED)
+    axes.set_ylabel(y, size=TEXT, color=MUTED)
+    axes.tick_params(which="both", length=0, pad=5, labelsize=SMALL, labelcolor=MUTED)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def time_axis(axes: Axes, time: np.ndarray, ticks: int = 6) -> None:
+    """Fit the x axis to `time`, whole steps or epochs, with thousands separated."""
+    low, high = float(time.min()), float(time.max())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if low == high:
+        axes.set_xlim(low - 1, high + 1)
+        axes.set_xticks([low])
+        return
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=ROUND))
+
+
+def plain(value: float, _: int | None = None) -> str:
+    """A tick's number, without trailing zeros and with a real minus sign."""
+    return f"{value:,.7g}".replace("-", "−")
+
+
+def number(value: float) -> str:
+    """0.0002 as 2·10⁻⁴, and numbers from 0.01 to 10,000 plainly, to three digits or four."""
+    if value == 0 or 0.01 <= abs(value) < 10_000:
+        return f"{value:,.4g}".replace("-", "−")
+    mantissa, exponent = f"{value:.2e}".split("e")
+    power = f"10{superscript(int(exponent))}"
+    return power if mantissa == "1.00" else f"{float(mantissa):g}·{power}".replace("-", "−")
+
+
+def superscript(exponent: int) -> str:
+    """An exponent in small raised digits."""
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def count(number: int, noun: str) -> str:
+    """`1 step`, `2,000 steps`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def blank(axes: Axes, message: str) -> None:
+    """Say in the middle of empty axes why nothing is drawn."""
+    axes.text(
+        0.5,
+        0.5,
+        message,
+        transform=axes.transAxes,
+        ha="center",
+        va="center",
+        size=TEXT,
+        color=MUTED,
+    )
+    axes.grid(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
+    """Move labels apart until neighbours are `gap` away, each as little as possible.
+
+    Least squares under an order with gaps is isotonic regression once the gaps are taken off.
+
+    Args:
+        wanted: (N,) positions, in any order.
+        gap: smallest distance; made smaller where N labels would not fit otherwise.
+        low: smallest position.
+        high: largest position.
+
+    Returns:
+        (N,) float64 positions, in the order of `wanted`.
+    """
+    if not len(wanted):
+        return np.empty(0)
+    order = np.argsort(wanted, kind="stable")
+    gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
+    gaps = gap * np.arange(len(wanted))
+    free = isotonic_regression(np.asarray(wanted, dtype=np.float64)[order] - gaps).x
+    placed = np.empty(len(wanted))
+    placed[order] = np.clip(free, low, high - gaps[-1]) + gaps
+    return placed
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Render `figure` as a PNG file."""
+    buffer = io.BytesIO()
+    # Without the version of matplotlib in it, the same data gives the same bytes.
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    write_file(path, buffer.getvalue())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,346 @@
+"""Pictures and report of a run: what is drawn, what is written, what is let in."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+from PIL import Image
+from rich.console import Console
+
+from data_shards.errors import DataError
+from reid_train import report, report_style
+from reid_train.report_factor_map import groups, kind_of
+from reid_train.report_ranks import FRAME, RIGHT, WRONG, layout
+
+NAMES = [
+    "backbone.conv1.weight",
+    "backbone.bn1.weight",
+    "backbone.bn1.bias",
+    "backbone.layer1.0.conv1.weight",
+    "backbone.layer1.0.downsample.1.weight",
+    "head.weight",
+    "head.bias",
+]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def rgb(colour: str) -> np.ndarray:
+    return np.round(255 * np.asarray(to_rgb(colour))).astype(np.uint8)
+
+
+def draw_ranks(path: Path, shape: tuple[int, int], correct: list[list[bool]]) -> None:
+    image = np.full((*shape, 3), 90, np.uint8)
+    report.rank_list(
+        path,
+        [image] * len(correct),
+        [[image] * len(row) for row in correct],
+        correct,
+        query_pid=range(len(correct)),
+        query_camid=[1] * len(correct),
+        gallery_camid=[[2] * len(row) for row in correct],
+        similarity=[[0.5] * len(row) for row in correct],
+    )
+
+
+def history(steps: int, epochs: int) -> dict[str, np.ndarray]:
+    by_step = ("loss/cross_entropy", "loss/triplet", "loss/penalty", "learning_rate")
+    columns = {name: np.linspace(3, 1, steps) for name in (*by_step, "images_per_second")}
+    scores = {name: np.linspace(0, 0.5, epochs) for name in ("mAP", "rank-1", "mINP")}
+    return {"step": np.arange(steps), **columns, "epoch": np.arange(epochs), **scores}
+
+
+def decaying(steps: int, tensors: int) -> np.ndarray:
+    pace = np.linspace(0.9, 1.1, tensors)
+    return (0.0025 * np.exp(-np.linspace(0, 1, steps)[:, None] * pace)).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(384, 128), (64, 64), (40, 160)])
+def test_frames_are_green_where_right_and_red_where_wrong(tmp_path, shape):
+    correct = [[True, False, True], [False, False, True]]
+    draw_ranks(tmp_path / "ranks.png", shape, correct)
+    picture = pixels(tmp_path / "ranks.png")
+    image = np.zeros((*shape, 3), np.uint8)
+    grid = layout([image] * 2, [[image] * 3] * 2)
+    for row, answers in enumerate(correct):
+        for column, right in enumerate(answers):
+            left, top = grid.cell(row, column + 1)
+            frame = picture[top + grid.height // 2, left - FRAME : left]
+            assert (frame == rgb(RIGHT if right else WRONG)).all()
+
+
+def test_right_and_wrong_differ_in_more_than_colour(tmp_path):
+    marks = []
+    for right in (True, False):
+        draw_ranks(tmp_path / "ranks.png", (64, 64), [[right]])
+        image = np.zeros((64, 64, 3), np.uint8)
+        grid = layout([image], [[image]])
+        left, top = grid.cell(0, 1)
+        x = left + grid.width
+        badge = pixels(tmp_path / "ranks.png")[top - 8 : top + 12, x - 12 : x + 8]
+        marks.append((badge > 240).all(axis=2))
+    assert marks[0].any()
+    assert (marks[0] != marks[1]).sum() > 20
+
+
+def test_image_of_another_shape_is_shown_whole(tmp_path):
+    wide = np.full((20, 40, 3), 200, np.uint8)
+    wide[:, 0] = wide[:, -1] = (255, 0, 0)
+    tall = np.zeros((80, 40, 3), np.uint8)
+    scores = {"gallery_camid": [[1]], "similarity": [[0.1]]}
+    path = tmp_path / "ranks.png"
+    report.rank_list(path, [tall], [[wide]], [[True]], query_pid=[1], query_camid=[1], **scores)
+    grid = layout([tall], [[wide]])
+    left, top = grid.cell(0, 1)
+    middle = pixels(path)[top + grid.height // 2].astype(int)
+    for x in (left, left + grid.width - 1):
+        assert middle[x, 0] > middle[x, 1] + 50
+
+
+def test_rows_may_be_short_and_queries_absent(tmp_path):
+    draw_ranks(tmp_path / "short.png", (64, 64), [[True, False], [True], []])
+    draw_ranks(tmp_path / "none.png", (64, 64), [])
+    assert pixels(tmp_path / "short.png").std() > pixels(tmp_path / "none.png").std() > 0
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(0, 0), (1, 1), (1, 0), (2, 1), (20, 4)])
+def test_curves_of_any_length_are_drawn(tmp_path, steps, epochs):
+    report.curves(tmp_path / "curves.png", history(steps, epochs))
+    assert pixels(tmp_path / "curves.png").shape[1] == 1440
+
+
+def test_curves_of_a_diverged_run_are_drawn(tmp_path):
+    diverged = {name: column.astype(float) for name, column in history(10, 3).items()}
+    diverged["loss/triplet"][4:] = np.nan
+    diverged["loss/penalty"][:] = 0
+    diverged["loss/cross_entropy"][5] = np.inf
+    report.curves(tmp_path / "curves.png", diverged)
+    report.curves(tmp_path / "no_loss.png", {"step": np.arange(3)})
+
+
+def test_smoothed_line_ignores_a_spike(tmp_path):
+    steady = history(500, 2)
+    steady["images_per_second"] = np.full(500, 400.0)
+    spiked = {name: column.copy() for name, column in steady.items()}
+    spiked["images_per_second"][250] = 1.0
+    report.curves(tmp_path / "steady.png", steady)
+    report.curves(tmp_path / "spiked.png", spiked)
+    change = np.abs(pixels(tmp_path / "steady.png").astype(int) - pixels(tmp_path / "spiked.png"))
+    assert 20 < change.max() < 80  # the faint raw line has moved, the strong one has not
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 20])
+def test_factors_over_any_number_of_steps_are_drawn(tmp_path, steps):
+    report.factors(tmp_path / "f.png", NAMES, np.arange(steps), decaying(steps, len(NAMES)))
+    assert pixels(tmp_path / "f.png").shape[1] == 1440
+
+
+@pytest.mark.parametrize("fill", [0.0, 0.0025, np.nan])
+def test_factors_that_never_move_are_drawn(tmp_path, fill):
+    values = np.full((5, len(NAMES)), fill, np.float32)
+    report.factors(tmp_path / "f.png", NAMES, np.arange(5), values)
+    assert (tmp_path / "f.png").exists()
+
+
+def test_hardly_moving_factors_do_not_look_like_a_great_change(tmp_path):
+    def colours(decay: float) -> float:
+        fall = np.linspace(0, decay, 50, dtype=np.float32)[:, None]
+        values = np.repeat(np.float32(0.0025) * (1 - fall), len(NAMES), axis=1)
+        report.factors(tmp_path / "f.png", NAMES, np.arange(50), values)
+        the_map = pixels(tmp_path / "f.png")[300:800, 220:640].astype(float)
+        return float(np.abs(the_map[:, 0] - the_map[:, -1]).mean())
+
+    assert colours(1e-5) < 10 < 60 < colours(0.02)
+
+
+def test_full_size_factors_are_drawn_in_seconds_and_a_small_file(tmp_path):
+    names = [f"backbone.layer{1 + i // 50}.{i % 50 // 3}.conv{i % 3}.weight" for i in range(202)]
+    began = time.perf_counter()
+    report.factors(tmp_path / "f.png", names, np.arange(5000), decaying(5000, 202))
+    assert time.perf_counter() - began < 6  # 0.4 s on an idle core
+    assert (tmp_path / "f.png").stat().st_size < 1_500_000
+
+
+def test_factors_round_trip_exactly(tmp_path):
+    steps, values = np.array([0, 7, 40]), decaying(3, len(NAMES))
+    report.save_factors(tmp_path / "factors.parquet", NAMES, steps, values)
+    loaded = report.load_factors(tmp_path / "factors.parquet")
+    assert loaded.names == tuple(NAMES)
+    assert loaded.steps.dtype == np.int64
+    assert loaded.values.dtype == np.float32
+    np.testing.assert_array_equal(loaded.steps, steps)
+    np.testing.assert_array_equal(loaded.values, values)
+
+
+def test_factors_of_a_run_without_steps_round_trip(tmp_path):
+    report.save_factors(tmp_path / "factors.parquet", NAMES, [], np.zeros((0, 0), np.float32))
+    loaded = report.load_factors(tmp_path / "factors.parquet")
+    assert loaded.values.shape == (0, len(NAMES))
+
+
+def test_slowly_moving_factors_take_less_room_than_their_floats(tmp_path):
+    values = decaying(5000, 50)
+    path = tmp_path / "factors.parquet"
+    report.save_factors(path, [f"t{i}" for i in range(50)], np.arange(5000), values)
+    assert path.stat().st_size < 0.75 * values.nbytes
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and then nothing", None])
+def test_damaged_or_missing_factors_are_a_data_error(tmp_path, content):
+    path = tmp_path / "factors.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        report.load_factors(path)
+
+
+def test_factors_of_the_wrong_shape_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\(3, 7\)"):
+        report.save_factors(tmp_path / "f", NAMES, range(3), np.zeros((3, 6), np.float32))
+    with pytest.raises(ValueError, match="kernel, bias, gamma, beta"):
+        report.factors(tmp_path / "f", ["a"], [0], np.zeros((1, 1)), kinds=["weight"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_kinds_are_told_from_names():
+    kinds = ["kernel", "gamma", "beta", "kernel", "gamma", "kernel", "bias"]
+    assert [kind_of(name) for name in NAMES] == kinds
+
+
+def test_tensors_are_grouped_by_stage_and_only_a_crowded_group_is_split():
+    runs = groups(NAMES)
+    assert [run[0] for run in runs] == ["backbone.conv1", "backbone.bn1", "backbone.layer1", "head"]
+    assert [end - first for _, first, end in runs] == [1, 2, 2, 2]
+
+
+@given(st.lists(st.sampled_from([*NAMES, "weight", "a.b.c.d.e", ""]), max_size=60))
+def test_groups_cover_every_tensor_once(names):
+    ends = [0]
+    for _, first, end in groups(names):
+        assert first == ends[-1] < end
+        ends.append(end)
+    assert ends[-1] == len(names)
+
+
+@given(st.lists(st.floats(-1, 2), max_size=30), st.floats(0.001, 0.2))
+def test_labels_are_spread_without_overlap_and_in_order(wanted, gap):
+    placed = report_style.spread(wanted, gap, 0, 1)
+    assert len(placed) == len(wanted)
+    assert (placed >= -1e-9).all()
+    assert (placed <= 1 + 1e-9).all()
+    order = np.argsort(wanted, kind="stable")
+    room = min(gap, 1 / max(len(wanted) - 1, 1))
+    assert (np.diff(placed[order]) >= room - 1e-9).all()
+
+
+def test_labels_with_room_stay_where_they_are_wanted():
+    np.testing.assert_allclose(report_style.spread([0.7, 0.1], 0.1, 0, 1), [0.7, 0.1])
+
+
+class Sources(HTMLParser):
+    """Collects tags, links and text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def write_page(folder: Path, text: str) -> Sources:
+    report.curves(folder / "curves.png", {})
+    report.html(
+        folder / "report.html",
+        text,
+        [report.Row(text, 0.1, 0.5)],
+        [report.Picture(folder / "curves.png", text)],
+        {text: [text, Path("x")]},
+        facts={text: text},
+    )
+    return Sources((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_page_needs_nothing_from_outside(tmp_path):
+    page = write_page(tmp_path, "run")
+    assert len(page.sources) == 1
+    assert page.sources[0].startswith("data:image/png;base64,")
+    assert "url(" not in page.text
+    assert not {"script", "link", "iframe"} & set(page.tags)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=20))
+@pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", '"><img src=x onerror=y>'])
+def test_page_escapes_whatever_it_is_given(tmp_path_factory, hostile, text):
+    page = write_page(tmp_path_factory.mktemp("page"), text + hostile)
+    assert page.tags.count("img") == 1
+    assert "script" not in page.tags
+    assert hostile in page.text
+
+
+def test_page_shows_the_configuration_as_json(tmp_path):
+    page = write_page(tmp_path, "run")
+    start = page.text.index("Configuration") + len("Configuration")
+    assert json.loads(page.text[start:]) == {"run": ["run", "x"]}
+
+
+def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report_style.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report.html(path, "run", [], [], {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+    assert path.read_text() == "old"
+
+
+def test_same_data_gives_the_same_picture(tmp_path):
+    for name in ("a.png", "b.png"):
+        report.curves(tmp_path / name, history(20, 3))
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("row", "cells"),
+    [
+        (report.Row("mAP", 0.021, 0.594), ("2.1%", "59.4%", "+57.3")),
+        (report.Row("mAP", 0.5, 0.4), ("50.0%", "40.0%", "−10.0")),
+        (report.Row("images/s", None, 1234.5, ""), ("–", "1,234", "–")),
+        (report.Row("mINP", float("nan"), 0.1), ("–", "10.0%", "–")),
+        (report.Row("time", 2.0, 2.0, "s"), ("2 s", "2 s", "±0 s")),
+    ],
+)
+def test_row_is_printed_with_its_unit_and_change(row, cells):
+    assert row.cells() == cells
+
+
+def test_summary_prints_every_metric_and_no_markup(tmp_path):
+    console = Console(file=io.StringIO(), width=80)
+    report.print_summary(console, [report.Row("[red]mAP", 0.1, 0.5)], title="[bold]run")
+    printed = console.file.getvalue()
+    for text in ("[bold]run", "[red]mAP", "10.0%", "50.0%", "+40.0"):
+        assert text in printed
