@@ -245,22 +245,38 @@ def _add_scaled_weights(weights: Sequence[nn.Parameter], scales: Tensor) -> Tens
     chosen: list[Tensor] = [weights[i] for i in trainable]
     gradients = [_gradient(weights[i]) for i in trainable]
     if scales.device.type == "cpu":
-        # One pass a tensor, not one pass a list: the norm leaves the weight in the cache for the
+        # Tensor by tensor and not list by list: the norm leaves the weight in the cache for the
         # sum. (On the CPU the list operations are loops, too.)
         norms = []
         values = scales.tolist()
         for i, weight, gradient in zip(trainable, chosen, gradients, strict=True):
-            norms.append(torch.linalg.vector_norm(weight, dtype=torch.float32))
+            norms.append(_norm(weight))
             gradient.add_(weight, alpha=values[i])
     else:
         # The factors stay on the device, as tensors of no dimension: nothing waits for them.
-        by_tensor = scales.unbind()
+        factors = scales.unbind()
         norms = torch._foreach_norm(chosen, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_addcmul_(  # pyright: ignore[reportPrivateImportUsage]
-            gradients, chosen, [by_tensor[i] for i in trainable]
+            gradients, chosen, [factors[i] for i in trainable]
         )
-    zero, found = scales.new_zeros(()), iter(norms)
-    return torch.stack([next(found) if w.requires_grad else zero for w in weights]).square_()
+    if len(chosen) < len(weights):
+        zero, found = scales.new_zeros(()), iter(norms)
+        norms = [next(found) if weight.requires_grad else zero for weight in weights]
+    return torch.stack(list(norms)).square_()
+
+
+def _norm(weight: Tensor) -> Tensor:
+    """Return ‖w‖ of a tensor on the CPU, a float32 scalar.
+
+    By rows, because the CPU's norm adds all elements up in a few float32 lanes: over the 19 million
+    of a reduction convolution it is 0.1 % too small, and slower.
+    """
+    if weight.ndim < 2:
+        return torch.linalg.vector_norm(weight, dtype=torch.float32)
+    # Moving the channels to the end flattens a channels_last weight without a copy.
+    rows = weight if weight.is_contiguous() else weight.movedim(1, -1)
+    by_row = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float32)
+    return torch.linalg.vector_norm(by_row)
 
 
 def _gradient(weight: nn.Parameter) -> Tensor:

@@ -1,0 +1,48 @@
+"""The collective that gradients flow through, for losses over the global batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of data-parallel workers; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """Return all ranks' tensors, concatenated in rank order along the first dimension.
+
+    The gradient of a rank's part is the sum of what all ranks ask of it. So a loss that is a mean
+    over each rank's own anchors, with candidates gathered by this function, has after DDP's
+    averaging the gradient that one process has with the whole batch.
+
+    Args:
+        tensor: (B, …), of the same shape and dtype on every rank.
+
+    Returns:
+        (B · world size, …); the tensor itself when there is one process.
+    """
+    if world_size() == 1:
+        return tensor
+    return _Gather.apply(tensor)  # type: ignore[return-value]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # gloo knows no reduce-scatter; embeddings are small.
+        gradient = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
