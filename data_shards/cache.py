@@ -189,13 +189,11 @@ class ShardCache:
     def _touch(self, shard: ShardInfo) -> bool:
         """Whether the shard is there with its size; marks it as just used."""
         path = self._target(shard)
-        try:
-            if path.stat().st_size != shard.bytes:
-                return False
-            os.utime(path)
-        except FileNotFoundError:
-            return False
-        return True
+        with disk_errors(self.folder), contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size == shard.bytes:
+                os.utime(path)
+                return True
+        return False
 
     def _fetch(self, shard: ShardInfo) -> None:
         target, part = self._target(shard), self.folder / f"{shard.sha256}.part"
