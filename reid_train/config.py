@@ -181,7 +181,7 @@ class TrackingConfig(Section):
     """MLflow: where runs are tracked and models registered."""
 
     uri: str | None = None
-    """MLflow; None takes MLFLOW_TRACKING_URI, or SQLite beside a local output; 'off' is none."""
+    """MLflow; None takes MLFLOW_TRACKING_URI, or SQLite beside the output; 'off' is none."""
     experiment: str = "reid"
     """MLflow experiment."""
     model_name: str | None = None

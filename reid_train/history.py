@@ -5,20 +5,27 @@ It travels in every checkpoint, so a resumed run's curves are whole.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 
 @dataclass
 class History:
-    """Columns of equal length: one row a recorded step, one row an evaluation, one row of λ."""
+    """Columns of equal length: one row a recorded step, one row an evaluation, one row of λ.
+
+    `tensor_names` and `tensor_kinds` say what the columns of λ belong to.
+    """
 
     steps: dict[str, list[float]] = field(default_factory=dict)
     evaluations: dict[str, list[float]] = field(default_factory=dict)
+    tensor_names: list[str] = field(default_factory=list)
+    tensor_kinds: list[str] = field(default_factory=list)
     factor_steps: list[int] = field(default_factory=list)
     factor_rows: list[np.ndarray] = field(default_factory=list)
 
@@ -40,11 +47,9 @@ class History:
         rows = np.stack(self.factor_rows) if self.factor_rows else np.zeros((0, 0), np.float32)
         return np.asarray(self.factor_steps, np.int64), rows
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Step and evaluation columns as float64 arrays, for the curves."""
-        return {
-            name: np.asarray(column) for name, column in (self.steps | self.evaluations).items()
-        }
+    def columns(self) -> dict[str, list[float]]:
+        """Step and evaluation columns together, for the curves."""
+        return self.steps | self.evaluations
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file."""
@@ -56,13 +61,18 @@ class History:
         }
         tensors["factors/step"] = torch.from_numpy(steps)
         tensors["factors/value"] = torch.from_numpy(factors)
-        save_file(tensors, path)
+        names = {"names": self.tensor_names, "kinds": self.tensor_kinds}
+        save_file(tensors, path, metadata={"tensors": json.dumps(names)})
 
     @classmethod
     def load(cls, path: Path) -> History:
         """Read what `save` wrote."""
         tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            described = json.loads(file.metadata()["tensors"])
         history = cls(
+            tensor_names=described["names"],
+            tensor_kinds=described["kinds"],
             factor_steps=tensors.pop("factors/step").tolist(),
             factor_rows=list(tensors.pop("factors/value").numpy()),
         )

@@ -71,6 +71,11 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
         progress, history = saved.progress, saved.history()
         logger.info("continuing at epoch %d, step %d", progress.epoch, progress.step)
 
+    if regularizer is not None:
+        history.tensor_names, history.tensor_kinds = (
+            list(regularizer.names),
+            list(regularizer.kinds),
+        )
     run = _Run(config, dataset, worker, origin, model, regularizer, progress, history)
     if config.evaluation.initial and progress.global_step == 0:
         run.validate()

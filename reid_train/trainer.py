@@ -123,15 +123,58 @@ def same_training(old: TrainConfig, new: TrainConfig) -> None:
         )
 
 
-def fit(
-    config: TrainConfig, run_id: str | None, *, resume: bool, console: Console
-) -> ray.train.Result:
-    """Train on a Ray cluster (the one at hand, or a local one that this starts).
+def claim(config: TrainConfig, dataset: Dataset, saved: Run | None) -> None:
+    """Take the run's folder, or check that a resumed run is the same as before.
 
     Args:
         config: as `prepare` returned it.
+        dataset: what it trains on.
+        saved: the run that is resumed; None for a new one.
+
+    Raises:
+        ConfigError: the name is taken, or the resumed run had other settings.
+        DataError: the resumed run had another dataset.
+    """
+    run = Run(config, dataset.manifest.digest, None)
+    if saved is not None:
+        same_training(saved.config, config)
+        if saved.manifest_digest != run.manifest_digest:
+            raise DataError(
+                f"run {config.name} was trained on the dataset with manifest "
+                f"{saved.manifest_digest[:12]}, but {config.data} has "
+                f"{run.manifest_digest[:12]}: give it that dataset, or start a new run"
+            )
+        return
+    try:
+        _write(run, create_once=True)
+    except ObjectExists as error:
+        raise ConfigError(
+            f"run {config.name} exists in {config.output}: continue it with --resume, or give "
+            "another --name"
+        ) from error
+
+
+def record(run: Run) -> None:
+    """Write `run.json` anew, once it is known where the run is tracked."""
+    _write(run)
+
+
+def _write(run: Run, *, create_once: bool = False) -> None:
+    storage = open_storage(run.config.output)
+    storage.write(f"{run.config.name}/run.json", run.to_json(), create_once=create_once)
+
+
+def fit(
+    config: TrainConfig, dataset: Dataset, run_id: str | None, *, console: Console
+) -> ray.train.Result:
+    """Train on a Ray cluster (the one at hand, or a local one that this starts).
+
+    A run of that name which has checkpoints goes on from the last one.
+
+    Args:
+        config: as `prepare` returned it.
+        dataset: what it trains on; every worker checks that it opens the same.
         run_id: MLflow run to log to, if any.
-        resume: continue the run of that name.
         console: where progress is shown.
 
     Returns:
@@ -140,8 +183,6 @@ def fit(
     Raises:
         ReidError: what a worker raised on purpose, or what made the run fail.
     """
-    dataset = Dataset.open(config.data)
-    _claim(config, dataset, run_id, resume)
     start_ray(config.workers)
     use_gpu = _use_gpu(config)
     board = Board.remote()  # type: ignore[attr-defined]
@@ -187,7 +228,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
     dataset = Dataset.open(config.data)
     if dataset.manifest.digest != settings["manifest_digest"]:
         raise DataError(f"{config.data} changed while the run was going on")
-    tracker = Tracker(config.tracking.uri, settings["run_id"] if rank == 0 else None)
+    run_id = settings["run_id"] if rank == 0 else None
+    tracker = Tracker(config.tracking.uri if run_id else None, run_id=run_id)
     worker = Worker(
         rank=rank,
         world=context.get_world_size(),
@@ -197,13 +239,15 @@ def _train_worker(settings: dict[str, Any]) -> None:
         log=tracker.log,
         show=lambda state: board.show.remote(state),
     )
-    with tracker:
+    try:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             train(config, dataset, worker)
         else:
             with checkpoint.as_directory() as folder:
                 train(config, dataset, worker, Path(folder))
+    finally:
+        tracker.close()
 
 
 def _report(metrics: dict[str, float], folder: Path | None) -> None:
@@ -249,30 +293,6 @@ def _explained(error: TrainingFailedError, config: TrainConfig) -> ReidError:
         f"training failed more than {config.checkpoint.max_failures} times, last with: {text[-1]}. "
         f"Continue with --resume --name {config.name} --output {config.output}"
     )
-
-
-def _claim(config: TrainConfig, dataset: Dataset, run_id: str | None, resume: bool) -> None:
-    """Write `run.json`, or check that the resumed run is the same."""
-    storage, key = open_storage(config.output), f"{config.name}/run.json"
-    run = Run(config, dataset.manifest.digest, run_id)
-    if resume:
-        saved = Run.read(config.output, config.name or "")
-        same_training(saved.config, config)
-        if saved.manifest_digest != run.manifest_digest:
-            raise DataError(
-                f"run {config.name} was trained on the dataset with manifest "
-                f"{saved.manifest_digest[:12]}, but {config.data} has "
-                f"{run.manifest_digest[:12]}: give it that dataset, or start a new run"
-            )
-        storage.write(key, run.to_json())
-        return
-    try:
-        storage.write(key, run.to_json(), create_once=True)
-    except ObjectExists as error:
-        raise ConfigError(
-            f"run {config.name} exists in {config.output}: continue it with --resume, or give "
-            "another --name"
-        ) from error
 
 
 def _use_gpu(config: TrainConfig) -> bool:

@@ -82,9 +82,16 @@ def validate(
     rank_list = {
         "query": rows,
         "gallery": matches,
-        "average_precision": result.average_precision[rows],
+        "similarity": _cosine(found[rows], base[matches]),
     }
     return Validation(result.summary(), rank_list)
+
+
+def _cosine(query: np.ndarray, matches: np.ndarray) -> np.ndarray:
+    """Cosine similarity (q, k) of queries (q, D) and their matches (q, k, D)."""
+    products = np.einsum("qd,qkd->qk", query, matches)
+    lengths = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(matches, axis=2)
+    return products / np.maximum(lengths, 1e-12)
 
 
 def _spread(average_precision: np.ndarray) -> np.ndarray:

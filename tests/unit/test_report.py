@@ -18,9 +18,10 @@ from PIL import Image
 from rich.console import Console
 
 from data_shards.errors import DataError
-from reid_train import report, report_style
-from reid_train.report_factor_map import groups, kind_of
-from reid_train.report_ranks import FRAME, RIGHT, WRONG, layout
+from reid_train import report
+from reid_train.report import style
+from reid_train.report.factor_map import groups, kind_of
+from reid_train.report.ranks import FRAME, RIGHT, WRONG, layout
 
 NAMES = [
     "backbone.conv1.weight",
@@ -236,7 +237,7 @@ def test_groups_cover_every_tensor_once(names):
 
 @given(st.lists(st.floats(-1, 2), max_size=30), st.floats(0.001, 0.2))
 def test_labels_are_spread_without_overlap_and_in_order(wanted, gap):
-    placed = report_style.spread(wanted, gap, 0, 1)
+    placed = style.spread(wanted, gap, 0, 1)
     assert len(placed) == len(wanted)
     assert (placed >= -1e-9).all()
     assert (placed <= 1 + 1e-9).all()
@@ -246,7 +247,7 @@ def test_labels_are_spread_without_overlap_and_in_order(wanted, gap):
 
 
 def test_labels_with_room_stay_where_they_are_wanted():
-    np.testing.assert_allclose(report_style.spread([0.7, 0.1], 0.1, 0, 1), [0.7, 0.1])
+    np.testing.assert_allclose(style.spread([0.7, 0.1], 0.1, 0, 1), [0.7, 0.1])
 
 
 class Sources(HTMLParser):
@@ -311,7 +312,7 @@ def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(report_style.os, "replace", fail)
+    monkeypatch.setattr(style.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         report.html(path, "run", [], [], {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]

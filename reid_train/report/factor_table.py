@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.errors import DataError
-from reid_train.report_style import write_file
+from reid_train.report.style import write_file
 
 
 class Factors(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from reid_train import report_style as style
+from reid_train.report import style as style
 
 _LOSSES = {
     "loss/cross_entropy": ("cross-entropy", style.BLUE),

@@ -1,7 +1,7 @@
 """What a person looks at after a run: pictures, one page, and a table.
 
 Functions take plain arrays and write files; none knows of a model, a dataset or a tracking
-server. This is the door; each kind of picture has its own `report_*` file behind it.
+server. This is the door; each kind of picture has its own file here.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reid_train.report_curves import curves
-from reid_train.report_factor_map import factors
-from reid_train.report_factors import Factors, load_factors, save_factors
-from reid_train.report_page import Picture, Row, html
-from reid_train.report_ranks import rank_list
+from reid_train.report.curves import curves
+from reid_train.report.factor_map import factors
+from reid_train.report.factor_table import Factors, load_factors, save_factors
+from reid_train.report.page import Picture, Row, html
+from reid_train.report.ranks import rank_list
 
 __all__ = [
     "Factors",

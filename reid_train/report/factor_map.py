@@ -12,8 +12,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from reid_train import report_style as style
-from reid_train.report_factors import checked
+from reid_train.report import style as style
+from reid_train.report.factor_table import checked
 
 KINDS = {"kernel": style.BLUE, "bias": style.ORANGE, "gamma": style.GREEN, "beta": style.PURPLE}
 _KIND_LABELS = {"kernel": "kernels", "bias": "biases", "gamma": "γ", "beta": "β"}

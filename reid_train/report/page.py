@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from reid_train.report_style import write_file
+from reid_train.report.style import write_file
 
 
 @dataclass(frozen=True)

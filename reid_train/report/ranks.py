@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.path import Path as Outline
 from PIL import Image
 
-from reid_train import report_style as style
+from reid_train.report import style as style
 
 RIGHT, WRONG = style.GREEN, style.RED
 FRAME = 4  # pixels

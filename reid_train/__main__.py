@@ -1,0 +1,3 @@
+from reid_train.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,124 @@
+"""`python -m reid_train`: train, evaluate, embed, and look models up."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from data_shards.errors import ConfigError, run_command
+from reid_train.config import TrainConfig
+from reid_train.recipes import RECIPES, recipe
+
+HELP = """usage: python -m reid_train COMMAND [options]
+
+  train      train on a sharded dataset, measure it, register it
+  evaluate   measure a model or a file of embeddings: CMC, mAP, mINP, re-ranking
+  embed      write the embeddings of a dataset
+  models     list what is registered
+  recipes    list the named configurations
+
+Each command says what it takes with --help."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train with a recipe's values and any of them overridden; measure, track and register.
+
+    python -m reid_train train --recipe msmt17_resnet50 --data s3://bucket/msmt17 --output s3://runs
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    resume: bool = False
+    """Continue the run --name under --output from its last checkpoint, with its own settings."""
+
+
+def train(arguments: list[str]) -> None:
+    """Parse and run `train`. The recipe, or the run that is resumed, gives the defaults."""
+    from reid_train.run import run
+    from reid_train.trainer import Run
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="msmt17_resnet50")
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--name")
+    first.add_argument("--output")
+    known, _ = first.parse_known_args(arguments)
+    if known.resume:
+        if not (known.name and known.output):
+            raise ConfigError("--resume needs the run's --name and --output")
+        base = Run.read(known.output, known.name).config
+    else:
+        base = recipe(known.recipe)
+    parsed = tyro.cli(
+        Train,
+        default=Train(base),
+        args=arguments,
+        prog="python -m reid_train train",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    run(parsed.config, resume=parsed.resume, console=Console())
+
+
+def recipes(arguments: list[str]) -> None:
+    """List the recipes and what sets them apart."""
+    tyro.cli(lambda: None, args=arguments, prog="python -m reid_train recipes", description="")
+    table = Table("recipe", "backbone", "input", "batch", "epochs", "weights")
+    for name, config in RECIPES.items():
+        batch, optimizer = config.batch, config.optimizer
+        table.add_row(
+            name,
+            config.model.backbone,
+            f"{config.image.height} × {config.image.width}",
+            f"{batch.identities} × {batch.images}",
+            f"{optimizer.frozen_epochs} + {optimizer.epochs}",
+            config.model.weights,
+        )
+    Console().print(table)
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the registered models, their aliases and what they measured."""
+
+    tracking_uri: str | None = None
+    """MLflow tracking URI; by default MLFLOW_TRACKING_URI."""
+
+
+def models(arguments: list[str]) -> None:
+    """List what is registered."""
+    from reid_train.registry import list_models
+
+    parsed = tyro.cli(Models, args=arguments, prog="python -m reid_train models")
+    table = Table("model", "version", "aliases", "mAP", "rank-1", "dataset", "created")
+    for model in list_models(parsed.tracking_uri):
+        table.add_row(*model.row())
+    Console().print(table)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "recipes": recipes,
+    "models": models,
+}
+
+
+def main() -> int:
+    """Run the command that the command line names; return its exit code."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if arguments else 2
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        print(
+            f"error: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr
+        )
+        return 2
+    return run_command(lambda: command(arguments[1:]))

@@ -1,0 +1,68 @@
+"""One training from its configuration to the registered model: the whole of `train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from data_shards.dataset import Dataset
+from reid_train.config import TrainConfig
+from reid_train.publish import Summary, publish, show
+from reid_train.tracking import Tracker, code_commit, local_tracking
+from reid_train.trainer import Run, claim, fit, prepare, record
+
+
+def run(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> Summary:
+    """Train, measure, draw, track and register.
+
+    Args:
+        config: what to do; `data` and `output` are needed.
+        resume: continue the run `config.name` from its last checkpoint.
+        console: where progress and the table are shown.
+
+    Returns:
+        What the run came to.
+
+    Raises:
+        ReidError: anything that the person can mend; nothing that was there is lost.
+    """
+    console = console or Console()
+    config = prepare(config)
+    config = config.replace(tracking__uri=tracking_uri(config))
+    dataset = Dataset.open(config.data)
+    saved = Run.read(config.output, config.name or "") if resume else None
+    claim(config, dataset, saved)
+    with Tracker(
+        None if config.tracking.uri == "off" else config.tracking.uri,
+        config.tracking.experiment,
+        run_name=config.name,
+        run_id=saved.mlflow_run_id if saved else None,
+        system_metrics=False,  # the first worker's are the ones of interest
+    ) as tracker:
+        record(Run(config, dataset.manifest.digest, tracker.run_id))
+        if saved is None:
+            tracker.log_parameters(config.flat())
+        tracker.set_tags(
+            {
+                "manifest_digest": dataset.manifest.digest,
+                "evaluation_digest": dataset.manifest.evaluation_digest,
+                "commit": code_commit(),
+                "ray_job": os.environ.get("RAY_JOB_SUBMISSION_ID"),
+            }
+        )
+        result = fit(config, dataset, tracker.run_id, console=console)
+        summary, rows = publish(config, result, dataset, tracker)
+    show(summary, rows, config, console)
+    return summary
+
+
+def tracking_uri(config: TrainConfig) -> str:
+    """Where to track: as configured, as the environment says, or in a SQLite file.
+
+    The file lies beside a local output, or in the working folder if the output is on S3. Only
+    workers on this machine can reach it: a cluster needs an MLflow server.
+    """
+    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return given or local_tracking(Path() if "://" in config.output else Path(config.output))
