@@ -164,6 +164,7 @@ class ShardCache:
                 if shard.name not in there:
                     self._fetch(shard)
             except Exception as error:
+                log.warning("loading ahead stops: %s", error)
                 with self._guard:
                     self._failure, self._waiting, self._thread = error, [], None
                 return

@@ -149,6 +149,7 @@ def _batches(
             yield Batch(image, label, pid, camid, _int64(rows))
     finally:
         cache.prefetch(())
+        del made  # ends the workers now: an error's traceback would keep them
 
 
 def _int64(values: np.ndarray) -> torch.Tensor:
