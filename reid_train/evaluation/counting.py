@@ -1,0 +1,149 @@
+"""The counting under `ranking`: compiled loops over one block of scores.
+
+A block holds, for a few queries and a stretch of the gallery, approximate scores in float32 (a
+matrix product's). Smaller is closer. An item further from a positive's score than the product
+can be wrong is counted by comparing; the few others are scored again, in float64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+COSINE, EUCLIDEAN, GIVEN = 0, 1, 2
+_STRIP = 256  # gallery items compared at a time: 1 KB of scores, held in the L1 cache
+_FEW = 64  # up to here, comparing a strip with every positive beats searching among them
+
+# Sums may be reordered (that is what lets them use SIMD), always in the same way for one length.
+_SUM = {"reassoc", "contract"}
+
+
+@njit(nogil=True, cache=True, fastmath=_SUM)
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+    total = 0.0
+    for i in range(a.shape[0]):
+        total += np.float64(a[i]) * np.float64(b[i])
+    return total
+
+
+@njit(nogil=True, cache=True, fastmath=_SUM)
+def _squared_distance(a: np.ndarray, b: np.ndarray) -> float:
+    total = 0.0
+    for i in range(a.shape[0]):
+        difference = np.float64(a[i]) - np.float64(b[i])
+        total += difference * difference
+    return total
+
+
+@njit(nogil=True, cache=True)
+def exact_score(metric: int, query: np.ndarray, item: np.ndarray, scale: float) -> float:
+    """A pair's score in float64; `scale` is 1/‖query‖‖item‖ and only the cosine uses it."""
+    if metric == COSINE:
+        return -_dot(query, item) * scale
+    return _squared_distance(query, item)
+
+
+@njit(nogil=True, cache=True)
+def score_pairs(metric, query, block, query_scale, block_scale, rows, columns, out):
+    """Exact scores of listed (query row, block column) pairs into `out` (M,) float64."""
+    for m in range(rows.shape[0]):
+        q, g = rows[m], columns[m]
+        out[m] = exact_score(metric, query[q], block[g], query_scale[q] * block_scale[g])
+
+
+@njit(nogil=True, cache=True)
+def _below_and_upto(scores, low, high):
+    below, upto = np.int32(0), np.int32(0)
+    for i in range(scores.shape[0]):
+        below += np.int32(scores[i] < low)
+        upto += np.int32(scores[i] <= high)
+    return below, upto
+
+
+@njit(nogil=True, cache=True)
+def count_block(
+    scores, first, own_start, own_index, start, key, index, low, high,
+    metric, query, block, query_scale, block_scale, below,
+):  # fmt: skip
+    """Add to `below` how many of a block's gallery items come before each positive.
+
+    Args:
+        scores: (B, W) float32, overwritten: items of the query's own identity become infinite.
+        first: gallery index of the block's first column.
+        own_start, own_index: (B + 1,), (M,) the gallery items of each query's identity.
+        start: (B + 1,) where each row's positives begin in the arrays that follow.
+        key, index: (P,) the positives' exact scores, ascending per row, and gallery indices.
+        low, high: (P,) float32; scores below `low` are surely closer, above `high` surely not.
+        metric, query, block, query_scale, block_scale: what `exact_score` needs.
+        below: (P,) int64, added to.
+    """
+    counted = np.empty(_FEW, np.int32)
+    arrivals = np.zeros(0, np.int64)  # items that come before all positives from the j-th on
+    for q in range(scores.shape[0]):
+        row = scores[q]
+        for m in range(own_start[q], own_start[q + 1]):
+            column = own_index[m] - first
+            if 0 <= column < row.shape[0]:
+                row[column] = np.inf
+        a, b = start[q], start[q + 1]
+        if a == b:
+            continue
+        if arrivals.shape[0] < b - a + 1:
+            arrivals = np.zeros(b - a + 1, np.int64)
+        arrivals[:] = 0
+        for left in range(0, row.shape[0], _STRIP):
+            right = min(left + _STRIP, row.shape[0])
+            sure = b - a <= _FEW
+            j = a
+            while sure and j < b:
+                before, upto = _below_and_upto(row[left:right], low[j], high[j])
+                counted[j - a] = before
+                sure = before == upto
+                j += 1
+            if sure:
+                for j in range(a, b):
+                    below[j] += counted[j - a]
+                continue
+            for g in range(left, right):
+                if row[g] > high[b - 1]:
+                    continue
+                possible = a + np.searchsorted(high[a:b], row[g], side="left")
+                certain = a + np.searchsorted(low[a:b], row[g], side="right")
+                arrivals[certain - a] += 1
+                if possible == certain:
+                    continue
+                score = np.float64(row[g])
+                if metric != GIVEN:
+                    scale = query_scale[q] * block_scale[g]
+                    score = exact_score(metric, query[q], block[g], scale)
+                for j in range(possible, certain):
+                    if score < key[j] or (score == key[j] and first + g < index[j]):
+                        below[j] += 1
+        total = 0
+        for j in range(a, b):
+            total += arrivals[j - a]
+            below[j] += total
+
+
+@njit(nogil=True, cache=True)
+def settle_pairs(start, bounds, item, score, key, index, below):
+    """Compare listed items with those positives of their rows that they are too close to.
+
+    Args:
+        start: (M,) where the row's positives begin in `key`, `index` and `below`.
+        bounds: (2, M) first and past the last such positive, counted from `start`.
+        item, score: (M,) gallery index and exact score.
+    """
+    for m in range(item.shape[0]):
+        for j in range(start[m] + bounds[0, m], start[m] + bounds[1, m]):
+            if score[m] < key[j] or (score[m] == key[j] and item[m] < index[j]):
+                below[j] += 1
+
+
+@njit(nogil=True, cache=True)
+def histogram(values, lowest, span, counts):
+    """Add to `counts` how many finite values fall into each of its bins over [lowest, +span]."""
+    bins = counts.shape[0]
+    for value in values:
+        if value < np.inf:
+            counts[min(max(int((value - lowest) / span * bins), 0), bins - 1)] += 1

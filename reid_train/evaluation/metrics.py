@@ -1,0 +1,70 @@
+"""Ranks of the positives to CMC, mAP and mINP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RANKS = (1, 5, 10, 20)
+
+
+@dataclass(frozen=True)
+class RankingResult:
+    """How well a gallery answers its queries. Queries without a match count nowhere.
+
+    Args:
+        cmc: (R,) float64; at r - 1 the share of queries with a match among the first r.
+        mAP: mean of the average precision.
+        mINP: mean of the inverse negative penalty (Ye et al., TPAMI 2021).
+        average_precision: (Q,) float64, NaN for a query without a match.
+        inverse_negative_penalty: (Q,) float64, matches over the rank of the last one, or NaN.
+        first_match_rank: (Q,) int64, from 1; 0 for a query without a match.
+        valid: how many queries have a match.
+        tar_at_far: true accept rate by false accept rate, where it was asked for.
+    """
+
+    cmc: np.ndarray
+    mAP: float
+    mINP: float
+    average_precision: np.ndarray
+    inverse_negative_penalty: np.ndarray
+    first_match_rank: np.ndarray
+    valid: int
+    tar_at_far: dict[float, float] | None = None
+
+    def summary(self) -> dict[str, float]:
+        """The metrics by name: mAP, mINP, rank-1, rank-5, …, as far as the CMC reaches."""
+        found = {"mAP": self.mAP, "mINP": self.mINP}
+        found |= {f"rank-{r}": float(self.cmc[r - 1]) for r in RANKS if r <= len(self.cmc)}
+        for far, tar in (self.tar_at_far or {}).items():
+            found[f"TAR@FAR={far:g}"] = tar
+        return found
+
+
+def metrics_of(start: np.ndarray, rank: np.ndarray, max_rank: int) -> RankingResult:
+    """Metrics of the ranks at which each query's positives stand.
+
+    Args:
+        start: (Q + 1,) where each query's positives start in `rank`.
+        rank: (P,) int64 from 1, ascending for each query; junk is not counted.
+        max_rank: length of the CMC.
+    """
+    count = np.diff(start)
+    valid = np.flatnonzero(count)
+    nth = np.arange(1, len(rank) + 1) - np.repeat(start[:-1], count)
+    precision, penalty = np.full((2, len(count)), np.nan)
+    precision[valid] = np.add.reduceat(nth / rank, start[valid]) / count[valid]
+    penalty[valid] = count[valid] / rank[start[valid + 1] - 1]
+    first = np.zeros(len(count), np.int64)
+    first[valid] = rank[start[valid]]
+    hits = np.bincount(np.minimum(first[valid], max_rank + 1), minlength=max_rank + 2)
+    return RankingResult(
+        cmc=np.cumsum(hits)[1:-1] / len(valid),
+        mAP=float(precision[valid].mean()),
+        mINP=float(penalty[valid].mean()),
+        average_precision=precision,
+        inverse_negative_penalty=penalty,
+        first_match_rank=first,
+        valid=len(valid),
+    )

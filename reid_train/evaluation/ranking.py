@@ -1,0 +1,298 @@
+"""Retrieval metrics without sorting: every positive's rank is counted, exactly.
+
+The order of a query's gallery is that of scores in float64, equal scores by gallery index, as a
+stable sort would put them. Nobody computes all those scores. A float32 matrix product gives
+nearly all comparisons for sure, and the few pairs within its error of a positive are scored
+again in float64, always summed in the same order. So ranks do not depend on the device, the
+chunks or the workers that the gallery is split over: counts of parts just add up.
+
+Two passes over the gallery, in blocks: `score_own` finds the positives' scores, `count_before`
+counts who comes before them. `rank` runs both in one process, `distributed` over many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from data_shards.errors import DataError
+from reid_train.evaluation import counting
+from reid_train.evaluation.device_counting import count_block_on_device
+from reid_train.evaluation.matches import Labels, Matches, find_matches
+from reid_train.evaluation.metrics import RankingResult, metrics_of
+from reid_train.evaluation.roc import tar_at_far
+from reid_train.evaluation.scoring import (
+    Metric,
+    Side,
+    check_embeddings,
+    full_precision,
+    in_threads,
+    metric_code,
+    query_operand,
+    quick_scores,
+    tolerance,
+)
+
+BLOCK = 8192  # gallery items a product; its scores stay in the cache until they are counted
+CHUNK = 512  # queries a product
+
+Blocks = Iterable[tuple[int, np.ndarray]]
+"""Stretches of the gallery: index of the first item, embeddings (W, D) float32."""
+
+
+def rank(
+    query: np.ndarray,
+    gallery: np.ndarray,
+    query_pid: np.ndarray,
+    query_camid: np.ndarray,
+    gallery_pid: np.ndarray,
+    gallery_camid: np.ndarray,
+    *,
+    metric: Metric = "cosine",
+    max_rank: int = 50,
+    false_accept_rates: Sequence[float] = (),
+    chunk: int = CHUNK,
+    device: str | torch.device = "cpu",
+) -> RankingResult:
+    """Measure how well the gallery answers the queries (METHOD §6).
+
+    Args:
+        query: (Q, D) float32 embeddings, of any length for the cosine.
+        gallery: (G, D) float32.
+        query_pid, query_camid, gallery_pid, gallery_camid: (Q,) and (G,) integers.
+        metric: "cosine" or "euclidean".
+        max_rank: length of the CMC.
+        false_accept_rates: give the true accept rate at these, at the price of a second product.
+        chunk: queries at a time; memory grows with it, results do not change.
+        device: where the product and the counting run.
+
+    Raises:
+        DataError: NaN or infinite embeddings, differing dimensions, an empty side, or no query
+            with a match.
+    """
+    labels = Labels(query_pid, query_camid, gallery_pid, gallery_camid)
+    query = check_embeddings("query", query)
+    gallery = check_embeddings("gallery", gallery)
+    check_agreement(labels, query, gallery)
+    matches = find_matches(labels)
+    side = Side.of(query)
+    scores = score_own(side, _blocks(gallery), matches, metric)
+    before = count_before(side, _blocks(gallery), matches, scores, metric, chunk, device)
+    result = metrics_of(matches.positives(), ranks_of(matches, scores, before), max_rank)
+    if false_accept_rates:
+        rates = tar_at_far(side, Side.of(gallery), matches, metric, false_accept_rates, chunk)
+        object.__setattr__(result, "tar_at_far", rates)
+    return result
+
+
+def check_agreement(labels: Labels, query: np.ndarray, gallery: np.ndarray) -> None:
+    """Raise `DataError` where labels and embeddings, or both sides' dimensions, differ."""
+    for name, embedding, pid in (
+        ("query", query, labels.query_pid),
+        ("gallery", gallery, labels.gallery_pid),
+    ):
+        if len(embedding) != len(pid):
+            raise DataError(f"{name}: {len(embedding)} embeddings but {len(pid)} labels")
+    if query.shape[1] != gallery.shape[1]:
+        raise DataError(
+            f"query embeddings have {query.shape[1]} dimensions, those of the gallery "
+            f"{gallery.shape[1]}: are they of the same model?"
+        )
+
+
+def _blocks(gallery: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    for first in range(0, len(gallery), BLOCK):
+        yield first, gallery[first : first + BLOCK]
+
+
+def score_own(query: Side, blocks: Blocks, matches: Matches, metric: Metric) -> np.ndarray:
+    """First pass: the exact scores (M,) float64 of all `matches` that lie in the blocks.
+
+    Entries of other blocks stay NaN.
+    """
+    code, row = metric_code(metric), matches.row
+    scores = np.full(len(row), np.nan)
+    for first, embedding in blocks:
+        block = Side.of(embedding)
+        here = np.flatnonzero((matches.index >= first) & (matches.index < first + len(embedding)))
+        rows, columns, found = row[here], matches.index[here] - first, np.empty(len(here))
+
+        def score(
+            a: int, b: int, block: Side = block, rows=rows, columns=columns, found=found
+        ) -> None:
+            counting.score_pairs(
+                code, query.embedding, block.embedding, query.scale, block.scale,
+                rows[a:b], columns[a:b], found[a:b],
+            )  # fmt: skip
+
+        in_threads(score, len(here))
+        scores[here] = found
+    return scores
+
+
+def ordered_positives(matches: Matches, scores: np.ndarray) -> np.ndarray:
+    """Entries of `matches` that are positives, for each query from the closest to the furthest."""
+    kept = np.flatnonzero(matches.positive)
+    return kept[np.lexsort((matches.index[kept], scores[kept], matches.row[kept]))]
+
+
+def count_before(
+    query: Side,
+    blocks: Blocks,
+    matches: Matches,
+    scores: np.ndarray,
+    metric: Metric,
+    chunk: int = CHUNK,
+    device: str | torch.device = "cpu",
+) -> np.ndarray:
+    """Second pass: how many items of other identities come before each positive.
+
+    Args:
+        scores: (M,) float64, from `score_own`, of the whole gallery.
+
+    Returns:
+        (P,) int64 counts within these blocks, in the order of `ordered_positives`.
+    """
+    code, device = metric_code(metric), torch.device(device)
+    order = ordered_positives(matches, scores)
+    key, index, start = scores[order], matches.index[order], matches.positives()
+    row = np.repeat(np.arange(len(start) - 1), np.diff(start))
+    # In the product's terms, which leave out ‖q‖².
+    threshold = key - query.norm[row] ** 2 if code == counting.EUCLIDEAN else key
+    left = query_operand(query, code, device)
+    before = np.zeros(len(order), np.int64)
+    buffer = torch.empty(min(chunk, len(left)) * BLOCK, device=device)
+    count = _count_on_host if device.type == "cpu" else count_block_on_device
+    with full_precision():
+        for first, embedding in blocks:
+            block = Side.of(embedding)
+            right = block.operand(code, 1.0, device)
+            square = None
+            if code == counting.EUCLIDEAN:
+                square = torch.from_numpy(block.norm**2).float().to(device)
+            if len(buffer) < min(chunk, len(left)) * len(embedding):
+                buffer = torch.empty(min(chunk, len(left)) * len(embedding), device=device)
+            slack = tolerance(query, block, code)[row]
+            low = (threshold - slack).astype(np.float32)
+            high = (threshold + slack).astype(np.float32)
+            for q in range(0, len(left), chunk):
+                part = slice(q, q + chunk)
+                quick = quick_scores(left[part], right, square, buffer)
+                ends = slice(q, q + len(quick) + 1)
+                count(
+                    quick, first, matches.start[ends], matches.index, start[ends],
+                    key, index, low, high, code, query.embedding[part], block.embedding,
+                    query.scale[part], block.scale, before,
+                )  # fmt: skip
+    return before
+
+
+def _count_on_host(
+    scores: torch.Tensor, first: int, own_start: np.ndarray, own_index: np.ndarray,
+    start: np.ndarray, key: np.ndarray, index: np.ndarray, low: np.ndarray, high: np.ndarray,
+    metric: int, query: np.ndarray, block: np.ndarray,
+    query_scale: np.ndarray, block_scale: np.ndarray, before: np.ndarray,
+) -> None:  # fmt: skip
+    """`counting.count_block` in threads, a stretch of the queries each."""
+    host = scores.numpy()
+
+    def count(a: int, b: int) -> None:
+        counting.count_block(
+            host[a:b], first, own_start[a : b + 1], own_index, start[a : b + 1],
+            key, index, low, high, metric, query[a:b], block,
+            query_scale[a:b], block_scale, before,
+        )  # fmt: skip
+
+    in_threads(count, len(host))
+
+
+def ranks_of(matches: Matches, scores: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Ranks (P,) from 1 of `ordered_positives`: those before it, its fellows included, and 1."""
+    start = matches.positives()
+    fellows = np.arange(start[-1]) - np.repeat(start[:-1], np.diff(start))
+    return before + fellows + 1
+
+
+def rank_distances(
+    blocks: Iterable[tuple[int, np.ndarray]], labels: Labels, *, max_rank: int = 50
+) -> RankingResult:
+    """Metrics of distances that are given, as re-ranking gives them.
+
+    Args:
+        blocks: first query's number and distances (B, G) float32 of a few queries to the whole
+            gallery, every query once, in order; overwritten.
+        labels: identities and cameras.
+    """
+    matches = find_matches(labels)
+    row, starts = matches.row, matches.positives()
+    scores = np.full(len(row), np.nan)
+    before = np.zeros(starts[-1], np.int64)
+    nothing, scale = np.empty((0, 0), np.float32), np.empty(0)
+    for q, distance in blocks:
+        if np.isnan(distance).any():
+            raise DataError(f"distances of queries {q} to {q + len(distance) - 1} contain NaN")
+        own = slice(matches.start[q], matches.start[q + len(distance)])
+        scores[own] = distance[row[own] - q, matches.index[own]]
+        start = matches.start[q : q + len(distance) + 1]
+        kept = np.flatnonzero(matches.positive[own]) + own.start
+        kept = kept[np.lexsort((matches.index[kept], scores[kept], row[kept]))]
+        key, limit = scores[kept], scores[kept].astype(np.float32)
+        found = np.zeros(len(kept), np.int64)
+        part = starts[q : q + len(distance) + 1]
+        _count_on_host(
+            torch.from_numpy(distance), 0, start, matches.index, part - part[0],
+            key, matches.index[kept], limit, limit, counting.GIVEN, nothing, nothing,
+            scale, scale, found,
+        )  # fmt: skip
+        before[part[0] : part[-1]] = found
+    return metrics_of(starts, ranks_of(matches, scores, before), max_rank)
+
+
+def top_matches(
+    query: np.ndarray,
+    gallery: np.ndarray,
+    query_pid: np.ndarray,
+    query_camid: np.ndarray,
+    gallery_pid: np.ndarray,
+    gallery_camid: np.ndarray,
+    *,
+    k: int = 10,
+    metric: Metric = "cosine",
+) -> np.ndarray:
+    """Gallery indices (Q, k) closest to each query, junk left out, in the order `rank` counts.
+
+    Fewer columns where a query has fewer than k items left.
+    """
+    labels = Labels(query_pid, query_camid, gallery_pid, gallery_camid)
+    code = metric_code(metric)
+    side, base = (
+        Side.of(check_embeddings("query", query)),
+        Side.of(check_embeddings("gallery", gallery)),
+    )
+    check_agreement(labels, side.embedding, base.embedding)
+    right = base.operand(code, 1.0, torch.device("cpu"))
+    left = query_operand(side, code, torch.device("cpu"))
+    square = torch.from_numpy(base.norm**2).float() if code == counting.EUCLIDEAN else None
+    slack = tolerance(side, base, code)
+    chosen = []
+    with full_precision():
+        for q in range(len(left)):
+            valid = np.flatnonzero(
+                (labels.gallery_pid != labels.query_pid[q])
+                | (labels.gallery_camid != labels.query_camid[q])
+            )
+            quick = quick_scores(left[q : q + 1], right, square, torch.empty(len(right)))[0]
+            near = quick.numpy()[valid].astype(np.float64)
+            if len(valid) > k:
+                kth = np.partition(near, k - 1)[k - 1]
+                valid = valid[near <= kth + 2 * slack[q]]
+            exact = np.empty(len(valid))
+            counting.score_pairs(
+                code, side.embedding, base.embedding, side.scale, base.scale,
+                np.full(len(valid), q), valid, exact,
+            )  # fmt: skip
+            chosen.append(valid[np.argsort(exact, kind="stable")[:k]])
+    width = min(map(len, chosen))
+    return np.stack([row[:width] for row in chosen])

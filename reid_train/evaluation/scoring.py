@@ -1,0 +1,135 @@
+"""Embeddings to scores: quick ones by a float32 matrix product, exact ones in float64.
+
+A score orders the gallery of a query; smaller is closer. Cosine: −q·g / ‖q‖‖g‖. Euclidean: the
+squared distance. The product gives the cosine's score, and ‖g‖² − 2 q·g for the Euclidean one,
+whose missing ‖q‖² is the same for the whole gallery of a query.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data_shards.errors import ConfigError, DataError
+from reid_train.evaluation import counting
+
+Metric = Literal["cosine", "euclidean"]
+METRICS: dict[str, int] = {"cosine": counting.COSINE, "euclidean": counting.EUCLIDEAN}
+_UNIT = float(np.finfo(np.float32).eps) / 2
+
+
+def metric_code(metric: str) -> int:
+    """The kernels' number for a metric. Raises `ConfigError`."""
+    if metric not in METRICS:
+        raise ConfigError(f"no metric {metric!r}; there are {', '.join(METRICS)}")
+    return METRICS[metric]
+
+
+def check_embeddings(name: str, embedding: np.ndarray, first: int = 0) -> np.ndarray:
+    """`embedding` as (N, D) float32 in one piece of memory.
+
+    Args:
+        name: what to call it in an error.
+        first: number of its first row, for an error in a part of something larger.
+
+    Raises:
+        DataError: not a matrix of numbers, or NaN or infinite (the first such row is named).
+    """
+    embedding = np.asarray(embedding)
+    if embedding.ndim != 2 or embedding.dtype.kind not in "fiu":
+        raise DataError(
+            f"{name} embeddings must be a matrix of numbers, one row an image, "
+            f"not {embedding.dtype} of shape {embedding.shape}"
+        )
+    embedding = np.ascontiguousarray(embedding, np.float32)
+    # One pass without a temporary of the matrix's size: a row's sum shows what is in it.
+    with np.errstate(all="ignore"):
+        suspects = np.flatnonzero(~np.isfinite(embedding.sum(1)))
+    for row in suspects:
+        if not np.isfinite(embedding[row]).all():
+            raise DataError(
+                f"{name} embedding {first + row} has NaN or infinite values "
+                f"({len(suspects)} such rows): was the training unstable, or half precision used?"
+            )
+    return embedding
+
+
+@dataclass(frozen=True)
+class Side:
+    """Embeddings with what scores need beside them: 1/‖x‖ (0 for a zero vector) and ‖x‖."""
+
+    embedding: np.ndarray
+    scale: np.ndarray
+    norm: np.ndarray
+
+    @classmethod
+    def of(cls, embedding: np.ndarray) -> Side:
+        norm = np.sqrt(np.einsum("nd,nd->n", embedding, embedding, dtype=np.float64))
+        return cls(embedding, np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0), norm)
+
+    def operand(self, metric: int, factor: float, device: torch.device) -> torch.Tensor:
+        """The matrix product's operand: `factor` × the embeddings, normalised for the cosine."""
+        operand = torch.from_numpy(self.embedding).to(device)
+        if metric == counting.COSINE:
+            return operand * torch.from_numpy(factor * self.scale)[:, None].to(device).float()
+        return operand * factor if factor != 1 else operand
+
+
+def query_operand(query: Side, metric: int, device: torch.device) -> torch.Tensor:
+    """The left operand of `quick_scores`."""
+    return query.operand(metric, -1.0 if metric == counting.COSINE else -2.0, device)
+
+
+def quick_scores(
+    left: torch.Tensor, right: torch.Tensor, square: torch.Tensor | None, buffer: torch.Tensor
+) -> torch.Tensor:
+    """Scores (B, W) float32 in `buffer`, from operands (B, D) and (W, D), ‖g‖² (W,) or None."""
+    out = buffer[: len(left) * len(right)].view(len(left), len(right))
+    if square is None:
+        return torch.mm(left, right.T, out=out)
+    return torch.addmm(square, left, right.T, out=out)
+
+
+def tolerance(query: Side, block: Side, metric: int) -> np.ndarray:
+    """How far a quick score may be from the exact one, for each query: (B,) float64.
+
+    Twice √D u ‖q‖‖g‖, Higham and Mary's probabilistic bound for a product in precision u (SIAM J.
+    Sci. Comput. 41, 2019), plus the rounding of operands and result. Errors seen are a tenth.
+    """
+    product = (2 * np.sqrt(query.embedding.shape[1]) + 8) * _UNIT
+    if metric == counting.COSINE:
+        return np.full(len(query.norm), product)
+    furthest = block.norm.max(initial=0.0)
+    return 2 * product * query.norm * furthest + 8 * _UNIT * furthest**2
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products in float32 proper, whatever the training around has allowed."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def in_threads(function: Callable[[int, int], object], count: int) -> None:
+    """Call `function(first, stop)` on consecutive pieces of `range(count)`, a thread each.
+
+    For compiled loops that let go of the interpreter's lock.
+    """
+    threads = min(torch.get_num_threads(), os.cpu_count() or 1, max(count, 1))
+    edges = [count * i // threads for i in range(threads + 1)]
+    if threads == 1:
+        function(0, count)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(function, edges[:-1], edges[1:]))
