@@ -1,0 +1,349 @@
+"""The model registry and run tracking against a real MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.models import Model
+from safetensors.torch import load_file, save_file
+
+from data_shards.decode import decode_into
+from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
+from reid_train.batch_norm import convert
+from reid_train.config import ImageConfig, ModelConfig, TrainConfig
+from reid_train.inference import Embedder, resize
+from reid_train.model import ReidNet
+from reid_train.registry import list_models, load, register, should_promote
+from reid_train.tracking import Tracker, connect, local_tracking
+
+SMALL = TrainConfig(
+    recipe="test",
+    image=ImageConfig(height=32, width=16),
+    model=ModelConfig(backbone="resnet18", weights="none", stripes=1),
+)
+DIMENSIONS = 512 + 512
+
+
+@dataclass(frozen=True)
+class Registry:
+    """An MLflow with one run, and two trained networks."""
+
+    uri: str
+    run_id: str
+    folders: tuple[Path, Path]
+
+    def register(self, name: str, mean_average_precision: float, which: int = 0, **changes):
+        options = {"manifest_digest": "m" * 64, "evaluation_digest": "e" * 64} | changes
+        metrics = {"mAP": mean_average_precision, "rank-1": 0.75}
+        run_id = options.pop("run_id", self.run_id)
+        folder = self.folders[which]
+        return register(folder, name, metrics, run_id=run_id, tracking_uri=self.uri, **options)
+
+
+def write_model(folder: Path, seed: int) -> Path:
+    folder.mkdir()
+    network = convert(ReidNet("resnet18", identities=5, stripes=1, seed=seed))
+    save_file(
+        {k: v.contiguous() for k, v in network.state_dict().items()}, folder / "model.safetensors"
+    )
+    (folder / "config.json").write_text(SMALL.to_json())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    folder = tmp_path_factory.mktemp("registry")
+    uri = local_tracking(folder / "tracking")
+    run = Tracker.start(uri, "reid", run_name="one")
+    run.close()
+    assert run.run_id is not None
+    models = write_model(folder / "a", seed=0), write_model(folder / "b", seed=1)
+    return Registry(uri, run.run_id, models)
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (3, 40, 24, 3), np.uint8)
+
+
+def run_elsewhere(code: str, folder: Path, *arguments: str, **environment: str) -> dict:
+    """Run code in a process that stands elsewhere and for which this project is not installed."""
+    # -S leaves out the paths that site would add, an editable install of the project among them.
+    packages = [p for p in sys.path if p.endswith("-packages")]
+    code = f"import sys, json; sys.path += {packages!r}\n{code}"
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSTARTUP")}
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", "-c", code, *arguments],
+        cwd=folder,
+        env=kept | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+SERVE = """
+import numpy as np
+try:
+    import reid_train
+except ImportError:
+    pass
+else:
+    raise SystemExit("the project is installed here: the test shows nothing")
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+images = np.load(sys.argv[3])
+embeddings = model.predict(images)
+heavy = [m for m in ("ray", "webdataset", "simplejpeg", "tyro", "numba") if m in sys.modules]
+np.save("embeddings.npy", embeddings)
+print(json.dumps({
+    "code": sys.modules["reid_train"].__file__,
+    "heavy": heavy,
+    "shape": embeddings.shape,
+    "dtype": str(embeddings.dtype),
+}))
+"""
+
+
+def test_registered_model_serves_where_neither_the_project_nor_ray_is(registry, images, tmp_path):
+    version = registry.register("standalone", 0.5)
+    np.save(tmp_path / "images.npy", images)
+    told = run_elsewhere(SERVE, tmp_path, registry.uri, version.uri, "images.npy")
+    assert told["heavy"] == []
+    assert told["shape"] == [3, DIMENSIONS]
+    assert told["dtype"] == "float32"
+    assert not told["code"].startswith(str(Path(__file__).parents[2]))
+    served = np.load(tmp_path / "embeddings.npy")
+    expected = Embedder.from_folder(registry.folders[0], "cpu")(images)
+    np.testing.assert_allclose(served, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_registered_model_says_what_it_takes_and_needs(registry):
+    version = registry.register("described", 0.5)
+    source = connect(registry.uri).get_model_version_download_uri(version.name, version.version)
+    folder = Path(download_artifacts(source))
+    info = Model.load(folder)
+    assert info.run_id == registry.run_id
+    (taken,), (given,) = info.signature.inputs.inputs, info.signature.outputs.inputs
+    assert (taken.type, taken.shape) == (np.dtype("uint8"), (-1, -1, -1, 3))
+    assert (given.type, given.shape) == (np.dtype("float32"), (-1, DIMENSIONS))
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert {"model.safetensors", "config.json", "serving.py", "input_example.json"} <= names
+    assert not [name for name in names if name.endswith((".pkl", ".pyc"))]
+    needed = (folder / "requirements.txt").read_text().split()
+    assert f"torch=={torch.__version__.partition('+')[0]}" in needed
+    assert all("==" in line for line in needed)
+
+
+def test_champion_moves_only_to_a_better_model(registry):
+    decisions = [registry.register("rivals", value).champion for value in (0.5, 0.5, 0.4, 0.6)]
+    assert decisions == [True, False, False, True]
+    champion = MlflowClient(registry.uri).get_model_version_by_alias("rivals", "champion")
+    assert int(champion.version) == 4
+
+
+def test_champion_stays_when_measured_on_another_gallery(registry):
+    registry.register("elsewhere", 0.5)
+    other = registry.register("elsewhere", 0.9, evaluation_digest="f" * 64)
+    assert not other.champion
+    assert "another query and gallery" in other.reason
+
+
+def test_champion_loads_by_alias_and_embeds_as_its_checkpoint(registry, images):
+    registry.register("aliased", 0.5, which=0)
+    registry.register("aliased", 0.6, which=1)
+    loaded = load("models:/aliased@champion", tracking_uri=registry.uri, device="cpu")
+    first, second = (Embedder.from_folder(folder, "cpu")(images) for folder in registry.folders)
+    np.testing.assert_allclose(loaded(images), second, rtol=1e-5, atol=1e-6)
+    assert np.abs(first - second).max() > 1e-3
+
+
+def test_models_are_listed_with_what_they_measured(registry):
+    registry.register("listed", 0.5)
+    registry.register("listed", 0.61234)
+    newest, oldest = (m for m in list_models(registry.uri) if m.name == "listed")
+    assert (newest.version, newest.aliases, oldest.version) == (2, ("champion",), 1)
+    assert newest.mean_average_precision == 0.61234
+    assert newest.rank1 == 0.75
+    assert newest.manifest_digest == "m" * 64
+    assert newest.evaluation_digest == "e" * 64
+    assert newest.run_id == registry.run_id
+    assert newest.row()[:6] == ("listed", "2", "champion", "61.2", "75.0", "m" * 12)
+
+
+def test_registering_leaves_the_run_open_and_the_working_folder_empty(
+    registry, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    registry.register("open", 0.5)
+    load("models:/open/1", tracking_uri=registry.uri, device="cpu")
+    assert MlflowClient(registry.uri).get_run(registry.run_id).info.status == "RUNNING"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_on_s3_is_registered_loaded_and_served(registry, s3, images, tmp_path):
+    client = connect(registry.uri)
+    experiment = client.create_experiment(s3.name, artifact_location=f"{s3.url}/mlflow")
+    run_id = client.create_run(experiment).info.run_id
+    version = registry.register(s3.name, 0.5, run_id=run_id)
+    stored = s3.server.client().list_objects_v2(Bucket=s3.name)["Contents"]
+    assert any(item["Key"].endswith("/model.safetensors") for item in stored)
+    expected = Embedder.from_folder(registry.folders[0], "cpu")(images)
+    loaded = load(f"models:/{s3.name}@champion", tracking_uri=registry.uri, device="cpu")
+    np.testing.assert_allclose(loaded(images), expected, rtol=1e-5, atol=1e-6)
+    np.save(tmp_path / "images.npy", images)
+    told = run_elsewhere(SERVE, tmp_path, registry.uri, version.uri, "images.npy")
+    assert told["shape"] == [3, DIMENSIONS]
+
+
+def test_checkpoint_is_loaded_from_s3(registry, s3, images):
+    for name in ("model.safetensors", "config.json"):
+        s3.server.client().upload_file(str(registry.folders[0] / name), s3.name, f"best/{name}")
+    expected = Embedder.from_folder(registry.folders[0], "cpu")(images)
+    np.testing.assert_array_equal(load(f"{s3.url}/best", device="cpu")(images), expected)
+
+
+def test_unknown_model_is_a_clear_error(registry):
+    with pytest.raises(ObjectMissing, match="models:/nobody@champion"):
+        load("models:/nobody@champion", tracking_uri=registry.uri)
+
+
+def test_unknown_alias_is_a_clear_error(registry):
+    registry.register("known", 0.5)
+    with pytest.raises(ObjectMissing, match="models:/known@best"):
+        load("models:/known@best", tracking_uri=registry.uri)
+
+
+def test_model_address_without_a_version_is_a_clear_error(registry):
+    with pytest.raises(ConfigError, match="models:/name@alias"):
+        load("models:/known", tracking_uri=registry.uri)
+
+
+def test_registering_under_an_unknown_run_is_a_clear_error(registry):
+    with pytest.raises(StorageError, match="registering lost"):
+        registry.register("lost", 0.5, run_id="0" * 32)
+
+
+def test_without_any_tracking_uri_there_is_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="--tracking-uri"):
+        list_models()
+
+
+@pytest.mark.parametrize(
+    ("candidate", "champion", "promoted"),
+    [
+        ({"mAP": "0.5", "evaluation_digest": "a"}, None, True),
+        ({"evaluation_digest": "a"}, None, False),
+        ({"mAP": "nan", "evaluation_digest": "a"}, None, False),
+        ({"mAP": "0.5", "evaluation_digest": "a"}, {"mAP": "0.5", "evaluation_digest": "a"}, False),
+        ({"mAP": "0.6", "evaluation_digest": "a"}, {"mAP": "0.5", "evaluation_digest": "a"}, True),
+        ({"mAP": "0.6", "evaluation_digest": "a"}, {"mAP": "0.5", "evaluation_digest": "b"}, False),
+        ({"mAP": "0.6", "evaluation_digest": "a"}, {"mAP": "0.5"}, False),
+    ],
+)
+def test_promotion_needs_a_higher_map_on_the_same_evaluation(candidate, champion, promoted):
+    assert should_promote(candidate, champion)[0] is promoted
+
+
+def test_embeddings_are_of_the_image_and_its_mirror(registry, images):
+    embedder = Embedder.from_folder(registry.folders[0], "cpu")
+    np.testing.assert_allclose(embedder(images), embedder(images[:, :, ::-1].copy()), atol=1e-5)
+    assert embedder(images[:0]).shape == (0, DIMENSIONS)
+
+
+@pytest.mark.parametrize("size", [(40, 24), (90, 50), (31, 100), (32, 16)])
+def test_images_are_resized_as_the_loader_does(size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    file = cv2.imencode(".png", image[:, :, ::-1])[1].tobytes()
+    loaded = np.empty((32, 16, 3), np.uint8)
+    decode_into(file, loaded)
+    np.testing.assert_array_equal(resize(image[None], 32, 16)[0], loaded)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((2, 3, 32, 16), np.uint8), np.zeros((2, 32, 16, 3), np.float32)]
+)
+def test_images_of_another_shape_or_type_are_refused(registry, wrong):
+    with pytest.raises(DataError, match=r"must be \(N, H, W, 3\) uint8"):
+        Embedder.from_folder(registry.folders[0], "cpu")(wrong)
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def damage_truncated(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def damage_other_network(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state.pop("reductions.0.weight")
+    save_file(state, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("damage", [damage_missing, damage_truncated, damage_other_network])
+def test_damaged_model_is_refused(tmp_path, damage):
+    folder = write_model(tmp_path / "model", seed=0)
+    damage(folder)
+    with pytest.raises(DataError, match=str(folder)):
+        Embedder.from_folder(folder)
+
+
+@pytest.fixture
+def run(registry: Registry) -> Iterator[Tracker]:
+    with Tracker.start(registry.uri, "reid", run_name="tracked") as started:
+        yield started
+
+
+def test_resumed_run_has_each_step_once_in_mlflow(registry, run):
+    for steps in (range(0, 5), range(3, 8)):
+        with Tracker(registry.uri, run.run_id, system_metrics=False) as tracker:
+            for step in steps:
+                tracker.log({"loss/total": float(step), "λ/min": 0.1}, step)
+    history = MlflowClient(registry.uri).get_metric_history(run.run_id, "loss/total")
+    assert [(point.step, point.value) for point in history] == [(s, float(s)) for s in range(8)]
+
+
+def test_run_keeps_parameters_tags_artifacts_and_system_metrics(
+    registry, run, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    (tmp_path / "curves.png").write_bytes(b"picture")
+    run.log_parameters(SMALL.flat())
+    run.set_tags({"manifest_digest": "m" * 64, "commit": None})
+    run.log_artifacts(tmp_path, "report")
+    client = MlflowClient(registry.uri)
+    with Tracker(registry.uri, run.run_id, interval=0.05) as worker:
+        worker.log({"loss/total": 1.0}, 0)
+        for _ in range(100):
+            if any(name.startswith("system/") for name in client.get_run(run.run_id).data.metrics):
+                break
+            worker._closing.wait(0.1)
+    data = client.get_run(run.run_id).data
+    assert data.params["model.backbone"] == "resnet18"
+    assert data.tags["manifest_digest"] == "m" * 64
+    assert any(name.startswith("system/cpu") for name in data.metrics)
+    assert [item.path for item in client.list_artifacts(run.run_id, "report")] == [
+        "report/curves.png"
+    ]
+    place = str(client.get_run(run.run_id).info.artifact_uri)
+    assert place.startswith((Path(registry.folders[0]).parent / "tracking" / "artifacts").as_uri())
