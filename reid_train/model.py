@@ -95,6 +95,7 @@ class ReidNet(nn.Module):
             self.regional_heads = nn.ModuleList(
                 ObjectiveHead(reduced, identities) for _ in range(stripes)
             )
+        self.backbone = backbone
         self.embedding_size = channels + stripes * reduced
         self._backbone_frozen = False
 
@@ -114,7 +115,7 @@ class ReidNet(nn.Module):
         """Set the backbone, both copies of its last stage included.
 
         Args:
-            state: exactly the tensors of `backbone_shapes`; `weights.load_weights` reads them.
+            state: exactly the tensors of `backbone_shapes`; `weights.load_backbone` reads them.
         """
         last = {name: value for name, value in state.items() if name.startswith("layer4.")}
         self.trunk.load_state_dict({k: v for k, v in state.items() if k not in last})
