@@ -52,12 +52,29 @@ def score_pairs(metric, query, block, query_scale, block_scale, rows, columns, o
 
 
 @njit(nogil=True, cache=True)
+def _precedes(score, item, key, index):
+    return score < key or (score == key and item < index)
+
+
+@njit(nogil=True, cache=True)
 def _below_and_upto(scores, low, high):
     below, upto = np.int32(0), np.int32(0)
     for i in range(scores.shape[0]):
         below += np.int32(scores[i] < low)
         upto += np.int32(scores[i] <= high)
     return below, upto
+
+
+@njit(nogil=True, cache=True)
+def _score_once(g, known, row, metric, query, block, query_scale, block_scale):
+    """Exact score of a row's item `g` of this strip, remembered in `known` (NaN until then)."""
+    i = g % _STRIP
+    if np.isnan(known[i]):
+        if metric == GIVEN:
+            known[i] = row[g]
+        else:
+            known[i] = exact_score(metric, query, block[g], query_scale * block_scale[g])
+    return known[i]
 
 
 @njit(nogil=True, cache=True)
@@ -77,8 +94,8 @@ def count_block(
         metric, query, block, query_scale, block_scale: what `exact_score` needs.
         below: (P,) int64, added to.
     """
-    counted = np.empty(_FEW, np.int32)
-    arrivals = np.zeros(0, np.int64)  # items that come before all positives from the j-th on
+    known = np.empty(_STRIP)
+    arrivals = np.zeros(np.diff(start).max() + 1, np.int64)
     for q in range(scores.shape[0]):
         row = scores[q]
         for m in range(own_start[q], own_start[q + 1]):
@@ -88,41 +105,41 @@ def count_block(
         a, b = start[q], start[q + 1]
         if a == b:
             continue
-        if arrivals.shape[0] < b - a + 1:
-            arrivals = np.zeros(b - a + 1, np.int64)
-        arrivals[:] = 0
+        few = b - a <= _FEW
+        arrivals[:] = 0  # at j: items surely before all positives from the j-th on
         for left in range(0, row.shape[0], _STRIP):
             right = min(left + _STRIP, row.shape[0])
-            sure = b - a <= _FEW
-            j = a
-            while sure and j < b:
-                before, upto = _below_and_upto(row[left:right], low[j], high[j])
-                counted[j - a] = before
-                sure = before == upto
-                j += 1
-            if sure:
+            known[:] = np.nan
+            if few:
                 for j in range(a, b):
-                    below[j] += counted[j - a]
+                    before, upto = _below_and_upto(row[left:right], low[j], high[j])
+                    below[j] += before
+                    if before == upto:
+                        continue
+                    for g in range(left, right):
+                        if low[j] <= row[g] <= high[j]:
+                            score = _score_once(
+                                g, known, row, metric, query[q], block, query_scale[q], block_scale
+                            )
+                            below[j] += _precedes(score, first + g, key[j], index[j])
                 continue
             for g in range(left, right):
                 if row[g] > high[b - 1]:
                     continue
-                possible = a + np.searchsorted(high[a:b], row[g], side="left")
                 certain = a + np.searchsorted(low[a:b], row[g], side="right")
                 arrivals[certain - a] += 1
-                if possible == certain:
-                    continue
-                score = np.float64(row[g])
-                if metric != GIVEN:
-                    scale = query_scale[q] * block_scale[g]
-                    score = exact_score(metric, query[q], block[g], scale)
-                for j in range(possible, certain):
-                    if score < key[j] or (score == key[j] and first + g < index[j]):
-                        below[j] += 1
-        total = 0
-        for j in range(a, b):
-            total += arrivals[j - a]
-            below[j] += total
+                for j in range(certain - 1, a - 1, -1):
+                    if high[j] < row[g]:
+                        break
+                    score = _score_once(
+                        g, known, row, metric, query[q], block, query_scale[q], block_scale
+                    )
+                    below[j] += _precedes(score, first + g, key[j], index[j])
+        if not few:
+            total = 0
+            for j in range(a, b):
+                total += arrivals[j - a]
+                below[j] += total
 
 
 @njit(nogil=True, cache=True)
@@ -136,8 +153,7 @@ def settle_pairs(start, bounds, item, score, key, index, below):
     """
     for m in range(item.shape[0]):
         for j in range(start[m] + bounds[0, m], start[m] + bounds[1, m]):
-            if score[m] < key[j] or (score[m] == key[j] and item[m] < index[j]):
-                below[j] += 1
+            below[j] += _precedes(score[m], item[m], key[j], index[j])
 
 
 @njit(nogil=True, cache=True)

@@ -155,25 +155,25 @@ def count_before(
     Returns:
         (P,) int64 counts within these blocks, in the order of `ordered_positives`.
     """
-    code, device = metric_code(metric), torch.device(device)
+    code, target = metric_code(metric), torch.device(device)
     order = ordered_positives(matches, scores)
     key, index, start = scores[order], matches.index[order], matches.positives()
     row = np.repeat(np.arange(len(start) - 1), np.diff(start))
     # In the product's terms, which leave out ‖q‖².
     threshold = key - query.norm[row] ** 2 if code == counting.EUCLIDEAN else key
-    left = query_operand(query, code, device)
+    left = query_operand(query, code, target)
     before = np.zeros(len(order), np.int64)
-    buffer = torch.empty(min(chunk, len(left)) * BLOCK, device=device)
-    count = _count_on_host if device.type == "cpu" else count_block_on_device
+    buffer = torch.empty(min(chunk, len(left)) * BLOCK, device=target)
+    count = _count_on_host if target.type == "cpu" else count_block_on_device
     with full_precision():
         for first, embedding in blocks:
             block = Side.of(embedding)
-            right = block.operand(code, 1.0, device)
+            right = block.operand(code, 1.0, target)
             square = None
             if code == counting.EUCLIDEAN:
-                square = torch.from_numpy(block.norm**2).float().to(device)
+                square = torch.from_numpy(block.norm**2).float().to(target)
             if len(buffer) < min(chunk, len(left)) * len(embedding):
-                buffer = torch.empty(min(chunk, len(left)) * len(embedding), device=device)
+                buffer = torch.empty(min(chunk, len(left)) * len(embedding), device=target)
             slack = tolerance(query, block, code)[row]
             low = (threshold - slack).astype(np.float32)
             high = (threshold + slack).astype(np.float32)
