@@ -15,39 +15,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-import data_shards
-import reid_train
 from data_shards.errors import ConfigError, ObjectMissing, StorageError
 from data_shards.storage import open_storage
 from reid_train.inference import CONFIG, WEIGHTS, Embedder
+from reid_train.packaging import log_model
 from reid_train.tracking import connect, local_tracking, redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
 
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
-REQUIREMENTS = (
-    "mlflow",
-    "numpy",
-    "opencv-python-headless",
-    "pydantic",
-    "safetensors",
-    "torch",
-    "torchvision",
-)
-"""What `inference.py` and `serving.py` import; left to itself, MLflow would run them to guess."""
-
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias
 
 
@@ -134,7 +119,7 @@ def register(
     tags = {key: str(value) for key, value in tags.items() if value is not None}
     with _mlflow_errors(f"registering {name}", uri):
         client = connect(uri)
-        model = _log_model(client, Path(folder), embedder, name, run_id, tags)
+        model = log_model(client, Path(folder), embedder, name, run_id, tags)
         if not _all(client.search_registered_models, f"name = '{name}'"):
             client.create_registered_model(name)
         made = client.create_model_version(
@@ -223,52 +208,6 @@ def load(
         return Embedder.from_folder(folder, device)
 
 
-def _log_model(
-    client: MlflowClient,
-    folder: Path,
-    embedder: Embedder,
-    name: str,
-    run_id: str,
-    tags: dict[str, str],
-) -> LoggedModel:
-    """Write the MLflow model and upload it as the run's.
-
-    The steps of `mlflow.pyfunc.log_model`, which itself acts on a process-wide active run and
-    tracking URI, and would end the run that the caller has open.
-    """
-    import mlflow.pyfunc
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    size = embedder.config.image
-    example = np.random.default_rng(0).integers(0, 256, (1, size.height, size.width, 3), np.uint8)
-    images = TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))
-    embeddings = TensorSpec(np.dtype(np.float32), (-1, embedder.embedding_size))
-    experiment = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment, name, run_id, tags, model_type="embedding")
-    try:
-        with tempfile.TemporaryDirectory(prefix="reid-model-") as temporary:
-            path = Path(temporary) / "model"
-            mlflow.pyfunc.save_model(
-                path,
-                python_model=str(Path(reid_train.__path__[0]) / "serving.py"),
-                artifacts={"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)},
-                code_paths=[reid_train.__path__[0], data_shards.__path__[0]],
-                signature=ModelSignature(Schema([images]), Schema([embeddings])),
-                input_example=example,
-                pip_requirements=[_pinned(package) for package in REQUIREMENTS],
-                mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
-            )
-            client.log_model_artifacts(logged.model_id, str(path))
-    except BaseException:
-        client.finalize_logged_model(logged.model_id, "FAILED")
-        raise
-    client.finalize_logged_model(logged.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    return logged
-
-
 def _download(location: str, uri: str, folder: Path) -> Path:
     """Fetch the artifacts of `models:/name@alias` or `models:/name/version` into a folder.
 
@@ -328,11 +267,6 @@ def _all(search: Callable[..., Any], query: str | None = None) -> list[Any]:
         token = page.token
         if not token:
             return found
-
-
-def _pinned(package: str) -> str:
-    # A local part such as +cu130 names a build that the registry does not have.
-    return f"{package}=={installed_version(package).partition('+')[0]}"
 
 
 def _resolve(tracking_uri: str | None) -> str:

@@ -37,6 +37,14 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 METRICS_PER_BATCH = 1000
 PARAMETERS_PER_BATCH = 100
 LONGEST_WAIT = 60.0
+# Loggers that tell of MLflow's own work, at INFO, straight to the terminal.
+QUIET = (
+    "alembic",
+    "mlflow.pyfunc",
+    "mlflow.store.db.utils",
+    "mlflow.store.model_registry.abstract_store",
+    "mlflow.system_metrics",
+)
 
 _SECRET_NAME = re.compile(r"secret|password|passwd|token|credential|access_?key|api_?key", re.I)
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
@@ -298,9 +306,10 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
-    # Messages about its own work, at INFO, straight to the terminal.
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "mlflow.pyfunc"):
+    for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It would warn at each retry, where the tracker warns once.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     return MlflowClient(uri, registry_uri=uri)
 
 
