@@ -77,7 +77,10 @@ def save(
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / MODEL)
     training = _optimizer_tensors(optimizer)
     if isinstance(regularizer, AdaptiveL2):
-        training |= {f"theta/{name}": t for name, t in regularizer.theta_by_name().items()}
+        training |= {
+            f"theta/{name}": torch.tensor(value)
+            for name, value in regularizer.theta_by_name().items()
+        }
     # safetensors takes no empty file: a first step with no moments still has this.
     training["global_step"] = torch.tensor(progress.global_step)
     save_file(training, folder / TRAINING)
@@ -149,7 +152,11 @@ class Checkpoint:
         if isinstance(regularizer, AdaptiveL2):
             tensors = load_file(self.folder / TRAINING)
             regularizer.load_theta(
-                {name[6:]: t for name, t in tensors.items() if name.startswith("theta/")}
+                {
+                    name.removeprefix("theta/"): float(value)
+                    for name, value in tensors.items()
+                    if name.startswith("theta/")
+                }
             )
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:

@@ -34,12 +34,11 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     dataset = Dataset.open(config.data)
     saved = Run.read(config.output, config.name or "") if resume else None
     claim(config, dataset, saved)
-    with Tracker(
+    with Tracker.start(
         None if config.tracking.uri == "off" else config.tracking.uri,
         config.tracking.experiment,
         run_name=config.name,
         run_id=saved.mlflow_run_id if saved else None,
-        system_metrics=False,  # the first worker's are the ones of interest
     ) as tracker:
         record(Run(config, dataset.manifest.digest, tracker.run_id))
         if saved is None:

@@ -229,25 +229,23 @@ def _train_worker(settings: dict[str, Any]) -> None:
     if dataset.manifest.digest != settings["manifest_digest"]:
         raise DataError(f"{config.data} changed while the run was going on")
     run_id = settings["run_id"] if rank == 0 else None
-    tracker = Tracker(config.tracking.uri if run_id else None, run_id=run_id)
-    worker = Worker(
-        rank=rank,
-        world=context.get_world_size(),
-        device=get_device(),  # type: ignore[arg-type]
-        cache=ShardCache(dataset.storage, config.loader.cache, config.loader.cache_bytes),
-        report=_report,
-        log=tracker.log,
-        show=lambda state: board.show.remote(state),
-    )
-    try:
+    uri = config.tracking.uri if run_id else None
+    with Tracker(uri, run_id) as tracker:
+        worker = Worker(
+            rank=rank,
+            world=context.get_world_size(),
+            device=get_device(),  # type: ignore[arg-type]
+            cache=ShardCache(dataset.storage, config.loader.cache, config.loader.cache_bytes),
+            report=_report,
+            log=tracker.log,
+            show=lambda state: board.show.remote(state),
+        )
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             train(config, dataset, worker)
         else:
             with checkpoint.as_directory() as folder:
                 train(config, dataset, worker, Path(folder))
-    finally:
-        tracker.close()
 
 
 def _report(metrics: dict[str, float], folder: Path | None) -> None:

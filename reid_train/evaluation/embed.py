@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,37 +10,10 @@ import torch
 import torch.distributed as dist
 
 from data_shards.loader import Batch
-from reid_train import augment
+from reid_train.inference import embed
 from reid_train.model import ReidNet
 
 Autocast = Callable[[], AbstractContextManager]
-
-
-@torch.no_grad()
-def embed(
-    model: ReidNet,
-    image: torch.Tensor,
-    *,
-    mirror: bool = True,
-    autocast: Autocast = nullcontext,
-) -> torch.Tensor:
-    """Embeddings of a batch, averaged with those of the mirrored images (METHOD §2).
-
-    Args:
-        model: a network in evaluation mode.
-        image: (B, H, W, 3) uint8, on the model's device.
-        mirror: average with the mirror image.
-        autocast: makes the context that the network runs in.
-
-    Returns:
-        (B, D) float32, on the same device.
-    """
-    pixels = augment.normalize(image)
-    with autocast():
-        embedding = model.embed(pixels).float()
-        if mirror:
-            embedding = (embedding + model.embed(pixels.flip(3)).float()) / 2
-    return embedding
 
 
 def embed_batches(
@@ -81,7 +55,7 @@ def gather_rows(part: torch.Tensor, total: int, rank: int, world: int) -> torch.
     if world == 1:
         return part.cpu()
     bounds = [total * r // world for r in range(world + 1)]
-    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    longest = max(b - a for a, b in itertools.pairwise(bounds))
     padded = part.new_zeros(longest, part.shape[1])
     padded[: len(part)] = part
     received = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
