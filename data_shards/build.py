@@ -187,6 +187,7 @@ def _write_shards(
     folder = _work_folder(work, draft["content"])
     task = partial(_one_shard, storage, draft["name"], folder)
     total, notes = sum(len(plan.images) for plan in plans), list[ShardNote]()
+    progress("sharding", total, 0)
     for note in parallel_map(task, plans, jobs):
         notes.append(note)
         progress("sharding", total, sum(note.info.images for note in notes))

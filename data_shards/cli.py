@@ -160,10 +160,12 @@ def info_command(url: Url) -> None:
 
 
 class _Speed(ProgressColumn):
-    """Images a second."""
+    """Images a second since the step began."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} images/s" if task.speed else "", style="cyan")
+        if not task.completed or not task.elapsed:
+            return Text("")
+        return Text(f"{task.completed / task.elapsed:,.0f} images/s", style="cyan")
 
 
 @contextlib.contextmanager

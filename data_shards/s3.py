@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 6  # in a row without a byte of progress, before giving up
 BACKOFF = 0.2  # seconds before the second attempt; doubles with jitter, up to BACKOFF_MOST
 BACKOFF_MOST = 5.0
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 20.0  # without a byte, after which a connection counts as broken
 CHUNK = 1 << 20
 PART_BYTES = 16 << 20  # of a multipart upload, which is used for anything larger
 PART_THREADS = 4
@@ -67,8 +69,8 @@ def _client_of(process: int, environment: tuple[str | None, ...]) -> Any:
     # A client must not cross a fork, so its process is part of the key; making a session of one's
     # own, rather than sharing boto3's default one, is what makes this safe among threads.
     config = Config(
-        connect_timeout=5,
-        read_timeout=20,
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
         retries={"total_max_attempts": 1},  # ours are the only ones, bounded and logged
         max_pool_connections=16,
         request_checksum_calculation="when_required",

@@ -48,6 +48,7 @@ def survey(
     """
     chunks = [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)]
     good, bad = list[SurveyedImage](), list[LeftOut]()
+    progress(0)
     for results in parallel_map(_survey_chunk, chunks, jobs):
         for result in results:
             (good if isinstance(result, SurveyedImage) else bad).append(result)  # type: ignore

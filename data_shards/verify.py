@@ -54,6 +54,7 @@ def verify(
     check = partial(_check_shard, dataset.storage, decode_images)
     total = sum(len(task.rows) for task in tasks)
     problems, done = list[str](), 0
+    progress(total, 0)
     for task, found in zip(tasks, parallel_map(check, tasks, jobs or cores()), strict=True):
         problems += found
         done += len(task.rows)
