@@ -1,13 +1,14 @@
 """Planned rows to decoded batches, in worker processes.
 
 A worker makes whole batches: it reads each image by offset from the cached shard and decodes it
-into one shared-memory buffer, so uint8 pixels are all that leaves it, uncopied. The order is the
-plan's, however many workers. Flipping, cropping, erasing and normalising are the device's work.
+into shared memory, so uint8 pixels are all that leaves it, uncopied. The order is the plan's,
+however many workers. Flipping, cropping, erasing and normalising are the device's work.
 """
 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from data_shards.dataset import Dataset
 from data_shards.decode import decode_into
 from data_shards.errors import ConfigError, DataError, ReidError
 from data_shards.manifest import Index, ShardInfo
+
+_AHEAD = 2  # batches that each worker has before it or in its hands
+_HELD = 4  # batches that the consumer may hold, and the one on its way
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,15 @@ def _batches(
 ) -> Iterator[Batch]:
     index, shards = dataset.index(split), dataset.manifest.shards
     ahead = None if cache.in_place else _Lookahead(index, shards, steps, cache.max_bytes)
+    most = max(map(len, steps), default=0)
+    slots = _Slots((_AHEAD * workers + _HELD, most, *size, 3), shared=workers > 0)
     loader = DataLoader(
-        _Decoder(cache, shards, size, workers > 0),  # pyright: ignore[reportArgumentType]
+        _Decoder(cache, shards, slots.memory),  # pyright: ignore[reportArgumentType]
         batch_size=None,
-        sampler=(_Job.of(index, rows) for rows in steps),  # pyright: ignore[reportArgumentType]
+        sampler=(_Job.of(index, rows, slots.take()) for rows in steps),  # pyright: ignore[reportArgumentType]
         collate_fn=_as_it_is,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=_AHEAD if workers else None,
         generator=torch.Generator(),  # or it would draw from the training's
     )
     made = iter(loader)  # forks the workers, which is best done before starting a thread
@@ -142,9 +148,9 @@ def _batches(
             result = next(made)
             if isinstance(result, ReidError):
                 raise result
-            image, stats = result
+            image = slots.lend(result.image, len(rows))
             if workers:
-                cache.stats.add(stats)
+                cache.stats.add(result.stats)
             label, pid, camid = (_int64(c[rows]) for c in (index.label, index.pid, index.camid))
             yield Batch(image, label, pid, camid, _int64(rows))
     finally:
@@ -160,6 +166,34 @@ def _as_it_is(value: object) -> object:
     return value
 
 
+class _Slots:
+    """Memory for batches, each used again as soon as nobody holds the batch that was in it.
+
+    Fresh memory for every batch would cost the workers as much time as decoding does: the system
+    has to find, clear and map each page.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, shared: bool) -> None:
+        self.memory = torch.empty(shape, dtype=torch.uint8)
+        if shared:
+            self.memory.share_memory_()
+        self.free = list(range(len(self.memory)))
+
+    def take(self) -> int | None:
+        """A slot to fill; None while the consumer holds too many batches."""
+        return self.free.pop() if self.free else None
+
+    def lend(self, made: int | torch.Tensor, images: int) -> torch.Tensor:
+        """The batch in a slot. The slot is free again when all views of the tensor are gone."""
+        if isinstance(made, torch.Tensor):
+            image = made
+        else:
+            array = self.memory[made, :images].numpy()
+            weakref.finalize(array, self.free.append, made).atexit = False
+            image = torch.from_numpy(array)
+        return image.pin_memory() if torch.cuda.is_available() else image
+
+
 @dataclass(frozen=True)
 class _Job:
     """All that a worker needs to make a batch, so that it holds no index."""
@@ -168,51 +202,54 @@ class _Job:
     offset: np.ndarray
     size: np.ndarray
     path: np.ndarray
+    slot: int | None
 
     @classmethod
-    def of(cls, index: Index, rows: np.ndarray) -> _Job:
-        return cls(index.shard[rows], index.offset[rows], index.size[rows], index.path[rows])
+    def of(cls, index: Index, rows: np.ndarray, slot: int | None) -> _Job:
+        columns = (index.shard, index.offset, index.size, index.path)
+        return cls(*(column[rows] for column in columns), slot=slot)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A worker's answer: the slot that it filled, or a tensor where it was given none."""
+
+    image: int | torch.Tensor
+    stats: CacheStats
 
 
 class _Decoder:
     """Makes the pixels of a batch; lives in the workers."""
 
     def __init__(
-        self,
-        cache: ShardCache,
-        shards: tuple[ShardInfo, ...],
-        size: tuple[int, int],
-        shared: bool,
+        self, cache: ShardCache, shards: tuple[ShardInfo, ...], memory: torch.Tensor
     ) -> None:
         self.cache = cache
         self.shards = shards
-        self.size = size
-        self.shared = shared
-        self.process = os.getpid()
+        self.memory = memory
 
-    def __getitem__(self, job: _Job) -> tuple[torch.Tensor, CacheStats] | ReidError:
-        if self.process != os.getpid():
-            # A forked copy of the cache may have a lock that its thread held at the fork.
-            self.cache = ShardCache(self.cache.storage, self.cache.folder, self.cache.max_bytes)
-            self.process = os.getpid()
-        if self.shared:
-            self.cache.stats = CacheStats()
+    def __getitem__(self, job: _Job) -> _Made | ReidError:
+        if self.memory.is_shared():  # so this is a worker, with a cache, and counts, of its own
+            # Not the forked one: it may have a lock that another thread held at the fork.
+            cache = ShardCache(self.cache.storage, self.cache.folder, self.cache.max_bytes)
+        else:
+            cache = self.cache
+        if job.slot is None:
+            image = torch.empty((len(job.shard), *self.memory.shape[2:]), dtype=torch.uint8)
+        else:
+            image = self.memory[job.slot, : len(job.shard)]
         try:
-            return self._decode(job), self.cache.stats
+            self._decode(job, cache, image.numpy())
         except ReidError as error:
             # Returned: what a worker raises, torch wraps in another message.
             return error
+        return _Made(image if job.slot is None else job.slot, cache.stats)
 
-    def _decode(self, job: _Job) -> torch.Tensor:
-        shape = (len(job.shard), *self.size, 3)
-        image = torch.empty(shape, dtype=torch.uint8)
-        if self.shared:
-            image.share_memory_()
-        pixels = image.numpy()
+    def _decode(self, job: _Job, cache: ShardCache, pixels: np.ndarray) -> None:
         with ExitStack() as stack:
             files = {}
             for position in np.unique(job.shard).tolist():
-                files[position] = self.cache.open(self.shards[position])
+                files[position] = cache.open(self.shards[position])
                 stack.callback(os.close, files[position])
             for i, position in enumerate(job.shard.tolist()):
                 try:
@@ -220,9 +257,8 @@ class _Decoder:
                 except DataError as error:
                     raise DataError(
                         f"{job.path[i]} (byte {job.offset[i]} of {self.shards[position].name} in"
-                        f" {self.cache.storage.url}): {error}; see `python -m data_shards verify`"
+                        f" {cache.storage.url}): {error}; see `python -m data_shards verify`"
                     ) from None
-        return image
 
     def _read(self, file: int, job: _Job, i: int) -> bytes:
         data = os.pread(file, job.size[i], job.offset[i])
