@@ -154,6 +154,8 @@ def _check(records: Sequence[ImageRecord], root: Path) -> None:
             raise DataError(
                 f"{record.path}: pid {record.pid} or camid {record.camid} is out of range"
             )
+        if not record.relative.isprintable():
+            raise DataError(f"{record.relative!r} under {root} is not a name in plain UTF-8")
 
 
 def _draft(
@@ -184,7 +186,7 @@ def _write_shards(
     work: Path | None,
     progress: Progress,
 ) -> list[ShardNote]:
-    folder = _work_folder(work, draft["content"])
+    folder = _work_folder(work, f"{draft['content']} {storage.url}")
     task = partial(_one_shard, storage, draft["name"], folder)
     total, notes = sum(len(plan.images) for plan in plans), list[ShardNote]()
     progress("sharding", total, 0)
@@ -201,7 +203,11 @@ def _one_shard(storage: Storage, dataset: str, folder: Path, plan: ShardPlan) ->
     if (note := read_note(storage, plan)) is not None:
         return note
     path = folder / PurePosixPath(plan.name).name
-    info, offsets = write_shard(plan, dataset, path)
+    try:
+        info, offsets = write_shard(plan, dataset, path)
+    except BaseException:  # half a tar is of no use, and the disk may be full of it
+        path.unlink(missing_ok=True)
+        raise
     storage.upload(plan.name, path)
     note = ShardNote(info=info, offsets=tuple(offsets))
     write_note(storage, note)
@@ -209,9 +215,10 @@ def _one_shard(storage: Storage, dataset: str, folder: Path, plan: ShardPlan) ->
     return note
 
 
-def _work_folder(work: Path | None, content: str) -> Path:
+def _work_folder(work: Path | None, build: str) -> Path:
     # The same for the same build, so that a cut-off upload finds its file again.
-    folder = work or Path(tempfile.gettempdir(), f"data-shards-{os.getuid()}-{content[:16]}")
+    name = f"data-shards-{os.getuid()}-{sha256(build.encode())[:16]}"
+    folder = work or Path(tempfile.gettempdir(), name)
     with disk_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():

@@ -342,6 +342,8 @@ class _MultipartUpload:
         except (OSError, ValueError, KeyError, AttributeError):
             return None, {}
         if known != identity:
+            if (known.get("url"), known.get("endpoint")) == (identity["url"], identity["endpoint"]):
+                self._abort(upload_id)
             return None, {}
         where, done, marker = self.storage._where(self.key), dict[int, str](), 0
         while True:
@@ -360,6 +362,14 @@ class _MultipartUpload:
             marker = page["NextPartNumberMarker"]
         log.info("resuming the upload of %s: %d parts are there", self.key, len(done))
         return upload_id, done
+
+    def _abort(self, upload_id: str) -> None:
+        """Let the server forget the parts of another file, which would cost room for ever."""
+        request = {"UploadId": upload_id, **self.storage._where(self.key)}
+        try:
+            self.storage._try(self.key, lambda c: c.abort_multipart_upload(**request))
+        except StorageError as error:
+            log.info("an old upload of %s was not there to abort: %s", self.key, error)
 
     def _complete(self, upload_id: str, parts: list[tuple[int, str]]) -> None:
         storage = self.storage

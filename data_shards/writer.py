@@ -89,9 +89,8 @@ def write_shard(plan: ShardPlan, dataset: str, path: Path) -> tuple[ShardInfo, l
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for member in plan.images:
                 data = _reread(member.image)
-                extension = PurePosixPath(member.image.record.relative).suffix.lower()
                 offsets.append(file.tell() + _BLOCK)
-                _add(tar, member.key + extension, data)
+                _add(tar, member.key + _extension(member.image.record.relative), data)
                 _add(tar, member.key + ".json", describe(member, dataset))
         size = file.tell()
     info = ShardInfo(
@@ -140,6 +139,12 @@ def _fill(members: Sequence[ShardImage], shard_bytes: int) -> Iterator[list[Shar
 
 def _tar_bytes(member: ShardImage) -> int:
     return 2 * _BLOCK + -(-member.image.size // _BLOCK) * _BLOCK + _JSON_BYTES
+
+
+def _extension(name: str) -> str:
+    suffix = PurePosixPath(name).suffix.lower()
+    plain = suffix.isascii() and suffix[1:].isalnum() and len(suffix) <= 8
+    return suffix if plain and suffix != ".json" else ".image"
 
 
 def _reread(image: SurveyedImage) -> bytes:

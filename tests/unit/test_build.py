@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -13,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from data_shards import build as building
-from data_shards import s3
+from data_shards import s3, writer
 from data_shards.build import build
 from data_shards.cli import main
 from data_shards.dataset import Dataset
@@ -237,6 +238,16 @@ def test_labels_stay_gapless_when_an_identity_is_left_out(root, tmp_path):
     dataset = Dataset.open(str(tmp_path / "out"))
     assert np.unique(dataset.index("train").label).tolist() == [0, 1, 2, 3, 4]
     assert dataset.identities.tolist() == [0, 1, 3, 4, 5]
+
+
+def test_full_disk_leaves_no_half_tar(root, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "_add", full)
+    with pytest.raises(StorageError, match="disk full"):
+        build("csv", root, str(tmp_path / "out"), work=tmp_path / "work", **SMALL)
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_one_identity_alone_is_refused(tmp_path):

@@ -419,6 +419,8 @@ class TestMultipart:
         storage.upload("k", file)
         assert self.parts_sent(proxy) == ["1", "2", "3"]
         assert storage.read("k") == file.read_bytes()
+        uploads = boto3.session.Session().client("s3").list_multipart_uploads(Bucket=bucket)
+        assert "Uploads" not in uploads, "the first one's parts are forgotten"
 
     def test_upload_that_the_server_forgot_is_sent_afresh(self, bucket, proxy, file):
         storage = open_storage(f"s3://{bucket}")

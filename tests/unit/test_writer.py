@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -80,6 +81,16 @@ def test_bytes_depend_on_the_images_alone(images, tmp_path):
         os.utime(image.record.path, (1, 1))
     again = [info for _, _, info, _ in write_all(images[::-1], tmp_path / "again")]
     assert again == first
+
+
+@pytest.mark.parametrize("name", ["no-extension", "x.json", "x.tar.gz?", "x.jpgjpgjpgjpg"])
+def test_strange_extension_still_makes_a_sample(images, tmp_path, name):
+    record = replace(images[0].record, relative=name)
+    odd = replace(images[0], record=record)
+    paths = [str(path) for _, path, _, _ in write_all([odd], tmp_path / "out")]
+    (sample,) = webdataset.WebDataset(paths, shardshuffle=False)
+    assert sample["image"] == images[0].record.path.read_bytes()
+    assert json.loads(sample["json"])["path"] == name
 
 
 def test_test_images_have_no_label(images, tmp_path):
