@@ -93,11 +93,13 @@ def build(
         progress: called with ("decoding" or "sharding", images in all, images done).
 
     Raises:
-        ConfigError: an unknown source or option.
+        ConfigError: an unknown source or option, or one that cannot be.
         DataError: the images are not what they should be, or something else is at `out`.
         StorageError: `out` cannot be reached or written.
     """
     options, jobs = _all_options(source, options or {}), jobs or cores()
+    if shard_bytes < 1:
+        raise ConfigError(f"shards of {shard_bytes} bytes cannot be; the default is {SHARD_BYTES}")
     storage = open_storage(out)
     storage.exists(MANIFEST_NAME)  # a wrong bucket or password shows now, not after the survey
     records = SOURCES[source].read(root, **options)

@@ -287,11 +287,13 @@ def test_incomplete_copy_is_refused_unless_allowed(tmp_path):
     assert not build("market1501", root, out, allow_incomplete=True, **SMALL).manifest.complete
 
 
-def test_unknown_source_and_option_are_named(root, tmp_path):
+def test_wrong_source_and_options_are_named(root, tmp_path):
     with pytest.raises(ConfigError, match="no source 'imagenet'"):
         build("imagenet", root, str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="no option 'val': its options are images"):
         build("csv", root, str(tmp_path / "out"), options={"val": "merge"})
+    with pytest.raises(ConfigError, match="shards of 0 bytes"):
+        build("csv", root, str(tmp_path / "out"), shard_bytes=0)
 
 
 # Verification and the command line
