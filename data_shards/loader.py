@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from data_shards.cache import CacheStats, ShardCache
 from data_shards.dataset import Dataset
 from data_shards.decode import decode_into
-from data_shards.errors import ConfigError, DataError, ReidError
+from data_shards.errors import ConfigError, DataError, ReidError, StorageError
+from data_shards.files import disk_errors
 from data_shards.manifest import Index, ShardInfo
 
 _AHEAD = 2  # batches that each worker has before it or in its hands
@@ -129,8 +130,9 @@ def _batches(
 ) -> Iterator[Batch]:
     index, shards = dataset.index(split), dataset.manifest.shards
     ahead = None if cache.in_place else _Lookahead(index, shards, steps, cache.max_bytes)
-    most = max(map(len, steps), default=0)
-    slots = _Slots((_AHEAD * workers + _HELD, most, *size, 3), shared=workers > 0)
+    workers = min(workers, len(steps))
+    count, most = min(_AHEAD * workers + _HELD, len(steps)), max(map(len, steps), default=0)
+    slots = _Slots((count, most, *size, 3), shared=workers > 0)
     loader = DataLoader(
         _Decoder(cache, shards, slots.memory),  # pyright: ignore[reportArgumentType]
         batch_size=None,
@@ -176,7 +178,13 @@ class _Slots:
     def __init__(self, shape: tuple[int, ...], *, shared: bool) -> None:
         self.memory = torch.empty(shape, dtype=torch.uint8)
         if shared:
-            self.memory.share_memory_()
+            try:
+                self.memory.share_memory_()
+            except RuntimeError as error:
+                raise StorageError(
+                    f"no shared memory for batches of {self.memory.nbytes:,} bytes ({error}):"
+                    " enlarge /dev/shm (of a container: --shm-size), or use fewer loader workers"
+                ) from None
         self.free = list(range(len(self.memory)))
 
     def take(self) -> int | None:
@@ -239,7 +247,8 @@ class _Decoder:
         else:
             image = self.memory[job.slot, : len(job.shard)]
         try:
-            self._decode(job, cache, image.numpy())
+            with disk_errors(cache.folder):
+                self._decode(job, cache, image.numpy())
         except ReidError as error:
             # Returned: what a worker raises, torch wraps in another message.
             return error

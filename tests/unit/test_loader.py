@@ -18,7 +18,7 @@ from data_shards.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.decode import MAX_PIXELS, decode, decode_into, image_size
-from data_shards.errors import ConfigError, DataError, ObjectMissing
+from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
 from data_shards.loader import Batch, split_batches, train_batches
 from data_shards.sampler import plan, slice_for_rank
 from data_shards.storage import LocalStorage
@@ -231,6 +231,32 @@ def test_a_missing_shard_is_the_same_error_from_a_worker(remote, tmp_path, rows,
     with pytest.raises(ObjectMissing, match="train-"):
         list(train_batches(remote, cache, rows, **SIZE, workers=workers))
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_part_of_a_batch_that_is_kept_does_not_change(dataset, cache, rows, workers):
+    batches = train_batches(dataset, cache, rows, **SIZE, workers=workers)
+    kept = next(batches).image[3:5]
+    before = kept.clone()
+    assert len(list(batches)) == len(rows) - 1
+    assert torch.equal(kept, before)
+
+
+def test_memory_of_batches_that_are_gone_is_used_again(dataset, cache):
+    rows = plan(dataset.index("train"), **PLAN, steps=60)
+    batches = train_batches(dataset, cache, rows, **SIZE, workers=2)
+    assert len({batch.image.data_ptr() for batch in batches}) <= 8
+
+
+def test_too_little_shared_memory_is_an_error_that_says_what_to_do(
+    dataset, cache, rows, monkeypatch
+):
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(StorageError, match="enlarge /dev/shm"):
+        next(train_batches(dataset, cache, rows, **SIZE, workers=2))
 
 
 def test_leaving_early_ends_the_workers(dataset, cache, rows):
