@@ -13,6 +13,7 @@ from reid_train.batch_norm import convert
 from reid_train.config import TrainConfig
 from reid_train.model import ReidNet
 from reid_train.regularization import AdaptiveL2, ConstantL2
+from reid_train.weights import load_backbone
 
 
 def model(config: TrainConfig, identities: int) -> ReidNet:
@@ -23,9 +24,7 @@ def model(config: TrainConfig, identities: int) -> ReidNet:
         stripes=config.model.stripes,
         seed=config.seed,
     )
-    if config.model.weights != "none":
-        shapes = network.backbone_shapes()
-        network.load_backbone(load_weights(config.model.weights, config.model.backbone, shapes))
+    load_backbone(network, config.model.weights)
     return convert(network) if config.model.batch_norm == "global" else network
 
 

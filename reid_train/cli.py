@@ -42,7 +42,7 @@ class Train:
 def train(arguments: list[str]) -> None:
     """Parse and run `train`. The recipe, or the run that is resumed, gives the defaults."""
     from reid_train.run import run
-    from reid_train.trainer import Run
+    from reid_train.run_folder import Run
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="msmt17_resnet50")
@@ -96,7 +96,7 @@ def models(arguments: list[str]) -> None:
     from reid_train.registry import list_models
 
     parsed = tyro.cli(Models, args=arguments, prog="python -m reid_train models")
-    table = Table("model", "version", "aliases", "mAP", "rank-1", "dataset", "created")
+    table = Table("model", "version", "aliases", "mAP", "rank-1", "dataset", "created", "run")
     for model in list_models(parsed.tracking_uri):
         table.add_row(*model.row())
     Console().print(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -142,13 +143,16 @@ def _parallel(model: nn.Module, config: TrainConfig, worker: Worker) -> nn.Modul
     network = torch.compile(model) if config.compile else model
     if worker.world == 1:
         return network  # type: ignore[return-value]
-    return DistributedDataParallel(
-        network,  # type: ignore[arg-type]
-        device_ids=[worker.device] if worker.device.type == "cuda" else None,
-        # Global statistics are the same on every rank already.
-        broadcast_buffers=config.model.batch_norm == "local",
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        # PyTorch 2.14 renames the setting; the older name holds from 2.11 on.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        return DistributedDataParallel(
+            network,  # type: ignore[arg-type]
+            device_ids=[worker.device] if worker.device.type == "cuda" else None,
+            # Global statistics are the same on every rank already.
+            broadcast_buffers=config.model.batch_norm == "local",
+            gradient_as_bucket_view=True,
+        )
 
 
 class _Run:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import ray
+import ray.exceptions
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

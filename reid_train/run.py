@@ -10,8 +10,9 @@ from rich.console import Console
 from data_shards.dataset import Dataset
 from reid_train.config import TrainConfig
 from reid_train.publish import Summary, publish, show
+from reid_train.run_folder import Run, claim, prepare, record
 from reid_train.tracking import Tracker, code_commit, local_tracking
-from reid_train.trainer import Run, claim, fit, prepare, record
+from reid_train.trainer import fit
 
 
 def run(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> Summary:
@@ -45,6 +46,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
             tracker.log_parameters(config.flat())
         tracker.set_tags(
             {
+                "dataset": dataset.url,
                 "manifest_digest": dataset.manifest.digest,
                 "evaluation_digest": dataset.manifest.evaluation_digest,
                 "commit": code_commit(),

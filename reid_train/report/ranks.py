@@ -174,7 +174,7 @@ def _caption(axes: Axes, grid: Layout, row: int, rank: int, camid: int, score: f
     y = top + grid.height + FRAME + 6
     axes.text(left, y, f"cam {camid}", size=5.8, color=style.MUTED, va="top", ha="left")
     right = left + grid.width
-    axes.text(right, y, f"{score:.2f}", size=5.8, color=style.INK, va="top", ha="right")
+    axes.text(right, y, f"{score:.3f}", size=5.8, color=style.INK, va="top", ha="right")
 
 
 def _marks(

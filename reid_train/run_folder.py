@@ -1,0 +1,149 @@
+"""A run's folder, `<output>/<name>/`, and what its `run.json` says of it.
+
+Beside `run.json` lie the checkpoints that Ray Train keeps (the best by mAP and the last), Ray's own
+snapshot of them, and the report. A name is taken once; `--resume` continues the run that has it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_shards.dataset import Dataset
+from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing
+from data_shards.storage import open_storage
+from reid_train.config import TrainConfig
+
+RESUMABLE = {
+    "workers",
+    "device",
+    "loader",
+    "checkpoint",
+    "tracking",
+    "evaluation",
+    "output",
+    "data",
+}
+"""Sections that may differ when a run is resumed: they do not change what is computed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder's `run.json` describes it."""
+
+    config: TrainConfig
+    manifest_digest: str
+    mlflow_run_id: str | None
+
+    def to_json(self) -> bytes:
+        """The run as JSON."""
+        values = {
+            "config": self.config.model_dump(mode="json"),
+            "manifest_digest": self.manifest_digest,
+            "mlflow_run_id": self.mlflow_run_id,
+        }
+        return json.dumps(values, indent=2).encode()
+
+    @classmethod
+    def read(cls, output: str, name: str) -> Run:
+        """Read `<output>/<name>/run.json`.
+
+        Raises:
+            ConfigError: there is no such run, or it cannot be read.
+        """
+        where = f"{output.rstrip('/')}/{name}/run.json"
+        try:
+            values = json.loads(open_storage(output).read(f"{name}/run.json"))
+            config = TrainConfig.from_json(json.dumps(values["config"]), where)
+            return cls(config, values["manifest_digest"], values["mlflow_run_id"])
+        except ObjectMissing as error:
+            raise ConfigError(f"no run to resume: {where} is not there") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{where} is damaged: {error}") from error
+
+
+def prepare(config: TrainConfig) -> TrainConfig:
+    """Fill in what is decided on the driver: the name, and paths that hold in any folder.
+
+    Raises:
+        ConfigError: no data or no output was given.
+    """
+    for flag in ("data", "output"):
+        if not getattr(config, flag):
+            raise ConfigError(f"--{flag} is missing: give a folder or an s3://bucket/prefix")
+    weights = config.model.weights
+    return config.replace(
+        name=config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
+        data=_absolute(config.data),
+        output=_absolute(config.output),
+        model__weights=_absolute(weights) if Path(weights).exists() else weights,
+        loader__cache=config.loader.cache.expanduser().absolute(),
+    )
+
+
+def same_training(old: TrainConfig, new: TrainConfig) -> None:
+    """Refuse to resume a run as something else.
+
+    Raises:
+        ConfigError: names the settings that differ.
+    """
+    before, after = old.flat(), new.flat()
+    changed = [
+        name
+        for name in before
+        if before[name] != after[name]
+        and name.split(".")[0] not in RESUMABLE
+        and name != "optimizer.epochs"
+    ]
+    if changed:
+        raise ConfigError(
+            f"run {old.name} cannot be resumed with other settings of {', '.join(changed)}: "
+            "leave them as they were, or start a new run under another --name"
+        )
+
+
+def claim(config: TrainConfig, dataset: Dataset, saved: Run | None) -> None:
+    """Take the run's folder, or check that a resumed run is the same as before.
+
+    Args:
+        config: as `prepare` returned it.
+        dataset: what it trains on.
+        saved: the run that is resumed; None for a new one.
+
+    Raises:
+        ConfigError: the name is taken, or the resumed run had other settings.
+        DataError: the resumed run had another dataset.
+    """
+    run = Run(config, dataset.manifest.digest, None)
+    if saved is not None:
+        same_training(saved.config, config)
+        if saved.manifest_digest != run.manifest_digest:
+            raise DataError(
+                f"run {config.name} was trained on the dataset with manifest "
+                f"{saved.manifest_digest[:12]}, but {config.data} has "
+                f"{run.manifest_digest[:12]}: give it that dataset, or start a new run"
+            )
+        return
+    try:
+        _write(run, create_once=True)
+    except ObjectExists as error:
+        raise ConfigError(
+            f"run {config.name} exists in {config.output}: continue it with --resume, or give "
+            "another --name"
+        ) from error
+
+
+def record(run: Run) -> None:
+    """Write `run.json` anew, once it is known where the run is tracked."""
+    _write(run)
+
+
+def _write(run: Run, *, create_once: bool = False) -> None:
+    storage = open_storage(run.config.output)
+    storage.write(f"{run.config.name}/run.json", run.to_json(), create_once=create_once)
+
+
+def _absolute(location: str) -> str:
+    return location if "://" in location else str(Path(location).expanduser().absolute())
