@@ -160,8 +160,9 @@ class AdaptiveL2(_L2):
 
     def factor_vector(self) -> Tensor:
         """Return λ, (n,) float32, differentiable in θ."""
+        position = self._position()
         # hardtanh and not clamp: its gradient is zero at the very ends of the range too.
-        return self.amplitudes * F.hardtanh(self._position(), 0.0, 1.0)
+        return self.amplitudes * F.hardtanh(position, 0.0, 1.0)
 
     def parameter_groups(self, lr: float, theta_lr_multiplier: float = 1.0) -> list[dict[str, Any]]:
         """Return two groups: the model's weights (all, also excluded and frozen ones) and θ.
@@ -239,44 +240,43 @@ def _weight_group(weights: Sequence[nn.Parameter], lr: float) -> list[dict[str, 
 
 def _add_scaled_weights(weights: Sequence[nn.Parameter], scales: Tensor) -> Tensor:
     """Add scale_n · w_n to each trainable weight's gradient; return ‖w_n‖² (0 where frozen)."""
-    trainable = [i for i, weight in enumerate(weights) if weight.requires_grad]
-    if not trainable:
-        return torch.zeros_like(scales)
-    chosen: list[Tensor] = [weights[i] for i in trainable]
-    gradients = [_gradient(weights[i]) for i in trainable]
+    zero = scales.new_zeros(())
+    squares = [zero] * len(weights)
     if scales.device.type == "cpu":
         # Tensor by tensor and not list by list: the norm leaves the weight in the cache for the
         # sum. (On the CPU the list operations are loops, too.)
-        norms = []
-        values = scales.tolist()
-        for i, weight, gradient in zip(trainable, chosen, gradients, strict=True):
-            norms.append(_norm(weight))
-            gradient.add_(weight, alpha=values[i])
-    else:
+        for i, (weight, scale) in enumerate(zip(weights, scales.tolist(), strict=True)):
+            if weight.requires_grad:
+                squares[i] = _squared_norm(weight)
+                _gradient(weight).add_(weight, alpha=scale)
+        return torch.stack(squares)
+    trainable = [i for i, weight in enumerate(weights) if weight.requires_grad]
+    if trainable:
         # The factors stay on the device, as tensors of no dimension: nothing waits for them.
+        chosen: list[Tensor] = [weights[i] for i in trainable]
+        gradients = [_gradient(weights[i]) for i in trainable]
         factors = scales.unbind()
-        norms = torch._foreach_norm(chosen, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_addcmul_(  # pyright: ignore[reportPrivateImportUsage]
             gradients, chosen, [factors[i] for i in trainable]
         )
-    if len(chosen) < len(weights):
-        zero, found = scales.new_zeros(()), iter(norms)
-        norms = [next(found) if weight.requires_grad else zero for weight in weights]
-    return torch.stack(list(norms)).square_()
+        norms = torch._foreach_norm(chosen, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+        for i, norm in zip(trainable, norms, strict=True):
+            squares[i] = norm
+    return torch.stack(squares).square_()
 
 
-def _norm(weight: Tensor) -> Tensor:
-    """Return ‖w‖ of a tensor on the CPU, a float32 scalar.
+def _squared_norm(weight: Tensor) -> Tensor:
+    """Return ‖w‖² of a tensor on the CPU, a float32 scalar.
 
     By rows, because the CPU's norm adds all elements up in a few float32 lanes: over the 19 million
     of a reduction convolution it is 0.1 % too small, and slower.
     """
-    if weight.ndim < 2:
-        return torch.linalg.vector_norm(weight, dtype=torch.float32)
-    # Moving the channels to the end flattens a channels_last weight without a copy.
-    rows = weight if weight.is_contiguous() else weight.movedim(1, -1)
-    by_row = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float32)
-    return torch.linalg.vector_norm(by_row)
+    if weight.ndim > 1:
+        # Moving the channels to the end flattens a channels_last weight without a copy.
+        rows = weight if weight.is_contiguous() else weight.movedim(1, -1)
+        weight = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float32)
+    flat = weight.float().view(-1)
+    return torch.dot(flat, flat)
 
 
 def _gradient(weight: nn.Parameter) -> Tensor:

@@ -3,8 +3,10 @@
     python tests/benchmarks/regularizer.py [--backbone resnet50] [--threads 2] [--device cpu]
 
 On the 161 tensors (25.6 million weights) of torchvision's ResNet-50, all in one run, turn by turn
-so that a noisy machine treats them alike. The closed form must cost at most 1.5 × what
-`weight_decay` adds to `Adam.step`.
+so that a noisy machine treats them alike. The closed form should cost at most 1.5 × what
+`weight_decay` adds to `Adam.step`. Adam's loop over tensors has each weight and gradient in the
+cache when it adds the decay, its list operations have not; its fused kernel decays for nothing, and
+saves more than the regularizer costs.
 """
 
 from __future__ import annotations
@@ -18,6 +20,12 @@ import torch
 from torchvision import models
 
 from reid_train.regularization import AdaptiveL2, ConstantL2
+
+ADAM: dict[str, dict[str, bool]] = {
+    "Adam": {"foreach": False},
+    "Adam foreach": {"foreach": True},
+    "Adam fused": {"fused": True},
+}
 
 
 def main() -> None:
@@ -38,24 +46,20 @@ def main() -> None:
         weight.grad = torch.randn_like(weight)
     adaptive, constant = AdaptiveL2(model), ConstantL2(model, 0.0025)
     adaptive.add_gradients()  # creates θ's gradient once
-    adam = {
-        (decay, foreach): torch.optim.Adam(weights, lr=0.0, weight_decay=decay, foreach=foreach)
-        for decay in (0.0, 5e-4)
-        for foreach in (False, True)
-    }
     tasks: dict[str, Callable[[], object]] = {
         "AdaptiveL2.add_gradients": adaptive.add_gradients,
         "ConstantL2.add_gradients": constant.add_gradients,
         "penalty().backward()": lambda: adaptive.penalty().backward(),
-        "adam": adam[0.0, False].step,
-        "adam decay": adam[5e-4, False].step,
-        "adam foreach": adam[0.0, True].step,
-        "adam foreach decay": adam[5e-4, True].step,
     }
+    for kind, options in ADAM.items():
+        tasks[kind] = torch.optim.Adam(weights, lr=0.0, **options).step
+        tasks[f"{kind} decay"] = torch.optim.Adam(
+            weights, lr=0.0, weight_decay=5e-4, **options
+        ).step
     times = measure(tasks, arguments.rounds, arguments.device)
 
     # Paired differences: the two steps of a round ran one after the other.
-    for kind in ("adam", "adam foreach"):
+    for kind in ADAM:
         pairs = zip(times[f"{kind} decay"], times[kind], strict=True)
         times[f"weight_decay in {kind}"] = [decayed - plain for decayed, plain in pairs]
     count = sum(weight.numel() for weight in weights)
@@ -64,7 +68,7 @@ def main() -> None:
     for name, values in times.items():
         print(f"  {name:32} {1e3 * statistics.median(values):8.2f} ms")
     ours = statistics.median(times["AdaptiveL2.add_gradients"])
-    for name in ("weight_decay in adam", "weight_decay in adam foreach", "penalty().backward()"):
+    for name in ("weight_decay in Adam", "weight_decay in Adam foreach", "penalty().backward()"):
         ratio = ours / statistics.median(times[name])
         print(f"  AdaptiveL2 / {name:32} {ratio:6.2f}")
 

@@ -160,3 +160,10 @@ def test_the_result_is_channels_last_of_the_given_dtype(dtype):
 def test_images_that_are_a_view_are_normalised_alike():
     images = _images(2, 20, 10)
     assert torch.equal(augment.normalize(images.flip(2)), augment.normalize(images).flip(3))
+
+
+def test_nothing_waits_for_the_device():
+    # A meta tensor has no values: reading one to the host, as a wait would, raises.
+    params = augment.draw(seed=0, step=0, batch=4, height=20, width=10)
+    result = augment.apply(_images(4, 20, 10).to("meta"), params)
+    assert (result.shape, result.device.type) == ((4, 3, 20, 10), "meta")

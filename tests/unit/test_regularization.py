@@ -285,6 +285,17 @@ def test_bfloat16_weights_have_float32_norms():
     torch.testing.assert_close(regularizer.last_penalty.double(), expected, rtol=1e-5, atol=0.0)
 
 
+def test_off_the_cpu_nothing_waits_for_the_device():
+    # A meta tensor has no values: reading one to the host, as a wait would, raises.
+    network = _network().to("meta")
+    regularizer = AdaptiveL2(network)
+    regularizer.add_gradients()
+    network[0].requires_grad_(False)
+    regularizer.add_gradients()
+    assert regularizer.theta.grad is not None
+    assert regularizer.last_penalty.shape == ()
+
+
 def test_a_compiled_model_keeps_its_names():
     network = _network()
     compiled = torch.compile(network, backend="eager")
