@@ -164,6 +164,11 @@ class ReidNet(nn.Module):
         regional = self.regional_layer4(shared)
         count = len(self.reductions)
         height = regional.shape[2] // count
+        if height == 0:
+            raise ConfigError(
+                f"model: images {image.shape[2]} pixels high leave {regional.shape[2]} rows for "
+                f"{count} stripes: use higher images or fewer stripes"
+            )
         parts = zip(self.regional_heads, self.reductions, strict=True)
         for i, (head, reduction) in enumerate(parts):
             end = (i + 1) * height if i + 1 < count else regional.shape[2]

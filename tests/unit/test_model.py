@@ -151,3 +151,8 @@ def test_pooled_features_are_float32_under_autocast(small):
 def test_impossible_networks_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         ReidNet(**arguments)
+
+
+def test_images_too_low_for_the_stripes_are_refused(small):
+    with pytest.raises(ConfigError, match="1 rows for 2 stripes"):
+        small(_images(2, 16, 32))
