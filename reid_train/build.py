@@ -57,7 +57,7 @@ def optimizer(
         groups = [{"params": list(network.parameters()), "lr": o.learning_rate}]
     for group in groups:
         group["multiplier"] = group["lr"] / o.learning_rate
-    return torch.optim.Adam(groups, betas=(o.beta1, o.beta2), eps=o.epsilon, foreach=True)
+    return torch.optim.Adam(groups, betas=(o.beta1, o.beta2), eps=o.epsilon, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, epoch: int) -> None:
