@@ -36,6 +36,13 @@ def _squared_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @njit(nogil=True, cache=True)
+def norms(embedding, out):
+    """‖x‖ of each row of (N, D) into `out` (N,) float64."""
+    for i in range(embedding.shape[0]):
+        out[i] = np.sqrt(_dot(embedding[i], embedding[i]))
+
+
+@njit(nogil=True, cache=True)
 def exact_score(metric: int, query: np.ndarray, item: np.ndarray, scale: float) -> float:
     """A pair's score in float64; `scale` is 1/‖query‖‖item‖ and only the cosine uses it."""
     if metric == COSINE:

@@ -29,9 +29,10 @@ from reid_train.evaluation.scoring import (
     check_embeddings,
     full_precision,
     in_threads,
+    left_operand,
     metric_code,
-    query_operand,
     quick_scores,
+    right_operand,
     tolerance,
 )
 
@@ -161,30 +162,24 @@ def count_before(
     row = np.repeat(np.arange(len(start) - 1), np.diff(start))
     # In the product's terms, which leave out ‖q‖².
     threshold = key - query.norm[row] ** 2 if code == counting.EUCLIDEAN else key
-    left = query_operand(query, code, target)
     before = np.zeros(len(order), np.int64)
-    buffer = torch.empty(min(chunk, len(left)) * BLOCK, device=target)
     count = _count_on_host if target.type == "cpu" else count_block_on_device
+    parts = [query.rows(q, q + chunk) for q in range(0, len(query.norm), chunk)]
     with full_precision():
+        lefts = [left_operand(part, code, target) for part in parts]
         for first, embedding in blocks:
             block = Side.of(embedding)
-            right = block.operand(code, 1.0, target)
-            square = None
-            if code == counting.EUCLIDEAN:
-                square = torch.from_numpy(block.norm**2).float().to(target)
-            if len(buffer) < min(chunk, len(left)) * len(embedding):
-                buffer = torch.empty(min(chunk, len(left)) * len(embedding), device=target)
+            right = right_operand(block, code, target)
             slack = tolerance(query, block, code)[row]
             low = (threshold - slack).astype(np.float32)
             high = (threshold + slack).astype(np.float32)
-            for q in range(0, len(left), chunk):
-                part = slice(q, q + chunk)
-                quick = quick_scores(left[part], right, square, buffer)
-                ends = slice(q, q + len(quick) + 1)
+            for i, (left, part) in enumerate(zip(lefts, parts, strict=True)):
+                ends = slice(i * chunk, i * chunk + len(part.norm) + 1)
                 count(
-                    quick, first, matches.start[ends], matches.index, start[ends],
-                    key, index, low, high, code, query.embedding[part], block.embedding,
-                    query.scale[part], block.scale, before,
+                    quick_scores(left, right, block, code),
+                    first, matches.start[ends], matches.index, start[ends],
+                    key, index, low, high, code, part.embedding, block.embedding,
+                    part.scale, block.scale, before,
                 )  # fmt: skip
     return before
 
@@ -272,19 +267,18 @@ def top_matches(
         Side.of(check_embeddings("gallery", gallery)),
     )
     check_agreement(labels, side.embedding, base.embedding)
-    right = base.operand(code, 1.0, torch.device("cpu"))
-    left = query_operand(side, code, torch.device("cpu"))
-    square = torch.from_numpy(base.norm**2).float() if code == counting.EUCLIDEAN else None
+    cpu = torch.device("cpu")
+    right = right_operand(base, code, cpu)
     slack = tolerance(side, base, code)
     chosen = []
     with full_precision():
-        for q in range(len(left)):
+        for q in range(len(side.norm)):
             valid = np.flatnonzero(
                 (labels.gallery_pid != labels.query_pid[q])
                 | (labels.gallery_camid != labels.query_camid[q])
             )
-            quick = quick_scores(left[q : q + 1], right, square, torch.empty(len(right)))[0]
-            near = quick.numpy()[valid].astype(np.float64)
+            left = left_operand(side.rows(q, q + 1), code, cpu)
+            near = quick_scores(left, right, base, code)[0].numpy()[valid].astype(np.float64)
             if len(valid) > k:
                 kth = np.partition(near, k - 1)[k - 1]
                 valid = valid[near <= kth + 2 * slack[q]]

@@ -13,9 +13,10 @@ from reid_train.evaluation.scoring import (
     Metric,
     Side,
     full_precision,
+    left_operand,
     metric_code,
-    query_operand,
     quick_scores,
+    right_operand,
 )
 
 BINS = 1 << 18
@@ -41,21 +42,17 @@ def tar_at_far(
     if code == counting.EUCLIDEAN:
         lowest, span = 0.0, float((query.norm.max() + gallery.norm.max()) ** 2) or 1.0
     cpu = torch.device("cpu")
-    left = query_operand(query, code, cpu)
     genuine = np.zeros(BINS, np.int64)
     impostor = np.zeros(BINS, np.int64)
     row = matches.row
-    buffer = torch.empty(chunk * _BLOCK)
+    starts = range(0, len(query.norm), chunk)
     with full_precision():
-        for first in range(0, len(gallery.embedding), _BLOCK):
-            stretch = slice(first, first + _BLOCK)
-            block = Side(gallery.embedding[stretch], gallery.scale[stretch], gallery.norm[stretch])
-            right = block.operand(code, 1.0, cpu)
-            square = None
-            if code == counting.EUCLIDEAN:
-                square = torch.from_numpy(block.norm**2).float()
-            for q in range(0, len(left), chunk):
-                scores = quick_scores(left[q : q + chunk], right, square, buffer).numpy()
+        lefts = [left_operand(query.rows(q, q + chunk), code, cpu) for q in starts]
+        for first in range(0, len(gallery.norm), _BLOCK):
+            block = gallery.rows(first, first + _BLOCK)
+            right = right_operand(block, code, cpu)
+            for q, left in zip(starts, lefts, strict=True):
+                scores = quick_scores(left, right, block, code).numpy()
                 if code == counting.EUCLIDEAN:
                     scores += np.float32(query.norm[q : q + chunk, None] ** 2)
                 own = slice(matches.start[q], matches.start[q + len(scores)])

@@ -71,30 +71,47 @@ class Side:
 
     @classmethod
     def of(cls, embedding: np.ndarray) -> Side:
-        norm = np.sqrt(np.einsum("nd,nd->n", embedding, embedding, dtype=np.float64))
+        norm = np.empty(len(embedding))
+        in_threads(lambda a, b: counting.norms(embedding[a:b], norm[a:b]), len(embedding))
         return cls(embedding, np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0), norm)
 
-    def operand(self, metric: int, factor: float, device: torch.device) -> torch.Tensor:
-        """The matrix product's operand: `factor` × the embeddings, normalised for the cosine."""
-        operand = torch.from_numpy(self.embedding).to(device)
-        if metric == counting.COSINE:
-            return operand * torch.from_numpy(factor * self.scale)[:, None].to(device).float()
-        return operand * factor if factor != 1 else operand
+    def rows(self, first: int, stop: int) -> Side:
+        """A stretch of it, as views."""
+        return Side(self.embedding[first:stop], self.scale[first:stop], self.norm[first:stop])
 
 
-def query_operand(query: Side, metric: int, device: torch.device) -> torch.Tensor:
-    """The left operand of `quick_scores`."""
-    return query.operand(metric, -1.0 if metric == counting.COSINE else -2.0, device)
+def left_operand(query: Side, metric: int, device: torch.device) -> torch.Tensor:
+    """A few queries as `quick_scores` wants them: −q/‖q‖ for the cosine, −2q for Euclidean."""
+    factor = -query.scale if metric == counting.COSINE else np.full(len(query.norm), -2.0)
+    return _operand(query.embedding, factor, device)
 
 
-def quick_scores(
-    left: torch.Tensor, right: torch.Tensor, square: torch.Tensor | None, buffer: torch.Tensor
+def right_operand(block: Side, metric: int, device: torch.device) -> torch.Tensor:
+    """A stretch of the gallery as `quick_scores` wants it: g/‖g‖ for the cosine, else g."""
+    return _operand(block.embedding, block.scale if metric == counting.COSINE else None, device)
+
+
+def _operand(
+    embedding: np.ndarray, factor: np.ndarray | None, device: torch.device
 ) -> torch.Tensor:
-    """Scores (B, W) float32 in `buffer`, from operands (B, D) and (W, D), ‖g‖² (W,) or None."""
-    out = buffer[: len(left) * len(right)].view(len(left), len(right))
-    if square is None:
-        return torch.mm(left, right.T, out=out)
-    return torch.addmm(square, left, right.T, out=out)
+    operand = torch.from_numpy(embedding).to(device)
+    if factor is not None:
+        operand = operand * torch.from_numpy(factor)[:, None].to(device).float()
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # oneDNN's product is 2 to 3 times MKL's on AMD, and on a par with it on Intel.
+        return operand.to_mkldnn()
+    return operand
+
+
+def quick_scores(left: torch.Tensor, right: torch.Tensor, block: Side, metric: int) -> torch.Tensor:
+    """Scores (B, W) float32, of operands made from (B, D) queries and this (W, D) block."""
+    if left.is_mkldnn:
+        scores = torch.nn.functional.linear(left, right).to_dense()
+    else:
+        scores = torch.mm(left, right.T)
+    if metric == counting.EUCLIDEAN:
+        scores += torch.from_numpy(block.norm**2).float().to(scores.device)
+    return scores
 
 
 def tolerance(query: Side, block: Side, metric: int) -> np.ndarray:
@@ -102,7 +119,7 @@ def tolerance(query: Side, block: Side, metric: int) -> np.ndarray:
 
     √D u ‖q‖‖g‖, the probabilistic bound for a product in precision u that adds its terms one after
     another (Higham and Mary, SIAM J. Sci. Comput. 41, 2019), plus the rounding of operands and
-    result. Products add in blocks: of 2,048 dimensions, their errors are a seventh at worst.
+    result. Libraries add in blocks: at 2,048 dimensions their errors are a fifth of it at worst.
     """
     product = (np.sqrt(query.embedding.shape[1]) + 8) * _UNIT
     if metric == counting.COSINE:
