@@ -58,6 +58,8 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
         raise DataError(f"{dataset.url} has no train split: build it with training images")
     manifest = dataset.manifest
     identities = int(index.label.max()) + 1
+    shards = [shard for shard in manifest.shards if shard.split == "train"]
+    worker.cache.require(shards, config.batch.window)
     origin = Origin(manifest.digest, manifest.evaluation_digest, identities)
 
     model = build.model(config, identities)
@@ -73,10 +75,8 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
         logger.info("continuing at epoch %d, step %d", progress.epoch, progress.step)
 
     if regularizer is not None:
-        history.tensor_names, history.tensor_kinds = (
-            list(regularizer.names),
-            list(regularizer.kinds),
-        )
+        history.tensor_names = list(regularizer.names)
+        history.tensor_kinds = list(regularizer.kinds)
     run = _Run(config, dataset, worker, origin, model, regularizer, progress, history)
     if config.evaluation.initial and progress.global_step == 0:
         run.validate()

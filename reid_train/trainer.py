@@ -118,6 +118,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
     for package in ("data_shards", "reid_train"):
         logging.getLogger(package).setLevel(logging.INFO)
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     config = TrainConfig.from_json(settings["config"])
     context = ray.train.get_context()
     rank, board = context.get_world_rank(), settings["board"]
