@@ -125,7 +125,7 @@ def tolerance(query: Side, block: Side, metric: int) -> np.ndarray:
     if metric == counting.COSINE:
         return np.full(len(query.norm), product)
     furthest = block.norm.max(initial=0.0)
-    return 2 * product * query.norm * furthest + 8 * _UNIT * furthest**2
+    return 2 * product * query.norm * furthest + 16 * _UNIT * furthest**2
 
 
 @contextmanager

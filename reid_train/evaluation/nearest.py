@@ -1,0 +1,156 @@
+"""Compiled loops that keep the nearest items of every row while blocks of scores stream past.
+
+A row's candidates are kept in an unsorted buffer. Once it is full, those are dropped that are
+surely not among the k nearest: further than the k-th by more than the scores' error, twice. In
+the end the few that are left are scored exactly and put in order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from reid_train.evaluation.counting import exact_score
+
+_STRIP = 64
+_ANY_ORDER = {"reassoc", "nnan", "nsz"}
+
+
+@njit(nogil=True, cache=True)
+def keep_nearest(score, item, count, k, best_score, best_item):
+    """The k first of `count` (score, item) pairs, in order, into `best_*`; returns how many."""
+    kept = 0
+    for m in range(count):
+        s, g = score[m], item[m]
+        if kept == k:
+            if s > best_score[k - 1] or (s == best_score[k - 1] and g >= best_item[k - 1]):
+                continue
+            kept -= 1
+        place = kept
+        while place > 0 and (
+            best_score[place - 1] > s or (best_score[place - 1] == s and best_item[place - 1] > g)
+        ):
+            best_score[place] = best_score[place - 1]
+            best_item[place] = best_item[place - 1]
+            place -= 1
+        best_score[place] = s
+        best_item[place] = g
+        kept += 1
+    return kept
+
+
+@njit(nogil=True, cache=True)
+def _compact(i, scores, items, count, limit, slack, k, metric, embedding, scale):
+    """Make room in row i's full buffer and lower the score up to which it takes candidates."""
+    capacity = scores.shape[1]
+    kth = np.float64(np.partition(scores[i, : count[i]], k - 1)[k - 1])
+    limit[i] = np.float32(kth + 2.01 * slack[i])
+    kept = 0
+    for m in range(count[i]):
+        if scores[i, m] <= limit[i]:
+            scores[i, kept] = scores[i, m]
+            items[i, kept] = items[i, m]
+            kept += 1
+    count[i] = kept
+    if kept <= capacity // 2:
+        return
+    # Many are too close to call, duplicates perhaps: only exact scores can tell them apart.
+    exact, best, chosen = np.empty(kept), np.empty(k), np.empty(k, np.int64)
+    for m in range(kept):
+        g = items[i, m]
+        exact[m] = exact_score(metric, embedding[i], embedding[g], scale[i] * scale[g])
+    count[i] = keep_nearest(exact, items[i], kept, k, best, chosen)
+    for m in range(k):
+        scores[i, m] = np.float32(best[m])
+        items[i, m] = chosen[m]
+    limit[i] = np.float32(best[k - 1] + 1.01 * slack[i])
+
+
+@njit(nogil=True, cache=True)
+def _take(i, score, item, scores, items, count, limit, slack, k, metric, embedding, scale):
+    scores[i, count[i]] = score
+    items[i, count[i]] = item
+    count[i] += 1
+    if count[i] == scores.shape[1]:
+        _compact(i, scores, items, count, limit, slack, k, metric, embedding, scale)
+
+
+@njit(nogil=True, cache=True, fastmath=_ANY_ORDER)
+def _scan(row, limit):
+    """How many of a strip's scores are within a limit, and the greatest of them all."""
+    within, furthest = np.int32(0), np.float32(-np.inf)
+    for c in range(row.shape[0]):
+        within += np.int32(row[c] <= limit)
+        furthest = max(furthest, row[c])
+    return within, furthest
+
+
+@njit(nogil=True, cache=True, fastmath=_ANY_ORDER)
+def _scan_columns(row, limit, furthest):
+    """How many of a strip's scores are within each its own limit; updates the greatest."""
+    within = np.int32(0)
+    for c in range(row.shape[0]):
+        within += np.int32(row[c] <= limit[c])
+        furthest[c] = max(furthest[c], row[c])
+    return within
+
+
+@njit(nogil=True, cache=True)
+def offer_columns(
+    block, row, column, scores, items, count, limit, furthest, slack, k, metric, embedding, scale
+):
+    """Offer a block's columns to its rows.
+
+    Args:
+        block: (B, W) float32 scores of items row, row + 1, … with column, column + 1, ….
+        scores, items, count, limit, furthest: the buffers of all rows, updated.
+        slack: (N,) how far a score may be from the exact one.
+        k: how many to keep at least.
+        metric, embedding, scale: what `exact_score` needs.
+    """
+    for r in range(block.shape[0]):
+        i = row + r
+        for left in range(0, block.shape[1], _STRIP):
+            strip = block[r, left : left + _STRIP]
+            within, greatest = _scan(strip, limit[i])
+            furthest[i] = max(furthest[i], greatest)
+            if within:
+                for c in range(strip.shape[0]):
+                    if strip[c] <= limit[i]:
+                        _take(
+                            i, strip[c], column + left + c, scores, items, count, limit, slack,
+                            k, metric, embedding, scale,
+                        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def offer_rows(
+    block, row, column, scores, items, count, limit, furthest, slack, k, metric, embedding, scale
+):
+    """Offer a block's rows to its columns; arguments as in `offer_columns`."""
+    for left in range(0, block.shape[1], _STRIP):
+        first = column + left
+        last = first + min(_STRIP, block.shape[1] - left)
+        for r in range(block.shape[0]):
+            strip = block[r, left : left + _STRIP]
+            if _scan_columns(strip, limit[first:last], furthest[first:last]):
+                for c in range(strip.shape[0]):
+                    if strip[c] <= limit[first + c]:
+                        _take(
+                            first + c, strip[c], row + r, scores, items, count, limit, slack,
+                            k, metric, embedding, scale,
+                        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def settle(items, count, k, metric, embedding, scale, first, out_item, out_score):
+    """The k nearest of each row, in order of exact score, then of index; −1 and ∞ where fewer."""
+    exact = np.empty(items.shape[1])
+    for r in range(out_item.shape[0]):
+        i = first + r
+        for m in range(count[i]):
+            g = items[i, m]
+            exact[m] = exact_score(metric, embedding[i], embedding[g], scale[i] * scale[g])
+        kept = keep_nearest(exact, items[i], count[i], k, out_score[r], out_item[r])
+        out_item[r, kept:] = -1
+        out_score[r, kept:] = np.inf
