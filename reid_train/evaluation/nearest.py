@@ -40,10 +40,24 @@ def keep_nearest(score, item, count, k, best_score, best_item):
 
 
 @njit(nogil=True, cache=True)
+def _kth(values, k):
+    """The k-th smallest, by insertion: values are a few dozen."""
+    least = np.full(k, np.inf, np.float32)
+    for value in values:
+        if value < least[k - 1]:
+            place = k - 1
+            while place > 0 and least[place - 1] > value:
+                least[place] = least[place - 1]
+                place -= 1
+            least[place] = value
+    return least[k - 1]
+
+
+@njit(nogil=True, cache=True)
 def _compact(i, scores, items, count, limit, slack, k, metric, embedding, scale):
     """Make room in row i's full buffer and lower the score up to which it takes candidates."""
     capacity = scores.shape[1]
-    kth = np.float64(np.partition(scores[i, : count[i]], k - 1)[k - 1])
+    kth = np.float64(_kth(scores[i, : count[i]], k))
     limit[i] = np.float32(kth + 2.01 * slack[i])
     kept = 0
     for m in range(count[i]):
@@ -85,14 +99,22 @@ def _scan(row, limit):
     return within, furthest
 
 
-@njit(nogil=True, cache=True, fastmath=_ANY_ORDER)
-def _scan_columns(row, limit, furthest):
-    """How many of a strip's scores are within each its own limit; updates the greatest."""
-    within = np.int32(0)
-    for c in range(row.shape[0]):
-        within += np.int32(row[c] <= limit[c])
-        furthest[c] = max(furthest[c], row[c])
-    return within
+@njit(nogil=True, cache=True)
+def _offer(
+    i, row, first, scores, items, count, limit, furthest, slack, k, metric, embedding, scale
+):
+    """Offer items first, first + 1, … to item i, with their scores `row`."""
+    for left in range(0, row.shape[0], _STRIP):
+        strip = row[left : left + _STRIP]
+        within, greatest = _scan(strip, limit[i])
+        furthest[i] = max(furthest[i], greatest)
+        if within:
+            for c in range(strip.shape[0]):
+                if strip[c] <= limit[i]:
+                    _take(
+                        i, strip[c], first + left + c, scores, items, count, limit, slack,
+                        k, metric, embedding, scale,
+                    )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
@@ -109,18 +131,10 @@ def offer_columns(
         metric, embedding, scale: what `exact_score` needs.
     """
     for r in range(block.shape[0]):
-        i = row + r
-        for left in range(0, block.shape[1], _STRIP):
-            strip = block[r, left : left + _STRIP]
-            within, greatest = _scan(strip, limit[i])
-            furthest[i] = max(furthest[i], greatest)
-            if within:
-                for c in range(strip.shape[0]):
-                    if strip[c] <= limit[i]:
-                        _take(
-                            i, strip[c], column + left + c, scores, items, count, limit, slack,
-                            k, metric, embedding, scale,
-                        )  # fmt: skip
+        _offer(
+            row + r, block[r], column, scores, items, count, limit, furthest, slack,
+            k, metric, embedding, scale,
+        )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
@@ -128,26 +142,31 @@ def offer_rows(
     block, row, column, scores, items, count, limit, furthest, slack, k, metric, embedding, scale
 ):
     """Offer a block's rows to its columns; arguments as in `offer_columns`."""
+    height = block.shape[0]
+    # Not a power of two wide: its rows would all fall on the same lines of the cache.
+    turned = np.empty((_STRIP, height + 16), np.float32)
     for left in range(0, block.shape[1], _STRIP):
-        first = column + left
-        last = first + min(_STRIP, block.shape[1] - left)
-        for r in range(block.shape[0]):
-            strip = block[r, left : left + _STRIP]
-            if _scan_columns(strip, limit[first:last], furthest[first:last]):
-                for c in range(strip.shape[0]):
-                    if strip[c] <= limit[first + c]:
-                        _take(
-                            first + c, strip[c], row + r, scores, items, count, limit, slack,
-                            k, metric, embedding, scale,
-                        )  # fmt: skip
+        width = min(_STRIP, block.shape[1] - left)
+        for r in range(height):
+            for c in range(width):
+                turned[c, r] = block[r, left + c]
+        for c in range(width):
+            _offer(
+                column + left + c, turned[c, :height], row, scores, items, count, limit,
+                furthest, slack, k, metric, embedding, scale,
+            )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
-def settle(items, count, k, metric, embedding, scale, first, out_item, out_score):
+def settle(
+    scores, items, count, limit, slack, k, metric, embedding, scale, first, out_item, out_score
+):
     """The k nearest of each row, in order of exact score, then of index; −1 and ∞ where fewer."""
     exact = np.empty(items.shape[1])
     for r in range(out_item.shape[0]):
         i = first + r
+        if count[i] > k:
+            _compact(i, scores, items, count, limit, slack, k, metric, embedding, scale)
         for m in range(count[i]):
             g = items[i, m]
             exact[m] = exact_score(metric, embedding[i], embedding[g], scale[i] * scale[g])

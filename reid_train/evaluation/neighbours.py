@@ -111,10 +111,5 @@ def nearest_neighbours(
             progress(scores.size * (1 if row == column else 2))
     index, score = np.empty((count, k), np.int32), np.empty((count, k))
 
-    def settle(a: int, b: int) -> None:
-        nearest.settle(
-            buffers[1], buffers[2], k, metric, side.embedding, side.scale, a, index[a:b], score[a:b]
-        )
-
-    in_threads(settle, count)
+    in_threads(lambda a, b: nearest.settle(*buffers[:4], *rest, a, index[a:b], score[a:b]), count)
     return Neighbours(index, score, buffers[4])
