@@ -161,10 +161,15 @@ class Checkpoint:
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Adam's moments, in place."""
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in load_file(self.folder / TRAINING).items():
             if name.startswith("adam/"):
                 _, position, key = name.split("/")
+                weight = weights[int(position)]
+                if tensor.shape == weight.shape:
+                    # Fused Adam goes through memory: a moment must lie there as its weight does.
+                    tensor = torch.empty_like(weight).copy_(tensor)
                 state.setdefault(int(position), {})[key] = tensor
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
