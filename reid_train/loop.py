@@ -193,7 +193,11 @@ class _Run:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip_norm)
         self.optimizer.step()
-        self.meter.add(torch.stack(parts).mean(0))
+        losses = torch.stack(parts).mean(0)
+        penalty = (
+            losses.new_zeros(()) if self.regularizer is None else self.regularizer.last_penalty
+        )
+        self.meter.add(torch.cat([losses, penalty[None]]))
         self.progress.step += 1
         self.progress.global_step += 1
 
@@ -231,15 +235,15 @@ class _Run:
         )
 
     def watch(self, steps: int) -> None:
-        """Every few steps: read the losses, record them, track them, show them."""
+        """Every few steps, and before a checkpoint: read the losses, record, track, show them."""
         progress, worker = self.progress, self.worker
-        if progress.step % self.config.tracking.every_steps and progress.step < steps:
+        due = progress.step % self.config.tracking.every_steps == 0 or progress.step == steps
+        if not (due or self._checkpoint_is_due(steps)):
             return
         rows, speed = self.meter.read(progress.global_step)
         speed *= self.config.batch_size * self.config.batch.accumulate
-        penalty = 0.0 if self.regularizer is None else float(self.regularizer.last_penalty)
         first = progress.global_step - len(rows) + 1
-        for step, (cross_entropy, triplet) in enumerate(rows.tolist(), first):
+        for step, (cross_entropy, triplet, penalty) in enumerate(rows.tolist(), first):
             values = {
                 "loss/cross_entropy": cross_entropy,
                 "loss/triplet": triplet,
@@ -289,9 +293,13 @@ class _Run:
 
     def checkpoint_between(self, steps: int) -> None:
         """Within an epoch, every `checkpoint.every_steps` optimizer steps."""
-        every = self.config.checkpoint.every_steps
-        if every and self.progress.global_step % every == 0 and self.progress.step < steps:
+        if self._checkpoint_is_due(steps):
             self.checkpoint(Validation())
+
+    def _checkpoint_is_due(self, steps: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        within = self.progress.step < steps
+        return every is not None and within and self.progress.global_step % every == 0
 
     def checkpoint(self, measured: Validation) -> None:
         """Write a checkpoint (rank 0) and report it (every rank).

@@ -25,7 +25,7 @@ class Meter:
         self._clock = time.perf_counter()
 
     def add(self, losses: torch.Tensor) -> None:
-        """Take one step's (cross-entropy, triplet) of this rank, (2,), without waiting."""
+        """Take one step's (cross-entropy, triplet, penalty) of this rank, (3,), without waiting."""
         self._losses.append(losses)
 
     def read(self, last_step: int) -> tuple[np.ndarray, float]:
@@ -35,7 +35,7 @@ class Meter:
             last_step: global step of the newest row, for the error message.
 
         Returns:
-            (n, 2) float64 cross-entropy and triplet, and steps a second.
+            (n, 3) float64 cross-entropy, triplet and penalty, and steps a second.
 
         Raises:
             DataError: a loss is not finite.
@@ -52,9 +52,10 @@ class Meter:
         wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(wrong):
             step = last_step - len(rows) + 1 + int(wrong[0])
+            cross_entropy, triplet, penalty = rows[wrong[0]]
             raise DataError(
-                f"the loss is not finite at step {step} (cross-entropy {rows[wrong[0], 0]}, "
-                f"triplet {rows[wrong[0], 1]}): lower --optimizer.learning-rate or set "
-                "--optimizer.clip-norm, and continue from the last checkpoint with --resume"
+                f"the loss is not finite at step {step} (cross-entropy {cross_entropy:.4g}, "
+                f"triplet {triplet:.4g}, penalty {penalty:.4g}): train under another --name with a "
+                "lower --optimizer.learning-rate, or with --optimizer.clip-norm"
             )
         return rows, len(rows) / seconds
