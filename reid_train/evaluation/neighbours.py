@@ -51,30 +51,56 @@ class Neighbours:
         )
 
 
-def tiles(count: int) -> list[tuple[int, int]]:
-    """First row and first column of the tiles on and above the diagonal."""
-    edges = range(0, count, TILE)
-    return [(row, column) for row in edges for column in edges if row <= column]
+@dataclass(frozen=True)
+class Tile:
+    """Pairs of consecutive rows and columns, by the first of each and the one past the last.
+
+    Above the diagonal it is `mirrored`: it also tells its columns about its rows.
+    """
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    mirrored: bool
+
+    @property
+    def pairs(self) -> int:
+        """How many distances it stands for."""
+        height, width = self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
+        return height * width * (1 + self.mirrored)
+
+
+def _stretches(first: int, stop: int) -> list[tuple[int, int]]:
+    return [(a, min(a + TILE, stop)) for a in range(first, stop, TILE)]
+
+
+def all_pairs(count: int) -> list[Tile]:
+    """Everything with everything: half the products are enough."""
+    edges = _stretches(0, count)
+    return [Tile(a, b, mirrored=a != b) for a in edges for b in edges if a <= b]
+
+
+def query_gallery_pairs(queries: int, count: int) -> list[Tile]:
+    """The first `queries` items with all the others."""
+    across = _stretches(queries, count)
+    return [Tile(a, b, mirrored=False) for a in _stretches(0, queries) for b in across]
 
 
 def nearest_neighbours(
     side: Side,
     k: int,
     metric: int,
-    chosen: Iterable[tuple[int, int]] | None = None,
+    tiles: Iterable[Tile],
     *,
     progress: Callable[[int], object] = lambda pairs: None,
 ) -> Neighbours:
-    """The k nearest neighbours, from all tiles or from a part of them.
-
-    A tile above the diagonal serves its rows and its columns, so that half the product is enough.
+    """The k nearest neighbours, as far as the tiles tell.
 
     Args:
         side: all N embeddings.
         k: how many, at most N.
         metric: code of the metric.
-        chosen: tiles to compute, row by row; all by default.
-        progress: told how many pairs of items each tile has served.
+        tiles: what to compare with what; those of the same rows one after another.
+        progress: told each tile's pairs.
     """
     count, cpu = len(side.norm), torch.device("cpu")
     capacity = 4 * k
@@ -87,17 +113,18 @@ def nearest_neighbours(
     )
     rest = (tolerance(side, side, metric), k, metric, side.embedding, side.scale)
     rights: dict[int, torch.Tensor] = {}
-    left, left_row = torch.empty(0), -1
+    left, left_rows = torch.empty(0), (-1, -1)
     with full_precision():
-        for row, column in tiles(count) if chosen is None else chosen:
-            if row != left_row:
-                left, left_row = left_operand(side.rows(row, row + TILE), metric, cpu), row
-            block = side.rows(column, column + TILE)
+        for tile in tiles:
+            (row, last), (column, _) = tile.rows, tile.columns
+            if tile.rows != left_rows:
+                left, left_rows = left_operand(side.rows(row, last), metric, cpu), tile.rows
+            block = side.rows(*tile.columns)
             if column not in rights:
                 rights[column] = right_operand(block, metric, cpu)
             scores = quick_scores(left, rights[column], block, metric).numpy()
             if metric == counting.EUCLIDEAN:
-                scores += (side.norm[row : row + TILE, None] ** 2).astype(np.float32)
+                scores += (side.norm[row:last, None] ** 2).astype(np.float32)
 
             def rows(a: int, b: int, scores=scores, row=row, column=column) -> None:
                 nearest.offer_columns(scores[a:b], row + a, column, *buffers, *rest)
@@ -106,9 +133,9 @@ def nearest_neighbours(
                 nearest.offer_rows(scores[:, a:b], row, column + a, *buffers, *rest)
 
             in_threads(rows, scores.shape[0])
-            if row != column:
+            if tile.mirrored:
                 in_threads(columns, scores.shape[1])
-            progress(scores.size * (1 if row == column else 2))
+            progress(tile.pairs)
     index, score = np.empty((count, k), np.int32), np.empty((count, k))
 
     in_threads(lambda a, b: nearest.settle(*buffers[:4], *rest, a, index[a:b], score[a:b]), count)

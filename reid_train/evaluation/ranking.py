@@ -12,7 +12,8 @@ counts who comes before them. `rank` runs both in one process, `distributed` ove
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ def rank(
     false_accept_rates: Sequence[float] = (),
     chunk: int = CHUNK,
     device: str | torch.device = "cpu",
+    progress: Callable[[int], object] = lambda pairs: None,
 ) -> RankingResult:
     """Measure how well the gallery answers the queries (METHOD §6).
 
@@ -68,24 +70,47 @@ def rank(
         false_accept_rates: give the true accept rate at these, at the price of a second product.
         chunk: queries at a time; memory grows with it, results do not change.
         device: where the product and the counting run.
+        progress: told how many pairs of query and gallery item have been compared since.
 
     Raises:
         DataError: NaN or infinite embeddings, differing dimensions, an empty side, or no query
             with a match.
     """
     labels = Labels(query_pid, query_camid, gallery_pid, gallery_camid)
+    start, ranks = ranks_within(query, gallery, labels, metric, chunk, device, progress)
+    result = metrics_of(start, ranks, max_rank)
+    if not false_accept_rates:
+        return result
+    sides = (
+        Side.of(np.ascontiguousarray(query, np.float32)),
+        Side.of(np.ascontiguousarray(gallery, np.float32)),
+    )
+    rates = tar_at_far(*sides, find_matches(labels), metric, false_accept_rates, chunk)
+    return replace(result, tar_at_far=rates)
+
+
+def ranks_within(
+    query: np.ndarray,
+    gallery: np.ndarray,
+    labels: Labels,
+    metric: Metric,
+    chunk: int = CHUNK,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int], object] = lambda pairs: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of all positives; arguments and errors as for `rank`.
+
+    Returns:
+        (Q + 1,) where each query's positives start, and their ranks (P,) from 1, ascending.
+    """
     query = check_embeddings("query", query)
     gallery = check_embeddings("gallery", gallery)
     check_agreement(labels, query, gallery)
     matches = find_matches(labels)
     side = Side.of(query)
     scores = score_own(side, _blocks(gallery), matches, metric)
-    before = count_before(side, _blocks(gallery), matches, scores, metric, chunk, device)
-    result = metrics_of(matches.positives(), ranks_of(matches, scores, before), max_rank)
-    if false_accept_rates:
-        rates = tar_at_far(side, Side.of(gallery), matches, metric, false_accept_rates, chunk)
-        object.__setattr__(result, "tar_at_far", rates)
-    return result
+    before = count_before(side, _blocks(gallery), matches, scores, metric, chunk, device, progress)
+    return matches.positives(), ranks_of(matches, before)
 
 
 def check_agreement(labels: Labels, query: np.ndarray, gallery: np.ndarray) -> None:
@@ -147,6 +172,7 @@ def count_before(
     metric: Metric,
     chunk: int = CHUNK,
     device: str | torch.device = "cpu",
+    progress: Callable[[int], object] = lambda pairs: None,
 ) -> np.ndarray:
     """Second pass: how many items of other identities come before each positive.
 
@@ -163,7 +189,7 @@ def count_before(
     # In the product's terms, which leave out ‖q‖².
     threshold = key - query.norm[row] ** 2 if code == counting.EUCLIDEAN else key
     before = np.zeros(len(order), np.int64)
-    count = _count_on_host if target.type == "cpu" else count_block_on_device
+    count = count_on_host if target.type == "cpu" else count_block_on_device
     parts = [query.rows(q, q + chunk) for q in range(0, len(query.norm), chunk)]
     with full_precision():
         lefts = [left_operand(part, code, target) for part in parts]
@@ -181,10 +207,11 @@ def count_before(
                     key, index, low, high, code, part.embedding, block.embedding,
                     part.scale, block.scale, before,
                 )  # fmt: skip
+                progress(len(part.norm) * len(embedding))
     return before
 
 
-def _count_on_host(
+def count_on_host(
     scores: torch.Tensor, first: int, own_start: np.ndarray, own_index: np.ndarray,
     start: np.ndarray, key: np.ndarray, index: np.ndarray, low: np.ndarray, high: np.ndarray,
     metric: int, query: np.ndarray, block: np.ndarray,
@@ -203,46 +230,11 @@ def _count_on_host(
     in_threads(count, len(host))
 
 
-def ranks_of(matches: Matches, scores: np.ndarray, before: np.ndarray) -> np.ndarray:
+def ranks_of(matches: Matches, before: np.ndarray) -> np.ndarray:
     """Ranks (P,) from 1 of `ordered_positives`: those before it, its fellows included, and 1."""
     start = matches.positives()
     fellows = np.arange(start[-1]) - np.repeat(start[:-1], np.diff(start))
     return before + fellows + 1
-
-
-def rank_distances(
-    blocks: Iterable[tuple[int, np.ndarray]], labels: Labels, *, max_rank: int = 50
-) -> RankingResult:
-    """Metrics of distances that are given, as re-ranking gives them.
-
-    Args:
-        blocks: first query's number and distances (B, G) float32 of a few queries to the whole
-            gallery, every query once, in order; overwritten.
-        labels: identities and cameras.
-    """
-    matches = find_matches(labels)
-    row, starts = matches.row, matches.positives()
-    scores = np.full(len(row), np.nan)
-    before = np.zeros(starts[-1], np.int64)
-    nothing, scale = np.empty((0, 0), np.float32), np.empty(0)
-    for q, distance in blocks:
-        if np.isnan(distance).any():
-            raise DataError(f"distances of queries {q} to {q + len(distance) - 1} contain NaN")
-        own = slice(matches.start[q], matches.start[q + len(distance)])
-        scores[own] = distance[row[own] - q, matches.index[own]]
-        start = matches.start[q : q + len(distance) + 1]
-        kept = np.flatnonzero(matches.positive[own]) + own.start
-        kept = kept[np.lexsort((matches.index[kept], scores[kept], row[kept]))]
-        key, limit = scores[kept], scores[kept].astype(np.float32)
-        found = np.zeros(len(kept), np.int64)
-        part = starts[q : q + len(distance) + 1]
-        _count_on_host(
-            torch.from_numpy(distance), 0, start, matches.index, part - part[0],
-            key, matches.index[kept], limit, limit, counting.GIVEN, nothing, nothing,
-            scale, scale, found,
-        )  # fmt: skip
-        before[part[0] : part[-1]] = found
-    return metrics_of(starts, ranks_of(matches, scores, before), max_rank)
 
 
 def top_matches(

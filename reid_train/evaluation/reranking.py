@@ -25,7 +25,7 @@ import torch
 
 from data_shards.errors import ConfigError, DataError
 from reid_train.evaluation import counting, reciprocal
-from reid_train.evaluation.neighbours import Neighbours, nearest_neighbours
+from reid_train.evaluation.neighbours import Neighbours, all_pairs, nearest_neighbours
 from reid_train.evaluation.scoring import (
     Metric,
     Side,
@@ -124,7 +124,8 @@ def rerank(
         done += served
         progress("neighbours", done, pairs)
 
-    neighbours = nearest_neighbours(side, settings.needed, code, progress=count)
+    tiles = all_pairs(len(side.norm))
+    neighbours = nearest_neighbours(side, settings.needed, code, tiles, progress=count)
     encoding = encode(side, neighbours, settings, code)
     for first, distance in distances(side, len(query), encoding, settings, code):
         yield first, distance
