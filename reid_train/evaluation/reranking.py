@@ -36,6 +36,7 @@ from reid_train.evaluation.scoring import (
     metric_code,
     quick_scores,
     right_operand,
+    tolerance,
 )
 
 CHUNK = 512  # queries whose distances are held at a time
@@ -145,9 +146,10 @@ def joined(query: np.ndarray, gallery: np.ndarray) -> Side:
 
 def encode(side: Side, neighbours: Neighbours, settings: ReRanking, metric: int) -> Encoding:
     """Every image as a sparse row of weights over its expanded reciprocal neighbours."""
-    furthest = neighbours.furthest.astype(np.float64)
-    furthest = (1 + furthest) ** 2 if metric == counting.COSINE else furthest
-    furthest = np.where(furthest > 0, furthest, 1.0)  # all images the same
+    spread = neighbours.furthest.astype(np.float64) + (metric == counting.COSINE)
+    furthest = spread**2 if metric == counting.COSINE else spread
+    # Where all images are the same, nothing but rounding is left to divide by.
+    furthest[spread <= tolerance(side, side, metric)] = 1.0
     full, full_count = _reciprocal(neighbours.index, settings.k1)
     half, half_count = _reciprocal(neighbours.index, settings.half)
     widest = min(full.shape[1] * (1 + half.shape[1]), len(furthest))
