@@ -7,11 +7,12 @@ A checkpoint is a folder:
     history.safetensors   curves and λ so far
     rank_list.npz         top matches of a few queries, when it was measured
     config.json           the configuration
-    checkpoint.json       progress, manifest digest, names, and SHA-256 of the files above
+    progress.json         where the run stands, and the dataset that it belongs to
+    checkpoint.json       the seal: SHA-256 of each file above
 
 No generator state is among it: batches and augmentation are pure functions of (seed, epoch, step).
-Nothing in it is a pickle. `checkpoint.json` is written last; a folder without it, or whose files do
-not match it, is torn and refused.
+Nothing in it is a pickle. The seal is written last; a folder without it, or whose files do not
+match it, is torn and refused.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ from reid_train.config import TrainConfig
 from reid_train.history import History
 from reid_train.regularization import AdaptiveL2
 
-MODEL, TRAINING, HISTORY, RANK_LIST, CONFIG, SEAL = (
+FILES = MODEL, TRAINING, HISTORY, RANK_LIST, CONFIG, PROGRESS = (
     "model.safetensors",
     "training.safetensors",
     "history.safetensors",
     "rank_list.npz",
     "config.json",
-    "checkpoint.json",
+    "progress.json",
 )
+SEAL = "checkpoint.json"
 
 
 @dataclass
@@ -87,13 +89,9 @@ def save(
     history.save(folder / HISTORY)
     np.savez(folder / RANK_LIST, allow_pickle=False, **rank_list)
     (folder / CONFIG).write_text(config.to_json())
-    files = (MODEL, TRAINING, HISTORY, RANK_LIST, CONFIG)
-    seal = {
-        "format": 1,
-        "progress": asdict(progress),
-        "origin": asdict(origin),
-        "sha256": {name: digest(folder / name) for name in files},
-    }
+    stands = {"progress": asdict(progress), "origin": asdict(origin)}
+    (folder / PROGRESS).write_text(json.dumps(stands, indent=2))
+    seal = {name: digest(folder / name) for name in FILES}
     (folder / SEAL).write_text(json.dumps(seal, indent=2))
 
 
@@ -115,12 +113,13 @@ class Checkpoint:
         """
         try:
             seal = json.loads((folder / SEAL).read_text())
-            for name, expected in seal["sha256"].items():
-                if digest(folder / name) != expected:
+            for name in FILES:
+                if digest(folder / name) != seal[name]:
                     raise DataError(
                         f"checkpoint {folder}: {name} is not what was written (SHA-256 differs)"
                     )
-            progress, origin = Progress(**seal["progress"]), Origin(**seal["origin"])
+            stands = json.loads((folder / PROGRESS).read_text())
+            progress, origin = Progress(**stands["progress"]), Origin(**stands["origin"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"checkpoint {folder} is incomplete or damaged: {error}") from error
         config = TrainConfig.from_json((folder / CONFIG).read_bytes(), str(folder / CONFIG))

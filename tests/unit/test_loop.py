@@ -90,7 +90,7 @@ def state(folder: Path) -> dict[str, object]:
     history = History.load(folder / "history.safetensors")
     steps = {k: v for k, v in history.steps.items() if k != "images_per_second"}
     return {
-        "files": {name: seal["sha256"][name] for name in (MODEL, TRAINING, "config.json")},
+        "files": {name: seal[name] for name in (MODEL, TRAINING, "config.json")},
         "progress": Checkpoint.open(folder).progress,
         "steps": np.array([steps[name] for name in sorted(steps)]).tobytes(),
         "evaluations": history.evaluations,
