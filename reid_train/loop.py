@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -283,6 +284,10 @@ class _Run:
 
     def validate(self) -> Validation:
         """Measure the model now; the metrics go to the history and the tracker."""
+        if self.worker.world > 1:
+            # Local batch norm leaves each rank statistics of its own; saved are the first rank's.
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, src=0)
         result = validate(self.config, self.dataset, self.worker, self.model, self.autocast)
         if result.metrics:
             self.history.add_evaluation(self.progress.epoch, result.metrics)

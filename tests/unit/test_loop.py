@@ -240,11 +240,14 @@ def test_dataset_without_train_split_is_refused(tmp_path):
 
 # --- several workers --------------------------------------------------------------------------
 
-TOGETHER = config(**SMOOTH, batch__accumulate=2, regularization__theta_lr_multiplier=10.0)
+TOGETHER = config(**SMOOTH, batch__accumulate=2, regularization__theta_lr_multiplier=10.0).replace(
+    evaluation__every=9
+)
+APART = TOGETHER.replace(model__batch_norm="local", evaluation__every=1)
 
 
 def _train_together(rank: int, url: str, settings: str, scratch: str) -> dict[str, object]:
-    """One worker of two: its losses, its weights at the end, the images that it embedded."""
+    """One worker of two: its losses, the weights that it measured, the images that it embedded."""
     resnet.resnet18 = narrow_resnet18
     dataset = Dataset.open(url)
     worker, recorded = make_worker(dataset, Path(scratch), rank, WORLD)
@@ -261,9 +264,10 @@ def _train_together(rank: int, url: str, settings: str, scratch: str) -> dict[st
         weights.update({name: value.clone() for name, value in model.state_dict().items()})
         return measure(model, *arguments, **options)
 
-    validation.split_batches, validation.embed_batches = note_rows, note_weights
-    loaded = TrainConfig.from_json(settings).replace(evaluation__every=9)
-    train(loaded, dataset, worker)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "split_batches", note_rows)
+        patch.setattr(validation, "embed_batches", note_weights)
+        train(TrainConfig.from_json(settings), dataset, worker)
     return {
         "losses": recorded.losses(),
         "metrics": recorded.metrics[-1],
@@ -272,13 +276,25 @@ def _train_together(rank: int, url: str, settings: str, scratch: str) -> dict[st
     }
 
 
+def _train_both(rank: int, url: str, scratch: str) -> dict[str, dict]:
+    return {
+        name: _train_together(rank, url, settings.to_json(), scratch)
+        for name, settings in (("together", TOGETHER), ("apart", APART))
+    }
+
+
 @pytest.fixture(scope="module")
-def together(tiny_dataset: Dataset) -> Iterator[tuple[Recorded, list[dict]]]:
+def workers(tiny_dataset: Dataset) -> Iterator[list[dict]]:
+    """What each of two workers had, with global and with local batch norm."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield run_workers(_train_both, WORLD, tiny_dataset.url, folder)
+
+
+@pytest.fixture(scope="module")
+def together(tiny_dataset: Dataset, workers) -> Iterator[tuple[Recorded, list[dict]]]:
     """The same training by one worker and by two."""
     with tempfile.TemporaryDirectory() as folder:
-        alone = run(tiny_dataset, TOGETHER.replace(evaluation__every=9), Path(folder))
-        arguments = (tiny_dataset.url, TOGETHER.to_json(), folder)
-        yield alone, run_workers(_train_together, WORLD, *arguments)
+        yield run(tiny_dataset, TOGETHER, Path(folder)), [worker["together"] for worker in workers]
 
 
 def test_two_workers_have_the_losses_of_one(together):
@@ -294,10 +310,11 @@ def test_two_workers_end_with_the_weights_of_one(together):
         torch.testing.assert_close(first["weights"][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_workers_hold_equal_weights(together):
-    _, (first, second) = together
-    for name, value in first["weights"].items():
-        assert torch.equal(second["weights"][name], value), name
+@pytest.mark.parametrize("name", ["together", "apart"])
+def test_workers_measure_equal_weights_and_statistics(workers, name):
+    first, second = (worker[name]["weights"] for worker in workers)
+    for tensor, value in first.items():
+        assert torch.equal(second[tensor], value), tensor
 
 
 def test_evaluation_embeds_each_image_once_over_all_workers(tiny_dataset, together):
