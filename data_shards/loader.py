@@ -116,6 +116,23 @@ def split_batches(
         raise ConfigError(f"batches of {batch} for rank {rank} of {world} cannot be made")
     total = len(dataset.index(split))
     rows = np.arange(total * rank // world, total * (rank + 1) // world)
+    return row_batches(
+        dataset, cache, split, rows, batch=batch, height=height, width=width, workers=workers
+    )
+
+
+def row_batches(
+    dataset: Dataset,
+    cache: ShardCache,
+    split: str,
+    rows: np.ndarray,
+    *,
+    batch: int,
+    height: int,
+    width: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """Given rows (n,) of a split's index, in their order, as `split_batches` gives a range."""
     steps = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     return _batches(dataset, cache, split, steps, (height, width), workers)
 

@@ -194,18 +194,24 @@ def load(
         DataError: what is there is not a model.
         StorageError: it is not there, or cannot be read.
     """
-    location = str(uri)
-    if "://" not in location and not location.startswith("models:/"):
-        return Embedder.from_folder(location, device)
     with tempfile.TemporaryDirectory(prefix="reid-model-") as temporary:
-        folder = Path(temporary)
-        if location.startswith("models:/"):
-            folder = _download(location, _resolve(tracking_uri), folder)
-        else:
-            storage = open_storage(location)
-            for file in (WEIGHTS, CONFIG):
-                storage.download(file, folder / file)
-        return Embedder.from_folder(folder, device)
+        return Embedder.from_folder(fetch(uri, Path(temporary), tracking_uri), device)
+
+
+def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Path:
+    """Have a model's files on this machine: in `folder`, or where they are if that is a path.
+
+    Args and errors as `load`.
+    """
+    location = str(uri)
+    if location.startswith("models:/"):
+        return _download(location, _resolve(tracking_uri), folder)
+    if "://" not in location:
+        return Path(location)
+    storage = open_storage(location)
+    for file in (WEIGHTS, CONFIG):
+        storage.download(file, folder / file)
+    return folder
 
 
 def _download(location: str, uri: str, folder: Path) -> Path:

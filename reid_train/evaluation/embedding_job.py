@@ -1,0 +1,183 @@
+"""A model's embeddings of a dataset, computed by Ray workers and written in parts.
+
+A part is a stretch of a split's images and a Parquet file of its own, written whole or not at all;
+so each image is embedded once, and an interrupted job goes on with the parts that are missing.
+`job.json`, written first and once, says of which model and dataset the parts are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import ray.exceptions
+import ray.util
+import torch
+
+from data_shards.cache import ShardCache
+from data_shards.dataset import Dataset
+from data_shards.errors import DataError, ObjectExists, ReidError
+from data_shards.loader import row_batches
+from data_shards.storage import open_storage
+from reid_train.config import LoaderConfig
+from reid_train.evaluation.embed import embed_batches
+from reid_train.evaluation.embeddings import EmbeddingTable, part_key, write_part
+from reid_train.inference import CONFIG, WEIGHTS, Embedder
+from reid_train.registry import fetch
+
+PART = 4096
+"""Images of a part."""
+JOB = "job.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `first` to `stop` of a split."""
+
+    key: str
+    split: str
+    first: int
+    stop: int
+
+
+def parts_of(dataset: Dataset, splits: Sequence[str]) -> list[Part]:
+    """The parts of a dataset's splits, in order."""
+    stretches = [
+        (split, first, min(first + PART, len(dataset.index(split))))
+        for split in splits
+        for first in range(0, len(dataset.index(split)), PART)
+    ]
+    return [Part(part_key(number), *stretch) for number, stretch in enumerate(stretches)]
+
+
+def embed_dataset(
+    model: str,
+    data: str,
+    out: str,
+    *,
+    splits: Sequence[str] = ("query", "gallery"),
+    workers: int = 1,
+    gpus: bool = False,
+    tracking_uri: str | None = None,
+    loader: LoaderConfig | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Embed splits of a dataset with a registered model or a checkpoint.
+
+    Args:
+        model: as `registry.load` takes it.
+        data: URL of the sharded dataset.
+        out: where the parts go, a folder or an s3:// URL; parts already there are kept.
+        splits: which; those that the dataset has not are left out.
+        workers: Ray actors, each with a copy of the model.
+        gpus: give each worker a GPU.
+        tracking_uri: of the registry.
+        loader: decoding processes and cache of each worker.
+        progress: told how many images are embedded, and how many there are.
+
+    Returns:
+        Images in all parts.
+
+    Raises:
+        DataError: no such images, or `out` holds embeddings of another model or dataset.
+    """
+    dataset, storage = Dataset.open(data), open_storage(out)
+    parts = parts_of(dataset, splits)
+    if not parts:
+        raise DataError(f"{data} has no images in {', '.join(splits)}")
+    with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
+        folder = fetch(model, Path(temporary), tracking_uri)
+        Embedder.from_folder(folder, "cpu")  # says what is wrong with it before anything starts
+        weights, config = ((folder / name).read_bytes() for name in (WEIGHTS, CONFIG))
+    _claim(out, weights, config, dataset.manifest.digest, splits)
+    there = {key for key, _ in storage.list("part-")}
+    missing = [part for part in parts if part.key not in there]
+    total = sum(part.stop - part.first for part in parts)
+    done = total - sum(part.stop - part.first for part in missing)
+    progress(done, total)
+    if missing:
+        shared = ray.put((weights, config))
+        actor = ray.remote(_Worker).options(num_cpus=1, num_gpus=int(gpus))  # type: ignore[attr-defined]
+        pool = ray.util.ActorPool(
+            [
+                actor.remote(shared, data, out, loader or LoaderConfig())
+                for _ in range(min(workers, len(missing)))
+            ]
+        )
+        try:
+            for images in pool.map_unordered(lambda actor, part: actor.embed.remote(part), missing):
+                done += int(images)  # pyright: ignore[reportArgumentType]
+                progress(done, total)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, ReidError) else error from None
+    return total
+
+
+class _Worker:
+    """Embeds parts; an actor."""
+
+    def __init__(self, model: tuple[bytes, bytes], data: str, out: str, loader: LoaderConfig):
+        with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
+            folder = Path(temporary)
+            for name, content in zip((WEIGHTS, CONFIG), model, strict=True):
+                (folder / name).write_bytes(content)
+            self.embedder = Embedder.from_folder(folder)
+        self.dataset, self.storage, self.loader = Dataset.open(data), open_storage(out), loader
+        cache = loader.cache.expanduser().absolute()
+        self.cache = ShardCache(self.dataset.storage, cache, loader.cache_bytes)
+
+    def embed(self, part: Part) -> int:
+        """Write one part; return its number of images."""
+        config, index = self.embedder.config, self.dataset.index(part.split)
+        rows = np.arange(part.first, part.stop)
+        batches = row_batches(
+            self.dataset,
+            self.cache,
+            part.split,
+            rows,
+            batch=config.evaluation.batch,
+            height=config.image.height,
+            width=config.image.width,
+            workers=self.loader.workers,
+        )
+        embedding = embed_batches(
+            self.embedder.network,
+            batches,
+            torch.device(self.embedder.device),
+            mirror=config.evaluation.mirror,
+        )
+        table = EmbeddingTable(
+            embedding.cpu().numpy(),
+            index.pid[rows],
+            index.camid[rows],
+            np.full(len(rows), part.split),
+            index.path[rows],
+        )
+        write_part(self.storage, part.key, table)
+        return len(rows)
+
+
+def _claim(out: str, weights: bytes, config: bytes, manifest: str, splits: Sequence[str]) -> None:
+    """Write `job.json`, or check that it says the same."""
+    storage = open_storage(out)
+    job = {
+        "weights": hashlib.sha256(weights).hexdigest(),
+        "config": hashlib.sha256(config).hexdigest(),
+        "manifest_digest": manifest,
+        "splits": list(splits),
+        "part": PART,
+    }
+    try:
+        storage.write(JOB, json.dumps(job, indent=2).encode(), create_once=True)
+    except ObjectExists:
+        if json.loads(storage.read(JOB)) != job:
+            raise DataError(
+                f"{out} holds embeddings of another model, dataset or choice of splits: "
+                "choose another place"
+            ) from None
