@@ -1,0 +1,88 @@
+"""Embedding a dataset on real Ray actors, into parts on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from safetensors.torch import save_file
+
+from data_shards.build import build as build_shards
+from data_shards.dataset import Dataset
+from data_shards.errors import DataError
+from reid_train import build
+from reid_train.config import LoaderConfig
+from reid_train.evaluation import embedding_job
+from reid_train.evaluation.embeddings import EmbeddingFiles
+from reid_train.inference import CONFIG, WEIGHTS
+from reid_train.recipes import recipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_parts():
+    """Parts of 5 images, so that there are several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding_job, "PART", 5)
+        ray.init(num_cpus=2, logging_level="ERROR", log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """8 query and 24 gallery images of 2 cameras."""
+    folder = tmp_path_factory.mktemp("people")
+    options = {"identities": 8, "cameras": 2, "images_per_camera": 4}
+    build_shards("synthetic", folder / "raw", str(folder / "shards"), options=options, jobs=1)
+    return str(folder / "shards")
+
+
+def model(folder: Path, seed: int) -> str:
+    """An untrained network, as a checkpoint has it."""
+    config = recipe("demo").replace(image__height=32, image__width=16, seed=seed)
+    folder.mkdir()
+    save_file(build.model(config, 4).state_dict(), folder / WEIGHTS)
+    (folder / CONFIG).write_text(config.to_json())
+    return str(folder)
+
+
+def embed(model: str, data: str, out: Path, **arguments) -> int:
+    loader = LoaderConfig(workers=0, cache=out.parent / "cache")
+    return embedding_job.embed_dataset(model, data, str(out), workers=2, loader=loader, **arguments)
+
+
+def test_every_image_is_embedded_once_and_a_second_try_does_what_is_missing(data, tmp_path):
+    network, out = model(tmp_path / "model", 0), tmp_path / "embeddings"
+    dataset = Dataset.open(data)
+    total = len(dataset.index("query")) + len(dataset.index("gallery"))
+    assert embed(network, data, out) == total
+    files = EmbeddingFiles.open(str(out))
+    for split in ("query", "gallery"):
+        index = dataset.index(split)
+        np.testing.assert_array_equal(files.pid[files.split == split], index.pid)
+        np.testing.assert_array_equal(files.camid[files.split == split], index.camid)
+    before = {path.name: path.read_bytes() for path in out.glob("part-*")}
+    assert len(before) == 7
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
+    (out / "part-000003.parquet").unlink()
+
+    seen = []
+    embed(network, data, out, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(total - 5, total), (total, total)]
+    assert {path.name: path.read_bytes() for path in out.glob("part-*")} == before
+    kept = {name for name, time in times.items() if (out / name).stat().st_mtime_ns == time}
+    assert kept == before.keys() - {"part-000003.parquet"}
+
+
+def test_embeddings_of_another_model_are_not_mixed_in(data, tmp_path):
+    out = tmp_path / "embeddings"
+    embed(model(tmp_path / "one", 0), data, out, splits=("query",))
+    with pytest.raises(DataError, match="another model, dataset or choice of splits"):
+        embed(model(tmp_path / "two", 1), data, out, splits=("query",))
+
+
+def test_a_split_that_the_dataset_has_not_is_an_error(data, tmp_path):
+    with pytest.raises(DataError, match="has no images in val"):
+        embed(model(tmp_path / "model", 0), data, tmp_path / "embeddings", splits=("val",))
