@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from data_shards.errors import ConfigError, run_command
-from reid_train.config import TrainConfig
+from reid_train.config import TrainConfig, explain
 from reid_train.recipes import RECIPES, recipe
 
 HELP = """usage: python -m reid_train COMMAND [options]
@@ -56,13 +57,16 @@ def train(arguments: list[str]) -> None:
         base = Run.read(known.output, known.name).config
     else:
         base = recipe(known.recipe)
-    parsed = tyro.cli(
-        Train,
-        default=Train(base),
-        args=arguments,
-        prog="python -m reid_train train",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    try:
+        parsed = tyro.cli(
+            Train,
+            default=Train(base),
+            args=arguments,
+            prog="python -m reid_train train",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from error
     run(parsed.config, resume=parsed.resume, console=Console())
 
 
