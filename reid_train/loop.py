@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError
 from data_shards.loader import Batch, train_batches
+from data_shards.manifest import Index
 from data_shards.sampler import plan, slice_for_rank
 from reid_train import augment, build
 from reid_train.checkpoint import Checkpoint, Origin, Progress, save
@@ -54,16 +55,16 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
         DataError: no training images, another dataset's checkpoint, or a loss that is not finite.
     """
     torch.use_deterministic_algorithms(config.deterministic)
-    index = dataset.index("train")
-    if len(index) == 0:
-        raise DataError(f"{dataset.url} has no train split: build it with training images")
+    index = train_index(dataset)
     manifest = dataset.manifest
     identities = int(index.label.max()) + 1
     shards = [shard for shard in manifest.shards if shard.split == "train"]
     worker.cache.require(shards, config.batch.window)
     origin = Origin(manifest.digest, manifest.evaluation_digest, identities)
 
-    model = build.model(config, identities)
+    # A checkpoint has weights of its own; the pretrained ones need not be there any more.
+    fresh = config if start is None else config.replace(model__weights="none")
+    model = build.model(fresh, identities)
     model = model.to(worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     regularizer = build.regularizer(config, model)
     progress, history, saved = Progress(), History(), None
@@ -106,7 +107,19 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
                 run.checkpoint(run.validate())
 
 
-def epoch_plan(config: TrainConfig, index, epoch: int) -> np.ndarray:
+def train_index(dataset: Dataset) -> Index:
+    """The images to learn.
+
+    Raises:
+        DataError: there are none.
+    """
+    index = dataset.index("train")
+    if len(index) == 0:
+        raise DataError(f"{dataset.url} has no train split: build it with training images")
+    return index
+
+
+def epoch_plan(config: TrainConfig, index: Index, epoch: int) -> np.ndarray:
     """Rows of the train index for an epoch's global batches, (steps · accumulate, P·K) int64."""
     batch = config.batch
     steps = batch.steps_per_epoch

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data_shards.dataset import Dataset
+from reid_train import preflight
 from reid_train.config import TrainConfig
 from reid_train.publish import Summary, publish, show
 from reid_train.run_folder import Run, claim, prepare, record
@@ -34,6 +35,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     config = config.replace(tracking__uri=tracking_uri(config))
     dataset = Dataset.open(config.data)
     saved = Run.read(config.output, config.name or "") if resume else None
+    preflight.check(config, dataset, saved)
     claim(config, dataset, saved)
     with Tracker.start(
         None if config.tracking.uri == "off" else config.tracking.uri,
@@ -42,7 +44,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
         run_id=saved.mlflow_run_id if saved else None,
     ) as tracker:
         record(Run(config, dataset.manifest.digest, tracker.run_id))
-        if saved is None:
+        if saved is None or saved.mlflow_run_id is None:
             tracker.log_parameters(config.flat())
         tracker.set_tags(
             {
