@@ -12,9 +12,12 @@ from reid_train.evaluation import counting
 from reid_train.evaluation.matches import Labels, Matches, find_matches
 from reid_train.evaluation.metrics import RankingResult, metrics_of
 from reid_train.evaluation.ranking import count_on_host
+from reid_train.evaluation.scoring import Side
 
 Distances = Iterable[tuple[int, np.ndarray]]
 """First query's number, and distances (B, G) float32 of a few queries to the whole gallery."""
+
+_NOTHING = Side(np.empty((0, 0), np.float32), np.empty(0), np.empty(0))
 
 
 def rank_distances(blocks: Distances, labels: Labels, *, max_rank: int = 50) -> RankingResult:
@@ -35,7 +38,6 @@ def positive_ranks(blocks: Distances, matches: Matches) -> np.ndarray:
     """Ranks (P,) from 1 of each query's positives, ascending; 0 for queries not in the blocks."""
     row, starts = matches.row, matches.positives()
     ranks = np.zeros(starts[-1], np.int64)
-    nothing, scale = np.empty((0, 0), np.float32), np.empty(0)
     for q, distance in blocks:
         stop = q + len(distance)
         if np.isnan(distance).any():
@@ -49,8 +51,8 @@ def positive_ranks(blocks: Distances, matches: Matches) -> np.ndarray:
         start = starts[q : stop + 1] - starts[q]
         count_on_host(
             torch.from_numpy(distance), 0, matches.start[q : stop + 1], matches.index, start,
-            key.astype(np.float64), index, key, key, counting.GIVEN, nothing, nothing,
-            scale, scale, before,
+            key.astype(np.float64), index, key, key, counting.GIVEN,
+            _NOTHING.embedding, _NOTHING.embedding, _NOTHING.scale, _NOTHING.scale, before,
         )  # fmt: skip
         fellows = np.arange(len(kept)) - np.repeat(start[:-1], np.diff(start))
         ranks[starts[q] : starts[stop]] = before + fellows + 1

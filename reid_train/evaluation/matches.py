@@ -37,6 +37,18 @@ class Labels:
                 raise DataError(f"the {side} is empty: nothing can be measured")
 
 
+def read_only(owner: object, *names: str) -> None:
+    """Replace arrays of a frozen dataclass by views that cannot be written.
+
+    Another process gets them that way from shared memory, and what cannot be written is another
+    type to the compiled loops: so they are compiled for that one only.
+    """
+    for name in names:
+        view = getattr(owner, name).view()
+        view.flags.writeable = False
+        object.__setattr__(owner, name, view)
+
+
 @dataclass(frozen=True)
 class Matches:
     """Gallery items of each query's own identity, as rows of a compressed sparse matrix.
@@ -52,6 +64,9 @@ class Matches:
     start: np.ndarray
     index: np.ndarray
     positive: np.ndarray
+
+    def __post_init__(self) -> None:
+        read_only(self, "start", "index", "positive")
 
     @property
     def row(self) -> np.ndarray:

@@ -16,7 +16,7 @@ The order of neighbours is that of `ranking`: exact scores, equal ones by index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ import torch
 
 from data_shards.errors import ConfigError, DataError
 from reid_train.evaluation import counting, reciprocal
+from reid_train.evaluation.matches import read_only
 from reid_train.evaluation.neighbours import Neighbours, all_pairs, nearest_neighbours
 from reid_train.evaluation.scoring import (
     Metric,
@@ -92,6 +93,10 @@ class Encoding:
 
     rows: sp.csr_array
     furthest: np.ndarray
+
+    def __post_init__(self) -> None:
+        read_only(self, "furthest")
+        read_only(self.rows, "indptr", "indices", "data")
 
 
 def rerank(
@@ -209,20 +214,25 @@ def _rows_of(fill: Callable[..., None], count: int, widest: int) -> sp.csr_array
     )
 
 
+def query_stretches(queries: int) -> list[tuple[int, int]]:
+    """First and past the last query of each stretch whose distances are held at a time."""
+    return [(first, min(first + CHUNK, queries)) for first in range(0, queries, CHUNK)]
+
+
 def distances(
     side: Side,
     queries: int,
     encoding: Encoding,
     settings: ReRanking,
     metric: int,
-    firsts: range | None = None,
+    stretches: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Re-ranked distances, a few queries at a time.
 
     Args:
         side: queries and gallery.
         queries: how many of its first are queries.
-        firsts: multiples of `CHUNK` where to begin the stretches of queries; all by default.
+        stretches: first and past the last of the queries taken at a time; all by default.
     """
     cpu = torch.device("cpu")
     gallery = side.rows(queries, len(side.norm))
@@ -230,8 +240,8 @@ def distances(
     rows = encoding.rows
     with full_precision():
         right = right_operand(gallery, metric, cpu)
-    for first in range(0, queries, CHUNK) if firsts is None else firsts:
-        part = side.rows(first, min(first + CHUNK, queries))
+    for first, stop in query_stretches(queries) if stretches is None else stretches:
+        part = side.rows(first, stop)
         with full_precision():
             out = quick_scores(left_operand(part, metric, cpu), right, gallery, metric).numpy()
         if metric == counting.EUCLIDEAN:

@@ -8,6 +8,7 @@ whose missing ‖q‖² is the same for the whole gallery of a query.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 
 from data_shards.errors import ConfigError, DataError
 from reid_train.evaluation import counting
+from reid_train.evaluation.matches import read_only
 
 Metric = Literal["cosine", "euclidean"]
 METRICS: dict[str, int] = {"cosine": counting.COSINE, "euclidean": counting.EUCLIDEAN}
@@ -69,6 +71,9 @@ class Side:
     scale: np.ndarray
     norm: np.ndarray
 
+    def __post_init__(self) -> None:
+        read_only(self, "embedding", "scale", "norm")
+
     @classmethod
     def of(cls, embedding: np.ndarray) -> Side:
         norm = np.empty(len(embedding))
@@ -94,7 +99,9 @@ def right_operand(block: Side, metric: int, device: torch.device) -> torch.Tenso
 def _operand(
     embedding: np.ndarray, factor: np.ndarray | None, device: torch.device
 ) -> torch.Tensor:
-    operand = torch.from_numpy(embedding).to(device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        operand = torch.from_numpy(embedding).to(device)
     if factor is not None:
         operand = operand * torch.from_numpy(factor)[:, None].to(device).float()
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
