@@ -172,15 +172,20 @@ class _Speed(ProgressColumn):
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for each step; the yielded function moves it."""
     columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), _Speed())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
+    bars = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
 
-        def report(step: str, total: int, done: int) -> None:
-            if step not in tasks:
-                tasks[step] = bars.add_task(step, total=total)
-            bars.update(tasks[step], completed=done)
+    def report(step: str, total: int, done: int) -> None:
+        bars.start()  # not before there is something to show: it would leave an empty line
+        if step not in tasks:
+            tasks[step] = bars.add_task(step, total=total)
+        bars.update(tasks[step], completed=done)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def _show(url: str, manifest: Manifest) -> None:

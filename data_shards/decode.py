@@ -13,7 +13,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data_shards.errors import DataError
 
@@ -47,6 +47,8 @@ def image_size(data: bytes) -> tuple[int, int]:
         else:
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
+    except UnidentifiedImageError:  # its text has a memory address, other at each build
+        raise DataError("not a readable image: of no known format, or without a header") from None
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"not a readable image: {error}") from error
     _check_pixels(width, height)

@@ -52,7 +52,10 @@ def _read_rows(path: Path) -> tuple[list[int], list[dict[str, str]]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if missing := [c for c in COLUMNS if c not in (reader.fieldnames or ())]:
-                raise DataError(f"{path} has no column {', '.join(missing)} in its first line")
+                raise DataError(
+                    f"{path} has no column {', '.join(missing)}: its first line must name the "
+                    f"columns {', '.join(COLUMNS)}"
+                )
             for row in reader:
                 if any(row[column] is None for column in COLUMNS):
                     raise DataError(f"{path}, line {reader.line_num}: it has too few fields")
