@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torchvision import models
 
-from data_shards.errors import ConfigError, DataError
+from data_shards.errors import ConfigError, DataError, ObjectMissing
 from data_shards.storage import open_storage
 from reid_train.model import ReidNet
 
@@ -55,7 +55,13 @@ def read_state(source: str) -> dict[str, Tensor]:
             f"weights: {source!r} is neither 'imagenet', 'none', nor a path or s3:// URL that ends "
             "in .safetensors, .pt or .pth"
         )
-    content = open_storage(folder or ("/" if source.startswith("/") else ".")).read(name)
+    try:
+        content = open_storage(folder or ("/" if source.startswith("/") else ".")).read(name)
+    except ObjectMissing:
+        raise ObjectMissing(
+            f"weights: {source} is not there; --model.weights is 'imagenet', 'none', or the path or "
+            "s3:// URL of a state dict"
+        ) from None
     if name.endswith(".safetensors"):
         try:
             return safetensors.torch.load(content)
