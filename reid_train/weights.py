@@ -59,7 +59,7 @@ def read_state(source: str) -> dict[str, Tensor]:
         content = open_storage(folder or ("/" if source.startswith("/") else ".")).read(name)
     except ObjectMissing:
         raise ObjectMissing(
-            f"weights: {source} is not there; --model.weights is 'imagenet', 'none', or the path or "
+            f"weights: {source} is not there; --model.weights is 'imagenet', 'none', or a path or "
             "s3:// URL of a state dict"
         ) from None
     if name.endswith(".safetensors"):
