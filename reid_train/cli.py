@@ -106,10 +106,28 @@ def models(arguments: list[str]) -> None:
     Console().print(table)
 
 
+def evaluate(arguments: list[str]) -> None:
+    """Measure a model or embeddings."""
+    from reid_train.evaluation import commands
+
+    prog = "python -m reid_train evaluate"
+    commands.evaluate(tyro.cli(commands.Evaluate, args=arguments, prog=prog), Console())
+
+
+def embed(arguments: list[str]) -> None:
+    """Embed a dataset."""
+    from reid_train.evaluation import commands
+
+    prog = "python -m reid_train embed"
+    commands.embed(tyro.cli(commands.Embed, args=arguments, prog=prog), Console())
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
-    "recipes": recipes,
+    "evaluate": evaluate,
+    "embed": embed,
     "models": models,
+    "recipes": recipes,
 }
 
 

@@ -108,7 +108,7 @@ def register(
         DataError: the folder does not hold a model.
         StorageError: MLflow or its artifact store failed.
     """
-    uri = _resolve(tracking_uri)
+    uri = resolve(tracking_uri)
     embedder = Embedder.from_folder(folder, "cpu")
     tags = {
         "mAP": metrics.get("mAP"),
@@ -168,7 +168,7 @@ def list_models(tracking_uri: str | None = None) -> list[ModelVersion]:
         ConfigError: no URI was given and none is to be found.
         StorageError: MLflow failed.
     """
-    uri = _resolve(tracking_uri)
+    uri = resolve(tracking_uri)
     found = []
     with _mlflow_errors("listing models", uri):
         client = connect(uri)
@@ -205,7 +205,7 @@ def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Pat
     """
     location = str(uri)
     if location.startswith("models:/"):
-        return _download(location, _resolve(tracking_uri), folder)
+        return _download(location, resolve(tracking_uri), folder)
     if "://" not in location:
         return Path(location)
     storage = open_storage(location)
@@ -275,7 +275,7 @@ def _all(search: Callable[..., Any], query: str | None = None) -> list[Any]:
             return found
 
 
-def _resolve(tracking_uri: str | None) -> str:
+def resolve(tracking_uri: str | None) -> str:
     given = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if given:
         return given

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from rich.console import Console
 from safetensors.torch import save_file
 
 from data_shards.build import build as build_shards
 from data_shards.dataset import Dataset
-from data_shards.errors import DataError
+from data_shards.errors import ConfigError, DataError
 from reid_train import build
 from reid_train.config import LoaderConfig
-from reid_train.evaluation import embedding_job
+from reid_train.evaluation import commands, embedding_job
 from reid_train.evaluation.embeddings import EmbeddingFiles
+from reid_train.evaluation.measure import Measures
 from reid_train.inference import CONFIG, WEIGHTS
 from reid_train.recipes import recipe
 
@@ -86,3 +89,40 @@ def test_embeddings_of_another_model_are_not_mixed_in(data, tmp_path):
 def test_a_split_that_the_dataset_has_not_is_an_error(data, tmp_path):
     with pytest.raises(DataError, match="has no images in val"):
         embed(model(tmp_path / "model", 0), data, tmp_path / "embeddings", splits=("val",))
+
+
+def test_a_model_measures_the_same_on_one_worker_and_on_two(data, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    network, console = model(tmp_path / "model", 0), Console(quiet=True)
+    loader = LoaderConfig(workers=0, cache=tmp_path / "cache")
+    embeddings, output = str(tmp_path / "embeddings"), str(tmp_path / "measured.json")
+    both = commands.Evaluate(
+        model=network,
+        data=data,
+        embeddings=embeddings,
+        output=output,
+        workers=2,
+        loader=loader,
+    )
+    spread = commands.evaluate(both, console)
+    alone = commands.evaluate(commands.Evaluate(embeddings=embeddings), console)
+    assert spread.result.summary() == alone.result.summary()
+    assert json.loads(Path(output).read_text())["metrics"] == alone.result.summary()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (commands.Evaluate(), "give --embeddings FILE, or --model and --data"),
+        (commands.Evaluate(model="somewhere"), "--model needs --data"),
+        (
+            commands.Evaluate(
+                embeddings="a.npz", measures=Measures(rerank=True, camera_pairs=True)
+            ),
+            "without re-ranking",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_starts(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        commands.evaluate(settings, Console(quiet=True))
