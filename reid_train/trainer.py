@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from rich.console import Console
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ReidError
+from reid_train.checkpoint import Checkpoint
 from reid_train.config import TrainConfig
 from reid_train.loop import train
 from reid_train.progress import Board, watch
@@ -72,6 +75,8 @@ def make_trainer(
     *,
     board: Any = None,
     callbacks: Sequence[UserCallback] = (),
+    start: str | None = None,
+    until: int | None = None,
 ) -> TorchTrainer:
     """The Ray Train trainer of a run; `fit()` on it trains.
 
@@ -81,6 +86,8 @@ def make_trainer(
         run_id: MLflow run that the first worker logs to, if any.
         board: a `Board` actor to show progress on, if anybody looks.
         callbacks: Ray Train's, such as Tune's to report a trial's metrics.
+        start: checkpoint that a run without any of its own starts from, a folder or an s3:// URL.
+        until: epoch after whose evaluation the run ends early, its schedule unchanged.
     """
     return _Trainer(
         _train_worker,
@@ -89,6 +96,8 @@ def make_trainer(
             "manifest_digest": dataset.manifest.digest,
             "run_id": run_id,
             "board": board,
+            "start": start,
+            "until": until,
         },
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=_use_gpu(config)),
         run_config=RunConfig(
@@ -102,16 +111,19 @@ def make_trainer(
     )
 
 
-def start_ray(cpus: int) -> None:
-    """Connect to the Ray cluster at hand, or start one here with at least `cpus` CPUs."""
+def start_ray(cpus: int, *, logs: bool = True) -> None:
+    """Connect to the Ray cluster at hand, or start one here with at least `cpus` CPUs.
+
+    Args:
+        cpus: of a cluster that this starts.
+        logs: show here what workers print and log.
+    """
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
-    else:
-        ray.init(
-            address="local", num_cpus=max(cpus, os.cpu_count() or 1), logging_level=logging.WARNING
-        )
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": logs}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"address": "local", "num_cpus": max(cpus, os.cpu_count() or 1)}
+    ray.init(**options)
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
@@ -133,23 +145,39 @@ def _train_worker(settings: dict[str, Any]) -> None:
             world=context.get_world_size(),
             device=get_device(),  # type: ignore[arg-type]
             cache=ShardCache(dataset.storage, config.loader.cache, config.loader.cache_bytes),
-            report=_report,
+            report=partial(_report, until=settings["until"]),
             log=tracker.log,
             show=board.show.remote if board is not None else lambda state: None,
         )
         checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            train(config, dataset, worker)
-        else:
-            with checkpoint.as_directory() as folder:
-                train(config, dataset, worker, Path(folder))
+        if checkpoint is None and settings["start"] is not None:
+            checkpoint = ray.train.Checkpoint(settings["start"])
+        with contextlib.suppress(_Enough):
+            if checkpoint is None:
+                train(config, dataset, worker)
+            else:
+                with checkpoint.as_directory() as folder:
+                    _require_more(Path(folder), settings["until"])
+                    train(config, dataset, worker, Path(folder))
 
 
-def _report(metrics: dict[str, float], folder: Path | None) -> None:
+class _Enough(Exception):
+    """Every rank raises it at the same report, so none is left waiting for another."""
+
+
+def _report(metrics: dict[str, float], folder: Path | None, until: int | None) -> None:
     """Hand metrics and a checkpoint to Ray Train, which uploads it while training goes on."""
     checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
     mode = ray.train.CheckpointUploadMode.ASYNC
     ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode)
+    if until is not None and metrics["epoch"] >= until:
+        raise _Enough
+
+
+def _require_more(folder: Path, until: int | None) -> None:
+    """Leave a run alone that was stopped between its last report and its end."""
+    if until is not None and Checkpoint.open(folder).progress.epoch >= until:
+        raise _Enough
 
 
 class _PermanentErrors(DefaultFailurePolicy):
