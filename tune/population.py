@@ -1,0 +1,119 @@
+"""Population-based training (Jaderberg et al. 2017, arXiv 1711.09846) in synchronous rounds.
+
+All members train for an interval of epochs. Then the worst quarter each take the checkpoint of one
+of the best quarter, weights, Adam's moments and θ, with that one's settings changed a little; all
+others go on from their own. What follows a round is a pure function of its results, so a sweep
+that was killed goes on exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from reid_train.config import TrainConfig
+from tune.book import Trial
+from tune.space import MODE, Choice, Dimension, Real, Space, Value, Whole, draw, significant
+
+QUARTER = 0.25
+RESAMPLE = 0.25
+"""Chance that a setting is drawn anew instead of moved."""
+STEPS = (0.8, 1.25)
+"""Factors by which a number is moved; on a list, one place down or up."""
+
+
+class Population:
+    """Proposes the members of a population, and their next parts round by round."""
+
+    def __init__(self, size: int, interval: int, space: Space, base: TrainConfig, first: int):
+        self.size, self.interval, self.space, self.base = size, interval, space, base
+        self._first = first
+
+    def members(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Trials that belong to the population: those after the first points."""
+        return [trial for trial in trials if trial.number >= self._first]
+
+    def propose(self, trials: Sequence[Trial]) -> Trial | None:
+        """A new member, or one whose next part can begin."""
+        members = self.members(trials)
+        if len(members) < self.size:
+            number = self._first + len(members)
+            rng = np.random.default_rng((self.base.seed, number))
+            values: dict[str, Value] = {MODE: "adaptive", **draw(self.space, rng)}
+            trial = Trial(number, values, seed=self.base.seed, until=self._until(0))
+            trial.changes.append({"epoch": 0, "values": values, "from": None})
+            return trial
+        alive = [member for member in members if member.state != "failed"]
+        queued = [member for member in alive if member.state == "queued"]
+        if not queued and alive and all(member.state == "waiting" for member in alive):
+            self._next_round(alive)
+            queued = alive
+        return queued[0] if queued else None
+
+    def exhausted(self, trials: Sequence[Trial]) -> bool:
+        """Whether every member has come to its end."""
+        members = self.members(trials)
+        return len(members) == self.size and all(m.state in ("finished", "failed") for m in members)
+
+    def learn(self, trial: Trial) -> None:
+        """Nothing is kept here: a round is decided from the trials themselves."""
+
+    def _next_round(self, members: Sequence[Trial]) -> None:
+        done = members[0].epoch
+        rng = np.random.default_rng((self.base.seed, done))
+        ends = {member.number: (_checkpoint(member), member.values) for member in members}
+        donors = exchange(members, rng)
+        for member in members:
+            donor = donors.get(member.number)
+            start, values = ends[member.number if donor is None else donor]
+            if donor is not None:
+                values = explore(values, self.space, rng)
+            member.state, member.part = "queued", member.part + 1
+            member.start, member.values, member.until = start, values, self._until(done)
+            member.changes.append({"epoch": done, "values": values, "from": donor})
+
+    def _until(self, done: int) -> int | None:
+        until = done + self.interval
+        return until if until < self.base.total_epochs else None
+
+
+def exchange(members: Sequence[Trial], rng: np.random.Generator) -> dict[int, int]:
+    """Who takes whose place: numbers of the worst quarter to numbers of the best quarter.
+
+    Compared by mAP at the last evaluation; one alone is left as it is.
+    """
+    ranked = sorted(members, key=lambda m: (m.evaluations[-1]["mAP"], -m.number))
+    count = min(math.ceil(len(ranked) * QUARTER), len(ranked) // 2)
+    best = ranked[len(ranked) - count :]
+    return {
+        loser.number: best[int(rng.integers(len(best)))].number for loser in ranked[:count] if best
+    }
+
+
+def explore(values: dict[str, Value], space: Space, rng: np.random.Generator) -> dict[str, Value]:
+    """Settings near the given ones, inside the space."""
+    moved = dict(values)
+    for name, dimension in space.items():
+        if rng.random() < RESAMPLE:
+            moved[name] = dimension.at(float(rng.random()))
+        else:
+            moved[name] = _step(values[name], dimension, bool(rng.integers(2)))
+    return moved
+
+
+def _step(value: Value, dimension: Dimension, up: bool) -> Value:
+    if isinstance(dimension, Choice):
+        place = dimension.values.index(value) + (1 if up else -1)
+        return dimension.values[min(max(place, 0), len(dimension.values) - 1)]
+    assert isinstance(value, (int, float))
+    if isinstance(dimension, Whole):
+        return min(max(value + (1 if up else -1), dimension.low), dimension.high)
+    assert isinstance(dimension, Real)
+    return min(max(significant(value * STEPS[up]), dimension.low), dimension.high)
+
+
+def _checkpoint(member: Trial) -> str:
+    """Run and folder of the checkpoint at the end of the member's last part."""
+    return f"{member.run_name}/{member.evaluations[-1]['checkpoint']}"

@@ -1,0 +1,164 @@
+"""A study under Ray Tune: the only file that drives it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from data_shards.errors import ConfigError
+from reid_train.config import TrainConfig
+from tune.study import Study
+from tune.trial import run_trial
+
+RETRIES = 3
+"""How often a trial whose process was lost is run again."""
+
+
+def slots(config: TrainConfig, concurrent: int | None) -> int:
+    """How many trials run at a time, so that the workers of all of them fit the cluster.
+
+    A trial's own process takes no CPU, and its workers are placed all or none, so trials never wait
+    for each other's halves.
+
+    Raises:
+        ConfigError: the workers of one trial do not fit.
+    """
+    kind = "GPU" if config.device == "cuda" else "CPU"
+    nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
+    have = sum(int(count) for count in nodes)
+    if config.workers > have:
+        raise ConfigError(
+            f"a trial of {config.workers} workers needs {config.workers} {kind}s and the cluster "
+            f"has {have}: lower --workers-per-trial, or add nodes"
+        )
+    return min(have // config.workers, concurrent or have)
+
+
+def resolve_device(config: TrainConfig) -> TrainConfig:
+    """Settle `auto` once for the whole sweep: GPUs if one trial's workers have them."""
+    if config.device != "auto":
+        return config
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return config.replace(device="cuda" if gpus >= config.workers else "cpu")
+
+
+def run(study: Study, board: Any, at_a_time: int) -> None:
+    """Run a study's trials until nothing is left to try.
+
+    Args:
+        study: says what to run and takes the results.
+        board: `TrialBoard` actor that trials show their progress on.
+        at_a_time: most trials that run together.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted; the book can be continued.
+    """
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # It would complain that there are none of the files that the first variable turns off.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="reid-tune-") as folder:
+        # Ray Tune's own pickled state is never read again: the book is what a sweep continues from.
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(run_trial, board=board),
+                # A request must name something; the process itself needs no CPU of its own.
+                {"memory": 1 << 20},
+            ),
+            tune_config=tune.TuneConfig(
+                search_alg=_Ask(study),
+                scheduler=_Tell(study),
+                num_samples=-1,
+                max_concurrent_trials=at_a_time,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(Path(folder)),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+            ),
+        )
+        tuner.fit()
+
+
+class _Unsaved:
+    """Leaves the study out of the state that Ray Tune pickles: the book is the memory."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Ask(_Unsaved, Searcher):
+    """Hands the study's next trial to Ray Tune."""
+
+    def __init__(self, study: Study):
+        super().__init__()
+        self._study = study
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self._study.next()
+        if trial is None:
+            return Searcher.FINISHED if self._study.exhausted else None
+        study, start = self._study, trial.start
+        return {
+            "number": trial.number,
+            "part": trial.part,
+            "config": trial.config(study.base).to_json(),
+            "run_id": trial.mlflow_run_id,
+            "start": start and f"{study.base.output}/{start}",
+            "until": trial.until,
+        }
+
+    def on_trial_complete(self, trial_id: str, result=None, error=False) -> None:
+        """The scheduler's events carry the trial; this one does not."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing is saved here."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing is restored here."""
+
+
+class _Tell(_Unsaved, FIFOScheduler):
+    """Hands what Ray Tune hears of trials to the study, and the study's verdict back."""
+
+    def __init__(self, study: Study):
+        super().__init__()
+        self._study = study
+
+    def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
+        if "kept" in result:
+            metrics = {"kept": result["kept"]}
+        elif "failure" in result:
+            metrics = {"failure": result["failure"]}
+        else:
+            metrics = {name: result[name] for name in result if name in _names(result)}
+        stop = self._study.result(trial.config["number"], metrics)
+        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller, trial, result: dict[str, Any]) -> None:
+        self._study.finish(trial.config["number"])
+
+    def on_trial_error(self, tune_controller, trial) -> None:
+        reason = f"its process was lost {trial.num_failures} times: out of memory, or a node left"
+        self._study.lost(trial.config["number"], reason)
+
+
+def _name(trial) -> str:
+    return f"{trial.config['number']:03d}-{trial.config['part']}-{trial.trial_id}"
+
+
+def _names(result: dict[str, Any]) -> set[str]:
+    return {"epoch", "step", "checkpoint", "mAP", "mINP"} | {
+        name for name in result if name.startswith("rank-")
+    }

@@ -1,0 +1,50 @@
+"""What a sweep is told, beside the training configuration that it varies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import Field
+
+from reid_train.config import Count, NonNegative, Section, TrainConfig
+
+
+class Sweep(Section):
+    """How many trials, where they look, which are stopped, and what is repeated."""
+
+    trials: Count = 20
+    """Trainings of the search, the first points (paper, constant L2, no L2) among them."""
+    searcher: Literal["tpe", "random", "grid"] = "tpe"
+    """What proposes configurations: Optuna's TPE, chance, or a regular grid."""
+    scheduler: Literal["asha", "none", "population"] = "asha"
+    """asha stops what lags behind; population copies the best and changes their settings."""
+    ranges: Annotated[dict[str, str], tyro.conf.Suppress] = Field(default_factory=dict)
+    """Field name to range: what is searched."""
+    constant_factors: tuple[NonNegative, ...] = (5e-5, 5e-4, 2.5e-3)
+    """λ of the constant baselines; 2.5e-3 is where the published adaptive λ starts."""
+    seeds: Count = 1
+    """Trainings with fresh seeds of each survivor and baseline; 1 repeats nothing."""
+    survivors: Count = 2
+    """How many of the best adaptive configurations are repeated."""
+    grace: Count | None = None
+    """Epochs before asha may stop a trial; None is the first evaluation."""
+    reduction: Annotated[float, Field(gt=1)] = 3
+    """asha keeps one in so many at each rung."""
+    interval: Count | None = None
+    """Epochs between a population's exchanges; None is the evaluations' interval."""
+    concurrent: Count | None = None
+    """Trials at a time; None is as many as fit the cluster."""
+
+
+def default_name(settings: Sweep, config: TrainConfig) -> str:
+    """A name that the same command gives again, so that it continues what was begun."""
+    free = {"trials", "seeds", "survivors", "concurrent"}
+    told = (
+        settings.model_dump(mode="json", exclude=free),
+        config.model_dump(mode="json", exclude={"name", "tracking", "loader", "checkpoint"}),
+    )
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return f"sweep-{config.recipe}-{digest[:8]}"
