@@ -28,7 +28,7 @@ import botocore.exceptions as boto
 import urllib3.exceptions
 from botocore.config import Config
 
-from data_shards.errors import ObjectExists, ObjectMissing, StorageError
+from data_shards.errors import ConfigError, ObjectExists, ObjectMissing, StorageError
 from data_shards.files import disk_errors, file_sha256, replacing, require_sha256
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,13 @@ def _client_of(process: int, environment: tuple[str | None, ...]) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return boto3.session.Session().client("s3", config=config)
+    try:
+        return boto3.session.Session().client("s3", config=config)
+    except (ValueError, boto.BotoCoreError) as error:
+        raise ConfigError(
+            f"S3 cannot be reached as the environment says ({error}): check AWS_ENDPOINT_URL, such "
+            "as http://host:port, AWS_DEFAULT_REGION and AWS_PROFILE"
+        ) from None
 
 
 def _client() -> Any:
