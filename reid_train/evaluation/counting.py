@@ -86,15 +86,14 @@ def _score_once(g, known, row, metric, query, block, query_scale, block_scale):
 
 @njit(nogil=True, cache=True)
 def count_block(
-    scores, first, own_start, own_index, start, key, index, low, high,
+    scores, first, start, key, index, low, high,
     metric, query, block, query_scale, block_scale, below,
 ):  # fmt: skip
     """Add to `below` how many of a block's gallery items come before each positive.
 
     Args:
-        scores: (B, W) float32, overwritten: items of the query's own identity become infinite.
+        scores: (B, W) float32, infinite for items of the query's own identity.
         first: gallery index of the block's first column.
-        own_start, own_index: (B + 1,), (M,) the gallery items of each query's identity.
         start: (B + 1,) where each row's positives begin in the arrays that follow.
         key, index: (P,) the positives' exact scores, ascending per row, and gallery indices.
         low, high: (P,) float32; scores below `low` are surely closer, above `high` surely not.
@@ -105,10 +104,6 @@ def count_block(
     arrivals = np.zeros(np.diff(start).max() + 1, np.int64)
     for q in range(scores.shape[0]):
         row = scores[q]
-        for m in range(own_start[q], own_start[q + 1]):
-            column = own_index[m] - first
-            if 0 <= column < row.shape[0]:
-                row[column] = np.inf
         a, b = start[q], start[q + 1]
         if a == b:
             continue

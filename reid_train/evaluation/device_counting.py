@@ -9,9 +9,8 @@ from reid_train.evaluation import counting
 
 
 def count_block_on_device(
-    scores: torch.Tensor, first: int, own_start: np.ndarray, own_index: np.ndarray,
-    start: np.ndarray, key: np.ndarray, index: np.ndarray, low: np.ndarray, high: np.ndarray,
-    metric: int, query: np.ndarray, block: np.ndarray,
+    scores: torch.Tensor, first: int, start: np.ndarray, key: np.ndarray, index: np.ndarray,
+    low: np.ndarray, high: np.ndarray, metric: int, query: np.ndarray, block: np.ndarray,
     query_scale: np.ndarray, block_scale: np.ndarray, before: np.ndarray,
 ) -> None:  # fmt: skip
     """Arguments as `counting.count_block` has them, `scores` on the device.
@@ -23,12 +22,6 @@ def count_block_on_device(
     width = int(count.max(initial=0))
     if width == 0:
         return
-    own = slice(own_start[0], own_start[-1])
-    own_row = np.repeat(np.arange(len(count)), np.diff(own_start))
-    here = (own_index[own] >= first) & (own_index[own] < first + scores.shape[1])
-    rows, columns = own_row[here], own_index[own][here] - first
-    scores[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)] = torch.inf
-
     filled = np.arange(width) < count[:, None]
     limits = np.full((2, len(count), width), np.inf, np.float32)
     limits[0][filled], limits[1][filled] = low[start[0] : start[-1]], high[start[0] : start[-1]]

@@ -45,12 +45,13 @@ def positive_ranks(blocks: Distances, matches: Matches) -> np.ndarray:
         own = np.arange(matches.start[q], matches.start[stop])
         kept = own[matches.positive[own]]
         index, key = matches.index[kept], distance[row[kept] - q, matches.index[kept]]
+        distance[row[own] - q, matches.index[own]] = np.inf
         order = np.lexsort((index, key, row[kept]))
         index, key = index[order], key[order]
         before = np.zeros(len(kept), np.int64)
         start = starts[q : stop + 1] - starts[q]
         count_on_host(
-            torch.from_numpy(distance), 0, matches.start[q : stop + 1], matches.index, start,
+            torch.from_numpy(distance), 0, start,
             key.astype(np.float64), index, key, key, counting.GIVEN,
             _NOTHING.embedding, _NOTHING.embedding, _NOTHING.scale, _NOTHING.scale, before,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from numba import njit
 
 from reid_train.evaluation.counting import exact_score
 
-_STRIP = 64
+_STRIP, _WIDE_STRIP = 64, 256  # scores looked at together, in a row and in many columns
 _ANY_ORDER = {"reassoc", "nnan", "nsz"}
 
 
@@ -99,22 +99,14 @@ def _scan(row, limit):
     return within, furthest
 
 
-@njit(nogil=True, cache=True)
-def _offer(
-    i, row, first, scores, items, count, limit, furthest, slack, k, metric, embedding, scale
-):
-    """Offer items first, first + 1, … to item i, with their scores `row`."""
-    for left in range(0, row.shape[0], _STRIP):
-        strip = row[left : left + _STRIP]
-        within, greatest = _scan(strip, limit[i])
-        furthest[i] = max(furthest[i], greatest)
-        if within:
-            for c in range(strip.shape[0]):
-                if strip[c] <= limit[i]:
-                    _take(
-                        i, strip[c], first + left + c, scores, items, count, limit, slack,
-                        k, metric, embedding, scale,
-                    )  # fmt: skip
+@njit(nogil=True, cache=True, fastmath=_ANY_ORDER)
+def _scan_columns(row, limit, furthest):
+    """How many of a strip's scores are within each its own limit; updates the greatest."""
+    within = np.int32(0)
+    for c in range(row.shape[0]):
+        within += np.int32(row[c] <= limit[c])
+        furthest[c] = max(furthest[c], row[c])
+    return within
 
 
 @njit(nogil=True, cache=True)
@@ -131,10 +123,18 @@ def offer_columns(
         metric, embedding, scale: what `exact_score` needs.
     """
     for r in range(block.shape[0]):
-        _offer(
-            row + r, block[r], column, scores, items, count, limit, furthest, slack,
-            k, metric, embedding, scale,
-        )  # fmt: skip
+        i = row + r
+        for left in range(0, block.shape[1], _STRIP):
+            strip = block[r, left : left + _STRIP]
+            within, greatest = _scan(strip, limit[i])
+            furthest[i] = max(furthest[i], greatest)
+            if within:
+                for c in range(strip.shape[0]):
+                    if strip[c] <= limit[i]:
+                        _take(
+                            i, strip[c], column + left + c, scores, items, count, limit, slack,
+                            k, metric, embedding, scale,
+                        )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
@@ -142,19 +142,19 @@ def offer_rows(
     block, row, column, scores, items, count, limit, furthest, slack, k, metric, embedding, scale
 ):
     """Offer a block's rows to its columns; arguments as in `offer_columns`."""
-    height = block.shape[0]
-    # Not a power of two wide: its rows would all fall on the same lines of the cache.
-    turned = np.empty((_STRIP, height + 16), np.float32)
-    for left in range(0, block.shape[1], _STRIP):
-        width = min(_STRIP, block.shape[1] - left)
-        for r in range(height):
-            for c in range(width):
-                turned[c, r] = block[r, left + c]
-        for c in range(width):
-            _offer(
-                column + left + c, turned[c, :height], row, scores, items, count, limit,
-                furthest, slack, k, metric, embedding, scale,
-            )  # fmt: skip
+    for left in range(0, block.shape[1], _WIDE_STRIP):
+        width = min(_WIDE_STRIP, block.shape[1] - left)
+        first = column + left
+        last = first + width
+        for r in range(block.shape[0]):
+            strip = block[r, left : left + width]
+            if _scan_columns(strip, limit[first:last], furthest[first:last]):
+                for c in range(width):
+                    if strip[c] <= limit[first + c]:
+                        _take(
+                            first + c, strip[c], row + r, scores, items, count, limit, slack,
+                            k, metric, embedding, scale,
+                        )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)

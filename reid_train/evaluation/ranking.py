@@ -183,11 +183,11 @@ def count_before(
         (P,) int64 counts within these blocks, in the order of `ordered_positives`.
     """
     code, target = metric_code(metric), torch.device(device)
+    # In the product's terms, which leave out ‖q‖².
+    own_row = matches.row
+    own_quick = scores - query.norm[own_row] ** 2 if code == counting.EUCLIDEAN else scores
     order = ordered_positives(matches, scores)
     key, index, start = scores[order], matches.index[order], matches.positives()
-    row = np.repeat(np.arange(len(start) - 1), np.diff(start))
-    # In the product's terms, which leave out ‖q‖².
-    threshold = key - query.norm[row] ** 2 if code == counting.EUCLIDEAN else key
     before = np.zeros(len(order), np.int64)
     count = count_on_host if target.type == "cpu" else count_block_on_device
     parts = [query.rows(q, q + chunk) for q in range(0, len(query.norm), chunk)]
@@ -196,14 +196,21 @@ def count_before(
         for first, embedding in blocks:
             block = Side.of(embedding)
             right = right_operand(block, code, target)
-            slack = tolerance(query, block, code)[row]
-            low = (threshold - slack).astype(np.float32)
-            high = (threshold + slack).astype(np.float32)
+            slack = tolerance(query, block, code)
+            near = slack[own_row[order]]
+            low = (own_quick[order] - near).astype(np.float32)
+            high = (own_quick[order] + near).astype(np.float32)
+            own = np.flatnonzero(
+                (matches.index >= first) & (matches.index < first + len(embedding))
+            )
+            ends = np.searchsorted(own_row[own], range(0, len(query.norm) + chunk, chunk))
             for i, (left, part) in enumerate(zip(lefts, parts, strict=True)):
-                ends = slice(i * chunk, i * chunk + len(part.norm) + 1)
+                quick = quick_scores(left, right, block, code)
+                mine = own[ends[i] : ends[i + 1]]
+                rows, columns = own_row[mine] - i * chunk, matches.index[mine] - first
+                _take_out(quick, rows, columns, own_quick[mine], slack[own_row[mine]])
                 count(
-                    quick_scores(left, right, block, code),
-                    first, matches.start[ends], matches.index, start[ends],
+                    quick, first, start[i * chunk : i * chunk + len(part.norm) + 1],
                     key, index, low, high, code, part.embedding, block.embedding,
                     part.scale, block.scale, before,
                 )  # fmt: skip
@@ -211,10 +218,30 @@ def count_before(
     return before
 
 
+def _take_out(
+    quick: torch.Tensor,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    expected: np.ndarray,
+    slack: np.ndarray,
+) -> None:
+    """Make the scores of items of the query's own identity infinite: those are not counted.
+
+    Their exact scores are known, so they also show whether the product is as good as assumed.
+    """
+    where = torch.from_numpy(rows).to(quick.device), torch.from_numpy(columns).to(quick.device)
+    error = np.abs(quick[where].cpu().numpy() - expected)
+    if (error > slack).any():
+        raise RuntimeError(
+            f"the matrix product is off by {error.max():.1e}, where float32 allows "
+            f"{slack[np.argmax(error)]:.1e}: is a lower precision forced on it?"
+        )
+    quick[where] = torch.inf
+
+
 def count_on_host(
-    scores: torch.Tensor, first: int, own_start: np.ndarray, own_index: np.ndarray,
-    start: np.ndarray, key: np.ndarray, index: np.ndarray, low: np.ndarray, high: np.ndarray,
-    metric: int, query: np.ndarray, block: np.ndarray,
+    scores: torch.Tensor, first: int, start: np.ndarray, key: np.ndarray, index: np.ndarray,
+    low: np.ndarray, high: np.ndarray, metric: int, query: np.ndarray, block: np.ndarray,
     query_scale: np.ndarray, block_scale: np.ndarray, before: np.ndarray,
 ) -> None:  # fmt: skip
     """`counting.count_block` in threads, a stretch of the queries each."""
@@ -222,8 +249,7 @@ def count_on_host(
 
     def count(a: int, b: int) -> None:
         counting.count_block(
-            host[a:b], first, own_start[a : b + 1], own_index, start[a : b + 1],
-            key, index, low, high, metric, query[a:b], block,
+            host[a:b], first, start[a : b + 1], key, index, low, high, metric, query[a:b], block,
             query_scale[a:b], block_scale, before,
         )  # fmt: skip
 

@@ -163,6 +163,17 @@ def test_cuda_gives_the_metrics_of_the_cpu(metric):
     np.testing.assert_array_equal(host.average_precision, device.average_precision)
 
 
+def test_a_product_less_precise_than_float32_is_noticed(monkeypatch):
+    product = ranking.quick_scores
+
+    def rounded(*operands) -> torch.Tensor:
+        return product(*operands).bfloat16().float()
+
+    monkeypatch.setattr(ranking, "quick_scores", rounded)
+    with pytest.raises(RuntimeError, match="is a lower precision forced on it"):
+        golden_rank()
+
+
 def test_chunks_do_not_change_a_bit():
     whole, parts = golden_rank(), golden_rank(chunk=7)
     np.testing.assert_array_equal(whole.average_precision, parts.average_precision)

@@ -1,0 +1,83 @@
+"""Ranking against sorting the whole distance matrix: time, peak memory, growth.
+
+python tests/benchmarks/ranking.py [--sizes small medium market1501] [--no-naive]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+from retrieval import SIZES, Problem, Stopwatch, in_child, product_seconds, timed
+
+from reid_train.evaluation import ranking
+
+
+def naive(problem: Problem) -> dict[str, float]:
+    """The whole matrix, sorted, as peers do."""
+    unit = [
+        rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        for rows in (problem.query, problem.gallery)
+    ]
+    distance = 1 - unit[0] @ unit[1].T
+    order = np.argsort(distance, axis=1, kind="stable")
+    labels, precisions, first = problem.labels, [], []
+    for i, row in enumerate(order):
+        same = labels.gallery_pid[row] == labels.query_pid[i]
+        junk = same & (labels.gallery_camid[row] == labels.query_camid[i])
+        rank = np.flatnonzero(same[~junk]) + 1
+        if len(rank):
+            precisions.append(np.mean(np.arange(1, len(rank) + 1) / rank))
+            first.append(rank[0] == 1)
+    return {"mAP": float(np.mean(precisions)), "rank-1": float(np.mean(first))}
+
+
+def ours(problem: Problem) -> dict[str, float]:
+    """Counting, and how much of its time is the product."""
+    product = Stopwatch(ranking, "quick_scores")
+    labels = problem.labels
+    result = ranking.rank(
+        problem.query, problem.gallery, labels.query_pid, labels.query_camid,
+        labels.gallery_pid, labels.gallery_camid,
+    )  # fmt: skip
+    return {"mAP": result.mAP, "rank-1": float(result.cmc[0]), "product": product.seconds}
+
+
+def product(problem: Problem) -> dict[str, float]:
+    """`torch.mm` alone."""
+    return {"product": product_seconds(problem.query, problem.gallery)}
+
+
+WAYS = {"ours": ours, "naive": naive, "torch.mm": product}
+
+
+def main() -> None:
+    """Print a table of sizes and ways."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES)[:3])
+    parser.add_argument("--no-naive", action="store_true")
+    parser.add_argument("--child", nargs=2, metavar=("WAY", "SIZE"))
+    options = parser.parse_args()
+    if options.child:
+        way, size = options.child
+        if way == "ours":  # compile
+            ours(Problem.draw("small"))
+        problem = Problem.draw(size)
+        print(json.dumps(timed(lambda: WAYS[way](problem))))
+        return
+    for size in options.sizes:
+        queries, gallery, _ = SIZES[size]
+        print(f"{size}: {queries:,} × {gallery:,} × 2,048")
+        for way in WAYS:
+            if way == "naive" and options.no_naive:
+                continue
+            found = in_child(__file__, way, size)
+            rest = found["seconds"] - found.get("product", 0)
+            share = f"  all but its product {rest:.2f} s" if way == "ours" else ""
+            metrics = f"  mAP {found['mAP']:.8f}" if "mAP" in found else ""
+            print(f"  {way:10}{found['seconds']:8.2f} s{found['GB']:6.2f} GB{share}{metrics}")
+
+
+if __name__ == "__main__":
+    main()

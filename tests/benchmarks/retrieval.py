@@ -1,0 +1,94 @@
+"""What the ranking and re-ranking benchmarks share: data, the product's floor, child processes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from reid_train.evaluation.matches import Labels
+
+DIMENSIONS = 2048
+SIZES = {
+    "small": (1_000, 5_000, 250),
+    "medium": (2_000, 8_000, 400),
+    "market1501": (3_368, 15_913, 750),
+    "market1501_all": (3_368, 19_732, 750),
+    "msmt17": (11_659, 82_161, 3_060),
+}
+"""Queries, gallery images, identities."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Random embeddings around a center for each identity, and labels with 15 cameras."""
+
+    query: np.ndarray
+    gallery: np.ndarray
+    labels: Labels
+
+    @classmethod
+    def draw(cls, size: str) -> Problem:
+        queries, gallery, pids = SIZES[size]
+        draw = np.random.default_rng(0)
+        center = draw.standard_normal((pids, DIMENSIONS), dtype=np.float32)
+        pid = draw.integers(0, pids, queries), draw.integers(0, pids, gallery)
+        embeddings = []
+        for of in pid:
+            rows = draw.standard_normal((len(of), DIMENSIONS), dtype=np.float32)
+            rows *= 4
+            for first in range(0, len(of), 4096):
+                rows[first : first + 4096] += center[of[first : first + 4096]]
+            embeddings.append(rows)
+        camid = draw.integers(0, 15, queries), draw.integers(0, 15, gallery)
+        return cls(*embeddings, Labels(pid[0], camid[0], pid[1], camid[1]))
+
+
+def product_seconds(left: np.ndarray, right: np.ndarray) -> float:
+    """Time of `torch.mm` over all pairs in chunks: what ranking was held to be bounded by."""
+    a, b = torch.from_numpy(left), torch.from_numpy(right)
+    out = torch.empty(512, len(b))
+    started = time.perf_counter()
+    for first in range(0, len(a), 512):
+        part = a[first : first + 512]
+        torch.mm(part, b.T, out=out[: len(part)])
+    return time.perf_counter() - started
+
+
+class Stopwatch:
+    """Adds up the time spent in a function of a module while it is replaced."""
+
+    def __init__(self, module: object, name: str) -> None:
+        self.seconds, self._call = 0.0, getattr(module, name)
+        setattr(module, name, self)
+
+    def __call__(self, *arguments, **keywords):
+        started = time.perf_counter()
+        result = self._call(*arguments, **keywords)
+        self.seconds += time.perf_counter() - started
+        return result
+
+
+def timed(function: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What a function found, its wall-clock seconds, and the process's peak memory in GB."""
+    started = time.perf_counter()
+    found = function()
+    found["seconds"] = time.perf_counter() - started
+    found["GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return found
+
+
+def in_child(script: str, *arguments: str) -> dict[str, float]:
+    """Figures that a fresh process of a script prints as JSON in its last line."""
+    command = [sys.executable, script, "--child", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
