@@ -17,13 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 from tune.book import ENDED, Trial
-from tune.space import Value
+from tune.space import AMPLITUDE, LEARNING_RATE, THETA_MULTIPLIER, Value
 from tune.study import Study
 
 LINE_EVERY = 30.0
 """Seconds between lines where there is no terminal."""
 MOST_ROWS = 16
 """Rows of the live table; of the ended trials the best are shown."""
+SHORT = {AMPLITUDE: "A", LEARNING_RATE: "lr", THETA_MULTIPLIER: "θ×"}
+"""Names that fit a table."""
 _COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red", "running": "bold"}
 
 
@@ -179,13 +181,12 @@ def summary(
 
 
 def describe(values: dict[str, Value]) -> str:
-    """`amplitude 0.01, learning_rate 0.0003`."""
-    return ", ".join(
-        f"{name.rpartition('.')[2]} {value:g}"
-        if isinstance(value, float)
-        else f"{name.rpartition('.')[2]} {value}"
-        for name, value in values.items()
-    )
+    """`A 0.01, lr 0.0003`."""
+    parts = []
+    for field, value in values.items():
+        name = SHORT.get(field, field.rpartition(".")[2])
+        parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(parts)
 
 
 def duration(seconds: float | None) -> str:

@@ -25,6 +25,8 @@ from tune.book import Trial
 from tune.settings import Sweep
 from tune.space import Choice, Dimension, Real, Space, Value, coordinates, draw, grid, significant
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
 
 class Proposer(Protocol):
     """Says what to try; `Study` says when."""
@@ -107,7 +109,6 @@ class Tpe(_Counted):
         super().__init__(settings, space, base)
         self._distributions = {name: _distribution(d) for name, d in space.items()}
         self._asked: dict[int, optuna.Trial] = {}
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.TPESampler(

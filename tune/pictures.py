@@ -1,5 +1,0 @@
-"""stub"""
-
-
-def draw(folder, trials, entries, base, space, storage):
-    pass

@@ -1,0 +1,84 @@
+"""λ of the best trials over time, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from reid_train.report import style
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One trial's λ: `steps` (T,) ascending, `values` (T, n)."""
+
+    name: str
+    title: str
+    score: float
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def factors(path: Path, curves: Sequence[Curve], constant: float | None) -> None:
+    """Draw the spread of λ over all tensors, for each trial.
+
+    Args:
+        path: the PNG file to write.
+        curves: trials, the best first.
+        constant: λ of the best constant baseline, drawn as a line.
+    """
+    note = "Bands: median (line), quartiles (dark), minimum to maximum (pale); log scale"
+    width = 3.0 + 2.4 * max(len(curves), 1)
+    figure = style.new_figure(max(width, 7.5), 4.4, "λ of the best trials over time", note)
+    if not curves:
+        style.blank(figure.subplots(), "no λ was recorded")
+        style.save(figure, path)
+        return
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    positive = np.concatenate([c.values[c.values > 0] for c in curves])
+    top = max(positive.max() if len(positive) else 1.0, constant or 0.0)
+    # Where θ reaches the end of its range λ is 0: no log scale has a place for that.
+    floor = max(positive.min() if len(positive) else 0.0, top * 1e-3)
+    for place, (axes, curve) in enumerate(zip(panels, curves, strict=True)):
+        style.panel(axes, curve.name, f"{100 * curve.score:.1f}%", x="step", y="" if place else "λ")
+        values = np.maximum(curve.values.astype(np.float64), floor)
+        low, quarter, median, three, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1), axis=1)
+        axes.fill_between(curve.steps, low, high, color=style.PURPLE, alpha=0.16, linewidth=0)
+        axes.fill_between(curve.steps, quarter, three, color=style.PURPLE, alpha=0.35, linewidth=0)
+        axes.plot(curve.steps, median, color=style.PURPLE, linewidth=1.8)
+        if constant:
+            axes.axhline(constant, color=style.ORANGE, linewidth=1.1, linestyle=(0, (4, 3)))
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        style.time_axis(axes, curve.steps, ticks=3)
+        settings = curve.title.replace(", ", "\n")
+        axes.text(
+            0.04,
+            0.04,
+            settings,
+            transform=axes.transAxes,
+            size=style.SMALL,
+            color=style.MUTED,
+            va="bottom",
+            path_effects=[withStroke(linewidth=3, foreground=style.PAPER)],
+        )
+    low = min(floor, constant or floor)
+    room = (top / low) ** 0.1
+    panels[0].set_ylim(low / room**3.2, top * room)
+    if constant:
+        panels[-1].text(
+            1.02,
+            constant,
+            f"constant\n{style.number(constant)}",
+            transform=panels[-1].get_yaxis_transform(),
+            va="center",
+            size=style.SMALL,
+            color=style.ORANGE,
+        )
+    style.save(figure, path)
