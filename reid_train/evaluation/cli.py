@@ -1,11 +1,10 @@
-"""`python -m reid_train evaluate --embeddings FILE`: features of any system, measured."""
+"""Measuring embeddings as a person sees it: memory said first, progress, a table, JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
@@ -24,20 +23,6 @@ from reid_train.evaluation.measure import (
     measure,
     memory_needed,
 )
-
-
-@dataclass(frozen=True)
-class EvaluateEmbeddings:
-    """Measure embeddings: CMC, mAP, mINP, with re-ranking or query expansion if wanted.
-
-    python -m reid_train evaluate --embeddings features.npz --rerank
-    """
-
-    embeddings: str
-    """Parquet file, folder of Parquet parts, or npz; a path or s3://…"""
-    output: str | None = None
-    """Where to write the measurement as JSON; a path or s3://…"""
-    measures: Measures = field(default_factory=Measures)
 
 
 def evaluate_embeddings(

@@ -54,12 +54,12 @@ def check_embeddings(name: str, embedding: np.ndarray, first: int = 0) -> np.nda
     # One pass without a temporary of the matrix's size: a row's sum shows what is in it.
     with np.errstate(all="ignore"):
         suspects = np.flatnonzero(~np.isfinite(embedding.sum(1)))
-    for row in suspects:
-        if not np.isfinite(embedding[row]).all():
-            raise DataError(
-                f"{name} embedding {first + row} has NaN or infinite values "
-                f"({len(suspects)} such rows): was the training unstable, or half precision used?"
-            )
+    wrong = [row for row in suspects if not np.isfinite(embedding[row]).all()]
+    if wrong:
+        raise DataError(
+            f"{name} embedding {first + wrong[0]} has NaN or infinite values ({len(wrong)} such "
+            "rows): was the training unstable, or half precision used?"
+        )
     return embedding
 
 
