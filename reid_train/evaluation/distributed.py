@@ -50,14 +50,15 @@ def rank_distributed(
         DataError: as `ranking.rank`.
     """
     matches = find_matches(files.labels)
-    query = ray.put(Side.of(files.read("query")))
+    given = [ray.put(thing) for thing in (Side.of(files.read("query")), files, matches)]
     shares = [share for share in shares_of(files.pieces, workers, lambda p: p.rows) if share]
     score, count = (_remote(function, cpus) for function in (score_share, count_share))
-    found = _gather([score(query, files, share, matches, metric) for share in shares])
+    found = _gather([score(*given, share, metric) for share in shares])
     # Each entry was scored by the one worker that has its gallery item.
     scores = np.nanmax(found, axis=0)
-    before = sum(_gather([count(query, files, share, matches, scores, metric) for share in shares]))
-    return metrics_of(matches.positives(), ranks_of(matches, np.asarray(before)), max_rank)
+    shared = ray.put(scores)
+    before = np.sum(_gather([count(*given, share, shared, metric) for share in shares]), axis=0)
+    return metrics_of(matches.positives(), ranks_of(matches, before), max_rank)
 
 
 def rerank_distributed(
@@ -104,7 +105,7 @@ def shares_of(items: Sequence, workers: int, size: Callable[[Any], int]) -> list
 
 
 def score_share(
-    query: Side, files: EmbeddingFiles, share: list[Piece], matches: Matches, metric: Metric
+    query: Side, files: EmbeddingFiles, matches: Matches, share: list[Piece], metric: Metric
 ) -> np.ndarray:
     """Scores of the matches in a share of the gallery, NaN elsewhere."""
     return score_own(query, files.blocks("gallery", tuple(share)), matches, metric)
@@ -113,8 +114,8 @@ def score_share(
 def count_share(
     query: Side,
     files: EmbeddingFiles,
-    share: list[Piece],
     matches: Matches,
+    share: list[Piece],
     scores: np.ndarray,
     metric: Metric,
 ) -> np.ndarray:

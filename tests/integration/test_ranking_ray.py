@@ -1,15 +1,15 @@
-"""Ranking and re-ranking on three real Ray workers, against one process."""
+"""Ranking and re-ranking on three real Ray workers and a real S3 server, against one process."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 
+from cluster.s3 import S3Server
 from data_shards.errors import DataError
 from data_shards.storage import open_storage
 from reid_train.evaluation import embeddings, neighbours, reranking
@@ -32,15 +32,20 @@ from reid_train.evaluation.reranking import rerank
 QUERIES, GALLERY, DIMENSIONS = 60, 1500, 64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_workers() -> Iterator[None]:
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+@pytest.fixture(scope="module")
+def bucket(s3_server: S3Server) -> Iterator[str]:
+    """A bucket's URL, and Ray with three workers that can reach it."""
+    s3_server.create_bucket("embeddings")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment().items():
+            patch.setenv(name, value)
+        ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+        yield "s3://embeddings"
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingFiles:
+def files(bucket: str) -> EmbeddingFiles:
     """Noisy embeddings of 40 people, half of the gallery twice, in parts of 200 rows."""
     draw = np.random.default_rng(0)
     count = QUERIES + GALLERY
@@ -52,7 +57,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingFiles:
     embedding[twins + 1] = embedding[twins]
     split = np.where(np.arange(count) < QUERIES, "query", "gallery")
     table = EmbeddingTable(embedding.astype(np.float32), pid, draw.integers(0, 3, count), split)
-    folder = tmp_path_factory.mktemp("embeddings")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings, "ROWS", 90)
         for number, first in enumerate(range(0, count, 200)):
@@ -60,8 +64,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingFiles:
             part = EmbeddingTable(
                 table.embedding[rows], table.pid[rows], table.camid[rows], table.split[rows]
             )
-            write_part(open_storage(str(folder)), part_key(number), part)
-    return EmbeddingFiles.open(str(folder))
+            write_part(open_storage(bucket), part_key(number), part)
+    return EmbeddingFiles.open(bucket)
 
 
 def assert_same_bits(found: RankingResult, expected: RankingResult) -> None:
@@ -91,8 +95,8 @@ def test_three_workers_rerank_as_one_process_does(files, monkeypatch):
 
 
 def test_an_error_in_a_worker_comes_out_as_itself(files, tmp_path):
-    for path in Path(files.url).iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for key, _ in files.storage.list():
+        (tmp_path / key).write_bytes(files.storage.read(key))
     broken = EmbeddingFiles.open(str(tmp_path))
     (tmp_path / part_key(3)).write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match="part-000003"):
