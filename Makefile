@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(RUN) -m cluster demo
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
