@@ -32,10 +32,10 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     """
     console = console or Console()
     config = prepare(config)
-    config = config.replace(tracking__uri=tracking_uri(config))
     dataset = Dataset.open(config.data)
     saved = Run.read(config.output, config.name or "") if resume else None
     preflight.check(config, dataset, saved)
+    config = config.replace(tracking__uri=tracking_uri(config))
     claim(config, dataset, saved)
     with Tracker.start(
         None if config.tracking.uri == "off" else config.tracking.uri,
