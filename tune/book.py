@@ -18,14 +18,12 @@ from typing import Any, Literal
 from data_shards.errors import ConfigError, ObjectExists
 from data_shards.storage import Storage, open_storage
 from reid_train.config import TrainConfig
-from tune.settings import Sweep
+from tune.settings import EXTENDABLE, NEUTRAL, Sweep
 from tune.space import Point, Value
 
 State = Literal["queued", "running", "waiting", "finished", "stopped", "failed"]
 """`waiting`: between two parts of a population's training; `stopped`: by the scheduler."""
 ENDED = ("finished", "stopped", "failed")
-EXTENDABLE = {"trials", "seeds", "survivors", "concurrent"}
-"""Settings that may differ when a sweep is continued: they only add to it."""
 
 
 @dataclass
@@ -184,7 +182,7 @@ def _changed(before: dict, after: dict) -> list[str]:
     names = []
     for part in ("sweep", "config"):
         old, new = _flat(before[part]), _flat(after[part])
-        free = EXTENDABLE if part == "sweep" else {"tracking", "loader", "checkpoint"}
+        free = EXTENDABLE if part == "sweep" else NEUTRAL
         names += [
             name
             for name in sorted(old.keys() | new.keys())

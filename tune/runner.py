@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,17 @@ class _Tell(_Unsaved, FIFOScheduler):
         self._study.finish(trial.config["number"])
 
     def on_trial_error(self, tune_controller, trial) -> None:
-        reason = f"its process was lost {trial.num_failures} times: out of memory, or a node left"
-        self._study.lost(trial.config["number"], reason)
+        self._study.lost(trial.config["number"], _last_error(trial))
+
+
+def _last_error(trial) -> str:
+    """Why a trial was given up; its file has the tracebacks of all tries."""
+    lines = []
+    if trial.error_file and Path(trial.error_file).exists():
+        text = re.sub(r"\x1b\[[0-9;]*m", "", Path(trial.error_file).read_text())
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = lines[-1] if lines else "its process was lost"
+    return f"given up after {trial.num_failures} tries: {last}"
 
 
 def _name(trial) -> str:

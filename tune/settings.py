@@ -11,6 +11,11 @@ from pydantic import Field
 
 from reid_train.config import Count, NonNegative, Section, TrainConfig
 
+EXTENDABLE = {"trials", "seeds", "survivors", "concurrent"}
+"""Settings that may differ when a sweep is continued: they only add to it."""
+NEUTRAL = {"tracking", "loader", "checkpoint", "workers", "device"}
+"""Of the configuration: what does not change what is computed."""
+
 
 class Sweep(Section):
     """How many trials, where they look, which are stopped, and what is repeated."""
@@ -41,10 +46,9 @@ class Sweep(Section):
 
 def default_name(settings: Sweep, config: TrainConfig) -> str:
     """A name that the same command gives again, so that it continues what was begun."""
-    free = {"trials", "seeds", "survivors", "concurrent"}
     told = (
-        settings.model_dump(mode="json", exclude=free),
-        config.model_dump(mode="json", exclude={"name", "tracking", "loader", "checkpoint"}),
+        settings.model_dump(mode="json", exclude=EXTENDABLE),
+        config.model_dump(mode="json", exclude={"name", *NEUTRAL}),
     )
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return f"sweep-{config.recipe}-{digest[:8]}"

@@ -206,6 +206,11 @@ def _conclude(
     best = entries[0].best
     summary = _publish(best, base, dataset, book)
     said = verdict(entries)
+    if len(best.changes) > 1:
+        said.append(
+            f"{best.name} changed its settings under way (see its `changes`); the command below "
+            "trains with the last ones from the start."
+        )
     again = command(best.best_config(base), config.output)
     with tempfile.TemporaryDirectory(prefix="reid-sweep-") as temporary:
         folder = Path(temporary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -14,6 +13,7 @@ from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallba
 from data_shards.dataset import Dataset
 from reid_train.config import TrainConfig
 from reid_train.trainer import explained, make_trainer
+from reid_train.worker import UNMEASURED
 
 
 def run_trial(task: dict[str, Any], board: Any) -> None:
@@ -45,7 +45,7 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
     kept = [
         _evaluation(metrics, checkpoint.path)
         for checkpoint, metrics in result.best_checkpoints or []
-        if not math.isnan(metrics["mAP"])
+        if metrics["mAP"] > UNMEASURED
     ]
     tune.report({"kept": kept})
 
@@ -54,7 +54,7 @@ class _Report(TuneReportCallback):
     """Hands evaluations to Ray Tune; checkpoints between evaluations are Ray Train's affair."""
 
     def after_report(self, run_context, metrics, checkpoint) -> None:
-        if checkpoint is not None and not math.isnan(metrics[0]["mAP"]):
+        if checkpoint is not None and metrics[0]["mAP"] > UNMEASURED:
             evaluation = _evaluation(metrics[0], checkpoint.path)
             super().after_report(run_context, [evaluation], None)
 
