@@ -34,7 +34,7 @@ from reid_train.history import History
 from reid_train.losses import batch_hard_triplet, label_smoothing_cross_entropy
 from reid_train.meter import Meter
 from reid_train.validation import Validation, validate
-from reid_train.worker import Worker
+from reid_train.worker import UNMEASURED, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -320,12 +320,9 @@ class _Run:
         return every is not None and within and self.progress.global_step % every == 0
 
     def checkpoint(self, measured: Validation) -> None:
-        """Write a checkpoint (rank 0) and report it (every rank).
-
-        One between evaluations has no mAP: NaN, which ranks below every measured one.
-        """
+        """Write a checkpoint (rank 0) and report it (every rank)."""
         folder = None
-        metrics = {"mAP": float("nan"), **measured.metrics}
+        metrics = {"mAP": UNMEASURED, **measured.metrics}
         if self.worker.rank == 0:
             folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.worker.scratch))
             save(

@@ -20,6 +20,7 @@ from reid_train.config import TrainConfig
 from reid_train.history import History
 from reid_train.registry import Registered, register
 from reid_train.tracking import Tracker, code_commit
+from reid_train.worker import UNMEASURED
 
 REPORT = "report"
 """Folder of a run that holds its report."""
@@ -119,7 +120,7 @@ def _best(result: ray.train.Result) -> ray.train.Checkpoint:
     measured = [
         (metrics["mAP"], position, checkpoint)
         for position, (checkpoint, metrics) in enumerate(result.best_checkpoints or [])
-        if not np.isnan(metrics.get("mAP", np.nan))
+        if metrics["mAP"] > UNMEASURED
     ]
     if measured:
         return max(measured, key=lambda entry: entry[:2])[2]

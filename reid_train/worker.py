@@ -11,6 +11,10 @@ import torch
 
 from data_shards.cache import ShardCache
 
+UNMEASURED = -1.0
+"""The mAP that a checkpoint between evaluations is reported with: below every measured one, and no
+NaN, which Ray's record of a run gives back as null."""
+
 
 @dataclass
 class Worker:
