@@ -22,6 +22,7 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.execution import context as train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from rich.console import Console
@@ -130,7 +131,19 @@ def _train_worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
     for package in ("data_shards", "reid_train"):
         logging.getLogger(package).setLevel(logging.INFO)
-    logging.getLogger("botocore").setLevel(logging.WARNING)
+    # Ray names this one after its file, so the level of its `LoggingConfig` does not reach it.
+    for noisy in ("botocore", str(train_context.__file__)):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        _train(settings)
+    except ReidError:
+        # The driver says it in one line; Ray would print a traceback as well.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+        raise
+
+
+def _train(settings: dict[str, Any]) -> None:
+    """Train as this worker of the group."""
     config = TrainConfig.from_json(settings["config"])
     context = ray.train.get_context()
     rank, board = context.get_world_rank(), settings["board"]
@@ -213,8 +226,9 @@ def explained(error: TrainingFailedError, config: TrainConfig) -> ReidError:
     if cause is not None:
         return cause
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    often = f" more than {config.checkpoint.max_failures} times, last"
     return ReidError(
-        f"training failed more than {config.checkpoint.max_failures} times, last with: {text[-1]}. "
+        f"training failed{often if isinstance(error, WorkerGroupError) else ''} with: {text[-1]}. "
         f"Continue with --resume --name {config.name} --output {config.output}"
     )
 
