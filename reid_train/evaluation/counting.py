@@ -63,13 +63,23 @@ def _precedes(score, item, key, index):
     return score < key or (score == key and item < index)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
 def _below_and_upto(scores, low, high):
-    below, upto = np.int32(0), np.int32(0)
+    # Counted in float32, whose lanes are as wide as the scores': integers would be added as int64.
+    below, upto, one, zero = np.float32(0), np.float32(0), np.float32(1), np.float32(0)
     for i in range(scores.shape[0]):
-        below += np.int32(scores[i] < low)
-        upto += np.int32(scores[i] <= high)
-    return below, upto
+        score = scores[i]
+        below += one if score < low else zero
+        upto += one if score <= high else zero
+    return np.int64(below), np.int64(upto)
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nnan", "nsz"})
+def _least(scores):
+    least = np.float32(np.inf)
+    for i in range(scores.shape[0]):
+        least = min(least, scores[i])
+    return least
 
 
 @njit(nogil=True, cache=True)
@@ -113,7 +123,10 @@ def count_block(
             right = min(left + _STRIP, row.shape[0])
             known[:] = np.nan
             if few:
-                for j in range(a, b):
+                least = _least(row[left:right])
+                for j in range(b - 1, a - 1, -1):
+                    if least > high[j]:  # and of all closer positives, too
+                        break
                     before, upto = _below_and_upto(row[left:right], low[j], high[j])
                     below[j] += before
                     if before == upto:

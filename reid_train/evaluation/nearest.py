@@ -92,9 +92,10 @@ def _take(i, score, item, scores, items, count, limit, slack, k, metric, embeddi
 @njit(nogil=True, cache=True, fastmath=_ANY_ORDER)
 def _scan(row, limit):
     """How many of a strip's scores are within a limit, and the greatest of them all."""
-    within, furthest = np.int32(0), np.float32(-np.inf)
+    # Counted in float32, whose lanes are as wide as the scores': integers would be added as int64.
+    within, one, zero, furthest = np.float32(0), np.float32(1), np.float32(0), np.float32(-np.inf)
     for c in range(row.shape[0]):
-        within += np.int32(row[c] <= limit)
+        within += one if row[c] <= limit else zero
         furthest = max(furthest, row[c])
     return within, furthest
 
@@ -102,9 +103,9 @@ def _scan(row, limit):
 @njit(nogil=True, cache=True, fastmath=_ANY_ORDER)
 def _scan_columns(row, limit, furthest):
     """How many of a strip's scores are within each its own limit; updates the greatest."""
-    within = np.int32(0)
+    within, one, zero = np.float32(0), np.float32(1), np.float32(0)
     for c in range(row.shape[0]):
-        within += np.int32(row[c] <= limit[c])
+        within += one if row[c] <= limit[c] else zero
         furthest[c] = max(furthest[c], row[c])
     return within
 

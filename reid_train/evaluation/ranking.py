@@ -37,7 +37,7 @@ from reid_train.evaluation.scoring import (
     tolerance,
 )
 
-BLOCK = 8192  # gallery items a product; its scores stay in the cache until they are counted
+BLOCK = 2048  # gallery items a product; they and their scores stay in the cache meanwhile
 CHUNK = 512  # queries a product
 
 Blocks = Iterable[tuple[int, np.ndarray]]

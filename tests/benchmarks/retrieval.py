@@ -51,38 +51,50 @@ class Problem:
         return cls(*embeddings, Labels(pid[0], camid[0], pid[1], camid[1]))
 
 
-def product_seconds(left: np.ndarray, right: np.ndarray) -> float:
-    """Time of `torch.mm` over all pairs in chunks: what ranking was held to be bounded by."""
+def multiply(left: np.ndarray, right: np.ndarray) -> None:
+    """`torch.mm` over all pairs in chunks: what ranking was held to be bounded by."""
     a, b = torch.from_numpy(left), torch.from_numpy(right)
     out = torch.empty(512, len(b))
-    started = time.perf_counter()
     for first in range(0, len(a), 512):
         part = a[first : first + 512]
         torch.mm(part, b.T, out=out[: len(part)])
-    return time.perf_counter() - started
 
 
 class Stopwatch:
     """Adds up the time spent in a function of a module while it is replaced."""
 
     def __init__(self, module: object, name: str) -> None:
-        self.seconds, self._call = 0.0, getattr(module, name)
+        self.seconds, self.cpu, self._call = 0.0, 0.0, getattr(module, name)
         setattr(module, name, self)
 
     def __call__(self, *arguments, **keywords):
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         result = self._call(*arguments, **keywords)
         self.seconds += time.perf_counter() - started
+        self.cpu += time.process_time() - cpu
         return result
 
 
 def timed(function: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What a function found, its wall-clock seconds, and the process's peak memory in GB."""
-    started = time.perf_counter()
+    """What a function found, its seconds, and the process's peak memory in GB.
+
+    `cpu` adds up all threads: other programs on the machine distort it less than wall-clock time.
+    """
+    started, cpu = time.perf_counter(), time.process_time()
     found = function()
     found["seconds"] = time.perf_counter() - started
+    found["cpu"] = time.process_time() - cpu
     found["GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return found
+
+
+def line(way: str, found: dict[str, float]) -> str:
+    """A way's figures as a line of the table."""
+    text = f"  {way:10}{found['seconds']:8.2f} s {found['cpu']:8.2f} CPU s {found['GB']:6.2f} GB"
+    if "product cpu" in found:
+        rest = found["seconds"] - found["product"], found["cpu"] - found["product cpu"]
+        text += f"  all but products {rest[0]:.2f} s, {rest[1]:.2f} CPU s"
+    return text + (f"  mAP {found['mAP']:.8f}" if "mAP" in found else "")
 
 
 def in_child(script: str, *arguments: str) -> dict[str, float]:
