@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rich.console import Console
 
@@ -11,7 +11,7 @@ from data_shards.dataset import Dataset
 from reid_train import preflight
 from reid_train.config import TrainConfig
 from reid_train.publish import Summary, publish, show
-from reid_train.run_folder import Run, claim, prepare, record
+from reid_train.run_folder import Run, claim, prepare, record, tidy
 from reid_train.tracking import Tracker, code_commit, local_tracking
 from reid_train.trainer import fit
 
@@ -56,6 +56,8 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
             }
         )
         result = fit(config, dataset, tracker.run_id, console=console)
+        kept = [result.checkpoint, *(best for best, _ in result.best_checkpoints or ())]
+        tidy(config, {PurePosixPath(checkpoint.path).name for checkpoint in kept if checkpoint})
         summary, rows = publish(config, result, dataset, tracker)
     show(summary, rows, config, console)
     return summary

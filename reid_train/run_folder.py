@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,6 +139,20 @@ def claim(config: TrainConfig, dataset: Dataset, saved: Run | None) -> None:
 def record(run: Run) -> None:
     """Write `run.json` anew, once it is known where the run is tracked."""
     _write(run)
+
+
+def tidy(config: TrainConfig, kept: Collection[str]) -> None:
+    """Remove the checkpoints that workers which died left behind, often half uploaded.
+
+    Args:
+        config: of a run that has ended.
+        kept: names of the folders to keep.
+    """
+    folder = open_storage(config.output).child(str(config.name))
+    for key, _ in list(folder.list("checkpoint_")):
+        name, inside, _ = key.partition("/")
+        if inside and name not in kept:
+            folder.delete(key)
 
 
 def _write(run: Run, *, create_once: bool = False) -> None:
