@@ -64,6 +64,8 @@ def run(study: Study, board: Any, at_a_time: int) -> None:
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # The newer output prints a table at each result, whatever its verbosity.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # It would complain that there are none of the files that the first variable turns off.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="reid-tune-") as folder:
