@@ -1,0 +1,25 @@
+import numpy as np
+
+from reid_train.evaluation.ranking import rank
+
+
+def test_embeddings_that_point_much_the_same_way_are_ranked_as_float64_does():
+    # Pooled features do: all their roundings have one sign, so a product's error grows faster.
+    rng = np.random.default_rng(0)
+    common = rng.uniform(0.2, 1.0, 1024)
+    made = (common + rng.uniform(0, 0.2, (300, 1024))).astype(np.float32)
+    pid, camid = np.arange(300) % 10, np.arange(300) // 10 % 3
+    query, gallery = slice(0, 60), slice(60, 300)
+    result = rank(
+        made[query], made[gallery], pid[query], camid[query], pid[gallery], camid[gallery]
+    )
+    unit = made.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    expected = []
+    for q in range(60):
+        kept = (pid[gallery] != pid[q]) | (camid[gallery] != camid[q])
+        order = np.argsort(-(unit[gallery] @ unit[q])[kept], kind="stable")
+        right = (pid[gallery] == pid[q])[kept][order]
+        found = np.flatnonzero(right) + 1
+        expected.append(np.mean(np.arange(1, len(found) + 1) / found))
+    np.testing.assert_allclose(result.average_precision, expected, rtol=1e-12)
