@@ -63,6 +63,11 @@ class S3Server:
         return self._endpoint
 
     @property
+    def running(self) -> bool:
+        """Whether its processes are alive."""
+        return self._supervisor is not None and self._supervisor.poll() is None
+
+    @property
     def access_key(self) -> str:
         return self._credentials["access_key"]
 
@@ -78,6 +83,8 @@ class S3Server:
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_DEFAULT_REGION": REGION,
             "MLFLOW_S3_ENDPOINT_URL": self.endpoint,
+            # A ranged read comes with the whole object's checksum: botocore's default would fail.
+            "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
         }
 
     def client(self, **config: Any) -> Any:
@@ -107,7 +114,7 @@ class S3Server:
             StorageError: Swift is not installed, the folder cannot hold its data or is served by
                 another process, or the servers do not come up (the message has their log's end).
         """
-        if self._supervisor is not None and self._supervisor.poll() is None:
+        if self.running:
             return
         if importlib.util.find_spec("swift") is None:
             raise StorageError(
@@ -126,7 +133,8 @@ class S3Server:
                     f"S3 server: {self.folder} is served by another process; stop that one, "
                     "or choose another folder"
                 ) from None
-            ports = _free_ports(self._port)
+            ports = free_ports(len(SERVERS))
+            ports[-1] = self._port or ports[-1]
             write_settings(self.folder, ports, self._credentials)
             # The supervisor inherits the lock and so holds it for as long as it lives.
             self._supervisor = subprocess.Popen(
@@ -205,14 +213,13 @@ def _credentials(path: Path) -> dict[str, str]:
     return json.loads(path.read_text())
 
 
-def _free_ports(proxy: int) -> list[int]:
-    """Ports in the order of `SERVERS`, all free now; the proxy's is `proxy` unless that is 0."""
+def free_ports(count: int) -> list[int]:
+    """Ports on loopback that are all free now."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in SERVERS]
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for held in sockets:
             held.bind((HOST, 0))
-        ports = [held.getsockname()[1] for held in sockets]
-    return [*ports[:-1], proxy or ports[-1]]
+        return [held.getsockname()[1] for held in sockets]
 
 
 def _last_lines(logs: Path) -> str:

@@ -8,7 +8,7 @@ its traceback.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 class ReidError(Exception):
@@ -43,14 +43,30 @@ class ObjectExists(StorageError):
     """A create-once write found something in its place."""
 
 
-def run_command(main: Callable[[], None]) -> int:
+def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's `main`; turn a `ReidError` into one line on stderr and its exit code."""
     try:
-        main()
+        return main() or 0
     except ReidError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+
+
+def run_one_of(commands: Mapping[str, Callable[[list[str]], int | None]], usage: str) -> int:
+    """Run the command that the first word of the command line names; return its exit code.
+
+    Args:
+        commands: by name; each takes the words after its name.
+        usage: printed for `--help` and where no command is named.
+    """
+    name, *arguments = sys.argv[1:] or [""]
+    if name in ("", "-h", "--help"):
+        print(usage)
+        return 0 if name else 2
+    if name not in commands:
+        print(f"error: no command {name!r}; there are {', '.join(commands)}", file=sys.stderr)
+        return 2
+    return run_command(lambda: commands[name](arguments))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from data_shards.errors import ConfigError, run_command
+from data_shards.errors import ConfigError, run_one_of
 from reid_train.config import TrainConfig, explain
 from reid_train.recipes import RECIPES, recipe
 
@@ -133,14 +132,4 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main() -> int:
     """Run the command that the command line names; return its exit code."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if arguments else 2
-    command = COMMANDS.get(arguments[0])
-    if command is None:
-        print(
-            f"error: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr
-        )
-        return 2
-    return run_command(lambda: command(arguments[1:]))
+    return run_one_of(COMMANDS, HELP)
