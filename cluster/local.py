@@ -25,15 +25,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.stack import MARK, START_SECONDS, STOP_SECONDS, Addresses, Ports, healthy
+from cluster.stack import ANY_PORTS, MARK, START_SECONDS, STOP_SECONDS, Addresses, Ports, healthy
 from data_shards.errors import ConfigError, ReidError
 
 FOLDER = Path(".cluster")
 
 
 def up(
-    folder: Path = FOLDER, ports: Annotated[Ports, tyro.conf.arg(name="port")] = Ports()
-) -> None:  # noqa: B008
+    folder: Path = FOLDER, ports: Annotated[Ports, tyro.conf.arg(name="port")] = ANY_PORTS
+) -> None:
     """Start S3, MLflow and Ray, or find them running, and say how to use them.
 
     Args:
@@ -77,14 +77,14 @@ def down(folder: Path = FOLDER) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {"up": up, "status": status, "down": down}
 
 
-def start(folder: Path, ports: Ports | None = None, console: Console | None = None) -> Addresses:
+def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None) -> Addresses:
     """Have a stack running on a folder, and return its addresses when all of it answers.
 
     Raises:
         ConfigError: one runs on other ports than those asked for.
         ReidError: it does not start.
     """
-    ports, console = ports or Ports(), console or Console()
+    console = console or Console()
     if (found := running(folder)) is not None:
         _require(found, ports, folder)
         return found

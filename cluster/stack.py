@@ -58,6 +58,9 @@ class Ports:
     """Port of Ray's dashboard and job server."""
 
 
+ANY_PORTS = Ports()
+
+
 @dataclass(frozen=True)
 class Addresses:
     """Where the services answer."""
@@ -74,7 +77,13 @@ def serve(folder: Path, ports: Ports) -> None:
     Raises:
         ReidError: a service did not start; the message names its log.
     """
-    os.environ |= {MARK: str(folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    os.environ |= {
+        MARK: str(folder),
+        # A job's `python` is this one.
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        # MLflow's server would keep eight processes for jobs that nobody gives it.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     for name in ("environment", "stack.json"):
         (folder / name).unlink(missing_ok=True)

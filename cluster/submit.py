@@ -147,8 +147,9 @@ def _address(given: str | None) -> str:
 
 
 def _connect(address: str) -> JobSubmissionClient:
-    # Its own lines tell of the package and the connection; ours say what matters.
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+    # Its own lines tell of every file and connection; ours say what matters.
+    for name in ("ray", "ray.dashboard", "ray._private.runtime_env.packaging"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
     except Exception as error:  # whatever requests, Ray's sign-in or a wrong address raise

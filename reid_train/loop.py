@@ -97,7 +97,8 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
             build.set_learning_rate(run.optimizer, config, epoch)
             rows = epoch_plan(config, index, epoch)
             steps = len(rows) // config.batch.accumulate
-            for batches in _steps(config, dataset, worker, rows, progress.step):
+            batches_of_steps = _steps(config, dataset, worker, rows, progress.step)
+            for batches in run.meter.waiting(batches_of_steps):
                 run.step(batches)
                 run.watch(steps)
                 run.checkpoint_between(steps)
@@ -254,8 +255,8 @@ class _Run:
         due = progress.step % self.config.tracking.every_steps == 0 or progress.step == steps
         if not (due or self._checkpoint_is_due(steps)):
             return
-        rows, speed = self.meter.read(progress.global_step)
-        speed *= self.config.batch_size * self.config.batch.accumulate
+        rows, step_seconds, wait_seconds = self.meter.read(progress.global_step)
+        speed = self.config.batch_size * self.config.batch.accumulate / step_seconds
         first = progress.global_step - len(rows) + 1
         for step, (cross_entropy, triplet, penalty) in enumerate(rows.tolist(), first):
             values = {
@@ -265,6 +266,8 @@ class _Run:
                 "loss/total": cross_entropy + triplet + penalty,
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "images_per_second": speed,
+                "step_seconds": step_seconds,
+                "data_wait_seconds": wait_seconds,
             }
             self.history.add_step(step, values)
             if worker.rank == 0:

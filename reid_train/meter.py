@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +12,22 @@ import torch.distributed as dist
 
 from data_shards.errors import DataError
 from reid_train.worker import Worker
+
+T = TypeVar("T")
+
+
+class Look(NamedTuple):
+    """What has happened since the last look.
+
+    Attributes:
+        rows: (n, 3) float64, cross-entropy, triplet and penalty of each step.
+        step_seconds: of a step, on average.
+        wait_seconds: of these, waiting for the next batch.
+    """
+
+    rows: np.ndarray
+    step_seconds: float
+    wait_seconds: float
 
 
 class Meter:
@@ -19,23 +37,33 @@ class Meter:
         self._worker = worker
         self._losses: list[torch.Tensor] = []
         self._clock = time.perf_counter()
+        self._waited = 0.0
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; the time until each is there is counted."""
+        batches = iter(batches)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - began
+            yield batch
 
     def restart_clock(self) -> None:
         """Leave the time since the last look out of the throughput (evaluation, checkpoints)."""
-        self._clock = time.perf_counter()
+        self._clock, self._waited = time.perf_counter(), 0.0
 
     def add(self, losses: torch.Tensor) -> None:
         """Take one step's (cross-entropy, triplet, penalty) of this rank, (3,), without waiting."""
         self._losses.append(losses)
 
-    def read(self, last_step: int) -> tuple[np.ndarray, float]:
-        """Rows since the last look, averaged over ranks, and the steps per second.
+    def read(self, last_step: int) -> Look:
+        """Losses since the last look, averaged over ranks, and the time that steps took.
 
         Args:
             last_step: global step of the newest row, for the error message.
-
-        Returns:
-            (n, 3) float64 cross-entropy, triplet and penalty, and steps a second.
 
         Raises:
             DataError: a loss is not finite.
@@ -58,4 +86,5 @@ class Meter:
                 f"triplet {triplet:.4g}, penalty {penalty:.4g}): train under another --name with a "
                 "lower --optimizer.learning-rate, or with --optimizer.clip-norm"
             )
-        return rows, len(rows) / seconds
+        waited, self._waited = self._waited, 0.0
+        return Look(rows, seconds / len(rows), waited / len(rows))

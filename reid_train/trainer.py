@@ -32,6 +32,7 @@ from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ReidError
 from reid_train.checkpoint import Checkpoint
 from reid_train.config import TrainConfig
+from reid_train.gauges import Gauges
 from reid_train.loop import train
 from reid_train.progress import Board, watch
 from reid_train.tracking import Tracker
@@ -152,14 +153,20 @@ def _train(settings: dict[str, Any]) -> None:
         raise DataError(f"{config.data} changed while the run was going on")
     run_id = settings["run_id"] if rank == 0 else None
     uri = config.tracking.uri if run_id else None
+    gauges = Gauges(config.name or "")
     with Tracker(uri, run_id) as tracker:
+
+        def log(values: dict[str, float], step: int) -> None:
+            tracker.log(values, step)
+            gauges.log(values, step)
+
         worker = Worker(
             rank=rank,
             world=context.get_world_size(),
             device=get_device(),  # type: ignore[arg-type]
             cache=ShardCache(dataset.storage, config.loader.cache, config.loader.cache_bytes),
             report=partial(_report, until=settings["until"]),
-            log=tracker.log,
+            log=log,
             show=board.show.remote if board is not None else lambda state: None,
         )
         checkpoint = ray.train.get_checkpoint()
