@@ -95,6 +95,7 @@ def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None
         process = subprocess.Popen(
             [*command, *(str(port) for port in asdict(ports).values())],
             cwd=Path(__file__).parents[1],
+            env=os.environ | {MARK: str(folder)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

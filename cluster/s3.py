@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.swift import HOST, REGION, SERVERS, write_private, write_settings
+from cluster.swift import HOST, REGION, SERVERS, STORAGE, write_private, write_settings
 from data_shards.errors import StorageError
 
 logger = logging.getLogger(__name__)
@@ -38,12 +38,14 @@ class S3Server:
         folder: where objects, settings, logs and credentials live. A server started on the same
             folder later has the same objects and the same credentials.
         port: the port to listen on; 0 picks a free one at each start.
+        host: the address to listen on, loopback unless asked otherwise.
     """
 
-    def __init__(self, folder: str | Path, port: int = 0) -> None:
+    def __init__(self, folder: str | Path, port: int = 0, host: str = HOST) -> None:
         self.folder = Path(folder).resolve()
         self.logs = self.folder / "logs"
         self._port = port
+        self._host = host
         self._endpoint: str | None = None
         self._credentials: dict[str, str] = {}
         self._supervisor: subprocess.Popen[bytes] | None = None
@@ -135,7 +137,7 @@ class S3Server:
                 ) from None
             ports = free_ports(len(SERVERS))
             ports[-1] = self._port or ports[-1]
-            write_settings(self.folder, ports, self._credentials)
+            write_settings(self.folder, ports, self._credentials, self._host)
             # The supervisor inherits the lock and so holds it for as long as it lives.
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-m", "cluster.swift", self.folder, str(os.getpid())]
@@ -147,7 +149,7 @@ class S3Server:
                 pass_fds=[lock.fileno()],
                 start_new_session=True,  # Ctrl-C is the parent's to handle
             )
-        self._endpoint = f"http://{HOST}:{ports[-1]}"
+        self._endpoint = f"http://{self._host}:{ports[-1]}"
         try:
             self._wait_until_healthy(ports)
         except BaseException:
@@ -173,8 +175,8 @@ class S3Server:
         client = self.client(connect_timeout=2, read_timeout=10, retries={"max_attempts": 0})
         while True:
             try:
-                for port in ports:
-                    socket.create_connection((HOST, port), timeout=2).close()
+                for host, port in zip([HOST] * len(STORAGE) + [self._host], ports, strict=True):
+                    socket.create_connection((host, port), timeout=2).close()
                 client.list_buckets()
                 return
             except Exception as error:

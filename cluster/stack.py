@@ -78,7 +78,6 @@ def serve(folder: Path, ports: Ports) -> None:
         ReidError: a service did not start; the message names its log.
     """
     os.environ |= {
-        MARK: str(folder),
         # A job's `python` is this one.
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         # MLflow's server would keep eight processes for jobs that nobody gives it.

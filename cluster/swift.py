@@ -24,7 +24,7 @@ SERVERS = (*STORAGE, "proxy")
 # out on a busy machine would leave an object out of its bucket's listing for good.
 COMMON_CONF = """\
 [DEFAULT]
-bind_ip = {host}
+bind_ip = {bind}
 bind_port = {port}
 bind_timeout = 1
 workers = 0
@@ -72,13 +72,16 @@ max_manifest_segments = 10000
 """
 
 
-def write_settings(folder: Path, ports: list[int], credentials: dict[str, str]) -> None:
+def write_settings(
+    folder: Path, ports: list[int], credentials: dict[str, str], host: str = HOST
+) -> None:
     """Write the servers' settings, readable by their owner only.
 
     Args:
         folder: the server's.
         ports: in the order of `SERVERS`.
         credentials: `access_key` as account:user, `secret_key`, `hash_suffix`.
+        host: where the proxy, the one server that clients talk to, listens.
     """
     conf = folder / "conf"
     suffix = credentials["hash_suffix"]
@@ -87,6 +90,7 @@ def write_settings(folder: Path, ports: list[int], credentials: dict[str, str]) 
     for name, port in zip(SERVERS, ports, strict=True):
         text = COMMON_CONF + (PROXY_CONF if name == "proxy" else STORAGE_CONF)
         values = {"host": HOST, "port": port, "conf": conf, "data": folder / "data", "name": name}
+        values["bind"] = host if name == "proxy" else HOST
         secret = credentials["secret_key"]
         text = text.format(**values, region=REGION, user=user, secret_key=secret)
         write_private(conf / f"{name}.conf", text)

@@ -74,13 +74,14 @@ def prepare(config: TrainConfig) -> TrainConfig:
     for flag in ("data", "output"):
         if not getattr(config, flag):
             raise ConfigError(f"--{flag} is missing: give a folder or an s3://bucket/prefix")
-    weights = config.model.weights
+    weights, cache = config.model.weights, config.loader.cache
     return config.replace(
         name=config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
         data=_absolute(config.data),
         output=_absolute(config.output),
         model__weights=_absolute(weights) if Path(weights).exists() else weights,
-        loader__cache=config.loader.cache.expanduser().absolute(),
+        # A node's own home, not the driver's, is meant by `~`.
+        loader__cache=cache if cache.parts[:1] == ("~",) else cache.absolute(),
     )
 
 

@@ -164,7 +164,9 @@ def _train(settings: dict[str, Any]) -> None:
             rank=rank,
             world=context.get_world_size(),
             device=get_device(),  # type: ignore[arg-type]
-            cache=ShardCache(dataset.storage, config.loader.cache, config.loader.cache_bytes),
+            cache=ShardCache(
+                dataset.storage, config.loader.cache.expanduser(), config.loader.cache_bytes
+            ),
             report=partial(_report, until=settings["until"]),
             log=log,
             show=board.show.remote if board is not None else lambda state: None,

@@ -1,0 +1,105 @@
+"""Training over nodes that share nothing but S3."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nodes import Nodes, nodes
+
+from cluster.s3 import S3Server
+from data_shards.build import build
+from data_shards.dataset import Dataset
+from data_shards.storage import open_storage
+from reid_train.checkpoint import Checkpoint
+
+DATA, OUTPUT = "s3://nodes/people", "s3://nodes/runs"
+STEPS, EPOCHS = 3, 2
+TINY = ["--recipe", "demo", "--image.height", "32", "--image.width", "16", "--data", DATA]
+TINY += ["--batch.identities", "4", "--batch.images", "2", "--evaluation.every", "1"]
+TINY += ["--batch.steps-per-epoch", str(STEPS), "--optimizer.epochs", str(EPOCHS)]
+CACHED = re.compile(r"RayTrainWorker pid=\d+(?:, ip=([\d.]+))?\).* cached (\S+) in")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Nodes]:
+    """Two nodes with two CPUs each, and an S3 server with a dataset, which all of them reach."""
+    with (
+        # Ray's sockets lie below, and their paths must be short.
+        tempfile.TemporaryDirectory(prefix="n-") as temporary,
+        nodes(Path(temporary)) as cluster,
+        S3Server(cluster.folder / "s3", host=cluster.host) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        server.create_bucket("nodes")
+        given = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 32}
+        given |= {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_DEDUP_LOGS": "0"}
+        for name, value in (server.environment() | given).items():
+            patch.setenv(name, value)
+        options = {"identities": 12, "cameras": 2, "images_per_camera": 4}
+        raw = cluster.folder / "raw"
+        build("synthetic", raw, DATA, options=options, shard_bytes=50_000, jobs=1)
+        cluster.start_head()
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        for number in (1, 2):
+            cluster.start_node(number)
+        cluster.wait_for(3)
+        yield cluster
+
+
+def train(name: str, workers: int, *more: str) -> str:
+    """Train, and return what was said."""
+    command = [sys.executable, "-m", "reid_train", "train", *TINY, "--output", OUTPUT]
+    command += ["--name", name, "--workers", str(workers), "--tracking.uri", "off", *more]
+    done = subprocess.run(
+        command, env=os.environ, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def losses(name: str, folder: Path) -> list[float]:
+    """Losses by step, from the run's last checkpoint."""
+    storage = open_storage(f"{OUTPUT}/{name}")
+    last = max(key.partition("/")[0] for key, _ in storage.list("checkpoint_") if "/" in key)
+    for key, _ in storage.list(f"{last}/"):
+        if not key.endswith("/"):
+            storage.download(key, folder / key)
+    return Checkpoint.open(folder / last).history().steps["loss/total"]
+
+
+@pytest.fixture(scope="module")
+def said(cluster: Nodes) -> str:
+    """What a training of four workers on two nodes said."""
+    return train("both", 4)
+
+
+def test_each_node_downloads_each_shard_once(cluster, said):
+    shards = [s.name for s in Dataset.open(DATA).manifest.shards if s.split == "train"]
+    found = Counter((ip, shard) for ip, shard in CACHED.findall(said) if shard in shards)
+    assert len(shards) > 1
+    assert sum(found.values()) == 2 * len(shards)
+    if cluster.separate:
+        assert set(found.values()) == {1}
+
+
+def test_two_nodes_take_the_steps_that_one_worker_takes(said, tmp_path):
+    train("alone", 1)
+    alone, both = (losses(name, tmp_path / name) for name in ("alone", "both"))
+    assert len(both) == STEPS * EPOCHS
+    assert both == pytest.approx(alone, rel=1e-3)
+
+
+def test_checkpoint_of_a_node_that_is_gone_is_continued_on_another(cluster, said, tmp_path):
+    cluster.stop_node(1)
+    cluster.wait_for(2)
+    said = train("both", 2, "--resume", "--optimizer.epochs", str(EPOCHS + 1))
+    assert f"continuing at epoch {EPOCHS}" in said
+    assert len(losses("both", tmp_path)) == STEPS * (EPOCHS + 1)
