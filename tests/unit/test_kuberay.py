@@ -241,6 +241,12 @@ def test_groups_scale_between_bounds_and_ask_for_gpus(group):
     assert "nvidia.com/gpu" in keys
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_evicted_worker_has_time_to_say_that_it_is_preempted(group):
+    grace = group["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace > ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S > 0
+
+
 def test_spot_and_on_demand_workers_differ_only_in_where_they_run():
     demand, spot = (copy.deepcopy(group) for group in CLUSTER["spec"]["workerGroupSpecs"])
     places = [
