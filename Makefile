@@ -27,4 +27,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .demo .cluster .pytest_cache .ruff_cache .hypothesis build *.egg-info
