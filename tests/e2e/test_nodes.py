@@ -59,7 +59,7 @@ def train(name: str, workers: int, *more: str) -> str:
     command = [sys.executable, "-m", "reid_train", "train", *TINY, "--output", OUTPUT]
     command += ["--name", name, "--workers", str(workers), "--tracking.uri", "off", *more]
     done = subprocess.run(
-        command, env=os.environ, capture_output=True, text=True, timeout=280, check=False
+        command, env=os.environ, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
