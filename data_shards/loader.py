@@ -146,7 +146,7 @@ def _batches(
     workers: int,
 ) -> Iterator[Batch]:
     index, shards = dataset.index(split), dataset.manifest.shards
-    ahead = None if cache.in_place else _Lookahead(index, shards, steps, cache.max_bytes)
+    ahead = None if cache.in_place else Lookahead(index, shards, steps, cache.max_bytes)
     workers = min(workers, len(steps))
     count, most = min(_AHEAD * workers + _HELD, len(steps)), max(map(len, steps), default=0)
     slots = _Slots((count, most, *size, 3), shared=workers > 0)
@@ -293,7 +293,7 @@ class _Decoder:
         return data
 
 
-class _Lookahead:
+class Lookahead:
     """Which shards to have on the disk: those of the coming steps, as many steps as fit."""
 
     def __init__(
