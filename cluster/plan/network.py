@@ -32,7 +32,8 @@ class Phase:
         flops: floating point operations of an image, forward and backward.
         activations: bytes that an image's forward pass keeps for backward, in float32.
         gradients: bytes that the workers average at each step.
-        moments: bytes of Adam's moments, counters included; θ's too.
+        moments: bytes that a checkpoint has beside the weights: Adam's moments and counters, θ and
+            its own, the number of the step.
         collectives: small exchanges at each batch, which all workers wait for.
     """
 
@@ -97,7 +98,7 @@ def _describe(
         model.freeze_backbone(name == "heads")
         forward, total, kept = _run(model, image)
         trained = [p for p in model.parameters() if p.requires_grad]
-        moments = sum(2 * p.nbytes + 4 for p in trained)
+        moments = 8 + sum(2 * p.nbytes + 4 for p in trained)
         if adaptive:  # θ: a number a tensor, its two moments, and one counter for all
             moments += 3 * 4 * len(list(model.parameters())) + 4
         norms = sum(isinstance(m, _BatchNorm) and m.training for m in model.modules())
