@@ -176,7 +176,7 @@ def _bf16(options: Plan) -> bool:
     return "autocast" in repr(autocast(options.config, torch.device("cpu")))
 
 
-def measure(run: str, gpu_type: str, table: Path = OWN) -> None:
+def measure(run: tyro.conf.Positional[str], gpu_type: str, table: Path = OWN) -> None:
     """Add what a finished run showed to your table of measured speeds.
 
     Args:

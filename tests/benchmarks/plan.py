@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -47,7 +47,7 @@ PEOPLE = {"identities": 64, "cameras": 3, "images_per_camera": 4}
 
 
 class CountingProxy:
-    """Passes HTTP on to a server, unchanged; keeps each GET's path, bytes, and if it had a range."""
+    """Passes HTTP on unchanged; keeps each GET's path, bytes, and whether it asked for a range."""
 
     def __init__(self, endpoint: str) -> None:
         self.seen: list[tuple[str, int, bool]] = []
@@ -56,23 +56,16 @@ class CountingProxy:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def setup(self) -> None:
-                super().setup()
-                self.server_side = http.client.HTTPConnection(where, timeout=120)
-
-            def finish(self) -> None:
-                self.server_side.close()
-                super().finish()
-
             def forward(self) -> None:
                 size = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(size) if size else None
                 # The signature covers Host: it goes on as the client wrote it.
                 skip = ("expect", "connection")
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in skip}
-                self.server_side.request(self.command, self.path, body, headers)
-                answer = self.server_side.getresponse()
-                content = answer.read()
+                with closing(http.client.HTTPConnection(where, timeout=120)) as server:
+                    server.request(self.command, self.path, body, headers)
+                    answer = server.getresponse()
+                    content = answer.read()
                 self.send_response_only(answer.status, answer.reason)
                 for name, value in answer.getheaders():
                     if name.lower() not in ("transfer-encoding", "connection", "content-length"):
@@ -248,11 +241,10 @@ def compare(args: argparse.Namespace, folder: Path, proxy: CountingProxy) -> Non
             table.add_row(
                 title, what, f"{said:,.1f}", f"{found:,.1f}", f"{found / said:.3f}{exactly}"
             )
-        title = ""
         if exact:
             assert (work.gets, rest) == (gets, size), "the plan is wrong"
         table.add_section()
-        console.print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":

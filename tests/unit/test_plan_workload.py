@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from tiny import config as tiny_config
 from tiny import make_worker, narrow_resnet18
 from torchvision.models import resnet
 
-from cluster.plan.network import describe
+from cluster.plan.network import _describe, describe
 from cluster.plan.workload import Layout, Workload, workloads
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
@@ -19,7 +20,7 @@ from data_shards.errors import ConfigError
 from data_shards.loader import split_batches, train_batches
 from data_shards.sampler import slice_for_rank
 from data_shards.storage import LocalStorage
-from reid_train.checkpoint import MODEL, TRAINING
+from reid_train.checkpoint import MODEL, PROGRESS, TRAINING
 from reid_train.loop import epoch_plan, train, train_index
 
 
@@ -100,7 +101,7 @@ def test_downloads_of_a_small_cache_are_close_to_the_real_ones(remote, tmp_path,
     found = read(config, remote, Layout(1, 1), tmp_path / "cache")
     planned = count(config, remote)
     assert not planned.exact
-    assert planned.shards == pytest.approx(found[0][0], abs=2)
+    assert planned.shards == pytest.approx(found[0][0], rel=0.15)
 
 
 def test_each_node_downloads_no_more_than_the_dataset_once(remote):
@@ -133,16 +134,14 @@ def test_cache_that_cannot_hold_a_window_is_refused(remote):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"checkpoint__every_steps": 2},
-        {"optimizer__epochs": 3, "evaluation__every": 3, "evaluation__initial": True},
-        {"batch__steps_per_epoch": None, "batch__accumulate": 2, "checkpoint__every_steps": 1},
+        {"checkpoint__every_steps": 2, "evaluation__initial": True},
+        {"batch__steps_per_epoch": None, "batch__accumulate": 2, "regularization__mode": "none"},
     ],
-    ids=str,
+    ids=["checkpoints between", "a whole pass"],
 )
 def test_steps_evaluations_and_checkpoints_are_those_of_the_loop(
-    tiny_dataset, tmp_path, monkeypatch, changes
+    tiny_dataset, tmp_path, narrow, changes
 ):
-    monkeypatch.setattr(resnet, "resnet18", narrow_resnet18)
     config = tiny_config(tracking__every_steps=1, **changes)
     worker, recorded = make_worker(tiny_dataset, tmp_path)
     train(config, tiny_dataset, worker)
@@ -151,18 +150,24 @@ def test_steps_evaluations_and_checkpoints_are_those_of_the_loop(
     assert planned.steps == len(losses)
     assert planned.evaluations == sum("mAP" in values for values in recorded.steps.values())
     assert sum(planned.checkpoints.values()) == len(recorded.checkpoints)
+    phases = describe(config, len(tiny_dataset.identities)).phases
+    for folder in recorded.checkpoints:
+        phase = json.loads((folder / PROGRESS).read_text())["progress"]["phase"]
+        assert tensor_bytes(folder / TRAINING) == phases[phase].moments
+        weights = describe(config, len(tiny_dataset.identities)).weights
+        assert tensor_bytes(folder / MODEL) == weights
 
 
-def test_checkpoint_tensors_have_the_bytes_that_were_counted(tiny_dataset, tmp_path):
-    config = tiny_config(evaluation__initial=False)
-    worker, recorded = make_worker(tiny_dataset, tmp_path)
-    train(config, tiny_dataset, worker)
-    network = describe(config, len(tiny_dataset.identities))
-    for phase, folder in zip(("heads", "all"), recorded.checkpoints, strict=True):
-        for name, counted in (
-            (MODEL, network.weights),
-            (TRAINING, network.phases[phase].moments),
-        ):
-            file = (folder / name).read_bytes()
-            tensors = len(file) - 8 - int.from_bytes(file[:8], "little")
-            assert tensors == counted
+@pytest.fixture
+def narrow(monkeypatch):
+    """A narrow network, also for the planner, which remembers what it counted by name."""
+    monkeypatch.setattr(resnet, "resnet18", narrow_resnet18)
+    _describe.cache_clear()
+    yield
+    _describe.cache_clear()
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of a safetensors file behind its header."""
+    content = path.read_bytes()
+    return len(content) - 8 - int.from_bytes(content[:8], "little")
