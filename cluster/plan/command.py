@@ -148,16 +148,17 @@ def make(options: Plan, dataset: Dataset | None = None) -> Planned:
 
 def _speeds(options: Plan, network: Network, workers: int) -> dict[PhaseName, Speed]:
     """Of the phases that the run has."""
-    config, gigaflops = options.config, {p: network.phases[p].flops / 1e9 for p in PHASES}
+    config = options.config
+    gigaflops: dict[PhaseName, float] = {p: network.phases[p].flops / 1e9 for p in PHASES}
     frozen = config.optimizer.frozen_epochs > 0
-    phases = [phase for phase in PHASES if phase == "all" or frozen]
+    phases: list[PhaseName] = [phase for phase in PHASES if phase == "all" or frozen]
     if options.images_per_second is None:
         table = [*read_table(options.table.expanduser()), *read_table(PACKAGED)]
         return {
             phase: speed_of(table, options.gpu_type, config, phase, workers, gigaflops)
             for phase in phases
         }
-    speeds = {}
+    speeds: dict[PhaseName, Speed] = {}
     for phase in phases:
         ratio = gigaflops[phase] / gigaflops["all"]
         seconds = config.batch_size / workers / options.images_per_second * ratio

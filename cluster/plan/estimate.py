@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cluster.plan.network import PHASES, Network, PhaseName
+from cluster.plan.network import PHASES, Network, Phase, PhaseName
 from cluster.plan.throughput import Speed
 from cluster.plan.workload import Pass, Workload
 
@@ -164,7 +164,7 @@ def estimate(
         accumulate: global batches to an optimizer step.
         mirror: whether evaluation embeds mirror images, too.
     """
-    steps = {
+    steps: dict[PhaseName, Step] = {
         phase: step(work, network.phases[phase], machine, host, speed, loaders, accumulate)
         for phase, speed in speeds.items()
     }
@@ -197,7 +197,7 @@ def estimate(
 
 def step(
     work: Workload,
-    phase,
+    phase: Phase,
     machine: Machine,
     host: Host,
     speed: Speed,
@@ -223,7 +223,7 @@ def step(
 
 
 def talking(
-    work: Workload, phase, machine: Machine, compute: float, share: int, accumulate: int
+    work: Workload, phase: Phase, machine: Machine, compute: float, share: int, accumulate: int
 ) -> float:
     """Seconds of a step in which workers wait for each other's numbers.
 

@@ -180,7 +180,8 @@ def _run(
     for epoch in range(config.total_epochs):
         phase: PhaseName = "heads" if epoch < config.optimizer.frozen_epochs else "all"
         steps, rows = config.batch.steps_per_epoch, None
-        if steps is None or not all(cluster.complete for cluster in clusters):
+        # The first epoch is planned in any case: it shows whether a batch can be made.
+        if steps is None or epoch == 0 or not all(cluster.complete for cluster in clusters):
             rows = epoch_plan(config, index, epoch)
             steps = len(rows) // config.batch.accumulate
         if steps == 0:

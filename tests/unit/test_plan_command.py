@@ -15,7 +15,16 @@ from reid_train.history import History
 from reid_train.recipes import recipe
 from reid_train.run_folder import Run
 
-SIZE = ["--recipe", "demo", "--image.height", "32", "--image.width", "32"]
+SIZE = [
+    "--recipe",
+    "demo",
+    "--image.height",
+    "32",
+    "--image.width",
+    "32",
+    "--batch.identities",
+    "4",
+]
 
 
 def entry(**changes) -> Measurement:
@@ -50,9 +59,9 @@ def test_plan_says_time_limit_cost_and_where_figures_are_from(plan, tmp_path, ca
     assert "25 Gbit/s" in said
     assert "assumed" in said
     chosen = found["plan"]
-    assert (chosen["workers"], chosen["steps"], chosen["images"]) == (2, 160, 160 * 32)
+    assert (chosen["workers"], chosen["steps"], chosen["images"]) == (2, 160, 160 * 16)
     assert chosen["cost"] == pytest.approx(2 * chosen["seconds"] / 3600 * 7200)
-    assert [row["workers"] for row in found["scaling"]] == [1, 2, 4, 8, 16, 32]
+    assert [row["workers"] for row in found["scaling"]] == [1, 2, 4, 8, 16]
     assert found["facts"]["network_gbit"]["origin"] == "given"
 
 
@@ -146,6 +155,7 @@ def finished(folder, data: str, looks: int) -> str:
     config = recipe("demo").replace(
         name="done", data=data, output=str(folder), batch__steps_per_epoch=20,
         optimizer__frozen_epochs=1, image__height=32, image__width=32, loader__workers=2,
+        batch__identities=4,
     )  # fmt: skip
     history = History()
     for step in range(1, looks + 1):
@@ -164,7 +174,7 @@ def test_measure_adds_both_phases_of_a_run_and_plan_uses_them(tiny_dataset, tmp_
     heads, everything = read_table(own)
     assert (heads.phase, heads.images_per_second) == ("heads", pytest.approx(201, abs=1))
     assert (everything.phase, everything.images_per_second) == ("all", pytest.approx(101, abs=1))
-    assert (everything.batch, everything.decoding, everything.source) == (32, "beside", "done")
+    assert (everything.batch, everything.decoding, everything.source) == (16, "beside", "done")
     flops = describe(recipe("demo").replace(image__height=32, image__width=32), 6).phases
     assert np.isclose(everything.gigaflops, flops["all"].flops / 1e9)
     assert plan(gpus="1") == 0
