@@ -90,12 +90,12 @@ class Plan:
             "cores_per_node": (cores, "measured" if cpu else "assumed", "cores"),
             "network_gbit": (10.0, "assumed", "Gbit/s"),
             "interconnect_gbit": (
-                8.0 if cpu else 100.0,
+                6.0 if cpu else 100.0,
                 "measured" if cpu else "assumed",
                 "Gbit/s",
             ),
             "collective_microseconds": (
-                300.0 if cpu else 50.0,
+                500.0 if cpu else 50.0,
                 "measured" if cpu else "assumed",
                 "µs",
             ),
