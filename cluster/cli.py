@@ -15,6 +15,8 @@ HELP = """usage: python -m cluster COMMAND [options]
   demo       the whole system on this machine in a few minutes
   local      up, status, down: S3, MLflow and a Ray head on this machine
   submit     run a command as a job on a Ray cluster
+  plan       what a run will take before it is paid for
+  measure    add what a finished run showed to the table of speeds that plan reads
 
 Each command says what it takes with --help."""
 
@@ -63,13 +65,29 @@ def submit(arguments: list[str]) -> int:
     return submit(arguments[end + 1 :], **vars(parsed))
 
 
+def plan(arguments: list[str]) -> None:
+    """Parse and run `plan`."""
+    from cluster.plan.command import plan
+
+    plan(*arguments)
+
+
+def measure(arguments: list[str]) -> None:
+    """Parse and run `measure`."""
+    from cluster.plan.command import measure
+
+    tyro.cli(measure, args=arguments, prog="python -m cluster measure")
+
+
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "demo": demo,
     "local": local,
     "submit": submit,
+    "plan": plan,
+    "measure": measure,
 }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command that the command line names; return its exit code."""
-    return run_one_of(COMMANDS, HELP)
+    return run_one_of(COMMANDS, HELP, arguments)

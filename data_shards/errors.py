@@ -8,7 +8,7 @@ its traceback.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 
 class ReidError(Exception):
@@ -55,14 +55,19 @@ def run_command(main: Callable[[], int | None]) -> int:
         return 130
 
 
-def run_one_of(commands: Mapping[str, Callable[[list[str]], int | None]], usage: str) -> int:
-    """Run the command that the first word of the command line names; return its exit code.
+def run_one_of(
+    commands: Mapping[str, Callable[[list[str]], int | None]],
+    usage: str,
+    words: Sequence[str] | None = None,
+) -> int:
+    """Run the command that the first word names; return its exit code.
 
     Args:
         commands: by name; each takes the words after its name.
         usage: printed for `--help` and where no command is named.
+        words: by default those of the command line.
     """
-    name, *arguments = sys.argv[1:] or [""]
+    name, *arguments = (sys.argv[1:] if words is None else words) or [""]
     if name in ("", "-h", "--help"):
         print(usage)
         return 0 if name else 2

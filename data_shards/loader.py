@@ -24,8 +24,8 @@ from data_shards.errors import ConfigError, DataError, ReidError, StorageError
 from data_shards.files import disk_errors
 from data_shards.manifest import Index, ShardInfo
 
-_AHEAD = 2  # batches that each worker has before it or in its hands
-_HELD = 4  # batches that the consumer may hold, and the one on its way
+AHEAD = 2  # batches that each worker has before it or in its hands
+HELD = 4  # batches that the consumer may hold, and the one on its way
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ def _batches(
     workers: int,
 ) -> Iterator[Batch]:
     index, shards = dataset.index(split), dataset.manifest.shards
-    ahead = None if cache.in_place else _Lookahead(index, shards, steps, cache.max_bytes)
+    ahead = None if cache.in_place else Lookahead(index, shards, steps, cache.max_bytes)
     workers = min(workers, len(steps))
-    count, most = min(_AHEAD * workers + _HELD, len(steps)), max(map(len, steps), default=0)
+    count, most = min(AHEAD * workers + HELD, len(steps)), max(map(len, steps), default=0)
     slots = _Slots((count, most, *size, 3), shared=workers > 0)
     loader = DataLoader(
         _Decoder(cache, shards, slots.memory),  # pyright: ignore[reportArgumentType]
@@ -156,7 +156,7 @@ def _batches(
         sampler=(_Job.of(index, rows, slots.take()) for rows in steps),  # pyright: ignore[reportArgumentType]
         collate_fn=_as_it_is,
         num_workers=workers,
-        prefetch_factor=_AHEAD if workers else None,
+        prefetch_factor=AHEAD if workers else None,
         generator=torch.Generator(),  # or it would draw from the training's
     )
     made = iter(loader)  # forks the workers, which is best done before starting a thread
@@ -293,7 +293,7 @@ class _Decoder:
         return data
 
 
-class _Lookahead:
+class Lookahead:
     """Which shards to have on the disk: those of the coming steps, as many steps as fit."""
 
     def __init__(

@@ -130,6 +130,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command that the command line names; return its exit code."""
-    return run_one_of(COMMANDS, HELP)
+    return run_one_of(COMMANDS, HELP, arguments)
