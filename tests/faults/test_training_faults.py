@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ray
 import small_network
-from proxy import S3Proxy, flip_answer, flip_request, lose_answer, refuse, reset, truncate
+from proxy import S3Proxy
 from rich.console import Console
 from safetensors.torch import load_file
 from torchvision.models import resnet
 
 from cluster.s3 import S3Server
 from data_shards.build import build
-from data_shards.errors import DataError, StorageError
 from data_shards.storage import Storage, open_storage
 from reid_train.checkpoint import MODEL, TRAINING
-from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
 from reid_train.run import run
 from reid_train.tracking import connect, local_tracking
