@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import OutOfMemoryError
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
@@ -34,6 +35,7 @@ from data_shards.errors import DataError, ReidError
 from reid_train.checkpoint import Checkpoint
 from reid_train.config import TrainConfig
 from reid_train.loop import train
+from reid_train.memory import out_of_memory
 from reid_train.progress import Board, watch
 from reid_train.run_storage import newest_whole, opened, ray_checkpoint, ray_storage, upload
 from reid_train.tracking import Tracker
@@ -67,7 +69,7 @@ def fit(
     with watch(board, console):
         try:
             return trainer.fit()
-        except TrainingFailedError as error:
+        except (TrainingFailedError, OutOfMemoryError) as error:
             raise explained(error, config) from error
 
 
@@ -228,7 +230,7 @@ class _Trainer(TorchTrainer):
         return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})
 
 
-def _on_purpose(error: TrainingFailedError) -> ReidError | None:
+def _on_purpose(error: Exception) -> ReidError | None:
     """The controller's or the first worker's `ReidError`, if there is one."""
     if isinstance(error, ControllerError) and isinstance(error.controller_failure, ReidError):
         return error.controller_failure
@@ -240,11 +242,16 @@ def _on_purpose(error: TrainingFailedError) -> ReidError | None:
     return None
 
 
-def explained(error: TrainingFailedError, config: TrainConfig) -> ReidError:
+def explained(error: TrainingFailedError | OutOfMemoryError, config: TrainConfig) -> ReidError:
     """What a failed training means to a person: the cause if it was raised on purpose."""
     cause = _on_purpose(error)
     if cause is not None:
         return cause
+    if memory := out_of_memory(str(error)):
+        return ReidError(
+            f"{memory}. Use fewer workers or --loader.workers on a machine, or a smaller batch, and"
+            f" continue with --resume --name {config.name} --output {config.output}"
+        )
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     often = f" more than {config.checkpoint.max_failures} times, last"
     return ReidError(
