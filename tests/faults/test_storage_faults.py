@@ -269,7 +269,7 @@ def test_missing_objects_are_named(proxy, there, tmp_path):
 def test_server_that_stays_down_is_named_and_leaves_nothing(proxy, there, tmp_path, monkeypatch):
     monkeypatch.setattr(patience, "PATIENCE", 0.5)
     cache = ShardCache(there.storage, tmp_path / "cache", 10**9)
-    with proxy.down(), pytest.raises(StorageError, match="cannot reach .* server up"):
+    with proxy.down(), pytest.raises(StorageError, match=r"cannot reach .* server up"):
         cache.path(there.manifest.shards[0])
     assert list(cache.folder.glob("*.tar")) == []
     assert cache.path(there.manifest.shards[0]).stat().st_size == there.manifest.shards[0].bytes
@@ -326,7 +326,6 @@ def test_mlflow_keeps_artifacts_on_s3_through_what_passes(proxy, tmp_path, monke
     faults = [
         proxy.add(BUSY["503 SlowDown"], method="PUT", path="mlflow/.*model.bin"),
         proxy.add(reset, method="PUT", path="mlflow/.*model.bin"),
-        proxy.add(flip_request, method="PUT", path="mlflow/.*model.bin"),
         proxy.add(truncate, method="GET", path="mlflow/.*model.bin", after=5000),
     ]
     client.log_artifact(run, str(tmp_path / "model.bin"))
