@@ -76,11 +76,11 @@ def opened(checkpoint: RayCheckpoint) -> Iterator[Path]:
             return
 
 
-def newest_whole(checkpoints: Sequence[RayCheckpoint]) -> RayCheckpoint:
+def first_whole(checkpoints: Sequence[RayCheckpoint]) -> RayCheckpoint:
     """The first of some checkpoints that is whole; says which ones it passed over.
 
     Args:
-        checkpoints: of one run, the newest first.
+        checkpoints: of one run, in the order of preference.
 
     Raises:
         DataError: none of them is whole.
@@ -90,7 +90,7 @@ def newest_whole(checkpoints: Sequence[RayCheckpoint]) -> RayCheckpoint:
             with opened(checkpoint):
                 return checkpoint
         except DataError as error:
-            logger.warning("passing over a damaged checkpoint, for the one before it: %s", error)
+            logger.warning("passing over a damaged checkpoint, for the next best: %s", error)
     names = ", ".join(PurePosixPath(checkpoint.path).name for checkpoint in checkpoints)
     raise DataError(
         f"no checkpoint of the run is whole ({names}): restore one, or start a new run under"

@@ -37,7 +37,7 @@ from reid_train.config import TrainConfig
 from reid_train.loop import train
 from reid_train.memory import out_of_memory
 from reid_train.progress import Board, watch
-from reid_train.run_storage import newest_whole, opened, ray_checkpoint, ray_storage, upload
+from reid_train.run_storage import first_whole, opened, ray_checkpoint, ray_storage, upload
 from reid_train.tracking import Tracker
 from reid_train.worker import Worker
 
@@ -185,7 +185,7 @@ def _starting_point(start: str | None) -> ray.train.Checkpoint | None:
     if ray.train.get_context().get_world_rank() == 0:
         kept = ray.train.get_all_reported_checkpoints()
         kept.sort(key=lambda reported: reported.metrics["step"], reverse=True)
-        path = newest_whole([reported.checkpoint for reported in kept]).path
+        path = first_whole([reported.checkpoint for reported in kept]).path
     return ray.train.Checkpoint(broadcast_from_rank_zero(path), newest.filesystem)
 
 

@@ -55,6 +55,11 @@ SMALL = recipe("demo").replace(
     data=f"s3://{BUCKET}/people",
     output=f"s3://{BUCKET}/runs",
 )
+RAY_ON_A_BUSY_MACHINE = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_worker_niceness": "0",  # or whatever else runs here goes first
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "240",
+}
 CANARIES = {
     "MLFLOW_TRACKING_PASSWORD": "canary-mlflow-4f1c",
     "WANDB_API_KEY": "canary-key-77aa",
@@ -129,7 +134,7 @@ class Place:
 def place(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("faults")
     with S3Proxy(s3_server.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
-        environment = s3_server.environment() | CANARIES | {"OMP_NUM_THREADS": "1"}
+        environment = s3_server.environment() | CANARIES | RAY_ON_A_BUSY_MACHINE
         for name in ("AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL"):
             environment[name] = proxy.endpoint
         for name, value in environment.items():
@@ -269,6 +274,6 @@ def test_torn_newest_checkpoint_is_passed_over_for_the_one_before(place, quiet):
     place.train("quiet", resume=True, workers=2)
     logs = place.ray_logs()
     assert f"{newest}" in logs
-    assert "passing over a damaged checkpoint, for the one before it" in logs
+    assert "passing over a damaged checkpoint" in logs
     last = place.opened("quiet", place.checkpoints("quiet")[-1])
     assert last.progress.global_step == 6

@@ -11,7 +11,7 @@ from test_checkpoint import original  # noqa: F401
 
 from data_shards.errors import DataError
 from reid_train.checkpoint import MODEL, SEAL
-from reid_train.run_storage import newest_whole, opened, ray_checkpoint, ray_storage, upload
+from reid_train.run_storage import first_whole, opened, ray_checkpoint, ray_storage, upload
 
 
 @pytest.fixture
@@ -35,26 +35,26 @@ def test_uploaded_checkpoint_comes_back(original, checkpoints):  # noqa: F811
 
 
 def test_newest_is_taken_if_it_is_whole(checkpoints):
-    assert newest_whole(checkpoints) is checkpoints[0]
+    assert first_whole(checkpoints) is checkpoints[0]
 
 
 @pytest.mark.parametrize("name", [MODEL, SEAL])
 def test_torn_newest_is_passed_over_and_that_is_said(checkpoints, caplog, name):
     tear(checkpoints[0], name)
-    assert newest_whole(checkpoints) is checkpoints[1]
+    assert first_whole(checkpoints) is checkpoints[1]
     assert "passing over a damaged checkpoint" in caplog.text
 
 
 def test_unsealed_newest_is_passed_over(checkpoints):
     Path(checkpoints[0].path, SEAL).unlink()
-    assert newest_whole(checkpoints) is checkpoints[1]
+    assert first_whole(checkpoints) is checkpoints[1]
 
 
 def test_none_whole_is_an_error_that_names_them(checkpoints):
     for checkpoint in checkpoints:
         tear(checkpoint)
     with pytest.raises(DataError, match=r"checkpoint_2, checkpoint_1.*--name"):
-        newest_whole(checkpoints)
+        first_whole(checkpoints)
 
 
 def test_ray_finds_writes_and_removes_files(tmp_path):
