@@ -4,6 +4,9 @@ Everything is in the cache's folder, so processes need nothing else to agree: `<
 shard, whole and checked; whoever holds the lock on `<sha256>.lock` may make it; that file's length
 is the room reserved while it does; the modification time is the last use. Names come from
 contents, so datasets can share a folder. A dataset in a local folder is read where it lies.
+
+A shard is checked when it arrives, when a process first meets one that was there before, and when
+an image in it cannot be read; a damaged one is fetched again.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_shards.errors import ConfigError, DataError, StorageError
-from data_shards.files import disk_errors
+from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
+from data_shards.files import disk_errors, file_sha256
 from data_shards.manifest import ShardInfo
 from data_shards.storage import LocalStorage, Storage
 
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _ROOM_LOCK = "room.lock"
 _OPEN_ATTEMPTS = 3
+_checked = set[Path]()  # shards that this process, or the one it was forked from, found whole
 _POLL = 0.05  # seconds between looks for room that other processes' downloads hold
 
 
@@ -95,7 +99,7 @@ class ShardCache:
             raise failure
         if isinstance(self.storage, LocalStorage):
             return self._local(self.storage.root / shard.name, shard)
-        if self._touch(shard):
+        if self._holds(shard):
             self._count(CacheStats(hits=1, hit_bytes=shard.bytes))
         else:
             self._fetch(shard)
@@ -116,6 +120,20 @@ class ShardCache:
         raise StorageError(
             f"{path} keeps disappearing: allow the cache more than {self.max_bytes:,} bytes"
         )
+
+    def reopen(self, shard: ShardInfo, descriptor: int) -> int | None:
+        """Look again at a shard that an image could not be read from.
+
+        Returns:
+            A file descriptor of another copy, if the one behind `descriptor` was damaged or has
+            been replaced; None if it is whole, so that the image is to blame.
+        """
+        _checked.discard(self._target(shard))
+        another = self.open(shard)
+        if os.path.sameopenfile(another, descriptor):
+            os.close(another)
+            return None
+        return another
 
     def prefetch(self, shards: Sequence[ShardInfo]) -> None:
         """Have these shards downloaded in the background, in this order, and kept meanwhile.
@@ -161,7 +179,7 @@ class ShardCache:
             try:
                 # What will be wanted soon must not be the longest unused when room is made.
                 there = {s.name for s in keep if self._touch(s)}
-                if shard.name not in there:
+                if shard.name not in there or not self._whole(shard):
                     self._fetch(shard)
             except Exception as error:
                 log.warning("loading ahead stops: %s", error)
@@ -196,12 +214,30 @@ class ShardCache:
                 return True
         return False
 
+    def _holds(self, shard: ShardInfo) -> bool:
+        return self._touch(shard) and self._whole(shard)
+
+    def _whole(self, shard: ShardInfo) -> bool:
+        """Whether a shard that is there has its digest; read once by each process."""
+        path = self._target(shard)
+        if path not in _checked:
+            try:
+                with disk_errors(path):
+                    found = file_sha256(path)
+            except ObjectMissing:
+                return False
+            if found != shard.sha256:
+                log.warning("%s in %s is damaged; fetching it again", shard.name, self.folder)
+                return False
+            _checked.add(path)
+        return True
+
     def _fetch(self, shard: ShardInfo) -> None:
         target, part = self._target(shard), self.folder / f"{shard.sha256}.part"
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / f"{shard.sha256}.lock") as lock:
-                if self._touch(shard):  # another process was first
+                if self._holds(shard):  # another process was first
                     self._count(CacheStats(hits=1, hit_bytes=shard.bytes))
                     return
                 target.unlink(missing_ok=True)
@@ -212,6 +248,7 @@ class ShardCache:
                 try:
                     self.storage.download(shard.name, part / "shard", sha256=shard.sha256)
                     os.replace(part / "shard", target)
+                    _checked.add(target)
                 finally:
                     shutil.rmtree(part, ignore_errors=True)
                     os.ftruncate(lock, 0)

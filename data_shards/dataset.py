@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_shards.errors import DataError, ObjectMissing
-from data_shards.manifest import MANIFEST_NAME, Index, Manifest, sha256, split_of_rows
+from data_shards.manifest import MANIFEST_NAME, Index, Manifest, split_of_rows
 from data_shards.records import SPLITS
 from data_shards.storage import Storage, open_storage
 
@@ -38,13 +38,11 @@ class Dataset:
         storage = open_storage(url)
         try:
             manifest = Manifest.from_json(storage.read(MANIFEST_NAME))
-            data = storage.read(manifest.index.name)
+            data = storage.read(manifest.index.name, sha256=manifest.index.sha256)
         except ObjectMissing as error:
             raise DataError(
                 f"no dataset at {url}: {error}. Make one with `python -m data_shards build`"
             ) from None
-        if sha256(data) != manifest.index.sha256:
-            raise DataError(f"{url}: {manifest.index.name} is damaged (its SHA-256 differs)")
         index = Index.from_parquet(data, manifest)
         split = split_of_rows(index, manifest)
         parts = {name: index.select(split == i) for i, name in enumerate(SPLITS)}

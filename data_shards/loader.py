@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -272,19 +271,35 @@ class _Decoder:
         return _Made(image if job.slot is None else job.slot, cache.stats)
 
     def _decode(self, job: _Job, cache: ShardCache, pixels: np.ndarray) -> None:
-        with ExitStack() as stack:
-            files = {}
+        files = dict[int, int]()
+        try:
             for position in np.unique(job.shard).tolist():
                 files[position] = cache.open(self.shards[position])
-                stack.callback(os.close, files[position])
             for i, position in enumerate(job.shard.tolist()):
                 try:
-                    decode_into(self._read(files[position], job, i), pixels[i])
+                    self._decode_one(job, i, cache, files, pixels[i])
                 except DataError as error:
                     raise DataError(
                         f"{job.path[i]} (byte {job.offset[i]} of {self.shards[position].name} in"
                         f" {cache.storage.url}): {error}; see `python -m data_shards verify`"
                     ) from None
+        finally:
+            for file in files.values():
+                os.close(file)
+
+    def _decode_one(
+        self, job: _Job, i: int, cache: ShardCache, files: dict[int, int], out: np.ndarray
+    ) -> None:
+        position = int(job.shard[i])
+        try:
+            decode_into(self._read(files[position], job, i), out)
+        except DataError:
+            another = cache.reopen(self.shards[position], files[position])
+            if another is None:
+                raise
+            os.close(files[position])
+            files[position] = another
+            decode_into(self._read(another, job, i), out)
 
     def _read(self, file: int, job: _Job, i: int) -> bytes:
         data = os.pread(file, job.size[i], job.offset[i])

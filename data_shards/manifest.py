@@ -56,7 +56,7 @@ def _inside(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_inside)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]  # so that sums of a few fit into 64 bits
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Split = Literal["train", "val", "query", "gallery"]
 

@@ -2,9 +2,9 @@
 
 boto3's stream dies with its connection, so reads go through a loop of our own: each continues
 with a `Range` from the byte it reached, pinned to the object's version by its ETag. No ETag is
-taken for an MD5: what is checked is our own SHA-256. Every request is tried a bounded number of
-times, with each retry logged. Messages carry the server's error code, never its free text, which
-could repeat a credential.
+taken for an MD5: what is checked is our own SHA-256, and what differs is fetched once more. What
+fails is tried again for as long as `patience.py` says. Messages carry the server's error code,
+never its free text, which could repeat a credential.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import random
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,17 +23,14 @@ from urllib.parse import urlsplit
 
 import boto3.session
 import botocore.exceptions as boto
-import urllib3.exceptions
 from botocore.config import Config
 
-from data_shards.errors import ConfigError, ObjectExists, ObjectMissing, StorageError
+from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing, StorageError
 from data_shards.files import disk_errors, file_sha256, replacing, require_sha256
+from data_shards.patience import BROKEN, Patience, code_of
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 6  # in a row without a byte of progress, before giving up
-BACKOFF = 0.2  # seconds before the second attempt; doubles with jitter, up to BACKOFF_MOST
-BACKOFF_MOST = 5.0
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 20.0  # without a byte, after which a connection counts as broken
 CHUNK = 1 << 20
@@ -45,16 +40,6 @@ PARTS_MOST = 10_000  # S3's limit
 
 T = TypeVar("T")
 
-_BROKEN = (
-    boto.HTTPClientError,
-    boto.ConnectionError,
-    boto.IncompleteReadError,
-    urllib3.exceptions.HTTPError,
-    ConnectionError,
-    TimeoutError,
-)
-_BUSY = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling"}
-_BUSY |= {"ConditionalRequestConflict", "OperationAborted"}
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 _DENIED |= {"InvalidToken", "AuthorizationHeaderMalformed", "401", "403"}
 _MISSING = {"NoSuchKey", "NotFound", "404"}
@@ -91,27 +76,6 @@ def _client() -> Any:
     return _client_of(os.getpid(), tuple(os.environ.get(name) for name in names))
 
 
-def _code(error: Exception) -> str:
-    if isinstance(error, boto.ClientError):
-        return str(error.response.get("Error", {}).get("Code", "unknown"))
-    return type(error).__name__
-
-
-def _transient(error: Exception) -> bool:
-    if isinstance(error, boto.ClientError):
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status == 429 or _code(error) in _BUSY
-    return isinstance(error, _BROKEN)
-
-
-def _wait(what: str, failures: int, error: Exception) -> None:
-    seconds = min(BACKOFF_MOST, BACKOFF * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
-    log.warning(
-        "%s: %s; attempt %d of %d in %.1f s", what, _code(error), failures + 1, ATTEMPTS, seconds
-    )
-    time.sleep(seconds)
-
-
 @dataclass(frozen=True)
 class S3Storage:
     """A bucket, or what lies below a prefix in one. Cheap to copy, pickle and fork."""
@@ -130,7 +94,7 @@ class S3Storage:
 
     def _fail(self, key: str, error: Exception) -> NoReturn:
         """Say what went wrong, and what to do, in one line."""
-        code, where = _code(error), f"{self.url}/{key}"
+        code, where = code_of(error), f"{self.url}/{key}"
         if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
             raise StorageError(
                 f"no credentials for {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -146,9 +110,9 @@ class S3Storage:
                 f"{_endpoint()} denies access to {where} ({code}): check AWS_ACCESS_KEY_ID,"
                 " AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and the bucket's permissions"
             ) from None
-        if isinstance(error, _BROKEN):
+        if isinstance(error, BROKEN):
             raise StorageError(
-                f"cannot reach {_endpoint()} for {where} ({code}, {ATTEMPTS} attempts):"
+                f"cannot reach {_endpoint()} for {where} ({code}, again and again):"
                 " is AWS_ENDPOINT_URL right, and the server up?"
             ) from None
         if isinstance(error, boto.ClientError | boto.BotoCoreError):
@@ -156,21 +120,19 @@ class S3Storage:
         raise error
 
     def _try(self, key: str, request: Callable[[Any], T]) -> T:
-        failures = 0
+        patience = Patience()
         while True:
             try:
                 return request(_client())
-            except (boto.ClientError, boto.BotoCoreError, *_BROKEN) as error:
-                failures += 1
-                if not _transient(error) or failures == ATTEMPTS:
+            except (boto.ClientError, boto.BotoCoreError, *BROKEN) as error:
+                if not patience.wait(f"{self.url}/{key} on {_endpoint()}", error):
                     self._fail(key, error)
-                _wait(f"{self.url}/{key}", failures, error)
 
     def _stream(
         self, key: str, sink: Callable[[bytes], object], start: int = 0, stop: int | None = None
     ) -> None:
         """Give bytes [start, stop) to `sink`, each once, over as many connections as it takes."""
-        where, etag, position, failures = self._where(key), None, start, 0
+        where, etag, position, patience = self._where(key), None, start, Patience()
         while stop is None or position < stop:
             request: dict[str, Any] = dict(where)
             if position or stop is not None:
@@ -190,27 +152,31 @@ class S3Storage:
                 end = stop = position + length if stop is None else stop
                 for chunk in response["Body"].iter_chunks(CHUNK):
                     sink(chunk)
-                    position, failures = position + len(chunk), 0
+                    position += len(chunk)
+                    patience.progress()
                 if position < end:
                     raise _CutOff
-            except (boto.ClientError, boto.BotoCoreError, *_BROKEN) as error:
-                if _code(error) in ("PreconditionFailed", "412"):
+            except (boto.ClientError, boto.BotoCoreError, *BROKEN) as error:
+                if code_of(error) in ("PreconditionFailed", "412"):
                     raise StorageError(
                         f"{self.url}/{key} was replaced while it was read; try again"
                     ) from None
-                if _code(error) in ("InvalidRange", "416"):
+                if code_of(error) in ("InvalidRange", "416"):
                     raise StorageError(
                         f"{self.url}/{key} ends before byte {stop}: is it truncated?"
                     ) from None
-                failures += 1
-                if not _transient(error) or failures == ATTEMPTS:
+                if not patience.wait(f"{self.url}/{key} on {_endpoint()}, byte {position}", error):
                     self._fail(key, error)
-                _wait(f"{self.url}/{key} at byte {position}", failures, error)
 
-    def read(self, key: str) -> bytes:
-        data = bytearray()
-        self._stream(key, data.extend)
-        return bytes(data)
+    def read(self, key: str, *, sha256: str | None = None) -> bytes:
+        def get() -> bytes:
+            data = bytearray()
+            self._stream(key, data.extend)
+            if sha256 is not None:
+                require_sha256(f"{self.url}/{key}", hashlib.sha256(data).hexdigest(), sha256)
+            return bytes(data)
+
+        return _twice(get)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         data = bytearray()
@@ -218,16 +184,20 @@ class S3Storage:
         return bytes(data)
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
-        digest = hashlib.sha256()
-        with disk_errors(path), replacing(path) as file:
+        def get() -> None:
+            digest = hashlib.sha256()
+            with replacing(path) as file:
 
-            def sink(chunk: bytes) -> None:
-                file.write(chunk)
-                digest.update(chunk)
+                def sink(chunk: bytes) -> None:
+                    file.write(chunk)
+                    digest.update(chunk)
 
-            self._stream(key, sink)
-            if sha256 is not None:
-                require_sha256(f"{self.url}/{key}", digest.hexdigest(), sha256)
+                self._stream(key, sink)
+                if sha256 is not None:
+                    require_sha256(f"{self.url}/{key}", digest.hexdigest(), sha256)
+
+        with disk_errors(path):
+            _twice(get)
 
     def write(self, key: str, data: bytes, *, create_once: bool = False) -> None:
         where = self._where(key) | ({"IfNoneMatch": "*"} if create_once else {})
@@ -239,7 +209,7 @@ class S3Storage:
             try:
                 client.put_object(Body=data, **where)
             except boto.ClientError as error:
-                if _code(error) not in ("PreconditionFailed", "412"):
+                if code_of(error) not in ("PreconditionFailed", "412"):
                     raise
                 # An earlier try of ours may have been stored though its answer was lost.
                 if tries == 1 or self.read(key) != data:
@@ -288,6 +258,15 @@ class S3Storage:
 
     def child(self, key: str) -> S3Storage:
         return S3Storage(self.bucket, self._where(key.rstrip("/"))["Key"])
+
+
+def _twice(get: Callable[[], T]) -> T:
+    """Get something anew if it arrived damaged: it may have been whole where it came from."""
+    try:
+        return get()
+    except DataError as error:
+        log.warning("%s; fetching it once more", error)
+        return get()
 
 
 def _endpoint() -> str:
@@ -390,7 +369,7 @@ class _MultipartUpload:
                 client.complete_multipart_upload(**request)
             except boto.ClientError as error:
                 # An earlier try of ours may have completed it though its answer was lost.
-                if _code(error) != "NoSuchUpload" or tries == 1:
+                if code_of(error) != "NoSuchUpload" or tries == 1:
                     raise
 
         storage._try(self.key, complete)

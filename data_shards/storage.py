@@ -30,8 +30,8 @@ class Storage(Protocol):
         """Where this storage is rooted."""
         ...
 
-    def read(self, key: str) -> bytes:
-        """The whole object. Raises `ObjectMissing`."""
+    def read(self, key: str, *, sha256: str | None = None) -> bytes:
+        """The whole object. Raises `ObjectMissing`; `DataError` if its digest differs."""
         ...
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
@@ -106,10 +106,13 @@ class LocalStorage:
             raise StorageError(f"{key!r} is not a key inside {self.root}")
         return self.root / key
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, sha256: str | None = None) -> bytes:
         path = self._path(key)
         with disk_errors(path):
-            return path.read_bytes()
+            data = path.read_bytes()
+        if sha256 is not None:
+            require_sha256(str(path), hashlib.sha256(data).hexdigest(), sha256)
+        return data
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         path = self._path(key)

@@ -19,11 +19,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -140,26 +143,31 @@ class Checkpoint:
 
     def history(self) -> History:
         """Curves and λ up to here."""
-        return History.load(self.folder / HISTORY)
+        with _readable(self.folder / HISTORY):
+            return History.load(self.folder / HISTORY)
 
     def load_model(self, model: nn.Module) -> None:
         """Weights and buffers, in place."""
-        model.load_state_dict(load_file(self.folder / MODEL))
+        with _readable(self.folder / MODEL):
+            model.load_state_dict(load_file(self.folder / MODEL))
 
     def load_theta(self, regularizer: nn.Module | None) -> None:
         """θ, in place, if the regularizer has any."""
         if isinstance(regularizer, AdaptiveL2):
-            tensors = load_file(self.folder / TRAINING)
-            regularizer.load_theta(
-                {
+            with _readable(self.folder / TRAINING):
+                theta = {
                     name.removeprefix("theta/"): float(value)
-                    for name, value in tensors.items()
+                    for name, value in load_file(self.folder / TRAINING).items()
                     if name.startswith("theta/")
                 }
-            )
+            regularizer.load_theta(theta)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Adam's moments, in place."""
+        with _readable(self.folder / TRAINING):
+            self._load_optimizer(optimizer)
+
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in load_file(self.folder / TRAINING).items():
@@ -172,6 +180,15 @@ class Checkpoint:
                 state.setdefault(int(position), {})[key] = tensor
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what a sealed file of other contents raises into a `DataError`."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"checkpoint {path} is not one of this network: {error}") from error
 
 
 def digest(path: Path) -> str:

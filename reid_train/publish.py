@@ -19,6 +19,7 @@ from reid_train.checkpoint import RANK_LIST, Checkpoint
 from reid_train.config import TrainConfig
 from reid_train.history import History
 from reid_train.registry import Registered, register
+from reid_train.run_storage import first_whole
 from reid_train.tracking import Tracker, code_commit
 from reid_train.worker import UNMEASURED
 
@@ -56,7 +57,7 @@ def publish(
     """
     with tempfile.TemporaryDirectory(prefix="reid-report-") as temporary:
         folder = Path(temporary)
-        best = Checkpoint.open(_fetch(_best(result), folder / "best"))
+        best = Checkpoint.open(_fetch(first_whole(_best(result)), folder / "best"))
         last = Checkpoint.open(_fetch(result.checkpoint, folder / "last"))
         history = last.history()
         before, after = _before_and_after(history, best)
@@ -115,17 +116,17 @@ def show(summary: Summary, rows: list[report.Row], config: TrainConfig, console:
         console.print(f"MLflow     {config.tracking.uri}", highlight=False, soft_wrap=True)
 
 
-def _best(result: ray.train.Result) -> ray.train.Checkpoint:
-    """The checkpoint with the highest mAP; the last one if none was measured."""
+def _best(result: ray.train.Result) -> list[ray.train.Checkpoint]:
+    """The checkpoints by descending mAP; the last one alone if none was measured."""
     measured = [
         (metrics["mAP"], position, checkpoint)
         for position, (checkpoint, metrics) in enumerate(result.best_checkpoints or [])
         if metrics["mAP"] > UNMEASURED
     ]
     if measured:
-        return max(measured, key=lambda entry: entry[:2])[2]
+        return [entry[2] for entry in sorted(measured, key=lambda e: e[:2], reverse=True)]
     assert result.checkpoint is not None
-    return result.checkpoint
+    return [result.checkpoint]
 
 
 def _fetch(checkpoint: ray.train.Checkpoint | None, folder: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import OutOfMemoryError
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
@@ -21,10 +22,11 @@ from ray.train import (
     ScalingConfig,
     UserCallback,
 )
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.execution import context as train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from rich.console import Console
 
 from data_shards.cache import ShardCache
@@ -34,7 +36,9 @@ from reid_train.checkpoint import Checkpoint
 from reid_train.config import TrainConfig
 from reid_train.gauges import Gauges
 from reid_train.loop import train
+from reid_train.memory import out_of_memory
 from reid_train.progress import Board, watch
+from reid_train.run_storage import first_whole, opened, ray_checkpoint, ray_storage, upload
 from reid_train.tracking import Tracker
 from reid_train.worker import Worker
 
@@ -66,7 +70,7 @@ def fit(
     with watch(board, console):
         try:
             return trainer.fit()
-        except TrainingFailedError as error:
+        except (TrainingFailedError, OutOfMemoryError) as error:
             raise explained(error, config) from error
 
 
@@ -104,9 +108,9 @@ def make_trainer(
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=_use_gpu(config)),
         run_config=RunConfig(
             name=config.name,
-            storage_path=config.output,
+            **ray_storage(config.output),
             failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="mAP"),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="mAP"),
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=list(callbacks),
         ),
@@ -167,31 +171,47 @@ def _train(settings: dict[str, Any]) -> None:
             cache=ShardCache(
                 dataset.storage, config.loader.cache.expanduser(), config.loader.cache_bytes
             ),
-            report=partial(_report, until=settings["until"]),
+            report=partial(_report, run=f"{config.output}/{config.name}", until=settings["until"]),
             log=log,
             show=board.show.remote if board is not None else lambda state: None,
         )
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None and settings["start"] is not None:
-            checkpoint = ray.train.Checkpoint(settings["start"])
+        checkpoint = _starting_point(settings["start"])
         with contextlib.suppress(_Enough):
             if checkpoint is None:
                 train(config, dataset, worker)
             else:
-                with checkpoint.as_directory() as folder:
-                    _require_more(Path(folder), settings["until"])
-                    train(config, dataset, worker, Path(folder))
+                with opened(checkpoint) as folder:
+                    _require_more(folder, settings["until"])
+                    train(config, dataset, worker, folder)
+
+
+def _starting_point(start: str | None) -> ray.train.Checkpoint | None:
+    """The run's furthest checkpoint that is whole, the same on all ranks; or where it starts."""
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        return None if start is None else ray_checkpoint(start)
+    path = ""
+    if ray.train.get_context().get_world_rank() == 0:
+        kept = ray.train.get_all_reported_checkpoints()
+        kept.sort(key=lambda reported: reported.metrics["step"], reverse=True)
+        path = first_whole([reported.checkpoint for reported in kept]).path
+    return ray.train.Checkpoint(broadcast_from_rank_zero(path), newest.filesystem)
 
 
 class _Enough(Exception):
     """Every rank raises it at the same report, so none is left waiting for another."""
 
 
-def _report(metrics: dict[str, float], folder: Path | None, until: int | None) -> None:
+def _report(metrics: dict[str, float], folder: Path | None, run: str, until: int | None) -> None:
     """Hand metrics and a checkpoint to Ray Train, which uploads it while training goes on."""
     checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
     mode = ray.train.CheckpointUploadMode.ASYNC
-    ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode)
+    ray.train.report(
+        metrics,
+        checkpoint=checkpoint,
+        checkpoint_upload_mode=mode,
+        checkpoint_upload_fn=partial(upload, run),
+    )
     if until is not None and metrics["epoch"] >= until:
         raise _Enough
 
@@ -219,8 +239,10 @@ class _Trainer(TorchTrainer):
         return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})
 
 
-def _on_purpose(error: TrainingFailedError) -> ReidError | None:
-    """The first worker's `ReidError`, if there is one."""
+def _on_purpose(error: Exception) -> ReidError | None:
+    """The controller's or the first worker's `ReidError`, if there is one."""
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, ReidError):
+        return error.controller_failure
     if isinstance(error, WorkerGroupError):
         for failure in error.worker_failures.values():
             cause = getattr(failure, "cause", failure)
@@ -229,11 +251,16 @@ def _on_purpose(error: TrainingFailedError) -> ReidError | None:
     return None
 
 
-def explained(error: TrainingFailedError, config: TrainConfig) -> ReidError:
+def explained(error: TrainingFailedError | OutOfMemoryError, config: TrainConfig) -> ReidError:
     """What a failed training means to a person: the cause if it was raised on purpose."""
     cause = _on_purpose(error)
     if cause is not None:
         return cause
+    if memory := out_of_memory(str(error)):
+        return ReidError(
+            f"{memory}. Use fewer workers or --loader.workers on a machine, or a smaller batch, and"
+            f" continue with --resume --name {config.name} --output {config.output}"
+        )
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     often = f" more than {config.checkpoint.max_failures} times, last"
     return ReidError(

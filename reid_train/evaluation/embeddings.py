@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_shards.errors import DataError, ObjectMissing
+from data_shards.errors import DataError, ObjectMissing, ReidError
 from data_shards.storage import Storage, open_storage
 from reid_train.evaluation.matches import Labels
 from reid_train.evaluation.scoring import check_embeddings
@@ -161,7 +162,8 @@ class EmbeddingFiles:
                 rows = file.metadata.row_group(group).num_rows
                 pieces.append(Piece(key, group, first, rows))
                 first += rows
-            labels.append(file.read(columns=list(_LABELS)))
+            with _readable(f"{storage.url}/{key}"):
+                labels.append(file.read(columns=list(_LABELS)))
         table = pa.concat_tables(labels, promote_options="permissive")
         for name in _LABELS:
             if table[name].null_count:
@@ -190,7 +192,7 @@ class EmbeddingFiles:
             if not wanted.any():
                 continue
             file, done = _open_part(self.storage, piece.key), 0
-            for batch in file.iter_batches(ROWS, [piece.group], ["embedding"]):
+            for batch in _batches(file, piece.group, f"{self.storage.url}/{piece.key}"):
                 first = piece.first + done
                 matrix = _matrix(batch.column(0), self.dimensions, f"{self.url}, row {first}")
                 check_embeddings(f"{self.url}:", matrix, first)
@@ -221,7 +223,9 @@ def read_embeddings(url: str) -> tuple[np.ndarray, np.ndarray, Labels]:
     try:
         with np.load(io.BytesIO(storage.read(key)), allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError) as error:
+    except ReidError:
+        raise
+    except Exception as error:  # what a damaged archive makes NumPy raise has no other base
         raise DataError(f"{url} cannot be read as npz ({error}): is it complete?") from error
     names = [
         f"{side}_{name}" for name in ("embedding", "pid", "camid") for side in ("query", "gallery")
@@ -254,10 +258,8 @@ def _parts(url: str) -> tuple[Storage, list[str]]:
 
 def _open_part(storage: Storage, key: str) -> pq.ParquetFile:
     where = f"{storage.url}/{key}"
-    try:
+    with _readable(where):
         file = pq.ParquetFile(pa.PythonFile(_Ranges(storage, key), mode="r"))
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{where} cannot be read as Parquet ({error}): is it complete?") from error
     names = file.schema_arrow.names
     if missing := [name for name in ("embedding", *_LABELS) if name not in names]:
         raise DataError(f"{where} has no column {', '.join(missing)}; it has {', '.join(names)}")
@@ -270,9 +272,29 @@ def _dimensions(file: pq.ParquetFile, where: str) -> int:
         return kind.list_size
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         raise DataError(f"{where}: column embedding must hold lists of float32, not {kind}")
-    for batch in file.iter_batches(1, columns=["embedding"]):
-        return len(batch.column(0)[0])
+    with _readable(where):
+        for batch in file.iter_batches(1, columns=["embedding"]):
+            return len(batch.column(0)[0])
     return 0
+
+
+def _batches(file: pq.ParquetFile, group: int, where: str) -> Iterator[pa.RecordBatch]:
+    batches = file.iter_batches(ROWS, [group], ["embedding"])
+    while True:
+        with _readable(where):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+@contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Turn what Arrow says of damaged bytes into a `DataError`."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        raise DataError(f"{where} cannot be read as Parquet ({error}): is it complete?") from error
 
 
 def _matrix(column: pa.Array, dimensions: int, where: str) -> np.ndarray:

@@ -23,6 +23,7 @@ from PIL import Image
 
 import data_shards.cli
 import reid_train.cli
+from data_shards import patience
 from data_shards.storage import open_storage
 from reid_train import weights
 
@@ -440,7 +441,8 @@ def test_bucket_that_is_not_there_is_named(say, s3, pictures, dataset):
         assert "no bucket 'no-such-bucket'" in error_line(said)
 
 
-def test_server_that_does_not_answer_is_given_up_soon(say, monkeypatch):
+def test_server_that_does_not_answer_is_named_at_once_and_given_up_later(say, monkeypatch, caplog):
+    monkeypatch.setattr(patience, "PATIENCE", 3.0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -448,6 +450,8 @@ def test_server_that_does_not_answer_is_given_up_soon(say, monkeypatch):
     code, said = say("data_shards", "info", "s3://bucket/data")
     assert time.monotonic() - began < 40
     assert code == 4
+    assert "s3://bucket/data/manifest.json on http://127.0.0.1:9: " in caplog.text
+    assert "trying again in" in caplog.text
     assert "cannot reach http://127.0.0.1:9" in error_line(said)
     assert "is AWS_ENDPOINT_URL right" in error_line(said)
 

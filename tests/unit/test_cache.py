@@ -176,6 +176,57 @@ def test_a_cached_shard_that_was_deleted_or_cut_is_downloaded_again(tmp_path, sh
     assert len(cache.storage.downloads) == 2
 
 
+@pytest.fixture
+def in_another_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Forget what this process has checked."""
+    return lambda: monkeypatch.setattr("data_shards.cache._checked", set())
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_other_bytes_of_the_same_size_are_noticed_by_the_next_process(
+    tmp_path, shards, in_another_process, caplog, ahead
+):
+    flip(make_cache(tmp_path).path(shards[0]))
+    in_another_process()
+    cache = make_cache(tmp_path)
+    if ahead:
+        cache.prefetch(shards[:1])
+        settle(lambda: cache.stats.downloads == 1)
+    assert content(cache.path(shards[0])) == shards[0].sha256
+    assert len(cache.storage.downloads) == 2
+    assert "train-000000.tar" in caplog.text
+
+
+def test_a_whole_shard_is_checked_once_a_process(tmp_path, shards, in_another_process, monkeypatch):
+    make_cache(tmp_path).path(shards[0])
+    in_another_process()
+    read = []
+    monkeypatch.setattr("data_shards.cache.file_sha256", lambda p: read.append(p) or p.stem)
+    cache = make_cache(tmp_path)
+    for _ in range(3):
+        cache.path(shards[0])
+    assert len(read) == 1
+    assert len(cache.storage.downloads) == 1
+
+
+def test_a_shard_that_cannot_be_read_is_looked_at_again(tmp_path, shards):
+    cache = make_cache(tmp_path)
+    descriptor = cache.open(shards[0])
+    assert cache.reopen(shards[0], descriptor) is None, "a whole one is not to blame"
+    flip(cache.path(shards[0]))
+    another = cache.reopen(shards[0], descriptor)
+    assert another is not None
+    assert sha256(os.pread(another, SIZE, 0)) == shards[0].sha256
+    os.close(descriptor)
+    os.close(another)
+
+
 def test_an_open_shard_stays_readable_when_it_is_removed(tmp_path, shards):
     cache = make_cache(tmp_path, room=1)
     descriptor = cache.open(shards[0])

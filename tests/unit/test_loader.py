@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import multiprocessing
@@ -20,6 +21,7 @@ from data_shards.dataset import Dataset
 from data_shards.decode import MAX_PIXELS, decode, decode_into, image_size
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
 from data_shards.loader import Batch, split_batches, train_batches
+from data_shards.manifest import Index
 from data_shards.sampler import plan, slice_for_rank
 from data_shards.storage import LocalStorage
 
@@ -102,6 +104,15 @@ def remote_cache(remote: Dataset, tmp_path: Path, max_bytes: int = 1 << 30) -> S
 def two_windows(remote: Dataset) -> int:
     sizes = sorted(shard.bytes for shard in remote.manifest.shards if shard.split == "train")
     return sum(sizes[-2 * PLAN["window"] :])
+
+
+def held(folder: Path) -> int:
+    """Bytes of the shards in a folder that other processes add to and remove from."""
+    total = 0
+    for path in folder.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -198,7 +209,7 @@ def test_each_shard_is_downloaded_once_though_only_two_windows_fit(
         train_batches(remote, small, rows, **SIZE, workers=workers), expected, strict=True
     ):
         assert same(batch, other)
-        assert sum(p.stat().st_size for p in small.folder.glob("*.tar")) <= small.max_bytes
+        assert held(small.folder) <= small.max_bytes
     used = {remote.manifest.shards[i].name for i in remote.index("train").shard[rows].flat}
     assert len(used) > 2 * PLAN["window"]
     assert sorted(remote.storage.downloads) == sorted(used)
@@ -211,16 +222,41 @@ def test_a_cache_that_cannot_hold_a_step_is_refused(remote, tmp_path, rows):
         next(train_batches(remote, cache, rows, **SIZE, workers=0))
 
 
+def damage(path: Path, index: Index, row: int) -> None:
+    """Overwrite the second half of an image in a shard."""
+    with path.open("r+b") as file:
+        file.seek(index.offset[row] + index.size[row] // 2)
+        file.write(bytes(int(index.size[row]) // 2))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_is_an_error_that_says_which(remote, tmp_path, workers):
-    cache, index = remote_cache(remote, tmp_path), remote.index("gallery")
-    list(split_batches(remote, cache, "gallery", batch=8, **SIZE, workers=0))
-    path = cache.path(remote.manifest.shards[index.shard[20]])
-    with path.open("r+b") as file:
-        file.seek(index.offset[20] + index.size[20] // 2)
-        file.write(bytes(int(index.size[20]) // 2))
+    dataset = Dataset.open(str(remote.storage.root))
+    cache, index = ShardCache(dataset.storage, tmp_path / "cache", 1), dataset.index("gallery")
+    damage(cache.path(dataset.manifest.shards[index.shard[20]]), index, 20)
     with pytest.raises(DataError, match=rf"^{index.path[20]} \(byte {index.offset[20]} of shards/"):
-        list(split_batches(remote, cache, "gallery", batch=8, **SIZE, workers=workers))
+        list(split_batches(dataset, cache, "gallery", batch=8, **SIZE, workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cached_shard_damaged_underneath_is_fetched_again_and_nothing_is_lost(
+    remote, tmp_path, dataset, cache, caplog, workers
+):
+    small, index = remote_cache(remote, tmp_path), remote.index("gallery")
+    options = {"batch": 8, "workers": workers, **SIZE}
+    batches = split_batches(remote, small, "gallery", **options)
+    seen = [next(batches)]
+    shard = remote.manifest.shards[index.shard[36]]
+    damage(small.path(shard), index, 36)
+    seen += list(batches)
+    damage(small.path(shard), index, 36)  # workers that start later find it damaged
+    again = list(split_batches(remote, small, "gallery", **options))
+    expected = list(split_batches(dataset, cache, "gallery", **options))
+    assert all(map(same, seen, expected))
+    assert all(map(same, again, expected))
+    assert len(seen) == len(again) == len(expected)
+    assert remote.storage.downloads.count(shard.name) >= 2
+    assert small.path(shard).read_bytes() == (remote.storage.root / shard.name).read_bytes()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,0 +1,183 @@
+"""Where a run's checkpoints are kept, as Ray Train sees it: a pyarrow filesystem over `Storage`.
+
+pyarrow's own S3 gives up after two seconds, and with it Ray's controller and the run. Through this
+one, the snapshot, uploads and downloads go as everything else does: tried again for as long as
+`data_shards/patience.py` says, and whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+from pyarrow.fs import FileInfo, FileSelector, FileSystemHandler, FileType, PyFileSystem
+from ray.train import Checkpoint as RayCheckpoint
+
+from data_shards.errors import DataError
+from data_shards.s3 import S3Storage
+from data_shards.storage import LocalStorage, Storage, open_storage
+from reid_train.checkpoint import FILES, SEAL, Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def ray_storage(url: str) -> dict[str, Any]:
+    """The arguments by which Ray Train keeps runs in a folder or at an s3:// URL."""
+    path, filesystem = _place(url)
+    return {"storage_path": path, "storage_filesystem": filesystem}
+
+
+def ray_checkpoint(url: str) -> RayCheckpoint:
+    """The checkpoint in a folder or at an s3:// URL, for Ray Train."""
+    return RayCheckpoint(*_place(url))
+
+
+def _place(url: str) -> tuple[str, PyFileSystem]:
+    storage = open_storage(url)
+    root = LocalStorage(Path("/"))
+    path = storage.url
+    if isinstance(storage, S3Storage):
+        root = S3Storage(storage.bucket, "")
+        path = path.removeprefix("s3://")
+    return path, PyFileSystem(_Handler(root))
+
+
+def upload(run: str, checkpoint: RayCheckpoint, name: str) -> RayCheckpoint:
+    """Copy a checkpoint from a folder of this machine to `<run>/<name>`, its seal last."""
+    storage = open_storage(run).child(name)
+    for file in (*FILES, SEAL):
+        storage.upload(file, Path(checkpoint.path, file))
+    return ray_checkpoint(f"{run}/{name}")
+
+
+@contextmanager
+def opened(checkpoint: RayCheckpoint) -> Iterator[Path]:
+    """A folder of this machine with a checkpoint, fetched once more if it arrived damaged.
+
+    Raises:
+        DataError: it is not whole.
+    """
+    for last_try in (False, True):
+        with checkpoint.as_directory() as folder:
+            try:
+                Checkpoint.open(Path(folder))
+            except DataError:
+                if last_try:
+                    raise
+                continue
+            yield Path(folder)
+            return
+
+
+def first_whole(checkpoints: Sequence[RayCheckpoint]) -> RayCheckpoint:
+    """The first of some checkpoints that is whole; says which ones it passed over.
+
+    Args:
+        checkpoints: of one run, in the order of preference.
+
+    Raises:
+        DataError: none of them is whole.
+    """
+    for checkpoint in checkpoints:
+        try:
+            with opened(checkpoint):
+                return checkpoint
+        except DataError as error:
+            logger.warning("passing over a damaged checkpoint, for the next best: %s", error)
+    names = ", ".join(PurePosixPath(checkpoint.path).name for checkpoint in checkpoints)
+    raise DataError(
+        f"no checkpoint of the run is whole ({names}): restore one, or start a new run under"
+        " another --name"
+    )
+
+
+@dataclass(frozen=True)
+class _Handler(FileSystemHandler):
+    """The calls that Ray Train makes, answered by a storage.
+
+    Args:
+        storage: a whole bucket, whose name then begins every path, or all local folders.
+    """
+
+    storage: Storage
+
+    def _key(self, path: str) -> str:
+        bucket = self.storage.bucket if isinstance(self.storage, S3Storage) else ""
+        return path.removeprefix(bucket).strip("/")
+
+    def _inside(self, path: str) -> Iterator[tuple[str, int]]:
+        """Keys below a folder and their bytes, but for objects that stand for folders."""
+        for key, size in self.storage.child(self._key(path)).list():
+            if key and not key.endswith("/"):
+                yield key, size
+
+    def get_type_name(self) -> str:
+        return "reid"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: list[str]) -> list[FileInfo]:
+        return [self._info(path) for path in paths]
+
+    def _info(self, path: str) -> FileInfo:
+        if self.storage.exists(self._key(path)):
+            return FileInfo(path, FileType.File, size=self.storage.size(self._key(path)))
+        there = next(self._inside(path), None) is not None
+        return FileInfo(path, FileType.Directory if there else FileType.NotFound)
+
+    def get_file_info_selector(self, selector: FileSelector) -> list[FileInfo]:
+        return [
+            FileInfo(f"{selector.base_dir}/{key}", FileType.File, size=size)
+            for key, size in self._inside(selector.base_dir)
+            if selector.recursive or "/" not in key
+        ]
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        """Nothing to do: a bucket has no folders, and a file's folder is made with it."""
+
+    def open_input_stream(self, path: str) -> pa.NativeFile:
+        with tempfile.TemporaryDirectory(prefix="reid-object-") as folder:
+            file = Path(folder, "object")
+            self.storage.download(self._key(path), file)
+            return pa.OSFile(str(file))  # stays readable without its name
+
+    open_input_file = open_input_stream
+
+    def open_output_stream(self, path: str, metadata: object) -> pa.NativeFile:
+        return pa.PythonFile(_Output(self.storage, self._key(path)), mode="w")
+
+    def delete_dir(self, path: str) -> None:
+        folder = self.storage.child(self._key(path))
+        for key, _ in list(folder.list()):
+            folder.delete(key)
+
+    def delete_file(self, path: str) -> None:
+        self.storage.delete(self._key(path))
+
+    def _unused(self, *_: object) -> Any:
+        raise NotImplementedError
+
+    open_append_stream = copy_file = move = _unused
+    delete_dir_contents = delete_root_dir_contents = _unused
+
+
+class _Output(io.BytesIO):
+    """What is written becomes an object when it is closed; only Ray's small notes go this way."""
+
+    def __init__(self, storage: Storage, key: str) -> None:
+        super().__init__()
+        self._place = storage, key
+
+    def close(self) -> None:
+        if not self.closed:
+            storage, key = self._place
+            storage.write(key, self.getvalue())
+        super().close()
