@@ -127,7 +127,8 @@ class Tpe(_Counted):
         if asked is not None:
             for evaluation in trial.evaluations:
                 asked.report(evaluation["mAP"], int(evaluation["epoch"]))
-            self._study.tell(asked, value, state)
+            # Of a stopped trial Optuna takes the last value that was reported.
+            self._study.tell(asked, None if state == TrialState.PRUNED else value, state)
             return
         place = coordinates(self.space, trial.config(self.base))
         if place is not None:

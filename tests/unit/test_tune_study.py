@@ -131,6 +131,14 @@ def test_halving_stops_what_lags_behind_but_no_first_point(book):
     assert all("behind others after" in trial.reason for trial in stopped)
 
 
+def test_tpe_learns_from_trials_that_halving_stopped(book):
+    halving = Halving(SETTINGS, BASE, [])
+    study = Study(book, BASE, first(), Tpe(SETTINGS, SPACE, BASE), halving)
+    play(study)
+    assert study.over
+    assert {"finished", "stopped"} == {trial.state for trial in study.trials}
+
+
 def test_halving_remembers_what_the_book_holds(book):
     settings = Sweep(trials=30, ranges=default(BASE), reduction=2)
     halving = Halving(settings, BASE, [])
