@@ -39,7 +39,9 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        tune.report({"failure": str(explained(error, config))})
+        # A trial is continued by its sweep alone, so the hint how to resume a run is left out.
+        reason, _, _ = str(explained(error, config)).partition(". Continue with --resume")
+        tune.report({"failure": reason})
         return
     # A driver that was killed may have missed a report: the kept checkpoints have theirs.
     kept = [
