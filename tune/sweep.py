@@ -21,7 +21,6 @@ from reid_train.publish import REPORT, publish
 from reid_train.run import tracking_uri
 from reid_train.run_folder import prepare
 from reid_train.tracking import Tracker, code_commit
-from reid_train.trainer import start_ray
 from tune import pictures, runner
 from tune.board import TrialBoard, watch
 from tune.book import Book, Trial
@@ -73,7 +72,7 @@ def sweep(settings: Sweep, config: TrainConfig, *, console: Console | None = Non
     if not len(dataset.index("query")) or not len(dataset.index("gallery")):
         raise DataError(f"{config.data} has no query or gallery: a sweep compares by mAP on them")
     preflight.check(config, dataset)
-    start_ray(1, logs=False)
+    runner.connect()
     config = runner.resolve_device(config.replace(tracking__uri=tracking_uri(config)))
     at_a_time = runner.slots(config, settings.concurrent)
     book = Book.open(settings, config, dataset.manifest.digest)

@@ -197,9 +197,7 @@ def count_before(
             block = Side.of(embedding)
             right = right_operand(block, code, target)
             slack = tolerance(query, block, code)
-            near = slack[own_row[order]]
-            low = (own_quick[order] - near).astype(np.float32)
-            high = (own_quick[order] + near).astype(np.float32)
+            low, high = _window(own_quick[order], slack[own_row[order]])
             own = np.flatnonzero(
                 (matches.index >= first) & (matches.index < first + len(embedding))
             )
@@ -208,7 +206,11 @@ def count_before(
                 quick = quick_scores(left, right, block, code)
                 mine = own[ends[i] : ends[i + 1]]
                 rows, columns = own_row[mine] - i * chunk, matches.index[mine] - first
-                _take_out(quick, rows, columns, own_quick[mine], slack[own_row[mine]])
+                error = _take_out(quick, rows, columns, own_quick[mine])
+                if not np.all(error <= slack[own_row[mine]] / 2):  # NaN, too
+                    slack = tolerance(query, block, code, certain=True)
+                    low, high = _window(own_quick[order], slack[own_row[order]])
+                    _require(error, slack[own_row[mine]])
                 count(
                     quick, first, start[i * chunk : i * chunk + len(part.norm) + 1],
                     key, index, low, high, code, part.embedding, block.embedding,
@@ -218,26 +220,33 @@ def count_before(
     return before
 
 
+def _window(score: np.ndarray, slack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quick scores outside of it compare with the exact `score` for sure: (P,) float32, twice."""
+    return (score - slack).astype(np.float32), (score + slack).astype(np.float32)
+
+
 def _take_out(
-    quick: torch.Tensor,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    expected: np.ndarray,
-    slack: np.ndarray,
-) -> None:
+    quick: torch.Tensor, rows: np.ndarray, columns: np.ndarray, expected: np.ndarray
+) -> np.ndarray:
     """Make the scores of items of the query's own identity infinite: those are not counted.
 
-    Their exact scores are known, so they also show whether the product is as good as assumed.
+    Their exact scores are known, so they also show how good the product is: its errors are
+    returned.
     """
     where = torch.from_numpy(rows).to(quick.device), torch.from_numpy(columns).to(quick.device)
     error = np.abs(quick[where].cpu().numpy() - expected)
-    wrong = np.flatnonzero(~(error <= slack))  # NaN, too
+    quick[where] = torch.inf
+    return error
+
+
+def _require(error: np.ndarray, slack: np.ndarray) -> None:
+    """Raise if the product is worse than any float32 product can be."""
+    wrong = np.flatnonzero(~(error <= slack))
     if len(wrong):
         raise RuntimeError(
             f"the matrix product is off by {error[wrong[0]]:.1e}, where float32 allows "
             f"{slack[wrong[0]]:.1e}: is a lower precision forced on it, or are lengths extreme?"
         )
-    quick[where] = torch.inf
 
 
 def count_on_host(
@@ -288,7 +297,7 @@ def top_matches(
     check_agreement(labels, side.embedding, base.embedding)
     cpu = torch.device("cpu")
     right = right_operand(base, code, cpu)
-    slack = tolerance(side, base, code)
+    slack = tolerance(side, base, code, certain=True)
     chosen = []
     with full_precision():
         for q in range(len(side.norm)):

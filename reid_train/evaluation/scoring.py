@@ -121,7 +121,7 @@ def quick_scores(left: torch.Tensor, right: torch.Tensor, block: Side, metric: i
     return scores
 
 
-def tolerance(query: Side, block: Side, metric: int) -> np.ndarray:
+def tolerance(query: Side, block: Side, metric: int, *, certain: bool = False) -> np.ndarray:
     """How far a quick score may be from the exact one, for each query: (B,) float64.
 
     √D u ‖q‖‖g‖ is the probabilistic bound for a product in precision u that adds its terms one
@@ -129,8 +129,12 @@ def tolerance(query: Side, block: Side, metric: int) -> np.ndarray:
     bias: of embeddings that all point much the same way, as pooled features do, 1.4 times as much
     was seen, so four times is allowed, plus the rounding of operands and result. More only means
     that more pairs are scored again.
+
+    Embeddings that are nearly one constant, as of a network that has just begun to learn, add equal
+    terms, whose roundings are equal too: `certain` gives D u ‖q‖‖g‖, which always holds.
     """
-    product = (4 * np.sqrt(query.embedding.shape[1]) + 8) * _UNIT
+    dimension = query.embedding.shape[1]
+    product = ((dimension if certain else 4 * np.sqrt(dimension)) + 8) * _UNIT
     if metric == counting.COSINE:
         return np.full(len(query.norm), product)
     furthest = block.norm.max(initial=0.0)

@@ -1,13 +1,25 @@
 import numpy as np
+import pytest
 
 from reid_train.evaluation.ranking import rank
 
 
-def test_embeddings_that_point_much_the_same_way_are_ranked_as_float64_does():
-    # Pooled features do: all their roundings have one sign, so a product's error grows faster.
-    rng = np.random.default_rng(0)
+def pointing_much_the_same_way(rng: np.random.Generator) -> np.ndarray:
+    """As pooled features do: all their roundings have one sign, so a product's error grows."""
     common = rng.uniform(0.2, 1.0, 1024)
-    made = (common + rng.uniform(0, 0.2, (300, 1024))).astype(np.float32)
+    return (common + rng.uniform(0, 0.2, (300, 1024))).astype(np.float32)
+
+
+def nearly_one_constant(rng: np.random.Generator) -> np.ndarray:
+    """As features that saturate: equal terms add equal roundings, more than chance allows."""
+    made = np.ones((300, 512), np.float32)
+    made -= 0.1 * rng.random(made.shape, np.float32) * (rng.random(made.shape) > 0.95)
+    return made
+
+
+@pytest.mark.parametrize("make", [pointing_much_the_same_way, nearly_one_constant])
+def test_near_collinear_embeddings_are_ranked_as_float64_does(make):
+    made = make(np.random.default_rng(0))
     pid, camid = np.arange(300) % 10, np.arange(300) // 10 % 3
     query, gallery = slice(0, 60), slice(60, 300)
     result = rank(

@@ -113,7 +113,8 @@ def test_a_killed_driver_goes_on_and_runs_nothing_twice(book, name):
     assert begun[7] == last
     assert len(set(begun)) == len(begun)
     assert len(again.trials) == len(whole.trials)
-    if name != "tpe":  # Optuna's sampler does not remember where it was in its random numbers
+    assert len({tuple(t.values.items()) for t in again.trials}) == len(again.trials)
+    if name != "tpe":  # the cut one was learnt of in another order
         assert [t.values for t in again.trials] == [t.values for t in whole.trials]
 
 
@@ -129,6 +130,14 @@ def test_halving_stops_what_lags_behind_but_no_first_point(book):
     stopped = [t for t in study.trials if t.state == "stopped"]
     assert np.mean(finished) > np.mean([quality(t) for t in stopped])
     assert all("behind others after" in trial.reason for trial in stopped)
+
+
+def test_tpe_learns_from_trials_that_halving_stopped(book):
+    halving = Halving(SETTINGS, BASE, [])
+    study = Study(book, BASE, first(), Tpe(SETTINGS, SPACE, BASE), halving)
+    play(study)
+    assert study.over
+    assert {"finished", "stopped"} == {trial.state for trial in study.trials}
 
 
 def test_halving_remembers_what_the_book_holds(book):

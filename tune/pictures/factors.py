@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from reid_train.report import style
 
@@ -69,6 +69,8 @@ def factors(path: Path, curves: Sequence[Curve], constant: float | None) -> None
             path_effects=[withStroke(linewidth=3, foreground=style.PAPER)],
         )
     low = min(floor, constant or floor)
+    subs = (1.0, 2.0, 5.0) if top / low < 100 else (1.0,)
+    panels[0].yaxis.set_major_locator(LogLocator(subs=subs))
     room = (top / low) ** 0.1
     panels[0].set_ylim(low / room**3.2, top * room)
     if constant:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from reid_train.report import style
@@ -93,12 +92,12 @@ def _axis(
     for height, text in ticks:
         axes.plot([x, x + 0.018], [height, height], color=style.MUTED, linewidth=1, zorder=zorder)
         axes.text(
-            x + 0.03,
+            x + 0.035,
             height,
             text,
             va="center",
             size=style.SMALL,
             color=style.MUTED,
             zorder=zorder + 1,
-            path_effects=[withStroke(linewidth=2.5, foreground=style.PAPER)],
+            bbox={"facecolor": style.PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 1.0},
         )
