@@ -73,7 +73,7 @@ def encode(
             j = items[r, m]
             if near[j] != i:
                 known[j] = exact_score(metric, embedding[i], embedding[j], scale[i] * scale[j])
-            weight = np.exp(-distance_of(metric, known[j]) / furthest[i])
+            weight = np.exp(-distance_of(metric, float(known[j])) / furthest[i])
             values[r, m] = weight
             total += weight
         for m in range(count):

@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,17 +71,25 @@ def multiply(left: np.ndarray, right: np.ndarray, every: int = 1) -> float:
 
 
 class Stopwatch:
-    """Adds up the time spent in a function of a module while it is replaced."""
+    """Adds up the time spent in a function of a module while it is replaced.
+
+    Where threads call it at once, on one core each, the seconds are the mean over threads.
+    """
 
     def __init__(self, module: object, name: str) -> None:
         self.seconds, self.cpu, self._call = 0.0, 0.0, getattr(module, name)
+        self._threads, self._lock = torch.get_num_threads(), threading.Lock()
         setattr(module, name, self)
 
     def __call__(self, *arguments, **keywords):
-        started, cpu = time.perf_counter(), time.process_time()
+        alone = threading.current_thread() is threading.main_thread()
+        clock = time.process_time if alone else time.thread_time
+        started, cpu = time.perf_counter(), clock()
         result = self._call(*arguments, **keywords)
-        self.seconds += time.perf_counter() - started
-        self.cpu += time.process_time() - cpu
+        seconds, cpu = time.perf_counter() - started, clock() - cpu
+        with self._lock:
+            self.seconds += seconds if alone else seconds / self._threads
+            self.cpu += cpu
         return result
 
 
