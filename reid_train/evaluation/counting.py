@@ -12,6 +12,7 @@ from numba import njit
 
 COSINE, EUCLIDEAN, GIVEN = 0, 1, 2
 _STRIP = 256  # gallery items compared at a time: 1 KB of scores, held in the L1 cache
+_PART = 32  # of a strip, searched at a time for scores too close to call
 _FEW = 64  # up to here, comparing a strip with every positive beats searching among them
 
 # Sums may be reordered (that is what lets them use SIMD), always in the same way for one length.
@@ -131,12 +132,18 @@ def count_block(
                     below[j] += before
                     if before == upto:
                         continue
-                    for g in range(left, right):
-                        if low[j] <= row[g] <= high[j]:
-                            score = _score_once(
-                                g, known, row, metric, query[q], block, query_scale[q], block_scale
-                            )
-                            below[j] += _precedes(score, first + g, key[j], index[j])
+                    for part in range(left, right, _PART):
+                        stop = min(part + _PART, right)
+                        before, upto = _below_and_upto(row[part:stop], low[j], high[j])
+                        if before == upto:
+                            continue
+                        for g in range(part, stop):
+                            if low[j] <= row[g] <= high[j]:
+                                score = _score_once(
+                                    g, known, row, metric, query[q], block, query_scale[q],
+                                    block_scale,
+                                )  # fmt: skip
+                                below[j] += _precedes(score, first + g, key[j], index[j])
                 continue
             for g in range(left, right):
                 if row[g] > high[b - 1]:

@@ -18,7 +18,13 @@ from reid_train.evaluation.distance_ranking import positive_ranks
 from reid_train.evaluation.embeddings import EmbeddingFiles, Piece
 from reid_train.evaluation.matches import Labels, Matches, find_matches
 from reid_train.evaluation.metrics import RankingResult, metrics_of
-from reid_train.evaluation.neighbours import Neighbours, Tile, all_pairs, nearest_neighbours
+from reid_train.evaluation.neighbours import (
+    Neighbours,
+    Tile,
+    all_pairs,
+    nearest_neighbours,
+    tiles_across,
+)
 from reid_train.evaluation.ranking import count_before, ranks_of, score_own
 from reid_train.evaluation.reranking import (
     Encoding,
@@ -26,7 +32,7 @@ from reid_train.evaluation.reranking import (
     distances,
     encode,
     joined,
-    query_stretches,
+    scores_across,
 )
 from reid_train.evaluation.scoring import Metric, Side, metric_code
 
@@ -85,11 +91,11 @@ def rerank_distributed(
     shares = shares_of(all_pairs(len(side.norm)), workers, lambda tile: tile.pairs)
     parts = _gather([near(shared, settings.needed, code, share) for share in shares if share])
     encoding = ray.put(encode(side, Neighbours.merge(parts), settings, code))
-    stretches = shares_of(query_stretches(len(query)), workers, lambda s: s[1] - s[0])
+    across = shares_of(tiles_across(len(query), len(side.norm)), workers, len)
     ranks = _gather(
         [
             place(shared, len(query), encoding, settings, code, share, matches)
-            for share in stretches
+            for share in across
             if share
         ]
     )
@@ -134,11 +140,12 @@ def distance_share(
     encoding: Encoding,
     settings: ReRanking,
     metric: int,
-    share: list[tuple[int, int]],
+    share: list[list[Tile]],
     matches: Matches,
 ) -> np.ndarray:
     """Ranks of the positives of a share of the queries, 0 elsewhere."""
-    return positive_ranks(distances(side, queries, encoding, settings, metric, share), matches)
+    scores = scores_across(side, queries, metric, share)
+    return positive_ranks(distances(queries, encoding, settings, metric, scores), matches)
 
 
 def _remote(function: Callable, cpus: float) -> Callable[..., ray.ObjectRef]:

@@ -12,7 +12,7 @@ from numba import njit
 
 from reid_train.evaluation.counting import exact_score
 
-_STRIP, _WIDE_STRIP = 64, 256  # scores looked at together, in a row and in many columns
+_STRIP, _WIDE_STRIP = 32, 256  # scores looked at together, in a row and in many columns
 _ANY_ORDER = {"reassoc", "nnan", "nsz"}
 
 
@@ -90,19 +90,19 @@ def _take(i, score, item, scores, items, count, limit, slack, k, metric, embeddi
 
 
 @njit(nogil=True, cache=True, fastmath=_ANY_ORDER)
-def _scan(row, limit):
-    """How many of a strip's scores are within a limit, and the greatest of them all."""
-    # Counted in float32, whose lanes are as wide as the scores': integers would be added as int64.
-    within, one, zero, furthest = np.float32(0), np.float32(1), np.float32(0), np.float32(-np.inf)
-    for c in range(row.shape[0]):
-        within += one if row[c] <= limit else zero
-        furthest = max(furthest, row[c])
-    return within, furthest
+def _extremes(strip):
+    """The least and the greatest of a strip's scores."""
+    least, greatest = np.float32(np.inf), np.float32(-np.inf)
+    for c in range(strip.shape[0]):
+        least = min(least, strip[c])
+        greatest = max(greatest, strip[c])
+    return least, greatest
 
 
 @njit(nogil=True, cache=True, fastmath=_ANY_ORDER)
 def _scan_columns(row, limit, furthest):
     """How many of a strip's scores are within each its own limit; updates the greatest."""
+    # Counted in float32, whose lanes are as wide as the scores': integers would be added as int64.
     within, one, zero = np.float32(0), np.float32(1), np.float32(0)
     for c in range(row.shape[0]):
         within += one if row[c] <= limit[c] else zero
@@ -123,19 +123,24 @@ def offer_columns(
         k: how many to keep at least.
         metric, embedding, scale: what `exact_score` needs.
     """
+    least = np.empty((block.shape[1] + _STRIP - 1) // _STRIP, np.float32)
     for r in range(block.shape[0]):
         i = row + r
-        for left in range(0, block.shape[1], _STRIP):
-            strip = block[r, left : left + _STRIP]
-            within, greatest = _scan(strip, limit[i])
+        for s in range(len(least)):
+            least[s], greatest = _extremes(block[r, s * _STRIP : (s + 1) * _STRIP])
             furthest[i] = max(furthest[i], greatest)
-            if within:
-                for c in range(strip.shape[0]):
-                    if strip[c] <= limit[i]:
-                        _take(
-                            i, strip[c], column + left + c, scores, items, count, limit, slack,
-                            k, metric, embedding, scale,
-                        )  # fmt: skip
+        if limit[i] == np.inf and len(least) >= k:
+            # The k-th of the strips' least scores is no less than the k-th of all.
+            limit[i] = np.float32(np.float64(_kth(least, k)) + 2.01 * slack[i])
+        for s in range(len(least)):
+            if least[s] > limit[i]:
+                continue
+            for c in range(s * _STRIP, min((s + 1) * _STRIP, block.shape[1])):
+                if block[r, c] <= limit[i]:
+                    _take(
+                        i, block[r, c], column + c, scores, items, count, limit, slack,
+                        k, metric, embedding, scale,
+                    )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)

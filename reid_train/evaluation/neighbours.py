@@ -74,9 +74,27 @@ def _stretches(first: int, stop: int) -> list[tuple[int, int]]:
 
 
 def all_pairs(count: int) -> list[Tile]:
-    """Everything with everything: half the products are enough."""
+    """Everything with everything: half the products are enough.
+
+    The diagonal comes first: after it every row knows how close its nearest are at least, and
+    few of the others need a second look.
+    """
     edges = _stretches(0, count)
-    return [Tile(a, b, mirrored=a != b) for a in edges for b in edges if a <= b]
+    diagonal = [Tile(a, a, mirrored=False) for a in edges]
+    return diagonal + [Tile(a, b, mirrored=True) for a in edges for b in edges if a < b]
+
+
+def tiles_across(queries: int, count: int) -> list[list[Tile]]:
+    """Those tiles of `all_pairs` that hold the queries' scores with the others, by their rows.
+
+    As tiles are fixed, these scores are the same to the bit.
+    """
+    edges = _stretches(0, count)
+    return [
+        [Tile(a, b, mirrored=a != b) for b in edges if a <= b and b[1] > queries]
+        for a in edges
+        if a[0] < queries
+    ]
 
 
 def query_gallery_pairs(queries: int, count: int) -> list[Tile]:
@@ -85,12 +103,39 @@ def query_gallery_pairs(queries: int, count: int) -> list[Tile]:
     return [Tile(a, b, mirrored=False) for a in _stretches(0, queries) for b in across]
 
 
+def tile_scores(side: Side, metric: int) -> Callable[[Tile], np.ndarray]:
+    """A function from a tile to its quick scores (height, width) float32.
+
+    It remembers operands: those of all columns, and those of the last rows.
+    """
+    cpu = torch.device("cpu")
+    rights: dict[tuple[int, int], torch.Tensor] = {}
+    lefts: dict[tuple[int, int], torch.Tensor] = {}
+
+    def scores_of(tile: Tile) -> np.ndarray:
+        rows, columns = side.rows(*tile.rows), side.rows(*tile.columns)
+        with full_precision():
+            if tile.rows not in lefts:
+                lefts.clear()
+                lefts[tile.rows] = left_operand(rows, metric, cpu)
+            if tile.columns not in rights:
+                rights[tile.columns] = right_operand(columns, metric, cpu)
+            left, right = lefts[tile.rows], rights[tile.columns]
+            scores = quick_scores(left, right, columns, metric).numpy()
+        if metric == counting.EUCLIDEAN:
+            scores += (rows.norm[:, None] ** 2).astype(np.float32)
+        return scores
+
+    return scores_of
+
+
 def nearest_neighbours(
     side: Side,
     k: int,
     metric: int,
     tiles: Iterable[Tile],
     *,
+    seen: Callable[[Tile, np.ndarray], object] = lambda tile, scores: None,
     progress: Callable[[int], object] = lambda pairs: None,
 ) -> Neighbours:
     """The k nearest neighbours, as far as the tiles tell.
@@ -100,10 +145,10 @@ def nearest_neighbours(
         k: how many, at most N.
         metric: code of the metric.
         tiles: what to compare with what; those of the same rows one after another.
+        seen: told each tile's scores (height, width) float32.
         progress: told each tile's pairs.
     """
-    count, cpu = len(side.norm), torch.device("cpu")
-    capacity = 4 * k
+    count, capacity = len(side.norm), 4 * k
     buffers = (
         np.empty((count, capacity), np.float32),  # scores
         np.empty((count, capacity), np.int32),  # items
@@ -112,30 +157,21 @@ def nearest_neighbours(
         np.full(count, -np.inf, np.float32),  # the greatest score
     )
     rest = (tolerance(side, side, metric), k, metric, side.embedding, side.scale)
-    rights: dict[int, torch.Tensor] = {}
-    left, left_rows = torch.empty(0), (-1, -1)
-    with full_precision():
-        for tile in tiles:
-            (row, last), (column, _) = tile.rows, tile.columns
-            if tile.rows != left_rows:
-                left, left_rows = left_operand(side.rows(row, last), metric, cpu), tile.rows
-            block = side.rows(*tile.columns)
-            if column not in rights:
-                rights[column] = right_operand(block, metric, cpu)
-            scores = quick_scores(left, rights[column], block, metric).numpy()
-            if metric == counting.EUCLIDEAN:
-                scores += (side.norm[row:last, None] ** 2).astype(np.float32)
+    scores_of = tile_scores(side, metric)
+    for tile in tiles:
+        row, column, scores = tile.rows[0], tile.columns[0], scores_of(tile)
+        seen(tile, scores)
 
-            def rows(a: int, b: int, scores=scores, row=row, column=column) -> None:
-                nearest.offer_columns(scores[a:b], row + a, column, *buffers, *rest)
+        def rows(a: int, b: int, scores=scores, row=row, column=column) -> None:
+            nearest.offer_columns(scores[a:b], row + a, column, *buffers, *rest)
 
-            def columns(a: int, b: int, scores=scores, row=row, column=column) -> None:
-                nearest.offer_rows(scores[:, a:b], row, column + a, *buffers, *rest)
+        def columns(a: int, b: int, scores=scores, row=row, column=column) -> None:
+            nearest.offer_rows(scores[:, a:b], row, column + a, *buffers, *rest)
 
-            in_threads(rows, scores.shape[0])
-            if tile.mirrored:
-                in_threads(columns, scores.shape[1])
-            progress(tile.pairs)
+        in_threads(rows, scores.shape[0])
+        if tile.mirrored:
+            in_threads(columns, scores.shape[1])
+        progress(tile.pairs)
     index, score = np.empty((count, k), np.int32), np.empty((count, k))
 
     in_threads(lambda a, b: nearest.settle(*buffers[:4], *rest, a, index[a:b], score[a:b]), count)

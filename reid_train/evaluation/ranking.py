@@ -13,6 +13,7 @@ counts who comes before them. `rank` runs both in one process, `distributed` ove
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +35,7 @@ from reid_train.evaluation.scoring import (
     metric_code,
     quick_scores,
     right_operand,
+    single_threaded_pool,
     tolerance,
 )
 
@@ -189,9 +191,11 @@ def count_before(
     order = ordered_positives(matches, scores)
     key, index, start = scores[order], matches.index[order], matches.positives()
     before = np.zeros(len(order), np.int64)
-    count = count_on_host if target.type == "cpu" else count_block_on_device
+    on_host = target.type == "cpu"
+    count = count_on_host if on_host else count_block_on_device
+    chunk = _even(len(query.norm), chunk, torch.get_num_threads() if on_host else 1)
     parts = [query.rows(q, q + chunk) for q in range(0, len(query.norm), chunk)]
-    with full_precision():
+    with full_precision(), single_threaded_pool() if on_host else nullcontext() as pool:
         lefts = [left_operand(part, code, target) for part in parts]
         for first, embedding in blocks:
             block = Side.of(embedding)
@@ -202,9 +206,13 @@ def count_before(
                 (matches.index >= first) & (matches.index < first + len(embedding))
             )
             ends = np.searchsorted(own_row[own], range(0, len(query.norm) + chunk, chunk))
-            for i, (left, part) in enumerate(zip(lefts, parts, strict=True)):
-                quick = quick_scores(left, right, block, code)
-                mine = own[ends[i] : ends[i + 1]]
+
+            def compare(
+                i: int, first=first, block=block, right=right, slack=slack, low=low, high=high,
+                own=own, ends=ends,
+            ) -> int:  # fmt: skip
+                part, mine = parts[i], own[ends[i] : ends[i + 1]]
+                quick = quick_scores(lefts[i], right, block, code)
                 rows, columns = own_row[mine] - i * chunk, matches.index[mine] - first
                 error = _take_out(quick, rows, columns, own_quick[mine])
                 if not np.all(error <= slack[own_row[mine]] / 2):  # NaN, too
@@ -216,13 +224,22 @@ def count_before(
                     key, index, low, high, code, part.embedding, block.embedding,
                     part.scale, block.scale, before,
                 )  # fmt: skip
-                progress(len(part.norm) * len(embedding))
+                return len(part.norm) * len(block.norm)
+
+            for pairs in (pool.map if pool else map)(compare, range(len(parts))):
+                progress(pairs)
     return before
 
 
 def _window(score: np.ndarray, slack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quick scores outside of it compare with the exact `score` for sure: (P,) float32, twice."""
     return (score - slack).astype(np.float32), (score + slack).astype(np.float32)
+
+
+def _even(queries: int, chunk: int, threads: int) -> int:
+    """The greatest chunk up to `chunk` of which each thread gets as many."""
+    rounds = -(-queries // (chunk * threads))
+    return -(-queries // (rounds * threads))
 
 
 def _take_out(

@@ -31,12 +31,13 @@ def reciprocal_neighbours(neighbours, k, first, out, count):
 
 @njit(nogil=True, cache=True)
 def encode(
-    full, full_count, half, half_count, furthest, metric, embedding, scale, first, length,
-    items, values,
+    neighbours, scores, full, full_count, half, half_count, furthest, metric, embedding, scale,
+    first, length, items, values,
 ):  # fmt: skip
     """Expanded reciprocal sets R*(i, k) as rows of weights exp(−d) that add up to 1.
 
     Args:
+        neighbours, scores: (N, k) the nearest of all items, and their exact scores.
         full, full_count: R(·, k1) of all items, and how many.
         half, half_count: R(·, k1 / 2).
         furthest: (N,) each item's greatest distance, to divide by.
@@ -47,6 +48,8 @@ def encode(
     """
     member = np.full(full.shape[0], -1, np.int64)  # of R(i, k1)
     chosen = np.full(full.shape[0], -1, np.int64)  # of R*(i, k1)
+    near = np.full(full.shape[0], -1, np.int64)  # of the nearest, whose scores are known
+    known = np.empty(full.shape[0])
     for r in range(length.shape[0]):
         i, count = first + r, full_count[first + r]
         for m in range(count):
@@ -63,11 +66,14 @@ def encode(
                     chosen[j], items[r, count] = i, j
                     count += 1
         items[r, :count].sort()
+        for m in range(neighbours.shape[1]):
+            near[neighbours[i, m]], known[neighbours[i, m]] = i, scores[i, m]
         total = 0.0
         for m in range(count):
             j = items[r, m]
-            score = exact_score(metric, embedding[i], embedding[j], scale[i] * scale[j])
-            weight = np.exp(-distance_of(metric, score) / furthest[i])
+            if near[j] != i:
+                known[j] = exact_score(metric, embedding[i], embedding[j], scale[i] * scale[j])
+            weight = np.exp(-distance_of(metric, float(known[j])) / furthest[i])
             values[r, m] = weight
             total += weight
         for m in range(count):

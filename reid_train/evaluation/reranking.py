@@ -16,31 +16,34 @@ The order of neighbours is that of `ranking`: exact scores, equal ones by index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 
 from data_shards.errors import ConfigError, DataError
 from reid_train.evaluation import counting, reciprocal
 from reid_train.evaluation.matches import read_only
-from reid_train.evaluation.neighbours import Neighbours, all_pairs, nearest_neighbours
+from reid_train.evaluation.neighbours import (
+    Neighbours,
+    Tile,
+    all_pairs,
+    nearest_neighbours,
+    tile_scores,
+    tiles_across,
+)
 from reid_train.evaluation.scoring import (
     Metric,
     Side,
     check_embeddings,
-    full_precision,
     in_threads,
-    left_operand,
     metric_code,
-    quick_scores,
-    right_operand,
     tolerance,
 )
 
-CHUNK = 512  # queries whose distances are held at a time
+CHUNK = 512  # queries whose distances are given at a time
+KEPT = 1 << 28  # bytes of scores that may be kept; more are computed a second time
 _ROWS = 8192  # rows encoded at a time
 
 Progress = Callable[[str, int, int], object]
@@ -130,12 +133,26 @@ def rerank(
         done += served
         progress("neighbours", done, pairs)
 
-    tiles = all_pairs(len(side.norm))
-    neighbours = nearest_neighbours(side, settings.needed, code, tiles, progress=count)
+    queries, total = len(query), len(side.norm)
+    kept = None
+    if 4 * queries * len(gallery) <= KEPT:
+        kept = np.empty((queries, len(gallery)), np.float32)
+
+    def keep(tile: Tile, scores: np.ndarray) -> None:
+        if kept is not None:
+            copy_across(tile, scores, kept, 0, queries)
+
+    neighbours = nearest_neighbours(
+        side, settings.needed, code, all_pairs(total), seen=keep, progress=count
+    )
     encoding = encode(side, neighbours, settings, code)
-    for first, distance in distances(side, len(query), encoding, settings, code):
+    if kept is None:
+        scores = scores_across(side, queries, code, tiles_across(queries, total))
+    else:
+        scores = [(0, kept)]
+    for first, distance in distances(queries, encoding, settings, code, scores):
         yield first, distance
-        progress("distances", first + len(distance), len(query))
+        progress("distances", first + len(distance), queries)
 
 
 def joined(query: np.ndarray, gallery: np.ndarray) -> Side:
@@ -161,8 +178,8 @@ def encode(side: Side, neighbours: Neighbours, settings: ReRanking, metric: int)
 
     def sets(first, length, items, values) -> None:
         reciprocal.encode(
-            full, full_count, half, half_count, furthest, metric, side.embedding, side.scale,
-            first, length, items, values,
+            neighbours.index, neighbours.score, full, full_count, half, half_count, furthest,
+            metric, side.embedding, side.scale, first, length, items, values,
         )  # fmt: skip
 
     rows = _rows_of(sets, len(furthest), widest)
@@ -214,45 +231,56 @@ def _rows_of(fill: Callable[..., None], count: int, widest: int) -> sp.csr_array
     )
 
 
-def query_stretches(queries: int) -> list[tuple[int, int]]:
-    """First and past the last query of each stretch whose distances are held at a time."""
-    return [(first, min(first + CHUNK, queries)) for first in range(0, queries, CHUNK)]
-
-
 def distances(
-    side: Side,
     queries: int,
     encoding: Encoding,
     settings: ReRanking,
     metric: int,
-    stretches: Sequence[tuple[int, int]] | None = None,
+    scores: Iterable[tuple[int, np.ndarray]],
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Re-ranked distances, a few queries at a time.
 
     Args:
-        side: queries and gallery.
-        queries: how many of its first are queries.
-        stretches: first and past the last of the queries taken at a time; all by default.
+        queries: how many images of the encoding are queries.
+        scores: first query's number, and scores (B, G) float32 of some queries with the gallery,
+            as `scores_across` gives them; overwritten.
     """
-    cpu = torch.device("cpu")
-    gallery = side.rows(queries, len(side.norm))
-    columns = encoding.rows[queries:].tocsc()
-    rows = encoding.rows
-    with full_precision():
-        right = right_operand(gallery, metric, cpu)
-    for first, stop in query_stretches(queries) if stretches is None else stretches:
-        part = side.rows(first, stop)
-        with full_precision():
-            out = quick_scores(left_operand(part, metric, cpu), right, gallery, metric).numpy()
-        if metric == counting.EUCLIDEAN:
-            out += (part.norm[:, None] ** 2).astype(np.float32)
+    rows, columns = encoding.rows, encoding.rows[queries:].tocsc()
+    for start, all_scores in scores:
+        for offset in range(0, len(all_scores), CHUNK):
+            first, out = start + offset, all_scores[offset : offset + CHUNK]
 
-        def blend(a: int, b: int, first=first, out=out) -> None:
-            reciprocal.blend_jaccard(
-                out[a:b], rows.indptr[first + a : first + b + 1], rows.indices, rows.data,
-                columns.indptr, columns.indices, columns.data,
-                metric, encoding.furthest[first + a : first + b], settings.weight,
-            )  # fmt: skip
+            def blend(a: int, b: int, first=first, out=out) -> None:
+                reciprocal.blend_jaccard(
+                    out[a:b], rows.indptr[first + a : first + b + 1], rows.indices, rows.data,
+                    columns.indptr, columns.indices, columns.data,
+                    metric, encoding.furthest[first + a : first + b], settings.weight,
+                )  # fmt: skip
 
-        in_threads(blend, len(out))
+            in_threads(blend, len(out))
+            yield first, out
+
+
+def scores_across(
+    side: Side, queries: int, metric: int, across: Iterable[Sequence[Tile]]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The queries' scores with the gallery, as the tiles of `tiles_across` give them."""
+    scores_of = tile_scores(side, metric)
+    for tiles in across:
+        first, last = tiles[0].rows
+        out = np.empty((min(last, queries) - first, len(side.norm) - queries), np.float32)
+        for tile in tiles:
+            copy_across(tile, scores_of(tile), out, first, queries)
         yield first, out
+
+
+def copy_across(tile: Tile, scores: np.ndarray, out: np.ndarray, first: int, queries: int) -> None:
+    """Put what a tile has of the queries' scores with the gallery where it belongs.
+
+    Args:
+        out: (B, G), of queries from `first` on.
+    """
+    row, column = tile.rows[0] - first, tile.columns[0] - queries
+    part = scores[: max(queries - tile.rows[0], 0), max(-column, 0) :]
+    left = max(column, 0)
+    out[row : row + len(part), left : left + part.shape[1]] = part

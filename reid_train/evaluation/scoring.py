@@ -152,6 +152,21 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def single_threaded_pool() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as products take, in each of which products take one.
+
+    A thread that shares its products waits for the others by spinning, on a core that the loops
+    after them would need.
+    """
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        finally:
+            torch.set_num_threads(before)
+
+
 def in_threads(function: Callable[[int, int], object], count: int) -> None:
     """Call `function(first, stop)` on consecutive pieces of `range(count)`, a thread each.
 

@@ -15,8 +15,60 @@ from reid_train.evaluation import neighbours, reranking
 from reid_train.evaluation.distance_ranking import rank_distances
 
 
+def published(problem: Problem, k1: int = 20, k2: int = 6, weight: float = 0.3) -> dict[str, float]:
+    """The steps of the implementation that most others copied, one by one.
+
+    Three distance matrices are joined, squared, divided by column and transposed; all rows are
+    sorted whole; sets are found a candidate at a time; weights are dense.
+    """
+    query, gallery = (
+        rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        for rows in (problem.query, problem.gallery)
+    )
+    across, within = 1 - query @ gallery.T, 1 - query @ query.T
+    rest = 1 - gallery @ gallery.T
+    queries, count = len(query), len(query) + len(gallery)
+    original = np.concatenate(
+        [np.concatenate([within, across], axis=1), np.concatenate([across.T, rest], axis=1)]
+    )
+    original = np.power(original, 2).astype(np.float32)
+    original = np.transpose(original / np.max(original, axis=0))
+    order = np.argsort(original).astype(np.int32)
+
+    def reciprocal(i: int, k: int) -> np.ndarray:
+        forward = order[i, : k + 1]
+        backward = order[forward, : k + 1]
+        return forward[np.where(backward == i)[0]]
+
+    weights = np.zeros_like(original)
+    for i in range(count):
+        near = reciprocal(i, k1)
+        expanded = near
+        for candidate in near:
+            also = reciprocal(candidate, int(np.around(k1 / 2)))
+            if len(np.intersect1d(also, near)) > 2 / 3 * len(also):
+                expanded = np.append(expanded, also)
+        expanded = np.unique(expanded)
+        unnormalised = np.exp(-original[i, expanded])
+        weights[i, expanded] = unnormalised / np.sum(unnormalised)
+    original = original[:queries]
+    means = np.zeros_like(weights)
+    for i in range(count):
+        means[i] = np.mean(weights[order[i, :k2]], axis=0)
+    weights = means
+    having = [np.where(weights[:, j] != 0)[0] for j in range(count)]
+    jaccard = np.zeros_like(original)
+    for i in range(queries):
+        overlap = np.zeros((1, count), np.float32)
+        for j in np.where(weights[i] != 0)[0]:
+            overlap[0, having[j]] += np.minimum(weights[i, j], weights[having[j], j])
+        jaccard[i] = 1 - overlap / (2 - overlap)
+    final = jaccard * (1 - weight) + original * weight
+    return metrics([(0, np.ascontiguousarray(final[:, queries:]))], problem)
+
+
 def naive(problem: Problem, k1: int = 20, k2: int = 6, weight: float = 0.3) -> dict[str, float]:
-    """N × N matrices in float32, a row at a time where the paper's formulas are."""
+    """The same with less work: no row sorted further than k1, no copies but the necessary."""
     both = np.concatenate([problem.query, problem.gallery])
     both /= np.linalg.norm(both, axis=1, keepdims=True)
     count, queries = len(both), len(problem.query)
@@ -53,12 +105,9 @@ def naive(problem: Problem, k1: int = 20, k2: int = 6, weight: float = 0.3) -> d
 
 def ours(problem: Problem) -> dict[str, float]:
     """Sparse, and how much of its time is products."""
-    watches = [Stopwatch(module, "quick_scores") for module in (neighbours, reranking)]
+    product = Stopwatch(neighbours, "quick_scores")
     found = metrics(reranking.rerank(problem.query, problem.gallery), problem)
-    return found | {
-        "product": sum(watch.seconds for watch in watches),
-        "product cpu": sum(watch.cpu for watch in watches),
-    }
+    return found | {"product": product.seconds, "product cpu": product.cpu}
 
 
 def metrics(blocks, problem: Problem) -> dict[str, float]:
@@ -67,14 +116,13 @@ def metrics(blocks, problem: Problem) -> dict[str, float]:
     return {"mAP": result.mAP, "rank-1": float(result.cmc[0])}
 
 
-def product(problem: Problem) -> dict[str, float]:
-    """`torch.mm` of everything with everything, alone."""
-    both = np.concatenate([problem.query, problem.gallery])
-    multiply(both, both)
-    return {}
+def product(both: np.ndarray) -> dict[str, float]:
+    """`torch.mm` of everything with everything, alone; of a part of the rows where N is large."""
+    return {"share": multiply(both, both, every=1 if len(both) < 50_000 else 8)}
 
 
-WAYS = {"ours": ours, "naive": naive, "torch.mm": product}
+WAYS = {"ours": ours, "published": published, "naive": naive}
+PRODUCT = "torch.mm"
 
 
 def main() -> None:
@@ -89,13 +137,17 @@ def main() -> None:
         if way == "ours":  # compile
             ours(Problem.draw("small"))
         problem = Problem.draw(size)
-        print(json.dumps(timed(lambda: WAYS[way](problem))))
+        if way == PRODUCT:
+            both = np.concatenate([problem.query, problem.gallery])
+            print(json.dumps(timed(lambda: product(both))))
+        else:
+            print(json.dumps(timed(lambda: WAYS[way](problem))))
         return
     for size in options.sizes:
         queries, gallery, _ = SIZES[size]
         print(f"{size}: N = {queries + gallery:,} ({queries:,} queries) × 2,048")
-        for way in WAYS:
-            if way == "naive" and options.no_naive:
+        for way in (*WAYS, PRODUCT):
+            if way in ("published", "naive") and options.no_naive:
                 continue
             found = in_child(__file__, way, size)
             print(line(way, found), flush=True)
