@@ -8,8 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_shards.errors import DataError
-from reid_train.worker import Worker
+from reid_train.worker import Asked, Worker
 
 
 class Meter:
@@ -17,45 +16,37 @@ class Meter:
 
     def __init__(self, worker: Worker):
         self._worker = worker
-        self._losses: list[torch.Tensor] = []
+        self._rows: list[torch.Tensor] = []
         self._clock = time.perf_counter()
 
     def restart_clock(self) -> None:
         """Leave the time since the last look out of the throughput (evaluation, checkpoints)."""
         self._clock = time.perf_counter()
 
-    def add(self, losses: torch.Tensor) -> None:
-        """Take one step's (cross-entropy, triplet, penalty) of this rank, (3,), without waiting."""
-        self._losses.append(losses)
+    def add(self, row: torch.Tensor) -> None:
+        """Take one step's (cross-entropy, triplet, penalty, gradient not finite) of this rank.
 
-    def read(self, last_step: int) -> tuple[np.ndarray, float]:
-        """Rows since the last look, averaged over ranks, and the steps per second.
+        (4,), without waiting.
+        """
+        self._rows.append(row)
 
-        Args:
-            last_step: global step of the newest row, for the error message.
+    def read(self) -> tuple[np.ndarray, float, Asked]:
+        """Rows since the last look, averaged over ranks, the steps per second, and what is asked.
 
         Returns:
-            (n, 3) float64 cross-entropy, triplet and penalty, and steps a second.
-
-        Raises:
-            DataError: a loss is not finite.
+            (n, 4) float64 cross-entropy, triplet, penalty and whether the gradient was not finite
+            (0 or 1); steps a second; what the first rank was asked, the same on every rank.
         """
-        values = torch.stack(self._losses).double()
-        self._losses = []
+        values = torch.stack([*self._rows, torch.zeros_like(self._rows[0])]).double()
+        values[-1] = self._worker.asked()
+        self._rows = []
         if self._worker.world > 1:
             # Each rank holds the mean over its own anchors; the batch's loss is the mean of those.
+            values[-1] *= self._worker.world if self._worker.rank == 0 else 0
             dist.all_reduce(values)
             values /= self._worker.world
-        rows = values.cpu().numpy()
+        *rows, asked = values.cpu().numpy()
+        rows = np.stack(rows)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        if len(wrong):
-            step = last_step - len(rows) + 1 + int(wrong[0])
-            cross_entropy, triplet, penalty = rows[wrong[0]]
-            raise DataError(
-                f"the loss is not finite at step {step} (cross-entropy {cross_entropy:.4g}, "
-                f"triplet {triplet:.4g}, penalty {penalty:.4g}): train under another --name with a "
-                "lower --optimizer.learning-rate, or with --optimizer.clip-norm"
-            )
-        return rows, len(rows) / seconds
+        return rows, len(rows) / seconds, Asked(round(asked[0]))

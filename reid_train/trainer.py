@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import (
     CheckpointConfig,
@@ -21,23 +22,28 @@ from ray.train import (
     ScalingConfig,
     UserCallback,
 )
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution import context as train_context
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from rich.console import Console
 
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
-from data_shards.errors import DataError, ReidError
+from data_shards.errors import DataError, Interrupted, ReidError
 from reid_train.checkpoint import Checkpoint
 from reid_train.config import TrainConfig
 from reid_train.loop import train
 from reid_train.progress import Board, watch
+from reid_train.resilience import ResilientTrainer, on_purpose
+from reid_train.signals import stop_signals
 from reid_train.tracking import Tracker
-from reid_train.worker import Worker
+from reid_train.worker import Asked, Stopped, Worker
 
 logger = logging.getLogger(__name__)
+
+RESIZE_SECONDS = 30.0
+"""Between two looks of an elastic run at whether nodes came."""
 
 
 def fit(
@@ -58,15 +64,24 @@ def fit(
 
     Raises:
         ReidError: what a worker raised on purpose, or what made the run fail.
+        Interrupted: SIGTERM or SIGINT ended it, with a checkpoint.
     """
     start_ray(config.workers)
     board = Board.remote()  # type: ignore[attr-defined]
     trainer = make_trainer(config, dataset, run_id, board=board)
-    with watch(board, console):
+    with stop_signals() as stop, watch(board, console, stop):
         try:
-            return trainer.fit()
+            result = trainer.fit()
         except TrainingFailedError as error:
             raise explained(error, config) from error
+    if stop.signal is not None and not _ended(result, config):
+        step = (result.metrics or {}).get("step", 0)
+        raise Interrupted(
+            f"stopped by {stop.signal.name} with a checkpoint after step {step}. "
+            f"Continue with --resume --name {config.name} --output {config.output}",
+            stop.signal,
+        )
+    return result
 
 
 def make_trainer(
@@ -90,7 +105,9 @@ def make_trainer(
         start: checkpoint that a run without any of its own starts from, a folder or an s3:// URL.
         until: epoch after whose evaluation the run ends early, its schedule unchanged.
     """
-    return _Trainer(
+    # The controller takes it from its environment, where the driver's is passed on.
+    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(config.checkpoint.hang_seconds)
+    return ResilientTrainer(
         _train_worker,
         train_loop_config={
             "config": config.to_json(),
@@ -99,8 +116,18 @@ def make_trainer(
             "board": board,
             "start": start,
             "until": until,
+            "batch_size": config.batch_size,
         },
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=_use_gpu(config)),
+        # A rank that answers but does not go on keeps the others waiting in a collective: they give
+        # up a little after Ray would name a rank that does not answer.
+        torch_config=TorchConfig(timeout_s=config.checkpoint.hang_seconds * 3 // 2),
+        scaling_config=ScalingConfig(
+            num_workers=(config.min_workers, config.workers)
+            if config.min_workers
+            else config.workers,
+            use_gpu=_use_gpu(config),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+        ),
         run_config=RunConfig(
             name=config.name,
             storage_path=config.output,
@@ -146,7 +173,7 @@ def _train(settings: dict[str, Any]) -> None:
     """Train as this worker of the group."""
     config = TrainConfig.from_json(settings["config"])
     context = ray.train.get_context()
-    rank, board = context.get_world_rank(), settings["board"]
+    rank, board, until = context.get_world_rank(), settings["board"], settings["until"]
     dataset = Dataset.open(config.data)
     if dataset.manifest.digest != settings["manifest_digest"]:
         raise DataError(f"{config.data} changed while the run was going on")
@@ -158,19 +185,25 @@ def _train(settings: dict[str, Any]) -> None:
             world=context.get_world_size(),
             device=get_device(),  # type: ignore[arg-type]
             cache=ShardCache(dataset.storage, config.loader.cache, config.loader.cache_bytes),
-            report=partial(_report, until=settings["until"]),
+            report=partial(_report, until=until),
             log=tracker.log,
             show=board.show.remote if board is not None else lambda state: None,
+            asked=_Asked(board, rank),
         )
-        checkpoint = ray.train.get_checkpoint()
+        checkpoint = own = ray.train.get_checkpoint()
         if checkpoint is None and settings["start"] is not None:
             checkpoint = ray.train.Checkpoint(settings["start"])
-        with contextlib.suppress(_Enough):
+        with contextlib.suppress(_Enough, Stopped):
             if checkpoint is None:
                 train(config, dataset, worker)
             else:
                 with checkpoint.as_directory() as folder:
-                    _require_more(Path(folder), settings["until"])
+                    saved = Checkpoint.open(Path(folder))
+                    if until is not None and saved.progress.epoch >= until:
+                        raise _Enough  # stopped between its last report and its end
+                    if rank == 0 and own is not None:
+                        # What MLflow has not got when a process dies, it gets from here.
+                        saved.history().replay(tracker.log)
                     train(config, dataset, worker, Path(folder))
 
 
@@ -187,42 +220,31 @@ def _report(metrics: dict[str, float], folder: Path | None, until: int | None) -
         raise _Enough
 
 
-def _require_more(folder: Path, until: int | None) -> None:
-    """Leave a run alone that was stopped between its last report and its end."""
-    if until is not None and Checkpoint.open(folder).progress.epoch >= until:
-        raise _Enough
+class _Asked:
+    """What the driver, or a node that will be taken away, asks of the run."""
+
+    def __init__(self, board: Any, rank: int) -> None:
+        self._stopping = getattr(board, "stopping", None) if rank == 0 else None
+        self._saved = False
+
+    def __call__(self) -> Asked:
+        leaving = ray.train.get_preemption_info() is not None  # every rank has to ask
+        with contextlib.suppress(ray.exceptions.RayError):
+            if self._stopping is not None and ray.get(self._stopping.remote(), timeout=10):
+                return Asked.STOP
+        if leaving and not self._saved:
+            self._saved = True
+            return Asked.SAVE
+        return Asked.NOTHING
 
 
-class _PermanentErrors(DefaultFailurePolicy):
-    """Retries what a machine may have caused; an error raised on purpose would only recur."""
-
-    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        if _on_purpose(training_failed_error):
-            return FailureDecision.RAISE
-        return super().make_decision(training_failed_error)
-
-
-class _Trainer(TorchTrainer):
-    """TorchTrainer that does not retry errors raised on purpose: Ray has no public setting."""
-
-    def _initialize_and_run_controller(self, **arguments):
-        policy = _PermanentErrors(self.run_config.failure_config or FailureConfig())
-        return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})
-
-
-def _on_purpose(error: TrainingFailedError) -> ReidError | None:
-    """The first worker's `ReidError`, if there is one."""
-    if isinstance(error, WorkerGroupError):
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "cause", failure)
-            if isinstance(cause, ReidError):
-                return cause
-    return None
+def _ended(result: ray.train.Result, config: TrainConfig) -> bool:
+    return (result.metrics or {}).get("epoch") == config.total_epochs
 
 
 def explained(error: TrainingFailedError, config: TrainConfig) -> ReidError:
     """What a failed training means to a person: the cause if it was raised on purpose."""
-    cause = _on_purpose(error)
+    cause = on_purpose(error)
     if cause is not None:
         return cause
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
@@ -235,8 +257,7 @@ def explained(error: TrainingFailedError, config: TrainConfig) -> ReidError:
 
 def _use_gpu(config: TrainConfig) -> bool:
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    if config.device == "cuda" and gpus < config.workers:
-        logger.warning(
-            "%d GPUs are needed and %d are here: waiting for the cluster", config.workers, gpus
-        )
-    return config.device == "cuda" or (config.device == "auto" and gpus >= config.workers)
+    needed = config.min_workers or config.workers
+    if config.device == "cuda" and gpus < needed:
+        logger.warning("%d GPUs are needed and %d are here: waiting for the cluster", needed, gpus)
+    return config.device == "cuda" or (config.device == "auto" and gpus >= needed)
