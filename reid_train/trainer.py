@@ -23,7 +23,10 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.constants import (
+    COLLECTIVE_TIMEOUT_S_ENV_VAR,
+    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
+)
 from ray.train.v2._internal.execution import context as train_context
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from rich.console import Console
@@ -105,8 +108,13 @@ def make_trainer(
         start: checkpoint that a run without any of its own starts from, a folder or an s3:// URL.
         until: epoch after whose evaluation the run ends early, its schedule unchanged.
     """
-    # The controller takes it from its environment, where the driver's is passed on.
-    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(config.checkpoint.hang_seconds)
+    # Ray names a rank that does not answer. One that answers but does not go on keeps the others
+    # waiting in a collective, torch's or Ray's: a little later, they give up.
+    hang = config.checkpoint.hang_seconds
+    waiting = hang * 3 // 2
+    # Ray Train has no other settings; the driver's environment is passed on to its processes.
+    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(hang)
+    os.environ[COLLECTIVE_TIMEOUT_S_ENV_VAR] = str(waiting)
     return ResilientTrainer(
         _train_worker,
         train_loop_config={
@@ -118,9 +126,7 @@ def make_trainer(
             "until": until,
             "batch_size": config.batch_size,
         },
-        # A rank that answers but does not go on keeps the others waiting in a collective: they give
-        # up a little after Ray would name a rank that does not answer.
-        torch_config=TorchConfig(timeout_s=config.checkpoint.hang_seconds * 3 // 2),
+        torch_config=TorchConfig(timeout_s=waiting),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.workers)
             if config.min_workers
