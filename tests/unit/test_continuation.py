@@ -142,11 +142,12 @@ def _live(
         "rows": rows,
         "losses": {step: values["loss/total"] for step, values in recorded.steps.items()},
         "checkpoint": str(recorded.checkpoints[-1]) if recorded.checkpoints else "",
+        "step": recorded.metrics[-1]["step"],
     }
 
 
 def lives(url: str, folder: str, ends: list[tuple[int, int]]) -> Seen:
-    """Live through a run, by (workers, last step) of each life."""
+    """Live through a run, by (workers, step whose next checkpoint is the last) of each life."""
     seen, first = Seen(), 1
     for world, steps in ends:
         arguments = (world, url, SMOOTH.to_json(), folder, seen.checkpoint, steps)
@@ -154,12 +155,12 @@ def lives(url: str, folder: str, ends: list[tuple[int, int]]) -> Seen:
         for number, parts in enumerate(zip(*(part["rows"] for part in found), strict=True), first):
             seen.rows.setdefault(number, [row for part in parts for row in part])
         seen.losses |= found[0]["losses"]
-        seen.checkpoint, first = found[0]["checkpoint"], steps + 1
+        seen.checkpoint, first = found[0]["checkpoint"], found[0]["step"] + 1
     return seen
 
 
 @settings(max_examples=2, **QUICK)
-@given(steps=st.sampled_from([(2, 4), (2, 6), (3, 6), (4, 8), (6, 8)]))
+@given(steps=st.sampled_from([(1, 3), (1, 7), (3, 5), (3, 7)]))
 def test_run_continued_by_another_number_of_workers_sees_the_same_batches_and_losses(
     tiny_dataset, steps
 ):
