@@ -43,6 +43,14 @@ class ObjectExists(StorageError):
     """A create-once write found something in its place."""
 
 
+class Interrupted(ReidError):
+    """The process was asked to end by a signal, and did so in order."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's `main`; turn a `ReidError` into one line on stderr and its exit code."""
     try:

@@ -32,6 +32,7 @@ from torch import nn
 
 from data_shards.errors import DataError
 from reid_train.config import TrainConfig
+from reid_train.guard import require_finite
 from reid_train.history import History
 from reid_train.regularization import AdaptiveL2
 
@@ -54,6 +55,8 @@ class Progress:
     step: int = 0
     global_step: int = 0
     phase: str = ""
+    skipped: int = 0
+    """Steps whose gradient was not finite, and whose update was left out."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,12 @@ def save(
     optimizer: torch.optim.Optimizer,
     rank_list: dict[str, np.ndarray],
 ) -> None:
-    """Write a checkpoint into an empty folder; the seal comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / MODEL)
+    """Write a checkpoint into an empty folder; the seal comes last.
+
+    Raises:
+        DataError: a tensor has values that are not finite; nothing is written.
+    """
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     training = _optimizer_tensors(optimizer)
     if isinstance(regularizer, AdaptiveL2):
         training |= {
@@ -88,6 +94,9 @@ def save(
         }
     # safetensors takes no empty file: a first step with no moments still has this.
     training["global_step"] = torch.tensor(progress.global_step)
+    require_finite((weights | training).items())
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / MODEL)
     save_file(training, folder / TRAINING)
     history.save(folder / HISTORY)
     np.savez(folder / RANK_LIST, allow_pickle=False, **rank_list)

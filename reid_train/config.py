@@ -140,6 +140,8 @@ class OptimizerConfig(Section):
     epsilon: Positive = 1e-7
     clip_norm: Positive | None = None
     """Largest norm of the whole gradient, the regularizer's part included; None does not clip."""
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    """Steps of a run that are skipped where the gradient is not finite; one more ends the run."""
 
 
 class EvaluationConfig(Section):
@@ -175,6 +177,9 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; None writes one after each evaluation only."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Failures of workers to recover from before the run is given up; -1 for no bound."""
+    hang_seconds: Annotated[int, Field(ge=10)] = 600
+    """How long a worker may be silent, or wait for another, until all start again from the last
+    checkpoint; more than the first rank takes to rank the gallery."""
 
 
 class TrackingConfig(Section):
@@ -205,6 +210,8 @@ class TrainConfig(Section):
     """Seed of weights, batches and augmentation."""
     workers: Count = 1
     """Training workers (one GPU each where there are GPUs); they share the global batch."""
+    min_workers: Count | None = None
+    """Fewest workers to go on with where nodes come and go; None waits for all `workers`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs if the Ray cluster has enough for all workers."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
@@ -233,6 +240,8 @@ class TrainConfig(Section):
                 f"a global batch of {self.batch.identities} × {self.batch.images} = {size} images "
                 f"cannot be shared equally by {self.workers} workers: change --workers or --batch"
             )
+        if (self.min_workers or 1) > self.workers:
+            raise ValueError(f"--min-workers {self.min_workers} is above --workers {self.workers}")
         if self.batch.identities < 2:
             raise ValueError("--batch.identities must be at least 2, or no anchor has a negative")
         if self.optimizer.minimum_learning_rate > self.optimizer.learning_rate:

@@ -6,6 +6,8 @@ It travels in every checkpoint, so a resumed run's curves are whole.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,7 @@ class History:
 
     steps: dict[str, list[float]] = field(default_factory=dict)
     evaluations: dict[str, list[float]] = field(default_factory=dict)
+    evaluation_steps: list[int] = field(default_factory=list)
     tensor_names: list[str] = field(default_factory=list)
     tensor_kinds: list[str] = field(default_factory=list)
     factor_steps: list[int] = field(default_factory=list)
@@ -33,8 +36,9 @@ class History:
         """Record one step's losses, learning rate and throughput."""
         _append(self.steps, {"step": step, **values})
 
-    def add_evaluation(self, epoch: int, values: dict[str, float]) -> None:
-        """Record the metrics after `epoch` epochs."""
+    def add_evaluation(self, epoch: int, values: dict[str, float], step: int) -> None:
+        """Record the metrics after `epoch` epochs, which ended at a global step."""
+        self.evaluation_steps.append(step)
         _append(self.evaluations, {"epoch": epoch, **values})
 
     def add_factors(self, step: int, factors: np.ndarray) -> None:
@@ -46,6 +50,15 @@ class History:
         """Steps (T,) int64 and λ (T, n) float32."""
         rows = np.stack(self.factor_rows) if self.factor_rows else np.zeros((0, 0), np.float32)
         return np.asarray(self.factor_steps, np.int64), rows
+
+    def replay(self, log: Callable[[dict[str, float], int], None]) -> None:
+        """Log everything again, as it was logged when it happened: `log` leaves out what it has."""
+        for values in _rows(self.steps):
+            log(values, int(values.pop("step")))
+        for step, values in zip(self.evaluation_steps, _rows(self.evaluations), strict=False):
+            log({k: v for k, v in values.items() if k != "epoch" and not math.isnan(v)}, step)
+        for step, factors in zip(self.factor_steps, self.factor_rows, strict=True):
+            log(factor_metrics(factors), step)
 
     def columns(self) -> dict[str, list[float]]:
         """Step and evaluation columns together, for the curves."""
@@ -59,6 +72,7 @@ class History:
         tensors = {
             name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()
         }
+        tensors["measured/step"] = torch.tensor(self.evaluation_steps, dtype=torch.int64)
         tensors["factors/step"] = torch.from_numpy(steps)
         tensors["factors/value"] = torch.from_numpy(factors)
         names = {"names": self.tensor_names, "kinds": self.tensor_kinds}
@@ -73,6 +87,7 @@ class History:
         history = cls(
             tensor_names=described["names"],
             tensor_kinds=described["kinds"],
+            evaluation_steps=tensors.pop("measured/step", torch.zeros(0)).tolist(),
             factor_steps=tensors.pop("factors/step").tolist(),
             factor_rows=list(tensors.pop("factors/value").numpy()),
         )
@@ -80,6 +95,17 @@ class History:
             group, _, key = name.partition("/")
             (history.steps if group == "steps" else history.evaluations)[key] = column.tolist()
         return history
+
+
+def factor_metrics(factors: np.ndarray) -> dict[str, float]:
+    """What is tracked of λ (n,) of every tensor."""
+    low, middle, high = np.quantile(factors, [0, 0.5, 1]).tolist()
+    return {"factor/min": low, "factor/median": middle, "factor/max": high}
+
+
+def _rows(columns: dict[str, list[float]]) -> Iterator[dict[str, float]]:
+    for row in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, row, strict=True))
 
 
 def _append(columns: dict[str, list[float]], row: dict[str, float]) -> None:

@@ -30,11 +30,13 @@ from reid_train import augment, build
 from reid_train.checkpoint import Checkpoint, Origin, Progress, save
 from reid_train.config import TrainConfig
 from reid_train.distributed import gather_with_gradient
-from reid_train.history import History
+from reid_train.guard import Guard
+from reid_train.history import History, factor_metrics
 from reid_train.losses import batch_hard_triplet, label_smoothing_cross_entropy
 from reid_train.meter import Meter
+from reid_train.regularization import AdaptiveL2
 from reid_train.validation import Validation, validate
-from reid_train.worker import UNMEASURED, Worker
+from reid_train.worker import UNMEASURED, Asked, Stopped, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,9 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
         start: folder of a checkpoint to continue from.
 
     Raises:
-        DataError: no training images, another dataset's checkpoint, or a loss that is not finite.
+        DataError: no training images, another dataset's checkpoint, or a loss or a gradient that is
+            not finite.
+        Stopped: the worker was asked to stop; a checkpoint was reported.
     """
     torch.use_deterministic_algorithms(config.deterministic)
     index = train_index(dataset)
@@ -95,13 +99,16 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
         progress.phase = phase
         for epoch in range(progress.epoch, end):
             build.set_learning_rate(run.optimizer, config, epoch)
-            rows = epoch_plan(config, index, epoch)
+            run.rows = rows = epoch_plan(config, index, epoch)
             steps = len(rows) // config.batch.accumulate
             batches_of_steps = _steps(config, dataset, worker, rows, progress.step)
             for batches in run.meter.waiting(batches_of_steps):
                 run.step(batches)
-                run.watch(steps)
-                run.checkpoint_between(steps)
+                asked = run.watch(steps)
+                if asked or run.checkpoint_is_due(steps):
+                    run.checkpoint(Validation())
+                if asked == Asked.STOP:
+                    raise Stopped
             progress.epoch, progress.step = epoch + 1, 0
             last = progress.epoch == config.total_epochs
             if last or progress.epoch % config.evaluation.every == 0:
@@ -175,6 +182,8 @@ class _Run:
 
     network: nn.Module
     optimizer: torch.optim.Adam
+    rows: np.ndarray
+    """The plan of the epoch that is under way."""
 
     def __init__(self, config, dataset, worker, origin, model, regularizer, progress, history):
         self.config: TrainConfig = config
@@ -187,6 +196,10 @@ class _Run:
         self.history: History = history
         self.autocast = build.autocast(config, worker.device)
         self.meter = Meter(worker)
+        self.guard = Guard(config.optimizer.skip_nonfinite, progress.skipped, model)
+        self.kept_step: int | None = progress.global_step or None
+        """Global step of the last checkpoint."""
+        self.saturated: set[str] = set()
 
     def step(self, batches: list[Batch]) -> None:
         """One optimizer step on `accumulate` global batches.
@@ -194,6 +207,7 @@ class _Run:
         The order is: average the gradients of the loss, add the regularizer's once, clip, step; so
         clipping bounds the gradient of L + Σ λ‖w‖² (METHOD §1), as with the penalty in the loss.
         """
+        self.guard.before_forward()
         self.optimizer.zero_grad(set_to_none=True)
         parts = []
         for micro, batch in enumerate(batches):
@@ -204,15 +218,17 @@ class _Run:
             parts.append(losses.detach())
         if self.regularizer is not None:
             self.regularizer.add_gradients()
-        if self.config.optimizer.clip_norm is not None:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip_norm)
-        self.optimizer.step()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        bound = self.config.optimizer.clip_norm or float("inf")
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if bound < float("inf"):
+            nn.utils.clip_grads_with_norm_(parameters, bound, norm)
+        bad = self.guard.step(self.optimizer, norm)
         losses = torch.stack(parts).mean(0)
         penalty = (
             losses.new_zeros(()) if self.regularizer is None else self.regularizer.last_penalty
         )
-        self.meter.add(torch.cat([losses, penalty[None]]))
+        self.meter.add(torch.cat([losses, torch.stack([penalty, bad.to(penalty)])]))
         self.progress.step += 1
         self.progress.global_step += 1
 
@@ -249,16 +265,25 @@ class _Run:
             ]
         )
 
-    def watch(self, steps: int) -> None:
-        """Every few steps, and before a checkpoint: read the losses, record, track, show them."""
+    def watch(self, steps: int) -> Asked:
+        """Every few steps, and before a checkpoint: read the losses, record, track, show them.
+
+        Returns:
+            What the run is asked to do now.
+
+        Raises:
+            DataError: a loss or gradient is not finite.
+        """
         progress, worker = self.progress, self.worker
         due = progress.step % self.config.tracking.every_steps == 0 or progress.step == steps
-        if not (due or self._checkpoint_is_due(steps)):
-            return
-        rows, step_seconds, wait_seconds = self.meter.read(progress.global_step)
+        if not (due or self.checkpoint_is_due(steps)):
+            return Asked.NOTHING
+        rows, step_seconds, wait_seconds, asked = self.meter.read()
         speed = self.config.batch_size * self.config.batch.accumulate / step_seconds
         first = progress.global_step - len(rows) + 1
-        for step, (cross_entropy, triplet, penalty) in enumerate(rows.tolist(), first):
+        self.guard.check(rows, first, self._images, self.kept_step, say=worker.rank == 0)
+        progress.skipped = self.guard.skipped
+        for step, (cross_entropy, triplet, penalty, _) in enumerate(rows.tolist(), first):
             values = {
                 "loss/cross_entropy": cross_entropy,
                 "loss/triplet": triplet,
@@ -280,10 +305,18 @@ class _Run:
                     "epochs": self.config.total_epochs,
                     "step": progress.step,
                     "steps": steps,
-                    "loss": float(rows[-1].sum()),
+                    "loss": float(rows[-1, :3].sum()),
                     "images_per_second": speed,
                 }
             )
+        return asked
+
+    def _images(self, step: int) -> list[str]:
+        """Names of the images of a global step of this epoch."""
+        accumulate = self.config.batch.accumulate
+        position = self.progress.step - (self.progress.global_step - step) - 1
+        rows = self.rows[position * accumulate : (position + 1) * accumulate].ravel()
+        return [str(path) for path in self.dataset.index("train").path[rows]]
 
     def _watch_factors(self, steps: int) -> None:
         if self.regularizer is None or self.config.regularization.mode != "adaptive":
@@ -295,8 +328,18 @@ class _Run:
         factors = self.regularizer.factor_vector().detach().float().cpu().numpy()
         self.history.add_factors(step, factors)
         if self.worker.rank == 0:
-            low, middle, high = np.quantile(factors, [0, 0.5, 1]).tolist()
-            self.worker.log({"factor/min": low, "factor/median": middle, "factor/max": high}, step)
+            self.worker.log(factor_metrics(factors), step)
+            self._note_saturation(factors)
+
+    def _note_saturation(self, factors: np.ndarray) -> None:
+        """Say once for each end of its range that λ has reached it."""
+        assert isinstance(self.regularizer, AdaptiveL2)
+        for end, names in self.regularizer.saturated(factors).items():
+            if names and end not in self.saturated:
+                self.saturated.add(end)
+                where = f"{len(names)} of {len(factors)} tensors (first {names[0]})"
+                step = self.progress.global_step
+                logger.warning("θ is saturated at λ = %s for %s at step %d", end, where, step)
 
     def validate(self) -> Validation:
         """Measure the model now; the metrics go to the history and the tracker."""
@@ -306,24 +349,25 @@ class _Run:
                 dist.broadcast(buffer, src=0)
         result = validate(self.config, self.dataset, self.worker, self.model, self.autocast)
         if result.metrics:
-            self.history.add_evaluation(self.progress.epoch, result.metrics)
-            self.worker.log(result.metrics, self.progress.global_step)
+            step = self.progress.global_step
+            self.history.add_evaluation(self.progress.epoch, result.metrics, step)
+            self.worker.log(result.metrics, step)
             self.worker.show({"epoch": self.progress.epoch, "metrics": result.metrics})
         self.meter.restart_clock()
         return result
 
-    def checkpoint_between(self, steps: int) -> None:
+    def checkpoint_is_due(self, steps: int) -> bool:
         """Within an epoch, every `checkpoint.every_steps` optimizer steps."""
-        if self._checkpoint_is_due(steps):
-            self.checkpoint(Validation())
-
-    def _checkpoint_is_due(self, steps: int) -> bool:
         every = self.config.checkpoint.every_steps
         within = self.progress.step < steps
         return every is not None and within and self.progress.global_step % every == 0
 
     def checkpoint(self, measured: Validation) -> None:
-        """Write a checkpoint (rank 0) and report it (every rank)."""
+        """Write a checkpoint (rank 0) and report it (every rank).
+
+        Raises:
+            DataError: a weight is not finite.
+        """
         folder = None
         metrics = {"mAP": UNMEASURED, **measured.metrics}
         if self.worker.rank == 0:
@@ -341,4 +385,5 @@ class _Run:
             )
         position = {"epoch": self.progress.epoch, "step": self.progress.global_step}
         self.worker.report(position | metrics, folder)
+        self.kept_step = self.progress.global_step
         self.meter.restart_clock()

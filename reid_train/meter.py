@@ -10,8 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_shards.errors import DataError
-from reid_train.worker import Worker
+from reid_train.worker import Asked, Worker
 
 T = TypeVar("T")
 
@@ -20,14 +19,17 @@ class Look(NamedTuple):
     """What has happened since the last look.
 
     Attributes:
-        rows: (n, 3) float64, cross-entropy, triplet and penalty of each step.
+        rows: (n, 4) float64, cross-entropy, triplet, penalty and whether the gradient was not
+            finite (0 or 1), of each step.
         step_seconds: of a step, on average.
         wait_seconds: of these, waiting for the next batch.
+        asked: what the first rank was asked, the same on every rank.
     """
 
     rows: np.ndarray
     step_seconds: float
     wait_seconds: float
+    asked: Asked
 
 
 class Meter:
@@ -35,7 +37,7 @@ class Meter:
 
     def __init__(self, worker: Worker):
         self._worker = worker
-        self._losses: list[torch.Tensor] = []
+        self._rows: list[torch.Tensor] = []
         self._clock = time.perf_counter()
         self._waited = 0.0
 
@@ -55,36 +57,27 @@ class Meter:
         """Leave the time since the last look out of the throughput (evaluation, checkpoints)."""
         self._clock, self._waited = time.perf_counter(), 0.0
 
-    def add(self, losses: torch.Tensor) -> None:
-        """Take one step's (cross-entropy, triplet, penalty) of this rank, (3,), without waiting."""
-        self._losses.append(losses)
+    def add(self, row: torch.Tensor) -> None:
+        """Take one step's (cross-entropy, triplet, penalty, gradient not finite) of this rank.
 
-    def read(self, last_step: int) -> Look:
-        """Losses since the last look, averaged over ranks, and the time that steps took.
-
-        Args:
-            last_step: global step of the newest row, for the error message.
-
-        Raises:
-            DataError: a loss is not finite.
+        (4,), without waiting.
         """
-        values = torch.stack(self._losses).double()
-        self._losses = []
+        self._rows.append(row)
+
+    def read(self) -> Look:
+        """Rows since the last look, averaged over ranks, the time they took, and what is asked."""
+        values = torch.stack([*self._rows, torch.zeros_like(self._rows[0])]).double()
+        values[-1] = self._worker.asked()
+        self._rows = []
         if self._worker.world > 1:
             # Each rank holds the mean over its own anchors; the batch's loss is the mean of those.
+            values[-1] *= self._worker.world if self._worker.rank == 0 else 0
             dist.all_reduce(values)
             values /= self._worker.world
-        rows = values.cpu().numpy()
+        *rows, asked = values.cpu().numpy()
+        rows = np.stack(rows)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        if len(wrong):
-            step = last_step - len(rows) + 1 + int(wrong[0])
-            cross_entropy, triplet, penalty = rows[wrong[0]]
-            raise DataError(
-                f"the loss is not finite at step {step} (cross-entropy {cross_entropy:.4g}, "
-                f"triplet {triplet:.4g}, penalty {penalty:.4g}): train under another --name with a "
-                "lower --optimizer.learning-rate, or with --optimizer.clip-norm"
-            )
         waited, self._waited = self._waited, 0.0
-        return Look(rows, seconds / len(rows), waited / len(rows))
+        count = len(rows)
+        return Look(rows, seconds / count, waited / count, Asked(round(asked[0])))

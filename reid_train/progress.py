@@ -12,6 +12,8 @@ import ray.exceptions
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from reid_train.signals import Stop
+
 LINE_EVERY = 15.0
 """Seconds between lines where there is no terminal."""
 
@@ -23,6 +25,7 @@ class Board:
     def __init__(self):
         self._state: dict[str, object] = {}
         self._evaluations: list[dict[str, object]] = []
+        self._stop = False
 
     def show(self, state: dict[str, object]) -> None:
         """Take a state; evaluations are kept in order until they are read."""
@@ -31,16 +34,23 @@ class Board:
         else:
             self._state = state
 
-    def read(self, seen: int) -> tuple[dict[str, object], list[dict[str, object]]]:
-        """The newest state, and the evaluations after the first `seen`."""
+    def read(
+        self, seen: int, stop: bool = False
+    ) -> tuple[dict[str, object], list[dict[str, object]]]:
+        """The newest state, and the evaluations after the first `seen`; `stop` asks to end."""
+        self._stop |= stop
         return self._state, self._evaluations[seen:]
+
+    def stopping(self) -> bool:
+        """Whether the driver asked the run to end."""
+        return self._stop
 
 
 @contextlib.contextmanager
-def watch(board, console: Console) -> Iterator[None]:
-    """Show a board's state on the console until the block ends."""
+def watch(board, console: Console, asked: Stop) -> Iterator[None]:
+    """Show a board's state on the console until the block ends, and pass on that it shall."""
     stop = threading.Event()
-    thread = threading.Thread(target=_follow, args=(board, console, stop), daemon=True)
+    thread = threading.Thread(target=_follow, args=(board, console, asked, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -49,7 +59,7 @@ def watch(board, console: Console) -> Iterator[None]:
         thread.join(timeout=10)
 
 
-def _follow(board, console: Console, stop: threading.Event) -> None:
+def _follow(board, console: Console, asked: Stop, stop: threading.Event) -> None:
     bar = Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -61,14 +71,18 @@ def _follow(board, console: Console, stop: threading.Event) -> None:
     )
     task = bar.add_task("starting", total=None, figures="")
     clock = _Clock()
-    seen, last_line = 0, time.monotonic()
+    seen, told, last_line = 0, False, time.monotonic()
     with bar:
         while True:
             finished = stop.wait(0.5)
             try:
-                state, evaluations = ray.get(board.read.remote(seen), timeout=5)
+                reading = board.read.remote(seen, asked.signal is not None)
+                state, evaluations = ray.get(reading, timeout=5)
             except ray.exceptions.RayError:
                 return
+            if asked.signal is not None and not told:
+                told = True
+                console.print("stopping: a checkpoint first", highlight=False)
             for evaluation in evaluations:
                 seen += 1
                 console.print(_evaluation_line(evaluation), highlight=False)

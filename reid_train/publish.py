@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from data_shards.dataset import Dataset
 from data_shards.decode import decode
+from data_shards.errors import StorageError
 from data_shards.storage import open_storage
 from reid_train import report
 from reid_train.checkpoint import RANK_LIST, Checkpoint
@@ -22,6 +24,8 @@ from reid_train.registry import Registered, register
 from reid_train.run_storage import first_whole
 from reid_train.tracking import Tracker, code_commit
 from reid_train.worker import UNMEASURED
+
+logger = logging.getLogger(__name__)
 
 REPORT = "report"
 """Folder of a run that holds its report."""
@@ -204,12 +208,17 @@ def _register(
 ) -> Registered | None:
     if tracker.run_id is None or config.tracking.model_name == "off":
         return None
-    return register(
-        best.folder,
-        config.tracking.model_name or f"reid-{dataset.manifest.name}",
-        metrics,
-        manifest_digest=best.origin.manifest_digest,
-        evaluation_digest=best.origin.evaluation_digest,
-        run_id=tracker.run_id,
-        tracking_uri=tracker.uri,
-    )
+    try:
+        return register(
+            best.folder,
+            config.tracking.model_name or f"reid-{dataset.manifest.name}",
+            metrics,
+            manifest_digest=best.origin.manifest_digest,
+            evaluation_digest=best.origin.evaluation_digest,
+            run_id=tracker.run_id,
+            tracking_uri=tracker.uri,
+        )
+    except StorageError as error:
+        # The training is whole, and so is its report; only this is left to do.
+        logger.warning("model not registered: %s; --resume registers it", error)
+        return None

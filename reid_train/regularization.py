@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -176,6 +177,15 @@ class AdaptiveL2(_L2):
             *_weight_group(self._all_weights, lr),
             {"params": [self.theta], "lr": theta_lr, "weight_decay": 0.0, "name": "theta"},
         ]
+
+    def saturated(self, factors: np.ndarray) -> dict[str, list[str]]:
+        """Return the tensors whose λ, of `factor_vector`, is at an end of its range: "0" or "A"."""
+        amplitudes = self.amplitudes.cpu().numpy()
+        ends = {"0": factors <= 0, "A": factors >= amplitudes}
+        return {
+            end: [self.names[i] for i in np.flatnonzero(reached & (amplitudes > 0))]
+            for end, reached in ends.items()
+        }
 
     def theta_by_name(self) -> dict[str, float]:
         """Return θ by tensor name."""

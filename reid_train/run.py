@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 
 from data_shards.dataset import Dataset
-from reid_train import preflight
+from data_shards.storage import open_storage
+from reid_train import lease, preflight
 from reid_train.config import TrainConfig
 from reid_train.publish import Summary, publish, show
 from reid_train.run_folder import Run, claim, prepare, record, tidy
@@ -37,6 +38,13 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     preflight.check(config, dataset, saved)
     config = config.replace(tracking__uri=tracking_uri(config))
     claim(config, dataset, saved)
+    folder = open_storage(config.output).child(str(config.name))
+    with lease.held(folder, str(config.name)):
+        return _run(config, dataset, saved, console)
+
+
+def _run(config: TrainConfig, dataset: Dataset, saved: Run | None, console: Console) -> Summary:
+    """The run itself, its name and its lease taken."""
     with Tracker.start(
         None if config.tracking.uri == "off" else config.tracking.uri,
         config.tracking.experiment,

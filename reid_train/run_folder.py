@@ -20,6 +20,7 @@ from reid_train.config import TrainConfig
 
 RESUMABLE = {
     "workers",
+    "min_workers",
     "device",
     "loader",
     "checkpoint",
@@ -29,6 +30,8 @@ RESUMABLE = {
     "data",
 }
 """Sections that may differ when a run is resumed: they do not change what is computed."""
+EXTENDABLE = {"optimizer.epochs", "optimizer.skip_nonfinite"}
+"""Settings that may differ too: they say how far a run goes, not what its steps are."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def same_training(old: TrainConfig, new: TrainConfig) -> None:
         for name in before
         if before[name] != after[name]
         and name.split(".")[0] not in RESUMABLE
-        and name != "optimizer.epochs"
+        and name not in EXTENDABLE
     ]
     if changed:
         raise ConfigError(

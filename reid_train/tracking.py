@@ -1,7 +1,9 @@
 """MLflow runs: the only file that writes one.
 
 Metrics are buffered and sent by a background thread, so a slow or absent MLflow never stalls or
-stops a step. The driver owns a run, and a worker joins it by its id to log the steps:
+stops a step. What a process has not sent when it ends is in the run's last checkpoint, on disk: the
+next process logs the history in it again, and what MLflow has by then is left out. The driver owns
+a run, and a worker joins it by its id to log the steps:
 
     with Tracker.start(uri, "reid", run_name="msmt17") as run:  # ends the run, or marks it failed
         run.log_parameters(config.flat())
@@ -24,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from data_shards.errors import StorageError
+from data_shards.errors import Interrupted, StorageError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -115,17 +117,28 @@ class Tracker:
             run_id: a run to reopen.
 
         Raises:
-            StorageError: MLflow cannot do that. From then on nothing is raised: what fails is
-                retried, and a warning says so.
+            StorageError: MLflow cannot start a run. From then on nothing is raised: what fails is
+                retried, and a warning says so. Nor is it when a run is reopened: a run that is
+                resumed while MLflow is away goes on.
         """
         if uri is not None:
             try:
                 run_id = _open_run(uri, experiment, run_name, run_id)
             except Exception as error:
+                if run_id is not None and not _is_final(error):
+                    logger.warning(
+                        "MLflow at %s does not answer; training goes on: %s",
+                        *(redact(uri), redact(str(error))),
+                    )
+                    return cls._owned(uri, run_id)
                 raise StorageError(
                     f"MLflow at {redact(uri)}: cannot start a run in experiment {experiment!r}: "
                     f"{redact(str(error))}; check --tracking.uri, or turn tracking off"
                 ) from error
+        return cls._owned(uri, run_id)
+
+    @classmethod
+    def _owned(cls, uri: str | None, run_id: str | None) -> Tracker:
         tracker = cls(uri, run_id, system_metrics=False)
         tracker._owner = True
         return tracker
@@ -144,7 +157,8 @@ class Tracker:
         elif kind is None:
             self.finish("FINISHED")
         else:
-            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+            killed = issubclass(kind, KeyboardInterrupt | Interrupted)
+            self.finish("KILLED" if killed else "FAILED")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log values at a global step; returns at once."""
@@ -199,7 +213,9 @@ class Tracker:
         self._thread = None
         if self._buffer:
             logger.warning(
-                "MLflow: %d values of run %s were never sent", len(self._buffer), self.run_id
+                "MLflow: %d values of run %s were never sent; its checkpoints have them, and "
+                "--resume sends them",
+                *(len(self._buffer), self.run_id),
             )
 
     def finish(self, status: Status = "FINISHED") -> None:

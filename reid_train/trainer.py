@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.exceptions import OutOfMemoryError
 from ray.train import (
@@ -23,24 +24,32 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.constants import (
+    COLLECTIVE_TIMEOUT_S_ENV_VAR,
+    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
+)
 from ray.train.v2._internal.execution import context as train_context
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from rich.console import Console
 
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
-from data_shards.errors import DataError, ReidError
+from data_shards.errors import DataError, Interrupted, ReidError
 from reid_train.config import TrainConfig
 from reid_train.gauges import Gauges
 from reid_train.memory import out_of_memory
 from reid_train.progress import Board, watch
+from reid_train.resilience import ResilientTrainer, on_purpose
 from reid_train.run_storage import first_whole, opened, ray_checkpoint, ray_storage, upload
+from reid_train.signals import stop_signals
 from reid_train.tracking import Tracker
-from reid_train.worker import Worker
+from reid_train.worker import Asked, Stopped, Worker
 
 logger = logging.getLogger(__name__)
+
+RESIZE_SECONDS = 30.0
+"""Between two looks of an elastic run at whether nodes came."""
 
 
 def fit(
@@ -61,15 +70,24 @@ def fit(
 
     Raises:
         ReidError: what a worker raised on purpose, or what made the run fail.
+        Interrupted: SIGTERM or SIGINT ended it, with a checkpoint.
     """
     start_ray(config.workers)
     board = Board.remote()  # type: ignore[attr-defined]
     trainer = make_trainer(config, dataset, run_id, board=board)
-    with watch(board, console):
+    with stop_signals() as stop, watch(board, console, stop):
         try:
-            return trainer.fit()
+            result = trainer.fit()
         except (TrainingFailedError, OutOfMemoryError) as error:
             raise explained(error, config) from error
+    if stop.signal is not None and not _ended(result, config):
+        step = (result.metrics or {}).get("step", 0)
+        raise Interrupted(
+            f"stopped by {stop.signal.name} with a checkpoint after step {step}. "
+            f"Continue with --resume --name {config.name} --output {config.output}",
+            stop.signal,
+        )
+    return result
 
 
 def make_trainer(
@@ -93,7 +111,14 @@ def make_trainer(
         start: checkpoint that a run without any of its own starts from, a folder or an s3:// URL.
         until: epoch after whose evaluation the run ends early, its schedule unchanged.
     """
-    return _Trainer(
+    # Ray names a rank that does not answer. One that answers but does not go on keeps the others
+    # waiting in a collective, torch's or Ray's: a little later, they give up.
+    hang = config.checkpoint.hang_seconds
+    waiting = hang * 3 // 2
+    # Ray Train has no other settings; the driver's environment is passed on to its processes.
+    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(hang)
+    os.environ[COLLECTIVE_TIMEOUT_S_ENV_VAR] = str(waiting)
+    return ResilientTrainer(
         _train_worker,
         train_loop_config={
             "config": config.to_json(),
@@ -102,8 +127,16 @@ def make_trainer(
             "board": board,
             "start": start,
             "until": until,
+            "batch_size": config.batch_size,
         },
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=_use_gpu(config)),
+        torch_config=TorchConfig(timeout_s=waiting),
+        scaling_config=ScalingConfig(
+            num_workers=(config.min_workers, config.workers)
+            if config.min_workers
+            else config.workers,
+            use_gpu=_use_gpu(config),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+        ),
         run_config=RunConfig(
             name=config.name,
             **ray_storage(config.output),
@@ -148,11 +181,12 @@ def _train_worker(settings: dict[str, Any]) -> None:
 def _train(settings: dict[str, Any]) -> None:
     """Train as this worker of the group."""
     # Only workers need the network; drivers and controllers start a third faster without it.
+    from reid_train.checkpoint import Checkpoint
     from reid_train.loop import train
 
     config = TrainConfig.from_json(settings["config"])
     context = ray.train.get_context()
-    rank, board = context.get_world_rank(), settings["board"]
+    rank, board, until = context.get_world_rank(), settings["board"], settings["until"]
     dataset = Dataset.open(config.data)
     if dataset.manifest.digest != settings["manifest_digest"]:
         raise DataError(f"{config.data} changed while the run was going on")
@@ -172,17 +206,24 @@ def _train(settings: dict[str, Any]) -> None:
             cache=ShardCache(
                 dataset.storage, config.loader.cache.expanduser(), config.loader.cache_bytes
             ),
-            report=partial(_report, run=f"{config.output}/{config.name}", until=settings["until"]),
+            report=partial(_report, run=f"{config.output}/{config.name}", until=until),
             log=log,
             show=board.show.remote if board is not None else lambda state: None,
+            asked=_Asked(board, rank),
         )
+        own = ray.train.get_checkpoint() is not None
         checkpoint = _starting_point(settings["start"])
-        with contextlib.suppress(_Enough):
+        with contextlib.suppress(_Enough, Stopped):
             if checkpoint is None:
                 train(config, dataset, worker)
             else:
                 with opened(checkpoint) as folder:
-                    _require_more(folder, settings["until"])
+                    saved = Checkpoint.open(folder)
+                    if until is not None and saved.progress.epoch >= until:
+                        raise _Enough  # stopped between its last report and its end
+                    if rank == 0 and own:
+                        # What MLflow has not got when a process dies, it gets from here.
+                        saved.history().replay(tracker.log)
                     train(config, dataset, worker, folder)
 
 
@@ -217,46 +258,31 @@ def _report(metrics: dict[str, float], folder: Path | None, run: str, until: int
         raise _Enough
 
 
-def _require_more(folder: Path, until: int | None) -> None:
-    """Leave a run alone that was stopped between its last report and its end."""
-    from reid_train.checkpoint import Checkpoint
+class _Asked:
+    """What the driver, or a node that will be taken away, asks of the run."""
 
-    if until is not None and Checkpoint.open(folder).progress.epoch >= until:
-        raise _Enough
+    def __init__(self, board: Any, rank: int) -> None:
+        self._stopping = getattr(board, "stopping", None) if rank == 0 else None
+        self._saved = False
 
-
-class _PermanentErrors(DefaultFailurePolicy):
-    """Retries what a machine may have caused; an error raised on purpose would only recur."""
-
-    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        if _on_purpose(training_failed_error):
-            return FailureDecision.RAISE
-        return super().make_decision(training_failed_error)
-
-
-class _Trainer(TorchTrainer):
-    """TorchTrainer that does not retry errors raised on purpose: Ray has no public setting."""
-
-    def _initialize_and_run_controller(self, **arguments):
-        policy = _PermanentErrors(self.run_config.failure_config or FailureConfig())
-        return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})
+    def __call__(self) -> Asked:
+        leaving = ray.train.get_preemption_info() is not None  # every rank has to ask
+        with contextlib.suppress(ray.exceptions.RayError):
+            if self._stopping is not None and ray.get(self._stopping.remote(), timeout=10):
+                return Asked.STOP
+        if leaving and not self._saved:
+            self._saved = True
+            return Asked.SAVE
+        return Asked.NOTHING
 
 
-def _on_purpose(error: Exception) -> ReidError | None:
-    """The controller's or the first worker's `ReidError`, if there is one."""
-    if isinstance(error, ControllerError) and isinstance(error.controller_failure, ReidError):
-        return error.controller_failure
-    if isinstance(error, WorkerGroupError):
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "cause", failure)
-            if isinstance(cause, ReidError):
-                return cause
-    return None
+def _ended(result: ray.train.Result, config: TrainConfig) -> bool:
+    return (result.metrics or {}).get("epoch") == config.total_epochs
 
 
 def explained(error: TrainingFailedError | OutOfMemoryError, config: TrainConfig) -> ReidError:
     """What a failed training means to a person: the cause if it was raised on purpose."""
-    cause = _on_purpose(error)
+    cause = on_purpose(error)
     if cause is not None:
         return cause
     if memory := out_of_memory(str(error)):
@@ -274,8 +300,7 @@ def explained(error: TrainingFailedError | OutOfMemoryError, config: TrainConfig
 
 def _use_gpu(config: TrainConfig) -> bool:
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    if config.device == "cuda" and gpus < config.workers:
-        logger.warning(
-            "%d GPUs are needed and %d are here: waiting for the cluster", config.workers, gpus
-        )
-    return config.device == "cuda" or (config.device == "auto" and gpus >= config.workers)
+    needed = config.min_workers or config.workers
+    if config.device == "cuda" and gpus < needed:
+        logger.warning("%d GPUs are needed and %d are here: waiting for the cluster", needed, gpus)
+    return config.device == "cuda" or (config.device == "auto" and gpus >= needed)

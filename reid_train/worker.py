@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 
 import torch
@@ -14,6 +15,20 @@ from data_shards.cache import ShardCache
 UNMEASURED = -1.0
 """The mAP that a checkpoint between evaluations is reported with: below every measured one, and no
 NaN, which Ray's record of a run gives back as null."""
+
+
+class Asked(IntEnum):
+    """What a run is asked to do at its next look at the losses."""
+
+    NOTHING = 0
+    SAVE = 1
+    """Write a checkpoint and go on: a machine will be taken away."""
+    STOP = 2
+    """Write a checkpoint and end."""
+
+
+class Stopped(Exception):
+    """The run ends early, as it was asked to; every rank raises it at the same step."""
 
 
 @dataclass
@@ -30,6 +45,8 @@ class Worker:
     """Takes values to track at a global step; called on rank 0."""
     show: Callable[[dict[str, object]], None] = lambda state: None
     """Takes the state of progress for a person; called on rank 0."""
+    asked: Callable[[], Asked] = lambda: Asked.NOTHING
+    """What the run is asked to do; every rank calls it equally often, the first rank's counts."""
     scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
     """Where checkpoints are written before they are reported."""
 

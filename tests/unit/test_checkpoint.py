@@ -57,7 +57,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple]:
         model, regularizer, optimizer = trained(0)
     history = History(tensor_names=list(regularizer.names), tensor_kinds=list(regularizer.kinds))
     history.add_step(1, {"loss/total": 2.5})
-    history.add_evaluation(1, {"mAP": 0.25})
+    history.add_evaluation(1, {"mAP": 0.25}, 1)
     history.add_factors(1, regularizer.factor_vector().detach().numpy())
     folder = tmp_path_factory.mktemp("checkpoint") / "original"
     save(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from processes import run_workers
 from safetensors.torch import load_file
-from tiny import Recorded, build_dataset, config, make_worker, narrow_resnet18
+from tiny import Recorded, build_dataset, config, make_worker, narrow_resnet18, run, state
 from torch import nn
 from torchvision.models import resnet
 
@@ -20,33 +19,17 @@ from data_shards.dataset import Dataset
 from data_shards.errors import DataError
 from data_shards.loader import train_batches
 from reid_train import augment, build, validation
-from reid_train.checkpoint import MODEL, SEAL, TRAINING, Checkpoint
+from reid_train.checkpoint import MODEL, TRAINING, Checkpoint
 from reid_train.config import TrainConfig
-from reid_train.history import History
 from reid_train.loop import epoch_plan, train
 from reid_train.losses import batch_hard_triplet, label_smoothing_cross_entropy
 from reid_train.worker import UNMEASURED
 
+pytestmark = pytest.mark.usefixtures("small_and_quick")
 WORLD = 2
 # Adam's first steps are the signs of the gradients, whatever their size. A large ε makes it follow
 # them instead, so that rounding stays rounding, and what is clipped is seen.
 SMOOTH = {"optimizer__epsilon": 1.0, "optimizer__learning_rate": 0.01}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_and_quick() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet, "resnet18", narrow_resnet18)
-        yield
-    torch.set_num_threads(before)
-
-
-def run(dataset: Dataset, settings: TrainConfig, scratch: Path, start: Path | None = None):
-    worker, recorded = make_worker(dataset, scratch)
-    train(settings, dataset, worker, start)
-    return recorded
 
 
 class Enough(Exception):
@@ -83,20 +66,6 @@ CHECKPOINTS = 9  # one after each step: 3 epochs of 3
 def uninterrupted(tiny_dataset: Dataset) -> Iterator[list[Path]]:
     with tempfile.TemporaryDirectory() as folder:
         yield run(tiny_dataset, RESUMED, Path(folder)).checkpoints
-
-
-def state(folder: Path) -> dict[str, object]:
-    """All that a checkpoint says, but for how fast it was: equal means bitwise equal."""
-    seal = json.loads((folder / SEAL).read_text())
-    history = History.load(folder / "history.safetensors")
-    steps = {k: v for k, v in history.steps.items() if k != "images_per_second"}
-    return {
-        "files": {name: seal[name] for name in (MODEL, TRAINING, "config.json")},
-        "progress": Checkpoint.open(folder).progress,
-        "steps": np.array([steps[name] for name in sorted(steps)]).tobytes(),
-        "evaluations": history.evaluations,
-        "factors": [values.tobytes() for values in history.factors()],
-    }
 
 
 @pytest.mark.parametrize("step", range(CHECKPOINTS - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from torchvision.models import resnet
 from data_shards.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
+from reid_train.checkpoint import MODEL, SEAL, TRAINING, Checkpoint
 from reid_train.config import TrainConfig
+from reid_train.history import History
+from reid_train.loop import train
 from reid_train.recipes import recipe
 from reid_train.worker import Worker
 
@@ -111,3 +115,26 @@ def make_worker(
 def config(**changes: object) -> TrainConfig:
     """The tiny configuration with changes."""
     return CONFIG.replace(**changes)
+
+
+def run(
+    dataset: Dataset, settings: TrainConfig, scratch: Path, start: Path | None = None
+) -> Recorded:
+    """Train to the end in this process."""
+    worker, recorded = make_worker(dataset, scratch)
+    train(settings, dataset, worker, start)
+    return recorded
+
+
+def state(folder: Path) -> dict[str, object]:
+    """All that a checkpoint says, but for how fast it was: equal means bitwise equal."""
+    seal = json.loads((folder / SEAL).read_text())
+    history = History.load(folder / "history.safetensors")
+    steps = {k: v for k, v in history.steps.items() if k != "images_per_second"}
+    return {
+        "files": {name: seal[name] for name in (MODEL, TRAINING, "config.json")},
+        "progress": Checkpoint.open(folder).progress,
+        "steps": np.array([steps[name] for name in sorted(steps)]).tobytes(),
+        "evaluations": history.evaluations,
+        "factors": [values.tobytes() for values in history.factors()],
+    }

@@ -1,0 +1,75 @@
+"""What Ray Train shall do about failures and comings and goings that it has no settings for.
+
+The only file that derives from Ray's own classes; it holds for the Ray of `constraints.txt`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from data_shards.errors import ReidError
+
+logger = logging.getLogger(__name__)
+
+
+class ResilientTrainer(TorchTrainer):
+    """TorchTrainer that retries no error raised on purpose, and whose world size divides the batch.
+
+    Its driver handles signals itself, see `signals.py`.
+    """
+
+    def _initialize_and_run_controller(self, **arguments):
+        arguments["failure_policy"] = _PermanentErrors(
+            self.run_config.failure_config or FailureConfig()
+        )
+        if self.scaling_config.elasticity_enabled:
+            batch = (self.train_loop_config or {})["batch_size"]
+            arguments["scaling_policy"] = _Divisors(self.scaling_config, batch)
+        return super()._initialize_and_run_controller(**arguments)
+
+    def _register_sigint_handler(self, controller) -> None:
+        pass
+
+
+class _PermanentErrors(DefaultFailurePolicy):
+    """Retries what a machine may have caused; an error raised on purpose would only recur."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if on_purpose(training_failed_error):
+            return FailureDecision.RAISE
+        decision = super().make_decision(training_failed_error)
+        if isinstance(training_failed_error, WorkerGroupError):
+            for rank, failure in sorted(training_failed_error.worker_failures.items()):
+                lines = str(failure).strip().splitlines() or [type(failure).__name__]
+                logger.warning("rank %d failed: %s (%s)", rank, lines[0], decision.value.lower())
+        return decision
+
+
+class _Divisors(ElasticScalingPolicy):
+    """As many workers as there is room for and as share the global batch equally."""
+
+    def __init__(self, scaling_config: ScalingConfig, batch: int) -> None:
+        super().__init__(scaling_config)
+        self._batch = batch
+
+    def _count_possible_workers(self, reserved_resources) -> int:
+        room = super()._count_possible_workers(reserved_resources)
+        return next((n for n in range(room, 0, -1) if self._batch % n == 0), 0)
+
+
+def on_purpose(error: Exception) -> ReidError | None:
+    """The controller's or the first worker's `ReidError`, if there is one."""
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, ReidError):
+        return error.controller_failure
+    if isinstance(error, WorkerGroupError):
+        for failure in error.worker_failures.values():
+            cause = getattr(failure, "cause", failure)
+            if isinstance(cause, ReidError):
+                return cause
+    return None
