@@ -296,7 +296,8 @@ class _Run:
             }
             self.history.add_step(step, values)
             if worker.rank == 0:
-                worker.log(values, step)
+                times = {"step_seconds": step_seconds, "data_wait_seconds": wait_seconds}
+                worker.log(values | times, step)
         self._watch_factors(steps)
         if worker.rank == 0:
             worker.show(
