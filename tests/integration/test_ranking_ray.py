@@ -87,7 +87,7 @@ def test_three_workers_rank_as_one_process_does(files, metric):
 
 def test_three_workers_rerank_as_one_process_does(files, monkeypatch):
     # Small enough that each of the three has several.
-    monkeypatch.setattr(neighbours, "TILE", 256)
+    monkeypatch.setattr(neighbours, "TILE", 20)
     monkeypatch.setattr(reranking, "CHUNK", 16)
     query, gallery, labels = files.read("query"), files.read("gallery"), files.labels
     expected = rank_distances(rerank(query, gallery), labels)

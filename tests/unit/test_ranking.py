@@ -170,13 +170,28 @@ def test_a_product_less_precise_than_float32_is_noticed(monkeypatch):
         return product(*operands).bfloat16().float()
 
     monkeypatch.setattr(ranking, "quick_scores", rounded)
+    threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="is a lower precision forced on it"):
         golden_rank()
+    assert torch.get_num_threads() == threads
 
 
 def test_chunks_do_not_change_a_bit():
     whole, parts = golden_rank(), golden_rank(chunk=7)
     np.testing.assert_array_equal(whole.average_precision, parts.average_precision)
+
+
+def test_threads_do_not_change_a_bit_and_are_given_back():
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(golden_rank(chunk=7).average_precision)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(*results)
 
 
 def test_queries_without_a_match_are_left_out_of_the_means():

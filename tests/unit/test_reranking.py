@@ -60,13 +60,17 @@ def test_golden_metrics_are_matched():
     metric=st.sampled_from(sorted(METRICS)),
     tile=st.sampled_from([5, 16, 2048]),
     chunk=st.sampled_from([4, 512]),
+    kept=st.sampled_from([0, 1 << 28]),
 )
-def test_sparse_reranking_equals_dense(seed, queries, gallery, k1, k2, weight, metric, tile, chunk):
+def test_sparse_reranking_equals_dense(
+    seed, queries, gallery, k1, k2, weight, metric, tile, chunk, kept
+):
     both = drawn(seed, queries + gallery, metric)
     query, base = both[:queries], both[queries:]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "TILE", tile)
         patch.setattr(reranking, "CHUNK", chunk)
+        patch.setattr(reranking, "KEPT", kept)
         found = reranked(query, base, ReRanking(k1, k2, weight), metric)
     expected = dense_reranking(query, base, metric, k1, k2, weight)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -90,9 +94,10 @@ def test_images_all_alike_are_all_equally_far():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("tile", [64, 512])  # too few strips to know limits early, and enough
 @pytest.mark.parametrize("metric", sorted(METRICS))
-def test_nearest_neighbours_are_the_first_of_a_stable_sort(monkeypatch, metric):
-    monkeypatch.setattr(neighbours, "TILE", 64)
+def test_nearest_neighbours_are_the_first_of_a_stable_sort(monkeypatch, metric, tile):
+    monkeypatch.setattr(neighbours, "TILE", tile)
     rows = drawn(1, 700, metric)
     found = nearest_neighbours(Side.of(rows), 12, METRICS[metric], all_pairs(700))
     order = np.argsort(dense_scores(rows, rows, metric), axis=1, kind="stable")
@@ -109,6 +114,18 @@ def test_neighbours_from_parts_of_the_tiles_merge_to_the_same_bits(monkeypatch):
     np.testing.assert_array_equal(merged.index, whole.index)
     np.testing.assert_array_equal(merged.score, whole.score)
     np.testing.assert_array_equal(merged.furthest, whole.furthest)
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+@pytest.mark.parametrize("queries", [1, 63, 64, 65, 200])
+def test_scores_kept_and_computed_again_give_the_same_bits(monkeypatch, metric, queries):
+    monkeypatch.setattr(neighbours, "TILE", 64)
+    monkeypatch.setattr(reranking, "CHUNK", 10)
+    rows = np.random.default_rng(0).standard_normal((300, 32)).astype(np.float32)
+    kept = reranked(rows[:queries], rows[queries:], metric=metric)
+    monkeypatch.setattr(reranking, "KEPT", 0)
+    again = reranked(rows[:queries], rows[queries:], metric=metric)
+    np.testing.assert_array_equal(kept, again)
 
 
 def test_progress_reaches_its_end():
