@@ -1,7 +1,8 @@
 """A run's folder, `<output>/<name>/`, and what its `run.json` says of it.
 
 Beside `run.json` lie the checkpoints that Ray Train keeps (the two best by mAP and the last), Ray's
-own snapshot of them, and the report. A name is taken once; `--resume` continues the run that has it.
+own snapshot of them, and the report. A name is taken once; `--resume` continues the run that has
+it.
 """
 
 from __future__ import annotations
