@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -130,14 +131,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         patch.delenv("RAY_ADDRESS", raising=False)
         yield place
         for child in psutil.Process().children(recursive=True):
-            if "faulty.py" in " ".join(child.cmdline()):
-                child.kill()
+            with contextlib.suppress(psutil.Error):
+                if str(FAULTY) in child.cmdline():
+                    child.kill()
 
 
 @pytest.fixture(scope="module")
 def cluster(place: Place) -> Iterator[Cluster]:
     """A head and two nodes of one CPU, all on this machine."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1)
