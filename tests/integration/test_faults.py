@@ -129,6 +129,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_agent_register_timeout_ms", "300000")  # a busy machine starts slowly
         yield place
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
