@@ -76,11 +76,11 @@ def _follow(board, console: Console, asked: Stop, stop: threading.Event) -> None
         while True:
             finished = stop.wait(0.5)
             try:
-                reading = board.read.remote(seen, asked.signal is not None)
-                state, evaluations = ray.get(reading, timeout=5)
+                ending = asked.signal is not None
+                state, evaluations = ray.get(board.read.remote(seen, ending), timeout=5)
             except ray.exceptions.RayError:
                 return
-            if asked.signal is not None and not told:
+            if ending and not told:
                 told = True
                 console.print("stopping: a checkpoint first", highlight=False)
             for evaluation in evaluations:

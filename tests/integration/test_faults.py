@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -128,16 +129,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_agent_register_timeout_ms", "300000")  # a busy machine starts slowly
         yield place
         for child in psutil.Process().children(recursive=True):
-            if "faulty.py" in " ".join(child.cmdline()):
-                child.kill()
+            with contextlib.suppress(psutil.Error):
+                if str(FAULTY) in child.cmdline():
+                    child.kill()
 
 
 @pytest.fixture(scope="module")
 def cluster(place: Place) -> Iterator[Cluster]:
     """A head and two nodes of one CPU, all on this machine."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1)
@@ -171,7 +176,7 @@ def survivor(quiet: Place) -> dict[str, str]:
         for name in ("kill-forward-1-3", "kill-reduce-0-7", "kill-upload-0-9", "freeze-1-15")
     ]
     gate, late = fault(place, "gate-0-19"), fault(place, "gate-0-25")
-    more = ["--workers", "2", "--checkpoint.max-failures", "5", "--checkpoint.hang-seconds", "40"]
+    more = ["--workers", "2", "--checkpoint.max-failures", "5", "--checkpoint.hang-seconds", "60"]
     driver = Driver.start(place, place.train("survivor", *more))
     driver.wait_for(gate.exists)
     assert all(done.exists() for done in workers)
@@ -198,7 +203,7 @@ def test_killed_and_frozen_workers_are_named_and_replaced(survivor):
     said = survivor["killed"]
     assert said.count("rank 1 failed") >= 2, said  # killed, and frozen
     assert said.count("rank 0 failed") >= 2, said  # killed twice
-    assert "hanging" in said or "rank 0 failed: " in said
+    assert "A worker health check has been hanging" in said  # the frozen one
     assert "continuing at epoch" in said
 
 
@@ -209,9 +214,9 @@ def test_second_driver_of_a_run_is_refused(survivor):
 
 def test_stopped_driver_leaves_a_checkpoint_and_says_how_to_go_on(survivor):
     assert survivor["stopped"].startswith("exit 143\n"), survivor["stopped"]
-    assert "stopped by SIGTERM with a checkpoint after step 26" in survivor["stopped"]
+    assert "stopped by SIGTERM with a checkpoint after step 25" in survivor["stopped"]
     assert "--resume --name survivor" in survivor["stopped"]
-    assert survivor["checkpoint"] == "26"  # no multiple of `checkpoint.every_steps`
+    assert survivor["checkpoint"] == "25"  # no multiple of `checkpoint.every_steps`
 
 
 def test_resumed_run_ends_bitwise_as_the_quiet_one(quiet, survivor):

@@ -159,7 +159,7 @@ def lives(url: str, folder: str, ends: list[tuple[int, int]]) -> Seen:
     return seen
 
 
-@settings(max_examples=2, **QUICK)
+@settings(max_examples=1, **QUICK)
 @given(steps=st.sampled_from([(1, 3), (1, 7), (3, 5), (3, 7)]))
 def test_run_continued_by_another_number_of_workers_sees_the_same_batches_and_losses(
     tiny_dataset, steps
