@@ -1,0 +1,215 @@
+"""Sweeps on a real Ray cluster: what is stopped, what is lost, what is continued.
+
+All share one cluster of a head and two nodes of one CPU each.
+"""
+
+from __future__ import annotations
+
+import csv
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from PIL import Image
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+from data_shards.build import build
+from data_shards.cache import ShardCache
+from data_shards.dataset import Dataset
+from data_shards.storage import open_storage
+from reid_train.checkpoint import MODEL, Checkpoint
+from reid_train.config import TrainConfig
+from reid_train.loop import train
+from reid_train.recipes import recipe
+from reid_train.worker import Worker
+from tune import runner
+from tune.board import TrialBoard
+from tune.book import Book, Trial
+from tune.population import Population
+from tune.space import AMPLITUDE
+from tune.space import build as build_space
+from tune.study import Study
+
+PATIENCE = 240.0
+"""Seconds that a busy machine may take for what takes a few."""
+STEPS = 2
+EPOCHS = 6
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes of one CPU each, beside a head without any."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        for _ in range(2):
+            started.add_node(num_cpus=1)
+        ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
+        yield started
+        ray.shutdown()
+        started.shutdown()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Trains in seconds on random pictures."""
+    folder, rng, rows = tmp_path_factory.mktemp("tune"), np.random.default_rng(0), []
+    for pid in range(10):
+        for camid in range(4):
+            name = f"{pid}-{camid}.png"
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / name)
+            split = "train" if pid < 4 else "query" if camid == 0 else "gallery"
+            rows.append((name, pid, camid, split))
+    with (folder / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "pid", "camid", "split"), *rows])
+    build("csv", folder / "table.csv", str(folder / "shards"), jobs=1)
+    return recipe("demo").replace(
+        data=str(folder / "shards"),
+        output=str(folder / "runs"),
+        image__height=32,
+        image__width=32,
+        batch__identities=2,
+        batch__images=2,
+        batch__steps_per_epoch=STEPS,
+        model__stripes=0,
+        optimizer__epochs=EPOCHS,
+        evaluation__every=1,
+        evaluation__initial=False,
+        evaluation__mirror=False,
+        loader__cache=folder / "cache",
+        tracking__every_steps=1,
+        device="cpu",
+    )
+
+
+def processes(title: str, folder: str) -> list[psutil.Process]:
+    """Ray's processes of that title which work in a folder whose name begins so."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = " ".join(process.cmdline())
+            if words.startswith(title) and Path(process.cwd()).name.startswith(folder):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """Wait until something holds; return it."""
+    start = time.monotonic()
+    while not (found := condition()):
+        assert time.monotonic() - start < PATIENCE, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def steps_of(trial: Trial, folder: str) -> list[int]:
+    """Steps in the curve that a trial's last checkpoint holds."""
+    last = trial.evaluations[-1]
+    history = Checkpoint.open(Path(folder, last["run"], last["checkpoint"])).history()
+    return history.steps["step"]
+
+
+# --- a trial that is stopped, and a population after it ------------------------------------------
+
+
+class _StopsTheFirst:
+    """In place of successive halving: stops trial 0 at its first evaluation."""
+
+    def __init__(self) -> None:
+        self.freed_after = float("nan")
+        self.watch = threading.Thread(target=self._look)
+
+    def stops(self, trial: Trial, evaluation: dict) -> bool:
+        if trial.number == 0:
+            self._worker = processes("ray::RayTrainWorker", "trial-000")
+            self.watch.start()
+        return trial.number == 0
+
+    def _look(self) -> None:
+        start = time.monotonic()
+        wait_for(lambda: not any(worker.is_running() for worker in self._worker))
+        self.freed_after = time.monotonic() - start
+
+
+@dataclass
+class Evolved:
+    """A trial of endless length that was stopped, and a population of two in two rounds."""
+
+    trials: list[Trial]
+    config: TrainConfig
+    halving: _StopsTheFirst
+
+
+@pytest.fixture(scope="module")
+def evolved(cluster: Cluster, base: TrainConfig) -> Evolved:
+    config = base.replace(output=f"{base.output}/evolved", tracking__uri="off", optimizer__epochs=2)
+    endless = Trial(0, {"optimizer.epochs": 100_000})
+    population = Population(
+        2, 1, build_space({AMPLITUDE: "uniform(0.01, 0.02)"}, config), config, 1
+    )
+    halving = _StopsTheFirst()
+    book = Book(open_storage(config.output))
+    study = Study(book, config, [endless], population, halving)  # type: ignore[arg-type]
+    runner.run(study, TrialBoard.remote(), 2)  # type: ignore[attr-defined]
+    halving.watch.join(PATIENCE)
+    return Evolved(study.trials, config, halving)
+
+
+def test_a_stopped_trial_frees_its_workers_at_once(evolved: Evolved):
+    assert evolved.trials[0].state == "stopped"
+    assert evolved.trials[0].epoch < 20
+    assert len(evolved.halving._worker) == 1
+    assert evolved.halving.freed_after < 20
+
+
+def test_a_population_continues_from_checkpoints_exactly(evolved: Evolved, tmp_path: Path):
+    """A donor's next round is bit for bit the training that was never cut in two."""
+    members = evolved.trials[1:]
+    assert [trial.state for trial in members] == ["finished", "finished"]
+    loser = next(trial for trial in members if trial.changes[1]["from"] is not None)
+    donor = evolved.trials[loser.changes[1]["from"]]
+    assert donor.changes[1]["from"] is None
+    assert loser.changes[1]["values"] != donor.values
+
+    def checkpoint(trial: Trial, epoch: int) -> Path:
+        made = next(e for e in trial.evaluations if e["epoch"] == epoch)
+        return Path(evolved.config.output, made["run"], made["checkpoint"])
+
+    # The loser's curves begin with the donor's, λ and all.
+    took = Checkpoint.open(checkpoint(loser, 2)).history()
+    gave = Checkpoint.open(checkpoint(donor, 1)).history()
+    assert took.steps["loss/total"][:STEPS] == gave.steps["loss/total"]
+    assert took.evaluations["mAP"][0] == gave.evaluations["mAP"][0]
+    np.testing.assert_array_equal(took.factors()[1][: len(gave.factor_rows)], gave.factors()[1])
+
+    whole = uncut(donor.config(evolved.config), tmp_path)
+    part = load_file(checkpoint(donor, 2) / MODEL)
+    for name, tensor in load_file(whole / MODEL).items():
+        assert torch.equal(part[name], tensor), name
+
+
+def uncut(config: TrainConfig, scratch: Path) -> Path:
+    """Train in this process from the first step to the last; the last checkpoint."""
+    dataset, folders = Dataset.open(config.data), []
+
+    def report(metrics: dict[str, float], folder: Path | None) -> None:
+        folders.append(folder)
+
+    cache = ShardCache(dataset.storage, config.loader.cache, 10**9)
+    worker = Worker(0, 1, torch.device("cpu"), cache, report=report, scratch=scratch)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(config, dataset, worker)
+    torch.set_num_threads(threads)
+    return folders[-1]
