@@ -6,6 +6,7 @@ All share one cluster of a head and two nodes of one CPU each.
 from __future__ import annotations
 
 import csv
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +21,13 @@ import ray
 import torch
 from PIL import Image
 from ray.cluster_utils import Cluster
+from rich.console import Console
 from safetensors.torch import load_file
 
 from data_shards.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
+from data_shards.errors import ConfigError
 from data_shards.storage import open_storage
 from reid_train.checkpoint import MODEL, Checkpoint
 from reid_train.config import TrainConfig
@@ -35,9 +38,12 @@ from tune import runner
 from tune.board import TrialBoard
 from tune.book import Book, Trial
 from tune.population import Population
-from tune.space import AMPLITUDE
+from tune.proposals import Listed
+from tune.settings import Sweep
+from tune.space import AMPLITUDE, LEARNING_RATE
 from tune.space import build as build_space
 from tune.study import Study
+from tune.sweep import sweep
 
 PATIENCE = 240.0
 """Seconds that a busy machine may take for what takes a few."""
@@ -213,3 +219,46 @@ def uncut(config: TrainConfig, scratch: Path) -> Path:
     train(config, dataset, worker)
     torch.set_num_threads(threads)
     return folders[-1]
+
+
+# --- what is not retried for ever, and resources --------------------------------------------------
+
+
+SETTINGS = Sweep(
+    trials=4,
+    searcher="random",
+    scheduler="none",
+    constant_factors=(),
+    ranges={AMPLITUDE: "loguniform(1e-4, 5e-2)", LEARNING_RATE: "choice(0.0005, 1e30)"},
+)
+
+
+def test_a_trial_lost_too_often_is_given_up_with_the_reason(cluster, base, monkeypatch):
+    monkeypatch.setattr(runner, "RETRIES", 0)
+    config = base.replace(output=f"{base.output}/lost", tracking__uri="off")
+    study = Study(Book(open_storage(config.output)), config, [Trial(0, {})], Listed())
+
+    def kill() -> None:
+        (process,) = wait_for(lambda: processes("ray::ImplicitFunc", "000-"))
+        process.kill()
+
+    assassin = threading.Thread(target=kill)
+    assassin.start()
+    runner.run(study, TrialBoard.remote(), 1)  # type: ignore[attr-defined]
+    assassin.join(PATIENCE)
+    assert study.trials[0].state == "failed"
+    assert study.trials[0].reason.startswith("given up after 1 tries: ")
+    assert Book(open_storage(config.output)).trials() == study.trials
+
+
+def test_workers_that_cannot_fit_are_an_error_before_anything_starts(cluster, base):
+    too_many = base.replace(workers=4, name="too-many")
+    with pytest.raises(ConfigError, match=r"needs 4 CPUs and the cluster has 2"):
+        sweep(SETTINGS, too_many, console=Console(file=io.StringIO()))
+    assert not Path(base.output, "too-many").exists()
+
+
+def test_as_many_trials_run_together_as_fit(cluster, base):
+    assert runner.slots(base, None) == 2
+    assert runner.slots(base, 1) == 1
+    assert runner.slots(base.replace(workers=2), None) == 1
