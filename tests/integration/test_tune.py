@@ -1,12 +1,17 @@
 """Sweeps on a real Ray cluster: what is stopped, what is lost, what is continued.
 
-All share one cluster of a head and two nodes of one CPU each.
+Two sweeps share one cluster of a head and two nodes of one CPU each. The first has a trial that is
+stopped and a population; of the second the driver, a trial's process and a node are killed.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +24,7 @@ import psutil
 import pytest
 import ray
 import torch
+from mlflow import MlflowClient
 from PIL import Image
 from ray.cluster_utils import Cluster
 from rich.console import Console
@@ -43,7 +49,7 @@ from tune.settings import Sweep
 from tune.space import AMPLITUDE, LEARNING_RATE
 from tune.space import build as build_space
 from tune.study import Study
-from tune.sweep import sweep
+from tune.sweep import Outcome, sweep
 
 PATIENCE = 240.0
 """Seconds that a busy machine may take for what takes a few."""
@@ -221,8 +227,7 @@ def uncut(config: TrainConfig, scratch: Path) -> Path:
     return folders[-1]
 
 
-# --- what is not retried for ever, and resources --------------------------------------------------
-
+# --- a sweep whose driver, trial and node are killed ---------------------------------------------
 
 SETTINGS = Sweep(
     trials=4,
@@ -231,6 +236,172 @@ SETTINGS = Sweep(
     constant_factors=(),
     ranges={AMPLITUDE: "loguniform(1e-4, 5e-2)", LEARNING_RATE: "choice(0.0005, 1e30)"},
 )
+SEED = 3
+"""With it the first trial that is drawn has the learning rate which diverges, the next has not."""
+DRIVER = """
+import sys
+from reid_train.config import TrainConfig
+from tune.settings import Sweep
+from tune.sweep import sweep
+sweep(Sweep.model_validate_json(sys.argv[1]), TrainConfig.from_json(sys.argv[2]))
+"""
+
+
+@dataclass
+class Survived:
+    """A sweep whose driver was killed and whose command was given again, and once more."""
+
+    folder: str
+    before: list[Trial]
+    outcome: Outcome
+    again: Outcome
+    text: str
+    uri: str
+
+
+@pytest.fixture(scope="module")
+def survived(cluster: Cluster, base: TrainConfig) -> Survived:
+    config = base.replace(name="sweep", seed=SEED)
+    folder = f"{config.output}/{config.name}"
+    book = Book(open_storage(folder))
+
+    def trial(number: int) -> Trial | None:
+        return next((t for t in book.trials() if t.number == number), None)
+
+    def evaluated(number: int) -> bool:
+        found = trial(number)
+        return found is not None and bool(found.evaluations)
+
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER, SETTINGS.model_dump_json(), config.to_json()],
+        env=os.environ | {"RAY_ADDRESS": cluster.address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as driver:
+
+        def finished() -> bool:
+            assert driver.poll() is None, driver.communicate()[1].decode()
+            return any(t.state == "finished" for t in book.trials())
+
+        wait_for(finished)
+        driver.kill()
+    before = book.trials()
+    wait_for(lambda: not processes("ray::RayTrainWorker", "trial-"))
+
+    killed: list[int] = []
+
+    def kill() -> None:
+        """The process of trial 3 after its first evaluation, then the node of its worker."""
+        wait_for(lambda: evaluated(3))
+        for process in processes("ray::ImplicitFunc", "003-"):
+            process.kill()
+            killed.append(process.pid)
+        (worker,) = wait_for(lambda: processes("ray::RayTrainWorker", "trial-003"))
+        raylet = worker.parent()
+        assert raylet is not None
+        (node,) = (
+            node
+            for node in cluster.worker_nodes
+            if node.all_processes["raylet"][0].process.pid == raylet.pid
+        )
+        cluster.remove_node(node, allow_graceful=False)
+        killed.append(raylet.pid)
+        cluster.add_node(num_cpus=1)
+
+    assassin = threading.Thread(target=kill)
+    assassin.start()
+    text = io.StringIO()
+    outcome = sweep(SETTINGS, config, console=Console(file=text, width=200))
+    assassin.join(PATIENCE)
+    assert len(killed) == 2
+    again = sweep(SETTINGS, config, console=Console(file=io.StringIO()))
+    uri = f"sqlite:///{base.output}/mlflow.db"
+    return Survived(folder, before, outcome, again, text.getvalue(), uri)
+
+
+def test_a_killed_driver_is_continued_and_nothing_is_run_twice(survived: Survived):
+    trials = survived.outcome.trials
+    assert [t.label for t in trials] == ["paper", "no L2", "", ""]
+    assert 1 <= len(survived.before) < 4
+    assert "finished" in {trial.state for trial in survived.before}
+    for was, now in zip(survived.before, trials, strict=False):
+        assert was.began == now.began
+        assert was.mlflow_run_id == now.mlflow_run_id
+        if was.state == "finished":
+            assert was == now
+    for trial in trials:
+        if trial.state == "finished":
+            assert steps_of(trial, survived.folder) == list(range(1, EPOCHS * STEPS + 1))
+
+
+def test_a_diverging_trial_is_marked_with_the_reason_and_the_sweep_goes_on(survived: Survived):
+    assert [t.state for t in survived.outcome.trials] == [
+        "finished",
+        "finished",
+        "failed",
+        "finished",
+    ]
+    trial = survived.outcome.trials[2]
+    assert "the loss is not finite at step" in trial.reason
+    assert "--resume" not in trial.reason
+    assert not trial.evaluations
+
+
+def test_a_trial_whose_process_and_node_were_lost_goes_on_from_its_checkpoint(survived: Survived):
+    trial = survived.outcome.trials[3]
+    assert trial.state == "finished"
+    # One curve without a gap or a step seen twice: what came before the kills is in it.
+    assert steps_of(trial, survived.folder) == list(range(1, EPOCHS * STEPS + 1))
+
+
+def test_a_finished_sweep_given_again_trains_nothing(survived: Survived):
+    assert survived.again.trials == survived.outcome.trials
+    assert survived.again.model == survived.outcome.model
+
+
+def test_the_ranking_the_command_and_where_to_look_are_shown(survived: Survived):
+    for word in ("ranking", "trial-003", "no L2", survived.outcome.command, "mlflow ui"):
+        assert word in survived.text
+
+
+def test_mlflow_has_a_parent_with_pictures_and_a_child_a_trial(survived: Survived):
+    client = MlflowClient(survived.uri)
+    parent_id = json.loads(Path(survived.folder, "mlflow.json").read_text())["run_id"]
+    parent = client.get_run(parent_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["best"] in {t.name for t in survived.outcome.trials}
+    names = {Path(item.path).stem for item in client.list_artifacts(parent_id, "report")}
+    assert {"landscape", "parallel", "importance", "factors", "timeline", "ranking"} <= names
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent_id}'"
+    )
+    assert len(children) == 4
+    for child in children:
+        trial = survived.outcome.trials[int(child.data.tags["trial"])]
+        assert child.info.status == ("FAILED" if trial.number == 2 else "FINISHED")
+        assert child.data.tags["state"] == trial.state
+        assert child.data.tags.get("reason", "") == trial.reason
+        amplitude = trial.values.get(AMPLITUDE, 0.005)
+        assert child.data.params["regularization.amplitude"] == str(amplitude)
+        measured = client.get_metric_history(child.info.run_id, "mAP")
+        assert [(m.step, m.value) for m in sorted(measured, key=lambda m: m.step)] == [
+            (e["step"], pytest.approx(e["mAP"])) for e in trial.evaluations
+        ]
+    adaptive = next(c for c in children if c.data.tags["trial"] == "3")
+    assert len(client.get_metric_history(adaptive.info.run_id, "factor/median")) >= EPOCHS
+
+
+def test_the_best_model_is_registered_once_and_is_the_champion(survived: Survived):
+    client = MlflowClient(survived.uri)
+    (version,) = client.search_model_versions("name = 'reid-csv'")
+    best = survived.outcome.entries[0].trial
+    assert version.run_id == best.mlflow_run_id
+    assert float(version.tags["mAP"]) == pytest.approx(best.score)
+    assert survived.outcome.champion
+    assert client.get_model_version_by_alias("reid-csv", "champion").version == version.version
+
+
+# --- what is not retried for ever, and resources --------------------------------------------------
 
 
 def test_a_trial_lost_too_often_is_given_up_with_the_reason(cluster, base, monkeypatch):
