@@ -5,10 +5,15 @@ The only file that derives from Ray's own classes; it holds for the Ray of `cons
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+from collections.abc import Iterator
 
+import ray
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
@@ -31,10 +36,30 @@ class ResilientTrainer(TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             batch = (self.train_loop_config or {})["batch_size"]
             arguments["scaling_policy"] = _Divisors(self.scaling_config, batch)
-        return super()._initialize_and_run_controller(**arguments)
+        with _named_cluster():
+            return super()._initialize_and_run_controller(**arguments)
 
     def _register_sigint_handler(self, controller) -> None:
         pass
+
+
+@contextlib.contextmanager
+def _named_cluster() -> Iterator[None]:
+    """Let Ray Train's actors know which cluster they are in.
+
+    What frees the workers of a run that is gone asks for its controller at the address in the
+    environment, or else at any cluster that it finds on the machine, where it may wait in vain.
+    """
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
 
 
 class _PermanentErrors(DefaultFailurePolicy):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import ray
 from ray import tune
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallback
 
@@ -29,7 +26,6 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
         task: `number`, `config` (JSON), `run_id` in MLflow, `start` and `until` (`make_trainer`).
         board: `TrialBoard` actor that shows progress.
     """
-    _name_the_cluster()
     config = TrainConfig.from_json(task["config"])
     trainer = make_trainer(
         config,
@@ -54,16 +50,6 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
         if metrics["mAP"] > UNMEASURED
     ]
     tune.report({"kept": kept})
-
-
-def _name_the_cluster() -> None:
-    """Let Ray Train's actors know which cluster they are in.
-
-    What frees the workers of a stopped trial asks for its controller at the address in the
-    environment, or else at any cluster that it finds on the machine, where it may wait in vain.
-    """
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 class _Report(TuneReportCallback):
