@@ -3,13 +3,16 @@ PYTHON ?= python3.11
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slow lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m cluster demo
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+test-slow: $(VENV)/.installed
+	$(RUN) -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -11,10 +11,10 @@ METRICS = {
     "reid_step_seconds": "Seconds of an optimizer step.",
     "reid_data_wait_seconds": "Seconds of an optimizer step spent waiting for its batch.",
     "reid_loss": "Training loss with the L2 penalty.",
-    "reid_factor": "Regularization factors λ: least, median and greatest of all tensors.",
+    "reid_factor": "Regularization factors (lambda): least, median and greatest of all tensors.",
     "reid_map": "Mean average precision at the last evaluation.",
 }
-"""Name to description; Ray puts `ray_` before the name."""
+"""Name to description, in ASCII for Ray, which puts `ray_` before the name."""
 _SHOWN = {
     "images_per_second": ("reid_images_per_second", ""),
     "step_seconds": ("reid_step_seconds", ""),

@@ -22,7 +22,7 @@ from cluster import local
 from cluster.stack import BUCKET, MARK
 from data_shards.build import build
 
-PATIENCE = 280.0
+PATIENCE = 800.0
 PROJECT = Path(__file__).parents[2]
 DATA, OUTPUT = f"s3://{BUCKET}/people", f"s3://{BUCKET}/runs"
 TINY = ["--recipe", "demo", "--image.height", "32", "--image.width", "16", "--data", DATA]

@@ -20,6 +20,8 @@ from data_shards.dataset import Dataset
 from data_shards.storage import open_storage
 from reid_train.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.slow
+
 DATA, OUTPUT = "s3://nodes/people", "s3://nodes/runs"
 STEPS, EPOCHS = 3, 2
 TINY = ["--recipe", "demo", "--image.height", "32", "--image.width", "16", "--data", DATA]

@@ -40,6 +40,8 @@ from reid_train.recipes import recipe
 from reid_train.run import run
 from reid_train.tracking import connect, local_tracking
 
+pytestmark = pytest.mark.slow
+
 BUCKET = "faults"
 SMALL = recipe("demo").replace(
     workers=1,

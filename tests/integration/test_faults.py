@@ -33,7 +33,7 @@ SMALL = [
     "--tracking.model-name", "off", "--precision", "float32",
 ]  # fmt: skip
 PATIENCE = 480.0  # seconds, for a busy machine
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 from reid_train.history import History
 from reid_train.tracking import Tracker, connect
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class Server:

@@ -46,7 +46,7 @@ def train(name: str, *more: str, data: str = "0", cache: Path) -> subprocess.Com
     command += ["--data", f"s3://{BUCKET}/{data}", "--output", OUTPUT]
     command += ["--loader.cache", str(cache), *more]
     return subprocess.run(
-        command, env=os.environ, capture_output=True, text=True, timeout=280, check=False
+        command, env=os.environ, capture_output=True, text=True, timeout=800, check=False
     )
 
 

@@ -51,6 +51,8 @@ from tune.space import build as build_space
 from tune.study import Study
 from tune.sweep import Outcome, sweep
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 240.0
 """Seconds that a busy machine may take for what takes a few."""
 STEPS = 2
