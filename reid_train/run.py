@@ -13,7 +13,7 @@ from reid_train import lease, preflight
 from reid_train.config import TrainConfig
 from reid_train.publish import Summary, publish, show
 from reid_train.run_folder import Run, claim, prepare, record, tidy
-from reid_train.tracking import Tracker, code_commit, local_tracking
+from reid_train.tracking import Tracker, code_commit, local_tracking, submitted_job
 from reid_train.trainer import fit
 
 
@@ -60,7 +60,7 @@ def _run(config: TrainConfig, dataset: Dataset, saved: Run | None, console: Cons
                 "manifest_digest": dataset.manifest.digest,
                 "evaluation_digest": dataset.manifest.evaluation_digest,
                 "commit": code_commit(),
-                "ray_job": os.environ.get("RAY_JOB_SUBMISSION_ID"),
+                "ray_job": submitted_job(),
             }
         )
         result = fit(config, dataset, tracker.run_id, console=console)

@@ -16,6 +16,7 @@ a run, and a worker joins it by its id to log the steps:
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import re
@@ -358,6 +359,15 @@ def code_commit() -> str | None:
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return git(describe).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def submitted_job() -> str | None:
+    """The submission id of the Ray job that this process is the driver of, if it is one."""
+    try:
+        told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+        return told.get("metadata", {}).get("job_submission_id")
+    except (ValueError, AttributeError):
         return None
 
 
