@@ -15,9 +15,7 @@ from cluster import local
 from cluster.stack import BUCKET
 from data_shards.cli import build_command
 from data_shards.storage import open_storage
-from reid_train.publish import REPORT
 from reid_train.recipes import recipe
-from reid_train.run import run
 
 
 def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
@@ -33,6 +31,10 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
     try:
         addresses = local.start(folder, console=console)
         os.environ |= local.environment(folder)
+        # Ray reads some of these variables as it is imported.
+        from reid_train.publish import REPORT
+        from reid_train.run import run
+
         console.print(f"S3 {addresses.s3}, MLflow {addresses.mlflow}, Ray's dashboard", end=" ")
         console.print(addresses.dashboard, highlight=False)
         console.rule("procedural people, sharded to S3")

@@ -15,14 +15,17 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
 from cluster import local
 from data_shards.errors import ConfigError, ReidError
 from reid_train.tracking import code_commit, redact
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 SETTINGS = (
     "AWS_DEFAULT_REGION",
@@ -147,6 +150,9 @@ def _address(given: str | None) -> str:
 
 
 def _connect(address: str) -> JobSubmissionClient:
+    # Only now: Ray reads the local stack's variables as it is imported.
+    from ray.job_submission import JobSubmissionClient
+
     # Its own lines tell of every file and connection; ours say what matters.
     for name in ("ray", "ray.dashboard", "ray._private.runtime_env.packaging"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -187,9 +193,9 @@ def _asked_to_stop(console: Console) -> bool:
 
 
 def _exit_code(details: JobDetails, console: Console) -> int:
-    if details.status == JobStatus.SUCCEEDED:
+    if details.status == "SUCCEEDED":
         return 0
-    if details.status == JobStatus.STOPPED:
+    if details.status == "STOPPED":
         console.print("the job was stopped")
         return 130
     message = " ".join((details.message or "").split())

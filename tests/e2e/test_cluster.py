@@ -8,14 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import psutil
 import pytest
-import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster import local
@@ -149,31 +147,37 @@ def test_sweep_is_submitted(trained, folder):
     assert "Train the best again" in done.stdout
 
 
+SHOW = """
+import time, urllib.request
+import ray
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def log(self, values):
+        from reid_train.gauges import Gauges
+        Gauges("shown").log(values, 1)
+
+ray.init(log_to_driver=False, logging_level="ERROR")
+worker = Worker.remote()
+ray.get(worker.log.remote({"loss/total": 12.5, "factor/max": 0.002, "other": 1.0}))
+url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+shown = []
+while len(shown) < 2:
+    time.sleep(0.5)
+    lines = urllib.request.urlopen(url, timeout=30).read().decode().splitlines()
+    shown = [line for line in lines if 'run="shown"' in line]
+print(*shown, sep="\\n")
+"""
+
+
 def test_prometheus_is_shown_the_newest_values_of_a_run(folder):
-    @ray.remote(num_cpus=0)
-    class Worker:
-        def log(self, values: dict[str, float]) -> None:
-            from reid_train.gauges import Gauges
-
-            Gauges("shown").log(values, 1)
-
-    ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT)}})
-    try:
-        worker = Worker.remote()
-        ray.get(worker.log.remote({"loss/total": 12.5, "factor/max": 0.002, "other": 1.0}))
-        port = ray.nodes()[0]["MetricsExportPort"]
-        deadline = time.monotonic() + PATIENCE
-        shown: list[str] = []
-        while len(shown) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-                lines = answer.read().decode().splitlines()
-            shown = [line for line in lines if 'run="shown"' in line]
-    finally:
-        ray.shutdown()
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW],
+        cwd=PROJECT, capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    shown = done.stdout.splitlines()
     values = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in shown}
-    assert values == {"ray_reid_loss": 12.5, "ray_reid_factor": 0.002}
+    assert values == {"ray_reid_loss": 12.5, "ray_reid_factor": 0.002}, done.stderr
     assert any('quantile="max"' in line for line in shown)
 
 
