@@ -291,8 +291,6 @@ class _Run:
                 "loss/total": cross_entropy + triplet + penalty,
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "images_per_second": speed,
-                "step_seconds": step_seconds,
-                "data_wait_seconds": wait_seconds,
             }
             self.history.add_step(step, values)
             if worker.rank == 0:
