@@ -253,12 +253,13 @@ def test_down_leaves_nothing_running_and_the_data_where_it_was(trained, folder):
 
 
 def test_stack_that_was_killed_is_started_again_with_its_models(trained, folder):
-    local.start(folder)
+    addresses = local.start(folder)
+    champion = mlflow.MlflowClient(addresses.mlflow).get_model_version_by_alias(MODEL, "champion")
     keeper = psutil.Process(int((folder / "lock").read_text()))
     keeper.kill()
     keeper.wait(30)
     addresses = local.start(folder)
     client = mlflow.MlflowClient(addresses.mlflow)
-    assert client.get_model_version_by_alias(MODEL, "champion").version == "1"
+    assert client.get_model_version_by_alias(MODEL, "champion").version == champion.version
     local.stop(folder)
     assert marked(folder) == []

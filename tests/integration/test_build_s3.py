@@ -57,7 +57,7 @@ def test_killed_build_goes_on_where_it_was(s3, people, tmp_path):
     command += [f"--{k.replace('_', '-')}={v}" for k, v in OPTIONS.items()]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     storage, deadline = open_storage(url), time.monotonic() + 40
-    while not storage.exists("build/train-000002.tar.json"):
+    while not all(storage.exists(f"build/train-00000{n}.tar.json") for n in range(3)):
         assert process.poll() is None, "the build ended before it could be killed"
         assert time.monotonic() < deadline
     os.killpg(process.pid, signal.SIGKILL)

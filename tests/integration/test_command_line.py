@@ -450,7 +450,7 @@ def test_server_that_does_not_answer_is_named_at_once_and_given_up_later(say, mo
     code, said = say("data_shards", "info", "s3://bucket/data")
     assert time.monotonic() - began < 40
     assert code == 4
-    assert "s3://bucket/data/manifest.json on http://127.0.0.1:9: " in caplog.text
+    assert "s3://bucket/data/manifest.json on http://127.0.0.1:9" in caplog.text
     assert "trying again in" in caplog.text
     assert "cannot reach http://127.0.0.1:9" in error_line(said)
     assert "is AWS_ENDPOINT_URL right" in error_line(said)

@@ -100,7 +100,8 @@ def last(recorded: Recorded) -> Path | None:
 
 
 def without_speed(values: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if name != "images_per_second"}
+    speed = {"images_per_second", "step_seconds", "data_wait_seconds"}
+    return {name: value for name, value in values.items() if name not in speed}
 
 
 @dataclass
