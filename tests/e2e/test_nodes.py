@@ -44,7 +44,11 @@ def cluster() -> Iterator[Nodes]:
     ):
         server.create_bucket("nodes")
         given = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 32}
-        given |= {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_DEDUP_LOGS": "0"}
+        given |= {
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "RAY_DEDUP_LOGS": "0",
+            "RAY_worker_niceness": "0",
+        }
         for name, value in (server.environment() | given).items():
             patch.setenv(name, value)
         options = {"identities": 12, "cameras": 2, "images_per_camera": 4}
