@@ -156,7 +156,10 @@ def nearest_neighbours(
         np.full(count, np.inf, np.float32),  # up to which score they are taken
         np.full(count, -np.inf, np.float32),  # the greatest score
     )
-    rest = (tolerance(side, side, metric), k, metric, side.embedding, side.scale)
+    # An error that always holds: what is dropped does not come back for a second look, as it does
+    # in `ranking`. For embeddings that are not nearly one constant this costs next to nothing.
+    slack = tolerance(side, side, metric, certain=True)
+    rest = (slack, k, metric, side.embedding, side.scale)
     scores_of = tile_scores(side, metric)
     for tile in tiles:
         row, column, scores = tile.rows[0], tile.columns[0], scores_of(tile)

@@ -171,7 +171,7 @@ def encode(side: Side, neighbours: Neighbours, settings: ReRanking, metric: int)
     spread = neighbours.furthest.astype(np.float64) + (metric == counting.COSINE)
     furthest = spread**2 if metric == counting.COSINE else spread
     # Where all images are the same, nothing but rounding is left to divide by.
-    furthest[spread <= tolerance(side, side, metric)] = 1.0
+    furthest[spread <= tolerance(side, side, metric, certain=True)] = 1.0
     full, full_count = _reciprocal(neighbours.index, settings.k1)
     half, half_count = _reciprocal(neighbours.index, settings.half)
     widest = min(full.shape[1] * (1 + half.shape[1]), len(furthest))
