@@ -21,8 +21,8 @@ from reid_train.evaluation.measure import (
     Measures,
     Progress,
     measure,
-    memory_needed,
 )
+from reid_train.evaluation.memory import distributed_memory, memory_needed
 
 
 def evaluate_embeddings(
@@ -45,19 +45,43 @@ def evaluate_arrays(
     query: np.ndarray, gallery: np.ndarray, labels: Labels, measures: Measures, console: Console
 ) -> Measurement:
     """Measure embeddings that are in memory, with progress, and show the outcome."""
-    needed = memory_needed(len(query), len(gallery), query.shape[-1], measures)
-    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    console.print(
-        f"{len(query):,} queries × {len(gallery):,} gallery images × {query.shape[-1]:,} "
-        f"dimensions: at most about {needed / 1e9:.1f} GB of memory"
-        f"{' with re-ranking' if measures.rerank else ''}, {available / 1e9:.1f} GB available"
-    )
-    if needed > available:
-        console.print("[yellow]this may not fit; the machine will swap or stop the program")
+    say_needed(len(query), len(gallery), query.shape[-1], measures, console)
     with progress_bars(console) as progress:
         found = measure(query, gallery, labels, measures, progress)
     show(found, console)
     return found
+
+
+def say_needed(
+    queries: int,
+    gallery: int,
+    dimensions: int,
+    measures: Measures,
+    console: Console,
+    *,
+    workers: int = 1,
+) -> None:
+    """Say how much there is to measure and what memory that takes, of this and other processes."""
+    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    if workers == 1:
+        needed = memory_needed(queries, gallery, dimensions, measures)
+        parts = f"{needed / 1e9:.1f} GB of memory"
+    else:
+        shared = distributed_memory(queries, gallery, dimensions, measures, workers)
+        needed = shared.driver + workers * shared.worker + shared.node
+        parts = (
+            f"{shared.driver / 1e9:.1f} GB of memory in the driver, "
+            f"{shared.worker / 1e9:.1f} GB in "
+            f"each of {workers} workers and {shared.node / 1e9:.1f} GB that those of a node share"
+        )
+    console.print(
+        f"{queries:,} queries × {gallery:,} gallery images × {dimensions:,} dimensions: at most "
+        f"about {parts}{' with re-ranking' if measures.rerank else ''}, "
+        f"{available / 1e9:.1f} GB available{' here' if workers > 1 else ''}"
+    )
+    if needed > available:
+        where = " on one machine" if workers > 1 else ""
+        console.print(f"[yellow]this may not fit{where}; the machine will swap or stop the program")
 
 
 def write_measurement(url: str, found: Measurement, source: str) -> None:

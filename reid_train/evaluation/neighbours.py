@@ -38,6 +38,11 @@ class Neighbours:
     score: np.ndarray
     furthest: np.ndarray
 
+    def rows(self, first: int, stop: int) -> Neighbours:
+        """Those of consecutive items, as views."""
+        part = slice(first, stop)
+        return Neighbours(self.index[part], self.score[part], self.furthest[part])
+
     @classmethod
     def merge(cls, parts: list[Neighbours]) -> Neighbours:
         """What `nearest_neighbours` gives for all the tiles of the parts together."""

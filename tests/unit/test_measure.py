@@ -12,7 +12,8 @@ from rich.console import Console
 
 from data_shards.errors import ConfigError, DataError
 from reid_train.evaluation.cli import evaluate_embeddings
-from reid_train.evaluation.measure import Measures, memory_needed
+from reid_train.evaluation.measure import Measures
+from reid_train.evaluation.memory import distributed_memory, memory_needed
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "evaluation.npz"
 
@@ -64,4 +65,20 @@ def test_memory_needed_keeps_within_what_is_promised():
     msmt17 = 11_659, 82_161, 2048
     assert memory_needed(*msmt17, Measures()) < 4e9
     assert memory_needed(*msmt17, Measures(rerank=True)) < 8e9
-    assert memory_needed(3_368, 19_732, 2048, Measures(rerank=True)) < 2e9
+    assert memory_needed(3_368, 19_732, 2048, Measures(rerank=True)) < 2.2e9
+
+
+def test_workers_that_rank_do_not_hold_the_gallery():
+    msmt17 = distributed_memory(11_659, 82_161, 2048, Measures(), workers=8)
+    twice = distributed_memory(11_659, 2 * 82_161, 2048, Measures(), workers=8)
+    assert msmt17 == twice
+
+
+def test_the_driver_does_not_hold_what_is_reranked():
+    needed = [
+        distributed_memory(1000, 50_000, dimensions, Measures(rerank=True), workers=8)
+        for dimensions in (256, 2048)
+    ]
+    assert needed[0].driver == needed[1].driver
+    assert needed[0].worker < needed[1].worker
+    assert needed[0].node < needed[1].node
