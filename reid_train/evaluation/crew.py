@@ -59,7 +59,7 @@ class Crew:
             while left and len(running) < self.workers:
                 number, share = left.popleft()
                 running[task(*given, share)] = number
-            ready, _ = ray.wait(list(running))
+            ready, _ = ray.wait(list(running), fetch_local=False)
             for reference in ready:
                 number = running.pop(reference)
                 yield number, reference

@@ -3,8 +3,8 @@
 Ranking: a worker streams its shares of the gallery's Parquet row groups from storage, and returns
 counts; nobody holds the gallery. Re-ranking, expansion and augmentation compare everything with
 everything: one worker reads all embeddings, each node holds them once in Ray's shared memory, and
-workers share the tiles of the product. The driver holds labels, neighbours' numbers, and, for
-ranking alone, the queries; of everything, it never holds the embeddings.
+workers share the tiles of the product. The driver holds labels, ranks, the numbers of neighbours,
+and no embeddings but, where it only ranks, those of the queries.
 """
 
 from __future__ import annotations
@@ -85,15 +85,11 @@ def measure_distributed(
         if k:
             check_expansion(k, measures.alpha, sizes[1])
     held = crew.one("reading", hold, files)
-    query, gallery = [], []
-    if measures.expand:
-        tiles = query_gallery_pairs(sizes[0], sum(sizes))
-        query = _means(crew, "expansion", held, measures, tiles, sizes[0])
-    if measures.augment:
-        gallery = _means(crew, "augmentation", held, measures, all_pairs(sizes[1]), sizes[1])
     if measures.expand or measures.augment:
+        query = _expand(crew, held, sizes, measures) if measures.expand else []
+        gallery = _augment(crew, held, sizes, measures) if measures.augment else []
         held = crew.one("joining", join, held, len(query), *query, *gallery)
-        del query, gallery
+        del query, gallery  # so that Ray lets go of them
     if measures.rerank:
         result = _rerank(crew, held, matches, sizes, measures)
     else:
@@ -154,23 +150,30 @@ def _rerank(
     return metrics_of(matches.positives(), ranks, measures.max_rank)
 
 
-def _means(
-    crew: Crew,
-    stage: str,
-    held: ray.ObjectRef,
-    measures: Measures,
-    tiles: list[Tile],
-    count: int,
+def _expand(
+    crew: Crew, held: ray.ObjectRef, sizes: tuple[int, int], measures: Measures
 ) -> list[ray.ObjectRef]:
-    """The `count` expanded queries or augmented gallery items: stretches of them, in order."""
-    expand = stage == "expansion"
-    nearest, k = (
-        (nearest_share, measures.expand) if expand else (nearest_gallery_share, measures.augment)
-    )
-    parts = crew.results(f"{stage}: neighbours", nearest, (held, k, COSINE), tiles, _pairs)
-    near = ray.put(reduce(_merge, parts).rows(0, count))
-    given = held, near, measures.alpha, expand
-    found = dict(crew.start(f"{stage}: means", mean_share, given, _stretches(count, 1024), _length))
+    """Expanded queries: references to stretches of them, in order."""
+    tiles = query_gallery_pairs(sizes[0], sum(sizes))
+    given = held, measures.expand, COSINE
+    parts = crew.results("expansion", nearest_share, given, tiles, _pairs)
+    near = ray.put(reduce(_merge, parts).rows(0, sizes[0]))
+    return _means(crew, (held, near, measures.alpha, True), sizes[0])
+
+
+def _augment(
+    crew: Crew, held: ray.ObjectRef, sizes: tuple[int, int], measures: Measures
+) -> list[ray.ObjectRef]:
+    """The augmented gallery: references to stretches of it, in order."""
+    given = held, measures.augment, COSINE
+    parts = crew.results("augmentation", nearest_gallery_share, given, all_pairs(sizes[1]), _pairs)
+    near = ray.put(reduce(_merge, parts))
+    return _means(crew, (held, near, measures.alpha, False), sizes[1])
+
+
+def _means(crew: Crew, given: tuple, count: int) -> list[ray.ObjectRef]:
+    stage = "expanded queries" if given[-1] else "augmented gallery"
+    found = dict(crew.start(stage, mean_share, given, _stretches(count, BLOCK), _length))
     return [found[number] for number in sorted(found)]
 
 
