@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from data_shards.errors import ConfigError, DataError
-from reid_train.evaluation.cli import evaluate_embeddings
+from reid_train.evaluation import commands
+from reid_train.evaluation.cli import evaluate_embeddings, say_needed
 from reid_train.evaluation.measure import Measures
 from reid_train.evaluation.memory import distributed_memory, memory_needed
 
@@ -82,3 +83,15 @@ def test_the_driver_does_not_hold_what_is_reranked():
     assert needed[0].driver == needed[1].driver
     assert needed[0].worker < needed[1].worker
     assert needed[0].node < needed[1].node
+
+
+def test_npz_is_measured_in_one_process_and_that_is_said():
+    console = Console(file=io.StringIO(), width=200)
+    commands.evaluate(commands.Evaluate(embeddings=str(GOLDEN), workers=3), console)
+    assert "an npz file is measured in one process" in console.file.getvalue()
+
+
+def test_what_each_process_of_several_needs_is_said():
+    console = Console(file=io.StringIO(), width=300)
+    say_needed(11_659, 82_161, 2048, Measures(rerank=True), console, workers=3)
+    assert "GB in each of 3 workers" in console.file.getvalue()
