@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import psutil
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -21,8 +22,8 @@ from reid_train.evaluation.measure import (
     Measures,
     Progress,
     measure,
-    memory_needed,
 )
+from reid_train.evaluation.memory import distributed_memory, memory_needed
 
 
 def evaluate_embeddings(
@@ -45,19 +46,43 @@ def evaluate_arrays(
     query: np.ndarray, gallery: np.ndarray, labels: Labels, measures: Measures, console: Console
 ) -> Measurement:
     """Measure embeddings that are in memory, with progress, and show the outcome."""
-    needed = memory_needed(len(query), len(gallery), query.shape[-1], measures)
-    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    console.print(
-        f"{len(query):,} queries × {len(gallery):,} gallery images × {query.shape[-1]:,} "
-        f"dimensions: at most about {needed / 1e9:.1f} GB of memory"
-        f"{' with re-ranking' if measures.rerank else ''}, {available / 1e9:.1f} GB available"
-    )
-    if needed > available:
-        console.print("[yellow]this may not fit; the machine will swap or stop the program")
+    say_needed(len(query), len(gallery), query.shape[-1], measures, console)
     with progress_bars(console) as progress:
         found = measure(query, gallery, labels, measures, progress)
     show(found, console)
     return found
+
+
+def say_needed(
+    queries: int,
+    gallery: int,
+    dimensions: int,
+    measures: Measures,
+    console: Console,
+    *,
+    workers: int = 1,
+) -> None:
+    """Say how much there is to measure and what memory that takes, of this and other processes."""
+    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    memory = "memory with re-ranking" if measures.rerank else "memory"
+    if workers == 1:
+        needed = memory_needed(queries, gallery, dimensions, measures)
+        said = f"{needed / 1e9:.1f} GB of {memory}, {available / 1e9:.1f} GB available"
+    else:
+        parts = distributed_memory(queries, gallery, dimensions, measures, workers)
+        needed = parts.driver + workers * parts.worker + parts.node
+        said = (
+            f"{parts.driver / 1e9:.1f} GB of {memory} in the driver, {parts.worker / 1e9:.1f} GB "
+            f"in each of {workers} workers, and {parts.node / 1e9:.1f} GB that workers of a node "
+            f"share; {available / 1e9:.1f} GB available here"
+        )
+    console.print(
+        f"{queries:,} queries × {gallery:,} gallery images × {dimensions:,} dimensions: at most "
+        f"about {said}"
+    )
+    if needed > available:
+        where = " on one machine" if workers > 1 else ""
+        console.print(f"[yellow]this may not fit{where}; the machine will swap or stop the program")
 
 
 def write_measurement(url: str, found: Measurement, source: str) -> None:
@@ -85,11 +110,15 @@ def show(found: Measurement, console: Console) -> None:
         console.print(f"{found.queries - result.valid:,} queries without a match were left out")
     if found.pairs:
         names = list(next(iter(found.pairs.values())).summary())
-        pairs = Table("query camera", "gallery camera", "queries", title="by camera pair")
+        # Narrow, so that nine columns fit a terminal.
+        pairs = Table(title="by camera pair, in %", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in ("query", "gallery", "queries"):
+            pairs.add_column(name)
         for name in names:
             pairs.add_column(name, justify="right")
         for (a, b), part in found.pairs.items():
-            pairs.add_row(str(a), str(b), f"{part.valid:,}", *_percent(part.summary()))
+            values = [f"{100 * value:.2f}" for value in part.summary().values()]
+            pairs.add_row(str(a), str(b), f"{part.valid:,}", *values)
         console.print(pairs)
 
 

@@ -17,8 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError
 from reid_train.config import LoaderConfig
-from reid_train.evaluation.cli import evaluate_embeddings, show, write_measurement
-from reid_train.evaluation.distributed import rank_distributed, rerank_distributed
+from reid_train.evaluation.cli import (
+    evaluate_embeddings,
+    progress_bars,
+    say_needed,
+    show,
+    write_measurement,
+)
+from reid_train.evaluation.distributed import measure_distributed
 from reid_train.evaluation.embedding_job import embed_dataset
 from reid_train.evaluation.embeddings import EmbeddingFiles
 from reid_train.evaluation.measure import Measurement, Measures
@@ -68,7 +74,7 @@ class Evaluate:
     output: str | None = None
     """Where to write the measurement as JSON; a path or s3://…"""
     workers: int = 1
-    """Ray workers that embed; more than one also share the ranking."""
+    """Ray workers that embed; more than one also share the measuring of Parquet embeddings."""
     gpus: bool = False
     """Give each embedding worker a GPU."""
     tracking_uri: str | None = None
@@ -143,33 +149,18 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
 
 
 def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
-    measures = settings.measures
-    if settings.workers == 1 or url.endswith(".npz"):
+    measures, workers = settings.measures, settings.workers
+    if url.endswith(".npz") and workers > 1:
+        console.print("an npz file is measured in one process; Parquet is what workers share")
+    if url.endswith(".npz") or workers == 1:
         return evaluate_embeddings(url, measures, console)
-    if measures.expand or measures.augment or measures.camera_pairs or measures.false_accept_rates:
-        raise ConfigError(
-            "expansion, augmentation, camera pairs and false accept rates are measured in one "
-            "process: leave out --workers"
-        )
-    start_ray(settings.workers)
     files = EmbeddingFiles.open(url)
-    labels, workers = files.labels, settings.workers
-    if measures.rerank:
-        result = rerank_distributed(
-            files.read("query"),
-            files.read("gallery"),
-            labels,
-            measures.reranking,
-            workers=workers,
-            metric=measures.metric,
-            max_rank=measures.max_rank,
-        )
-    else:
-        result = rank_distributed(
-            files, workers=workers, metric=measures.metric, max_rank=measures.max_rank
-        )
+    labels = files.labels
     sizes = len(labels.query_pid), len(labels.gallery_pid), files.dimensions
-    found = Measurement(result, *sizes, measures)
+    start_ray(workers)
+    say_needed(*sizes, measures, console, workers=workers)
+    with progress_bars(console) as progress:
+        found = measure_distributed(files, measures, workers=workers, progress=progress)
     show(found, console)
     return found
 

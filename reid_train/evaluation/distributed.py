@@ -1,160 +1,197 @@
-"""Ranking and re-ranking spread over Ray workers, to the same bits as in one process.
+"""Measuring spread over Ray workers, to the same bits as in one process.
 
-Ranking: a worker streams its share of the gallery's Parquet row groups from storage, twice, and
-returns counts; nobody holds the gallery. Re-ranking: workers share the tiles of the N × N
-product, then the queries; each node holds the embeddings once.
+Ranking: a worker streams its shares of the gallery's Parquet row groups from storage, and returns
+counts; nobody holds the gallery. Re-ranking, expansion and augmentation compare everything with
+everything: one worker reads all embeddings, each node holds them once in Ray's shared memory, and
+workers share the tiles of the product. The driver holds labels, ranks, the numbers of neighbours,
+and no embeddings but, where it only ranks, those of the queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
 
-from reid_train.evaluation.distance_ranking import positive_ranks
-from reid_train.evaluation.embeddings import EmbeddingFiles, Piece
+from reid_train.evaluation.camera_pairs import by_query_camera, split_by_camera
+from reid_train.evaluation.counting import COSINE, EUCLIDEAN
+from reid_train.evaluation.crew import Crew
+from reid_train.evaluation.embeddings import EmbeddingFiles
+from reid_train.evaluation.expansion import check_expansion
 from reid_train.evaluation.matches import Labels, Matches, find_matches
+from reid_train.evaluation.measure import Measurement, Measures, Progress
 from reid_train.evaluation.metrics import RankingResult, metrics_of
 from reid_train.evaluation.neighbours import (
     Neighbours,
     Tile,
     all_pairs,
-    nearest_neighbours,
+    query_gallery_pairs,
     tiles_across,
 )
-from reid_train.evaluation.ranking import count_before, ranks_of, score_own
-from reid_train.evaluation.reranking import (
-    Encoding,
-    ReRanking,
-    distances,
-    encode,
-    joined,
-    scores_across,
+from reid_train.evaluation.ranking import BLOCK, ranks_of
+from reid_train.evaluation.roc import STRETCH, rates_of
+from reid_train.evaluation.scoring import Side, metric_code
+from reid_train.evaluation.shares import (
+    Streamed,
+    Stretch,
+    count_pairs_share,
+    count_share,
+    distance_share,
+    distances_share,
+    encode_held,
+    hold,
+    join,
+    longest_share,
+    mean_share,
+    nearest_gallery_share,
+    nearest_share,
+    score_share,
 )
-from reid_train.evaluation.scoring import Metric, Side, metric_code
 
 
-def rank_distributed(
+def measure_distributed(
     files: EmbeddingFiles,
+    measures: Measures,
     *,
     workers: int,
-    metric: Metric = "cosine",
-    max_rank: int = 50,
     cpus: float = 1,
-) -> RankingResult:
-    """`ranking.rank` of embeddings on storage that every worker reaches.
+    progress: Progress = lambda stage, done, total: None,
+) -> Measurement:
+    """`measure.measure` of embeddings on storage that every worker reaches.
 
     Args:
         files: query and gallery.
-        workers: how many tasks share the gallery.
+        workers: how many tasks run at a time.
         cpus: of each task.
 
     Raises:
-        DataError: as `ranking.rank`.
+        DataError, ConfigError: as `measure.measure`.
     """
-    matches = find_matches(files.labels)
-    given = [ray.put(thing) for thing in (Side.of(files.read("query")), files, matches)]
-    shares = [share for share in shares_of(files.pieces, workers, lambda p: p.rows) if share]
-    score, count = (_remote(function, cpus) for function in (score_share, count_share))
-    found = _gather([score(*given, share, metric) for share in shares])
+    measures.check()
+    crew, labels = Crew(workers, cpus, progress), files.labels
+    sizes = len(labels.query_pid), len(labels.gallery_pid)
+    pairs = {}
+    if not (measures.rerank or measures.expand or measures.augment):
+        source = ray.put(Streamed(Side.of(files.read("query")), files))
+        edges = [(a, b) for a, b in files.edges("gallery") if a < b]
+        result, pairs = _rank(crew, source, labels, edges, measures)
+        return Measurement(result, *sizes, files.dimensions, measures, pairs)
+    matches = find_matches(labels)
+    if measures.rerank:
+        measures.reranking.check(sum(sizes))
+    for k in (measures.expand, measures.augment):
+        if k:
+            check_expansion(k, measures.alpha, sizes[1])
+    held = crew.one("reading", hold, files)
+    if measures.expand or measures.augment:
+        query = _expand(crew, held, sizes, measures) if measures.expand else []
+        gallery = _augment(crew, held, sizes, measures) if measures.augment else []
+        held = crew.one("joining", join, held, len(query), *query, *gallery)
+        del query, gallery  # so that Ray lets go of them
+    if measures.rerank:
+        result = _rerank(crew, held, matches, sizes, measures)
+    else:
+        result, pairs = _rank(crew, held, labels, _stretches(sizes[1], BLOCK), measures)
+    return Measurement(result, *sizes, files.dimensions, measures, pairs)
+
+
+def _rank(
+    crew: Crew, source: ray.ObjectRef, labels: Labels, edges: list[Stretch], measures: Measures
+) -> tuple[RankingResult, dict[tuple[int, int], RankingResult]]:
+    """Metrics, and those of camera pairs where they are asked for.
+
+    Args:
+        source: of a `Source`.
+        edges: the stretches of the gallery that a worker reads at a time.
+    """
+    metric, matches = measures.metric, find_matches(labels)
+    shared = ray.put(matches)
+    given = source, shared, metric
     # Each entry was scored by the one worker that has its gallery item.
-    scores = np.nanmax(found, axis=0)
-    shared = ray.put(scores)
-    before = np.sum(_gather([count(*given, share, shared, metric) for share in shares]), axis=0)
-    return metrics_of(matches.positives(), ranks_of(matches, before), max_rank)
+    scores = reduce(np.fmax, crew.results("matches", score_share, given, edges, _length))
+    known = ray.put(scores)
+    parts = crew.results("ranking", count_share, (*given, known), edges, _length)
+    ranks = ranks_of(matches, reduce(np.add, parts))
+    result, pairs = metrics_of(matches.positives(), ranks, measures.max_rank), {}
+    if rates := measures.false_accept_rates:
+        longest = 0.0  # which only the Euclidean distance needs
+        if metric_code(metric) == EUCLIDEAN:
+            longest = max(crew.results("lengths", longest_share, (source,), edges, _length))
+        stretches = _stretches(len(labels.gallery_pid), STRETCH)
+        parts = crew.results(
+            "false accept rates", distances_share, (*given, longest), stretches, _length
+        )
+        result = replace(result, tar_at_far=rates_of(reduce(np.add, parts), rates))
+    if measures.camera_pairs:
+        given = source, ray.put(labels), shared, metric, known
+        counts = crew.results("camera pairs", count_pairs_share, given, edges, _length)
+        for (seen_by, _, part), *parts in zip(split_by_camera(labels), *counts, strict=True):
+            own = find_matches(part)
+            ranks = ranks_of(own, reduce(np.add, parts))
+            pairs |= by_query_camera(seen_by, part, own.positives(), ranks, measures.max_rank)
+    return result, dict(sorted(pairs.items()))
 
 
-def rerank_distributed(
-    query: np.ndarray,
-    gallery: np.ndarray,
-    labels: Labels,
-    settings: ReRanking | None = None,
-    *,
-    workers: int,
-    metric: Metric = "cosine",
-    max_rank: int = 50,
-    cpus: float = 1,
+def _rerank(
+    crew: Crew, held: ray.ObjectRef, matches: Matches, sizes: tuple[int, int], measures: Measures
 ) -> RankingResult:
-    """Metrics of `reranking.rerank`, the neighbours and the distances shared by `workers` tasks.
-
-    Raises:
-        DataError, ConfigError: as `reranking.rerank` and `rank_distances`.
-    """
-    settings, code = settings or ReRanking(), metric_code(metric)
-    side, matches = joined(query, gallery), find_matches(labels)
-    settings.check(len(side.norm))
-    shared = ray.put(side)
-    near, place = (_remote(function, cpus) for function in (nearest_share, distance_share))
-    shares = shares_of(all_pairs(len(side.norm)), workers, lambda tile: tile.pairs)
-    parts = _gather([near(shared, settings.needed, code, share) for share in shares if share])
-    encoding = ray.put(encode(side, Neighbours.merge(parts), settings, code))
-    across = shares_of(tiles_across(len(query), len(side.norm)), workers, len)
-    ranks = _gather(
-        [
-            place(shared, len(query), encoding, settings, code, share, matches)
-            for share in across
-            if share
-        ]
-    )
-    return metrics_of(matches.positives(), np.sum(ranks, axis=0), max_rank)
+    settings, code = measures.reranking, metric_code(measures.metric)
+    queries, total = sizes[0], sum(sizes)
+    given = held, settings.needed, code
+    parts = crew.results("neighbours", nearest_share, given, all_pairs(total), _pairs)
+    near = reduce(_merge, parts)
+    # One task: it takes a hundredth of the time of the products.
+    encoding = crew.one("encoding", encode_held, held, ray.put(near), settings, code)
+    given = held, encoding, settings, code, ray.put(matches)
+    across = tiles_across(queries, total)
+    ranks = reduce(np.add, crew.results("distances", distance_share, given, across, _rows))
+    return metrics_of(matches.positives(), ranks, measures.max_rank)
 
 
-def shares_of(items: Sequence, workers: int, size: Callable[[Any], int]) -> list[list]:
-    """Consecutive items for each worker, of about the same size in all; some may be empty."""
-    ends = np.cumsum([size(item) for item in items])
-    middle = ends - np.diff(ends, prepend=0) / 2
-    owner = np.minimum(middle * workers // ends[-1], workers - 1).astype(int)
-    return [[item for item, w in zip(items, owner, strict=True) if w == i] for i in range(workers)]
+def _expand(
+    crew: Crew, held: ray.ObjectRef, sizes: tuple[int, int], measures: Measures
+) -> list[ray.ObjectRef]:
+    """Expanded queries: references to stretches of them, in order."""
+    tiles = query_gallery_pairs(sizes[0], sum(sizes))
+    given = held, measures.expand, COSINE
+    parts = crew.results("expansion", nearest_share, given, tiles, _pairs)
+    near = ray.put(reduce(_merge, parts).rows(0, sizes[0]))
+    return _means(crew, (held, near, measures.alpha, True), sizes[0])
 
 
-def score_share(
-    query: Side, files: EmbeddingFiles, matches: Matches, share: list[Piece], metric: Metric
-) -> np.ndarray:
-    """Scores of the matches in a share of the gallery, NaN elsewhere."""
-    return score_own(query, files.blocks("gallery", tuple(share)), matches, metric)
+def _augment(
+    crew: Crew, held: ray.ObjectRef, sizes: tuple[int, int], measures: Measures
+) -> list[ray.ObjectRef]:
+    """The augmented gallery: references to stretches of it, in order."""
+    given = held, measures.augment, COSINE
+    parts = crew.results("augmentation", nearest_gallery_share, given, all_pairs(sizes[1]), _pairs)
+    near = ray.put(reduce(_merge, parts))
+    return _means(crew, (held, near, measures.alpha, False), sizes[1])
 
 
-def count_share(
-    query: Side,
-    files: EmbeddingFiles,
-    matches: Matches,
-    share: list[Piece],
-    scores: np.ndarray,
-    metric: Metric,
-) -> np.ndarray:
-    """How many of a share of the gallery come before each positive."""
-    return count_before(query, files.blocks("gallery", tuple(share)), matches, scores, metric)
+def _means(crew: Crew, given: tuple, count: int) -> list[ray.ObjectRef]:
+    stage = "expanded queries" if given[-1] else "augmented gallery"
+    found = dict(crew.start(stage, mean_share, given, _stretches(count, BLOCK), _length))
+    return [found[number] for number in sorted(found)]
 
 
-def nearest_share(side: Side, k: int, metric: int, share: list[Tile]) -> Neighbours:
-    """The nearest neighbours as far as a share of the tiles tells."""
-    return nearest_neighbours(side, k, metric, share)
+def _merge(a: Neighbours, b: Neighbours) -> Neighbours:
+    return Neighbours.merge([a, b])
 
 
-def distance_share(
-    side: Side,
-    queries: int,
-    encoding: Encoding,
-    settings: ReRanking,
-    metric: int,
-    share: list[list[Tile]],
-    matches: Matches,
-) -> np.ndarray:
-    """Ranks of the positives of a share of the queries, 0 elsewhere."""
-    scores = scores_across(side, queries, metric, share)
-    return positive_ranks(distances(queries, encoding, settings, metric, scores), matches)
+def _stretches(count: int, size: int) -> list[Stretch]:
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _remote(function: Callable, cpus: float) -> Callable[..., ray.ObjectRef]:
-    return ray.remote(num_cpus=cpus, max_retries=2)(function).remote
+def _length(stretch: Stretch) -> int:
+    return stretch[1] - stretch[0]
 
 
-def _gather(references: list[ray.ObjectRef]) -> list:
-    """Results of tasks; an error of ours comes out as itself, not wrapped."""
-    try:
-        return ray.get(references)
-    except RayTaskError as error:
-        raise error.cause from None
+def _pairs(tile: Tile) -> int:
+    return tile.pairs
+
+
+def _rows(tiles: list[Tile]) -> int:
+    return tiles[0].rows[1] - tiles[0].rows[0]

@@ -201,11 +201,45 @@ class EmbeddingFiles:
                     yield int(before[first]), chosen
                 done += len(matrix)
 
-    def read(self, split: str) -> np.ndarray:
-        """All embeddings of a split, (n, D) float32."""
-        out = np.empty((np.count_nonzero(self.split == split), self.dimensions), np.float32)
-        for first, block in self.blocks(split):
-            out[first : first + len(block)] = block
+    def stretches(
+        self, split: str, first: int, stop: int, size: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """As `blocks`, from image `first` of the split up to `stop`, `size` of them at a time.
+
+        Only the last may be shorter, so that where row groups end makes no difference.
+        """
+        touched = [
+            piece
+            for piece, (a, b) in zip(self.pieces, self.edges(split), strict=True)
+            if max(a, first) < min(b, stop)
+        ]
+        at, filled = first, 0
+        out = np.empty((min(size, stop - at), self.dimensions), np.float32)
+        for start, block in self.blocks(split, tuple(touched)):
+            rest = block[max(first - start, 0) : max(stop - start, 0)]
+            while len(rest):
+                taken = rest[: len(out) - filled]
+                out[filled : filled + len(taken)] = taken
+                filled, rest = filled + len(taken), rest[len(taken) :]
+                if filled == len(out):
+                    yield at, out
+                    at, filled = at + filled, 0
+                    out = np.empty((min(size, stop - at), self.dimensions), np.float32)
+
+    def edges(self, split: str) -> list[tuple[int, int]]:
+        """Each piece's images of a split: number of the first, and of the one past the last."""
+        before = np.concatenate([[0], np.cumsum(self.split == split)])
+        return [(int(before[p.first]), int(before[p.first + p.rows])) for p in self.pieces]
+
+    def read(self, *splits: str) -> np.ndarray:
+        """All embeddings of splits, one after another, (n, D) float32."""
+        out = np.empty((np.count_nonzero(np.isin(self.split, splits)), self.dimensions), np.float32)
+        start = 0
+        for split in splits:
+            for first, block in self.blocks(split):
+                out[start + first : start + first + len(block)] = block
+            start += np.count_nonzero(self.split == split)
+        pa.default_memory_pool().release_unused()  # which else keeps some row groups' memory
         return out
 
 

@@ -33,11 +33,11 @@ def expand_queries(
         (Q, D) float32, of length 1.
     """
     side = joined(query, gallery)
-    _check(k, alpha, len(gallery), "gallery items")
+    check_expansion(k, alpha, len(gallery))
     tiles = query_gallery_pairs(len(query), len(side.norm))
     found = nearest_neighbours(side, k, COSINE, tiles)
-    nearest = Neighbours(found.index[: len(query)], found.score[: len(query)], found.furthest)
-    return _mean(side, nearest, alpha, with_self=True)
+    nearest = found.rows(0, len(query))
+    return mean_with_nearest(side, nearest, alpha, with_self=True)
 
 
 def augment_gallery(gallery: np.ndarray, *, k: int = 10, alpha: float = 3.0) -> np.ndarray:
@@ -51,28 +51,41 @@ def augment_gallery(gallery: np.ndarray, *, k: int = 10, alpha: float = 3.0) -> 
         (G, D) float32, of length 1.
     """
     side = Side.of(check_embeddings("gallery", gallery))
-    _check(k, alpha, len(gallery), "gallery items")
+    check_expansion(k, alpha, len(gallery))
     found = nearest_neighbours(side, k, COSINE, all_pairs(len(gallery)))
-    return _mean(side, found, alpha, with_self=False)
+    return mean_with_nearest(side, found, alpha, with_self=False)
 
 
-def _check(k: int, alpha: float, count: int, what: str) -> None:
-    if not 1 <= k <= count:
-        raise ConfigError(f"expansion takes 1 ≤ k ≤ {count} {what}, not {k}")
+def check_expansion(k: int, alpha: float, gallery: int) -> None:
+    """Raise `ConfigError` where k and α make no sense for so many gallery items."""
+    if not 1 <= k <= gallery:
+        raise ConfigError(f"expansion takes 1 ≤ k ≤ {gallery} gallery items, not {k}")
     if alpha < 0:
         raise ConfigError(f"expansion takes α ≥ 0, not {alpha}")
 
 
-def _mean(side: Side, nearest: Neighbours, alpha: float, *, with_self: bool) -> np.ndarray:
-    """Normalised sums of normalised embeddings, each weighted by its similarity."""
+def mean_with_nearest(
+    side: Side, nearest: Neighbours, alpha: float, *, with_self: bool, first: int = 0
+) -> np.ndarray:
+    """Normalised sums of normalised embeddings, each weighted by its similarity.
+
+    Args:
+        side: all N embeddings.
+        nearest: of some consecutive items, n of them.
+        first: number of the first of these.
+
+    Returns:
+        (n, D) float32.
+    """
     similarity = np.clip(-nearest.score, 0, None)
     weights = np.where(similarity > 0, similarity**alpha, 0) * side.scale[nearest.index]
     weights = weights.astype(np.float32)[:, None]
     out = np.empty((len(weights), side.embedding.shape[1]), np.float32)
-    for first in range(0, len(out), _ROWS):
-        rows = slice(first, min(first + _ROWS, len(out)))
+    for done in range(0, len(out), _ROWS):
+        rows = slice(done, min(done + _ROWS, len(out)))
         total = (weights[rows] @ side.embedding[nearest.index[rows]])[:, 0]
         if with_self:
-            total += side.embedding[rows] * side.scale[rows, None].astype(np.float32)
+            own = slice(first + rows.start, first + rows.stop)
+            total += side.embedding[own] * side.scale[own, None].astype(np.float32)
         out[rows] = total * Side.of(total).scale[:, None]
     return out

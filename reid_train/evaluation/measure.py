@@ -13,16 +13,12 @@ from reid_train.evaluation.distance_ranking import rank_distances
 from reid_train.evaluation.expansion import augment_gallery, expand_queries
 from reid_train.evaluation.matches import Labels
 from reid_train.evaluation.metrics import RankingResult
-from reid_train.evaluation.neighbours import TILE
-from reid_train.evaluation.ranking import BLOCK, rank
-from reid_train.evaluation.reranking import CHUNK, KEPT, ReRanking, rerank
+from reid_train.evaluation.ranking import rank
+from reid_train.evaluation.reranking import ReRanking, rerank
 from reid_train.evaluation.scoring import Metric
 
 Progress = Callable[[str, int, int], object]
 """Told the stage's name, how much of it is done, and how much there is."""
-
-_PROGRAM = 1.05e9  # bytes of Python, torch and the compiled loops
-_ROW = 40 * 6 * 8  # bytes of a re-ranked image's sparse row, at k1 = 20 and k2 = 6
 
 
 @dataclass(frozen=True)
@@ -96,24 +92,6 @@ class Measurement:
                 for (a, b), r in self.pairs.items()
             ],
         }
-
-
-def memory_needed(queries: int, gallery: int, dimensions: int, measures: Measures) -> int:
-    """Bytes that `measure` takes at most, about, with the embeddings given."""
-    row, count = 4 * dimensions, queries + gallery
-    total = _PROGRAM + row * count + row * (queries + 3 * BLOCK) + 8 * CHUNK * BLOCK
-    if measures.augment or measures.expand:
-        total += row * count
-    if measures.rerank:
-        neighbours = (32 + 12) * measures.reranking.needed * count
-        operands, rows, scores = row * count, 3 * _ROW * count, 4 * queries * gallery
-        # Scores that are not kept are computed again, beside the encoding.
-        stage = operands + rows + 4 * TILE * gallery
-        if scores <= KEPT:
-            stage = max(operands, rows) + scores
-        stage += neighbours + 8 * TILE * TILE + 2 * CHUNK * gallery
-        total = max(total, _PROGRAM + 2 * row * count + stage)
-    return int(total)
 
 
 def measure(

@@ -38,6 +38,11 @@ class Neighbours:
     score: np.ndarray
     furthest: np.ndarray
 
+    def rows(self, first: int, stop: int) -> Neighbours:
+        """Those of consecutive items, as views."""
+        part = slice(first, stop)
+        return Neighbours(self.index[part], self.score[part], self.furthest[part])
+
     @classmethod
     def merge(cls, parts: list[Neighbours]) -> Neighbours:
         """What `nearest_neighbours` gives for all the tiles of the parts together."""
@@ -156,7 +161,10 @@ def nearest_neighbours(
         np.full(count, np.inf, np.float32),  # up to which score they are taken
         np.full(count, -np.inf, np.float32),  # the greatest score
     )
-    rest = (tolerance(side, side, metric), k, metric, side.embedding, side.scale)
+    # An error that always holds: what is dropped does not come back for a second look, as it does
+    # in `ranking`. For embeddings that are not nearly one constant this costs next to nothing.
+    slack = tolerance(side, side, metric, certain=True)
+    rest = (slack, k, metric, side.embedding, side.scale)
     scores_of = tile_scores(side, metric)
     for tile in tiles:
         row, column, scores = tile.rows[0], tile.columns[0], scores_of(tile)

@@ -44,7 +44,7 @@ from reid_train.evaluation.scoring import (
 
 CHUNK = 512  # queries whose distances are given at a time
 KEPT = 1 << 28  # bytes of scores that may be kept; more are computed a second time
-_ROWS = 8192  # rows encoded at a time
+ENCODED = 8192  # rows encoded at a time
 
 Progress = Callable[[str, int, int], object]
 """Told the stage's name, how much of it is done, and how much there is."""
@@ -171,7 +171,7 @@ def encode(side: Side, neighbours: Neighbours, settings: ReRanking, metric: int)
     spread = neighbours.furthest.astype(np.float64) + (metric == counting.COSINE)
     furthest = spread**2 if metric == counting.COSINE else spread
     # Where all images are the same, nothing but rounding is left to divide by.
-    furthest[spread <= tolerance(side, side, metric)] = 1.0
+    furthest[spread <= tolerance(side, side, metric, certain=True)] = 1.0
     full, full_count = _reciprocal(neighbours.index, settings.k1)
     half, half_count = _reciprocal(neighbours.index, settings.half)
     widest = min(full.shape[1] * (1 + half.shape[1]), len(furthest))
@@ -211,8 +211,8 @@ def _reciprocal(neighbours: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]
 def _rows_of(fill: Callable[..., None], count: int, widest: int) -> sp.csr_array:
     """A sparse matrix whose rows `fill(first, length, items, values)` writes, a stretch each."""
     lengths, indices, data = [], [], []
-    for first in range(0, count, _ROWS):
-        height = min(_ROWS, count - first)
+    for first in range(0, count, ENCODED):
+        height = min(ENCODED, count - first)
         length = np.zeros(height, np.int64)
         items = np.empty((height, widest), np.int32)
         values = np.empty((height, widest), np.float32)

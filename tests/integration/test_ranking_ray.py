@@ -1,4 +1,4 @@
-"""Ranking and re-ranking on three real Ray workers and a real S3 server, against one process."""
+"""Measuring on three real Ray workers and a real S3 server, against one process."""
 
 from __future__ import annotations
 
@@ -10,24 +10,19 @@ import pytest
 import ray
 
 from cluster.s3 import S3Server
-from data_shards.errors import DataError
+from data_shards.errors import ConfigError, DataError
 from data_shards.storage import open_storage
-from reid_train.evaluation import embeddings, neighbours, reranking
-from reid_train.evaluation.distance_ranking import rank_distances
-from reid_train.evaluation.distributed import (
-    rank_distributed,
-    rerank_distributed,
-    shares_of,
-)
+from reid_train.evaluation import distributed, embeddings, neighbours, roc
+from reid_train.evaluation.crew import shares_of
+from reid_train.evaluation.distributed import measure_distributed
 from reid_train.evaluation.embeddings import (
     EmbeddingFiles,
     EmbeddingTable,
     part_key,
     write_part,
 )
+from reid_train.evaluation.measure import Measurement, Measures, measure
 from reid_train.evaluation.metrics import RankingResult
-from reid_train.evaluation.ranking import rank
-from reid_train.evaluation.reranking import rerank
 
 QUERIES, GALLERY, DIMENSIONS = 60, 1500, 64
 
@@ -69,38 +64,83 @@ def files(bucket: str) -> EmbeddingFiles:
 
 
 def assert_same_bits(found: RankingResult, expected: RankingResult) -> None:
-    assert (found.mAP, found.mINP, found.valid) == (expected.mAP, expected.mINP, expected.valid)
+    assert found.summary() == expected.summary()
     np.testing.assert_array_equal(found.cmc, expected.cmc)
     np.testing.assert_array_equal(found.average_precision, expected.average_precision)
     np.testing.assert_array_equal(found.first_match_rank, expected.first_match_rank)
 
 
+def spread_and_alone(files: EmbeddingFiles, measures: Measures) -> tuple[Measurement, Measurement]:
+    """On three workers, and in this process."""
+    return (
+        measure_distributed(files, measures, workers=3),
+        measure(files.read("query"), files.read("gallery"), files.labels, measures),
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_shares(monkeypatch):
+    """Small enough that each of the three workers has several."""
+    monkeypatch.setattr(neighbours, "TILE", 128)
+    monkeypatch.setattr(distributed, "BLOCK", 100)
+    for module in (roc, distributed):
+        monkeypatch.setattr(module, "STRETCH", 128)
+
+
+@pytest.mark.parametrize(
+    "measures",
+    [
+        Measures(),
+        Measures(rerank=True),
+        Measures(expand=5),
+        Measures(augment=5, metric="euclidean"),
+        Measures(expand=3, augment=4, rerank=True, metric="euclidean"),
+    ],
+    ids=["ranking", "re-ranking", "expansion", "augmentation", "all"],
+)
+def test_three_workers_measure_as_one_process_does(files, measures):
+    spread, alone = spread_and_alone(files, measures)
+    assert_same_bits(spread.result, alone.result)
+
+
+@pytest.mark.parametrize("expand", [0, 3])
+def test_three_workers_count_camera_pairs_as_one_process_does(files, expand):
+    spread, alone = spread_and_alone(files, Measures(camera_pairs=True, expand=expand))
+    assert list(spread.pairs) == list(alone.pairs)
+    for pair, result in alone.pairs.items():
+        assert_same_bits(spread.pairs[pair], result)
+
+
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_three_workers_rank_as_one_process_does(files, metric):
-    labels = files.labels
-    expected = rank(
-        files.read("query"), files.read("gallery"), labels.query_pid, labels.query_camid,
-        labels.gallery_pid, labels.gallery_camid, metric=metric,
-    )  # fmt: skip
-    assert_same_bits(rank_distributed(files, workers=3, metric=metric), expected)
+def test_three_workers_count_false_accepts_as_one_process_does(files, metric):
+    spread, alone = spread_and_alone(
+        files, Measures(false_accept_rates=(0.001, 0.01, 0.1), metric=metric)
+    )
+    assert spread.result.tar_at_far == alone.result.tar_at_far
 
 
-def test_three_workers_rerank_as_one_process_does(files, monkeypatch):
-    # Small enough that each of the three has several.
-    monkeypatch.setattr(neighbours, "TILE", 20)
-    monkeypatch.setattr(reranking, "CHUNK", 16)
-    query, gallery, labels = files.read("query"), files.read("gallery"), files.labels
-    expected = rank_distances(rerank(query, gallery), labels)
-    assert_same_bits(rerank_distributed(query, gallery, labels, workers=3), expected)
+def test_progress_advances_by_shares_to_its_end(files):
+    seen = []
+    measure_distributed(files, Measures(), workers=3, progress=lambda *told: seen.append(told))
+    ranking = [(done, total) for stage, done, total in seen if stage == "ranking"]
+    assert ranking[0] == (0, GALLERY)
+    assert ranking[-1] == (GALLERY, GALLERY)
+    assert len(ranking) > 1 + 3
 
 
-def test_an_error_in_a_worker_comes_out_as_itself(files, tmp_path):
+def test_more_neighbours_than_images_are_an_error(files):
+    with pytest.raises(ConfigError, match="1 ≤ k ≤ 1500"):
+        measure_distributed(files, Measures(expand=2000), workers=3)
+
+
+@pytest.mark.parametrize("measures", [Measures(), Measures(rerank=True)], ids=["rank", "rerank"])
+def test_an_error_in_a_worker_comes_out_as_itself(files, tmp_path, measures):
     for key, _ in files.storage.list():
         (tmp_path / key).write_bytes(files.storage.read(key))
     broken = EmbeddingFiles.open(str(tmp_path))
     (tmp_path / part_key(3)).write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match="part-000003"):
-        rank_distributed(broken, workers=3)
+        measure_distributed(broken, measures, workers=3)
 
 
 def test_shares_are_consecutive_complete_and_even():

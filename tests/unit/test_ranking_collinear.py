@@ -1,7 +1,14 @@
+"""Embeddings whose float32 products are worse than chance would make them."""
+
+from __future__ import annotations
+
 import numpy as np
 import pytest
 
+from reid_train.evaluation.neighbours import all_pairs, nearest_neighbours
 from reid_train.evaluation.ranking import rank
+from reid_train.evaluation.reranking import rerank
+from reid_train.evaluation.scoring import METRICS, Side
 
 
 def pointing_much_the_same_way(rng: np.random.Generator) -> np.ndarray:
@@ -12,7 +19,7 @@ def pointing_much_the_same_way(rng: np.random.Generator) -> np.ndarray:
 
 def nearly_one_constant(rng: np.random.Generator) -> np.ndarray:
     """As features that saturate: equal terms add equal roundings, more than chance allows."""
-    made = np.ones((300, 512), np.float32)
+    made = np.ones((300, 1024), np.float32)
     made -= 0.1 * rng.random(made.shape, np.float32) * (rng.random(made.shape) > 0.95)
     return made
 
@@ -35,3 +42,26 @@ def test_near_collinear_embeddings_are_ranked_as_float64_does(make):
         found = np.flatnonzero(right) + 1
         expected.append(np.mean(np.arange(1, len(found) + 1) / found))
     np.testing.assert_allclose(result.average_precision, expected, rtol=1e-12)
+
+
+def a_constant_and_noise(rng: np.random.Generator) -> np.ndarray:
+    """As a network gives that maps everything to one place."""
+    return (1 + 1e-4 * rng.standard_normal((300, 2048))).astype(np.float32)
+
+
+@pytest.mark.parametrize("make", [a_constant_and_noise, nearly_one_constant])
+def test_neighbours_of_nearly_constant_embeddings_are_those_of_float64(make):
+    made = make(np.random.default_rng(0))
+    found = nearest_neighbours(Side.of(made), 9, METRICS["cosine"], all_pairs(300))
+    unit = made.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    expected = np.argsort(-(unit @ unit.T), axis=1, kind="stable")[:, :9]
+    np.testing.assert_array_equal(found.index, expected)
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+@pytest.mark.parametrize("make", [a_constant_and_noise, nearly_one_constant])
+def test_reranked_distances_of_nearly_constant_embeddings_stay_within_bounds(make, metric):
+    made = make(np.random.default_rng(0))
+    for _, distance in rerank(made[:60], made[60:], metric=metric):
+        assert np.all((distance > -0.01) & (distance < 1.01))
