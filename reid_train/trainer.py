@@ -41,7 +41,14 @@ from reid_train.gauges import Gauges
 from reid_train.memory import out_of_memory
 from reid_train.progress import Board, watch
 from reid_train.resilience import ResilientTrainer, on_purpose
-from reid_train.run_storage import first_whole, opened, ray_checkpoint, ray_storage, upload
+from reid_train.run_storage import (
+    first_whole,
+    forget_missing,
+    opened,
+    ray_checkpoint,
+    ray_storage,
+    upload,
+)
 from reid_train.signals import stop_signals
 from reid_train.tracking import Tracker
 from reid_train.worker import Asked, Stopped, Worker
@@ -72,6 +79,7 @@ def fit(
         ReidError: what a worker raised on purpose, or what made the run fail.
         Interrupted: SIGTERM or SIGINT ended it, with a checkpoint.
     """
+    forget_missing(f"{config.output}/{config.name}")
     start_ray(config.workers)
     board = Board.remote()  # type: ignore[attr-defined]
     trainer = make_trainer(config, dataset, run_id, board=board)
