@@ -6,6 +6,7 @@ Ray's processes are the driver's children, and stay in the list when their paren
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import psutil
 INTERVAL = 2.0
 """Seconds between samples."""
 WORKER = "RayTrainWorker"
-"""What Ray calls a training worker's process."""
+"""What Ray calls a training worker's process, at least to begin with."""
 
 
 class Sample(NamedTuple):
@@ -60,6 +61,8 @@ class Watch:
     driver: psutil.Process | None = None
     known: dict[int, psutil.Process] = field(default_factory=dict)
     """Every process that is, or was, below a driver."""
+    named: set[int] = field(default_factory=set)
+    """Processes that Ray called training workers: it calls them after what they do, too."""
 
     def __enter__(self) -> Watch:
         self.since = time.monotonic()
@@ -72,6 +75,16 @@ class Watch:
         self._ended.set()
         self._thread.join()
 
+    def save(self, path: Path) -> None:
+        """Keep what was seen."""
+        path.write_text(json.dumps({"samples": self.samples, "folders": self.folders}))
+
+    def load(self, path: Path) -> None:
+        """Have seen what another had."""
+        seen = json.loads(path.read_text())
+        self.samples = [Sample(*row) for row in seen["samples"]]
+        self.folders = [Folders(*row) for row in seen["folders"]]
+
     def now(self) -> float:
         """Seconds since the beginning."""
         return time.monotonic() - self.since
@@ -82,7 +95,7 @@ class Watch:
 
     def workers(self) -> list[psutil.Process]:
         """The training workers that live."""
-        return [process for process in self._living() if role(process) == "worker"]
+        return [process for process in self._living() if self._role(process) == "worker"]
 
     def left(self, driver: int) -> list[psutil.Process]:
         """Processes that outlived a driver which is gone, those of the present one left out."""
@@ -100,6 +113,14 @@ class Watch:
         self.known = {pid: p for pid, p in list(self.known.items()) if alive(p)}
         return list(self.known.values())
 
+    def _role(self, process: psutil.Process) -> str:
+        if process == self.driver:
+            return "driver"
+        with contextlib.suppress(psutil.Error):
+            if WORKER in " ".join(process.cmdline()[:1]):
+                self.named.add(process.pid)
+        return "worker" if process.pid in self.named else ""
+
     def _work(self) -> None:
         while not self._ended.wait(INTERVAL):
             self.samples += self._look()
@@ -108,18 +129,11 @@ class Watch:
     def _look(self) -> Iterator[Sample]:
         for process in self._living():
             with contextlib.suppress(psutil.Error), process.oneshot():
-                name = "driver" if process == self.driver else role(process)
+                name = self._role(process)
                 if name:
                     memory = process.memory_info().rss
                     handles, threads = process.num_fds(), process.num_threads()
                     yield Sample(self.now(), name, process.pid, memory, handles, threads)
-
-
-def role(process: psutil.Process) -> str:
-    """`worker` for a training worker, and nothing for others."""
-    with contextlib.suppress(psutil.Error):
-        return "worker" if WORKER in " ".join(process.cmdline()[:1]) else ""
-    return ""
 
 
 def alive(process: psutil.Process) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from soak import DEMO, place, soak
+from soak import DEMO, soak
 from soak_report import Event, Outcome, draw, text
+from soak_run import place
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -19,6 +20,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder: Path = tmp_path_factory.mktemp("soak")
     with place(folder, SMALL, identities=32, cameras=3, images_per_camera=4) as here:
         outcome = soak(here, minutes=3, every=20, seed=0)
+    assert outcome is not None
     draw(outcome, folder / "soak.png")
     print(text(outcome, str(folder / "soak.png")))
     return outcome
