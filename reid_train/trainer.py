@@ -49,6 +49,7 @@ from reid_train.run_storage import (
     ray_storage,
     upload,
 )
+from reid_train.scratch import own_temporary_folder
 from reid_train.signals import stop_signals
 from reid_train.tracking import Tracker
 from reid_train.worker import Asked, Stopped, Worker
@@ -173,6 +174,7 @@ def start_ray(cpus: int, *, logs: bool = True) -> None:
 
 def _train_worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
+    own_temporary_folder()
     for package in ("data_shards", "reid_train"):
         logging.getLogger(package).setLevel(logging.INFO)
     # Ray names this one after its file, so the level of its `LoggingConfig` does not reach it.
