@@ -116,7 +116,7 @@ def soak(
 ) -> Outcome | None:
     """The speed, a quiet run, a faulty run, and what they came to.
 
-    What the first two came to is kept in the folder, and not done again.
+    The first two are kept in the folder, and not done again.
     """
     settled, calm_watch = here.folder / "settled.json", here.folder / "quiet.json"
     if not settled.exists():
@@ -131,7 +131,8 @@ def soak(
     more = ["--optimizer.epochs", str(chosen["epochs"])]
     more += ["--checkpoint.every-steps", str(chosen["between"])]
     say(f"{chosen['step']:.2f} s a step: {chosen['epochs'] * STEPS} steps, {' '.join(more)}")
-    calm, hard = Run(here, "quiet", more), Run(here, "faulty", more)
+    again = len(list(here.folder.glob("faulty-*-0.log")))
+    calm, hard = Run(here, "quiet", more), Run(here, f"faulty-{again}", more)
     if calm_watch.exists():
         calm.watch.load(calm_watch)
     else:

@@ -8,6 +8,7 @@ with that of the quiet run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,12 +102,13 @@ class Outcome:
     def bounds(self) -> dict[str, float]:
         """Bytes that folders may take at most in the faulty run."""
         calm = peaks(self.watches[0])
-        # Three checkpoints are kept: room for one more that is on its way, and one cut off.
-        spare = calm["run folder"] * 2 / 3
+        # Three checkpoints are kept, and one is on its way. Cut off uploads stay until the end;
+        # a restarted group has a copy on each rank, and finds what the last one left.
+        checkpoint = calm["run folder"] / 4
         return {
             "cache": 1.05 * self.room,
-            "run folder": calm["run folder"] + spare,
-            "temporary files": calm["temporary files"] + spare,
+            "run folder": calm["run folder"] + 2 * checkpoint,
+            "temporary files": calm["temporary files"] + 4 * checkpoint,
         }
 
 
@@ -184,22 +186,25 @@ def text(outcome: Outcome, picture: str) -> str:
     for name, value in outcome.results[0].items():
         equal = "equal in every bit" if same(value, outcome.results[1][name]) else "**differ**"
         lines.append(f"| {name} | | {equal} |")
-    lines += ["", "| growth an hour (within lives) | quiet | faulty |", "| --- | --- | --- |"]
+    lines += ["", f"After the first {WARM_UP:.0f} s of each process:", ""]
+    lines += ["| growth an hour | quiet | faulty | may be |", "| --- | --- | --- | --- |"]
     grown = [growth(watch.samples) for watch in outcome.watches]
     for key in sorted(grown[0].keys() | grown[1].keys()):
         cells = [f"{g[key].hourly:+.1f} ({g[key].lives} lives)" if key in g else "–" for g in grown]
         unit = " MB" if key[1] == "memory" else ""
-        lines.append(f"| {key[0]}, {key[1]}{unit} | {' | '.join(cells)} |")
+        bound = f"{BOUNDS[key[1]][0]:.0f}"
+        lines.append(f"| {key[0]}, {key[1]}{unit} | {' | '.join(cells)} | {bound} |")
     lines += ["", "| most bytes, MB | quiet | faulty | may be |", "| --- | --- | --- | --- |"]
     most = [peaks(watch) for watch in outcome.watches]
     for folder, bound in outcome.bounds().items():
         values = " | ".join(f"{value[folder] / MB:.1f}" for value in most)
         lines.append(f"| {folder} | {values} | {bound / MB:.1f} |")
-    lines += ["", *(f"- {said}: {outcome.said.count(said)} lines" for said in SAID), ""]
+    counts = (f"{len(re.findall(pattern, outcome.said))} × “{pattern}”" for pattern in SAID)
+    lines += ["", f"Drivers said (Ray shows like lines once): {', '.join(counts)}.", ""]
     return "\n".join(lines)
 
 
-SAID = ("trying again", "is damaged; fetching it again", "failed: ", "continuing at epoch")
+SAID = ("trying again", "is damaged; fetching it again", "rank . failed", "continuing at epoch")
 """What drivers say of faults; these are counted."""
 
 
