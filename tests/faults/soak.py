@@ -118,9 +118,9 @@ def soak(
 
     The first two are kept in the folder, and not done again.
     """
-    settled, calm_watch = here.folder / "settled.json", here.folder / "quiet.json"
+    settled, kept = here.folder / "settled.json", here.folder / "quiet.json"
     if not settled.exists():
-        first = Run(here, "speed", ["--optimizer.epochs", "1"])
+        first = Run(here, _free(here, "speed"), ["--optimizer.epochs", "1"])
         quiet(first)
         step = statistics.median(point.value for point in first.tracked("step_seconds"))
         useful = 60 * minutes * every / (every + LOST_SECONDS)
@@ -131,19 +131,25 @@ def soak(
     more = ["--optimizer.epochs", str(chosen["epochs"])]
     more += ["--checkpoint.every-steps", str(chosen["between"])]
     say(f"{chosen['step']:.2f} s a step: {chosen['epochs'] * STEPS} steps, {' '.join(more)}")
-    again = len(list(here.folder.glob("faulty-*-0.log")))
-    calm, hard = Run(here, "quiet", more), Run(here, f"faulty-{again}", more)
-    if calm_watch.exists():
-        calm.watch.load(calm_watch)
+    hard = Run(here, _free(here, "faulty"), more)
+    if kept.exists():
+        calm = Run(here, json.loads(kept.read_text())["name"], more)
+        calm.watch.load(kept)
     else:
+        calm = Run(here, _free(here, "quiet"), more)
         say(f"{quiet(calm):.0f} s without a fault")
-        calm.watch.save(calm_watch)
+        calm.watch.save(kept, name=calm.name)
     if until == "quiet":
         return None
     events = faulty(hard, every, seed)
     said = "\n".join(hard.log(i).read_text(errors="replace") for i in range(len(hard.pids)))
     results, watches = (calm.result(), hard.result()), (calm.watch, hard.watch)
     return Outcome(results, watches, events, said, here.room, chosen["epochs"] * STEPS)
+
+
+def _free(here: Place, name: str) -> str:
+    """A name that no run has, if an earlier one was broken off."""
+    return f"{name}-{len(list(here.folder.glob(f'{name}-*-0.log')))}"
 
 
 def say(line: str) -> None:

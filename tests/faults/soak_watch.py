@@ -75,9 +75,9 @@ class Watch:
         self._ended.set()
         self._thread.join()
 
-    def save(self, path: Path) -> None:
-        """Keep what was seen."""
-        path.write_text(json.dumps({"samples": self.samples, "folders": self.folders}))
+    def save(self, path: Path, **more: str) -> None:
+        """Keep what was seen, and more."""
+        path.write_text(json.dumps({"samples": self.samples, "folders": self.folders} | more))
 
     def load(self, path: Path) -> None:
         """Have seen what another had."""
