@@ -63,6 +63,7 @@ class Watch:
     """Every process that is, or was, below a driver."""
     named: set[int] = field(default_factory=set)
     """Processes that Ray called training workers: it calls them after what they do, too."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> Watch:
         self.since = time.monotonic()
@@ -109,9 +110,10 @@ class Watch:
         return []
 
     def _living(self) -> list[psutil.Process]:
-        self.known.update({p.pid: p for p in self._below() if p.pid not in self.known})
-        self.known = {pid: p for pid, p in list(self.known.items()) if alive(p)}
-        return list(self.known.values())
+        with self._lock:
+            known = {p.pid: p for p in self._below()} | self.known
+            self.known = {pid: p for pid, p in known.items() if alive(p)}
+            return list(self.known.values())
 
     def _role(self, process: psutil.Process) -> str:
         if process == self.driver:
