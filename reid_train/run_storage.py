@@ -8,19 +8,22 @@ one, the snapshot, uploads and downloads go as everything else does: tried again
 from __future__ import annotations
 
 import io
+import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileSystemHandler, FileType, PyFileSystem
 from ray.train import Checkpoint as RayCheckpoint
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
-from data_shards.errors import DataError
+from data_shards.errors import DataError, ObjectMissing
 from data_shards.s3 import S3Storage
 from data_shards.storage import LocalStorage, Storage, open_storage
 from reid_train.checkpoint import FILES, SEAL, Checkpoint
@@ -62,17 +65,20 @@ def opened(checkpoint: RayCheckpoint) -> Iterator[Path]:
     """A folder of this machine with a checkpoint, fetched once more if it arrived damaged.
 
     Raises:
-        DataError: it is not whole.
+        DataError: it is not whole, or not there.
     """
     for last_try in (False, True):
-        with checkpoint.as_directory() as folder:
+        with ExitStack() as stack:
             try:
-                Checkpoint.open(Path(folder))
+                folder = Path(stack.enter_context(checkpoint.as_directory()))
+                Checkpoint.open(folder)
+            except (FileNotFoundError, ObjectMissing) as error:
+                raise DataError(f"checkpoint {checkpoint.path} is not there any more") from error
             except DataError:
                 if last_try:
                     raise
                 continue
-            yield Path(folder)
+            yield folder
             return
 
 
@@ -91,10 +97,46 @@ def first_whole(checkpoints: Sequence[RayCheckpoint]) -> RayCheckpoint:
                 return checkpoint
         except DataError as error:
             logger.warning("passing over a damaged checkpoint, for the next best: %s", error)
-    names = ", ".join(PurePosixPath(checkpoint.path).name for checkpoint in checkpoints)
-    raise DataError(
-        f"no checkpoint of the run is whole ({names}): restore one, or start a new run under"
-        " another --name"
+    raise _none_left([PurePosixPath(checkpoint.path).name for checkpoint in checkpoints])
+
+
+def forget_missing(run: str) -> None:
+    """Strike checkpoints that are gone off Ray's list of them: with those, it refuses to start.
+
+    Args:
+        run: the run's folder or URL; it may be a new one.
+
+    Raises:
+        DataError: none of those listed is there.
+    """
+    storage = open_storage(run)
+    try:
+        listed = json.loads(storage.read(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME))
+        results, indices = listed["checkpoint_results"], listed["checkpoint_report_indices"]
+        names = [result["checkpoint_dir_name"] for result in results]
+    except ObjectMissing:
+        return
+    except (ValueError, LookupError, TypeError):
+        return  # another Ray's list: Ray says so itself
+    there = [next(storage.child(name).list(), None) is not None for name in names]
+    if all(there):
+        return
+    gone = [name for name, found in zip(names, there, strict=True) if not found]
+    if not any(there):
+        raise _none_left(gone)
+    logger.warning("passing over checkpoints that were deleted: %s", ", ".join(gone))
+    kept = list(compress(zip(indices, results, strict=True), there))
+    listed["checkpoint_report_indices"], listed["checkpoint_results"] = map(
+        list, zip(*kept, strict=True)
+    )
+    _, listed["latest_checkpoint_result"] = max(kept, key=lambda entry: entry[0])
+    storage.write(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, json.dumps(listed).encode())
+
+
+def _none_left(names: Sequence[str]) -> DataError:
+    return DataError(
+        f"no checkpoint of the run is whole ({', '.join(names)}): restore one, or start a new run"
+        " under another --name"
     )
 
 

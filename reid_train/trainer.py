@@ -41,7 +41,15 @@ from reid_train.gauges import Gauges
 from reid_train.memory import out_of_memory
 from reid_train.progress import Board, watch
 from reid_train.resilience import ResilientTrainer, on_purpose
-from reid_train.run_storage import first_whole, opened, ray_checkpoint, ray_storage, upload
+from reid_train.run_storage import (
+    first_whole,
+    forget_missing,
+    opened,
+    ray_checkpoint,
+    ray_storage,
+    upload,
+)
+from reid_train.scratch import own_temporary_folder
 from reid_train.signals import stop_signals
 from reid_train.tracking import Tracker
 from reid_train.worker import Asked, Stopped, Worker
@@ -72,6 +80,7 @@ def fit(
         ReidError: what a worker raised on purpose, or what made the run fail.
         Interrupted: SIGTERM or SIGINT ended it, with a checkpoint.
     """
+    forget_missing(f"{config.output}/{config.name}")
     start_ray(config.workers)
     board = Board.remote()  # type: ignore[attr-defined]
     trainer = make_trainer(config, dataset, run_id, board=board)
@@ -165,6 +174,7 @@ def start_ray(cpus: int, *, logs: bool = True) -> None:
 
 def _train_worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
+    own_temporary_folder()
     for package in ("data_shards", "reid_train"):
         logging.getLogger(package).setLevel(logging.INFO)
     # Ray names this one after its file, so the level of its `LoggingConfig` does not reach it.

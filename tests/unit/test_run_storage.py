@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 from ray.train import Checkpoint as RayCheckpoint
+from ray.train._internal.session import _TrainingResult
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
 from test_checkpoint import original  # noqa: F401
 
 from data_shards.errors import DataError
 from reid_train.checkpoint import MODEL, SEAL
-from reid_train.run_storage import first_whole, opened, ray_checkpoint, ray_storage, upload
+from reid_train.run_storage import (
+    first_whole,
+    forget_missing,
+    opened,
+    ray_checkpoint,
+    ray_storage,
+    upload,
+)
 
 
 @pytest.fixture
@@ -74,3 +85,57 @@ def test_ray_finds_writes_and_removes_files(tmp_path):
 def test_folder_and_bucket_name_their_checkpoints(tmp_path):
     assert ray_checkpoint(str(tmp_path / "c")).path == str(tmp_path / "c")
     assert ray_checkpoint("s3://bucket/runs/r/c").path == "bucket/runs/r/c"
+
+
+def test_deleted_newest_is_passed_over_and_that_is_said(checkpoints, caplog):
+    shutil.rmtree(checkpoints[0].path)
+    assert first_whole(checkpoints) is checkpoints[1]
+    assert "checkpoint_2" in caplog.text
+
+
+@pytest.fixture
+def manager(checkpoints, tmp_path):
+    """Makes what Ray Train keeps its list of the run's two checkpoints with, on a new driver."""
+    from ray.train import CheckpointConfig
+
+    def make() -> CheckpointManager:
+        place = ray_storage(str(tmp_path))
+        context = StorageContext(
+            place["storage_path"], "run", storage_filesystem=place["storage_filesystem"]
+        )
+        return CheckpointManager(CheckpointConfig(num_to_keep=2), context)
+
+    first = make()
+    for step, checkpoint in enumerate(reversed(checkpoints), 1):
+        reported = ray_checkpoint(checkpoint.path)
+        result = _TrainingResult(checkpoint=reported, metrics={"step": step})
+        first._checkpoint_results.append(result)
+        first._latest_checkpoint_result = result
+        first._checkpoint_to_report_index[reported] = step
+    first._write_state_to_storage()
+    return make
+
+
+@pytest.mark.parametrize(("deleted", "latest"), [(0, "checkpoint_1"), (1, "checkpoint_2")])
+def test_ray_starts_although_a_checkpoint_was_deleted(
+    checkpoints, manager, tmp_path, caplog, deleted, latest
+):
+    forget_missing(str(tmp_path / "run"))
+    assert len(manager()._checkpoint_results) == 2
+    shutil.rmtree(checkpoints[deleted].path)
+    forget_missing(str(tmp_path / "run"))
+    assert f"deleted: {Path(checkpoints[deleted].path).name}" in caplog.text
+    (left,) = manager()._checkpoint_results
+    assert Path(left.checkpoint.path).name == latest
+    assert manager()._latest_checkpoint_result is not None
+
+
+def test_all_deleted_is_an_error_that_names_them(checkpoints, manager, tmp_path):
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint.path)
+    with pytest.raises(DataError, match=r"checkpoint_1, checkpoint_2.*--name"):
+        forget_missing(str(tmp_path / "run"))
+
+
+def test_run_that_is_new_has_no_list(tmp_path):
+    forget_missing(str(tmp_path / "run"))
