@@ -12,7 +12,8 @@ from reid_train.evaluation.ranking import BLOCK
 from reid_train.evaluation.reranking import CHUNK, ENCODED, KEPT
 from reid_train.evaluation.roc import BINS, STRETCH
 
-_PROGRAM = 1.25e9  # bytes of Python, torch, Ray and the compiled loops, and what allocators keep
+_PROGRAM = 1.25e9  # bytes of Python, torch, Ray and the compiled loops
+_AIR = 1.1  # what allocators keep for themselves
 _ROW = 40 * 6 * 8  # bytes of a re-ranked image's sparse row, at k1 = 20 and k2 = 6
 
 
@@ -30,14 +31,13 @@ def memory_needed(queries: int, gallery: int, dimensions: int, measures: Measure
         stages.append(2 * held + _nearest(k, count))  # both sides as one, and its operands
         held += row * (queries * bool(measures.expand) + gallery * bool(measures.augment))
     if measures.rerank:
-        operands, rows, scores = row * count, _rows(count), 4 * queries * gallery
-        # Scores that are not kept are computed again, beside the encoding.
-        stage = operands + rows + 4 * TILE * gallery
-        if scores <= KEPT:
-            stage = max(operands, rows) + scores
+        scores = 4 * queries * gallery
+        # Scores that are not kept are computed again. Operands were let go of before there are
+        # rows, but not all of their memory is given back.
+        stage = row * count + _rows(count) + (scores if scores <= KEPT else 4 * TILE * gallery)
         stage += _nearest(measures.reranking.needed, count) + 2 * CHUNK * gallery
         stages.append(row * count + stage)  # both sides as one
-    return int(_PROGRAM + held + max(stages))
+    return int(_PROGRAM + _AIR * (held + max(stages)))
 
 
 def _rows(count: int) -> int:
@@ -79,16 +79,18 @@ def distributed_memory(
     k = max(measures.reranking.needed * measures.rerank, measures.expand, measures.augment)
     if k == 0:
         return DistributedMemory(
-            int(_PROGRAM + 2 * row * queries), int(_PROGRAM + ranking), row * queries
+            int(_PROGRAM + 2 * row * queries), int(_PROGRAM + _AIR * ranking), row * queries
         )
     held, nearest = row * count, _nearest(k, count)
     # Who reads, holds it all once; who compares, has operands of it all.
     worker, node = held + max(reading, nearest), held + 12 * k * count
     if measures.rerank:
-        worker = max(worker, _rows(count), held + (4 * TILE + 2 * CHUNK) * gallery)
+        worker = max(worker, held + _rows(count), held + (4 * TILE + 2 * CHUNK) * gallery)
         node += _ROW * count
     else:
         worker = max(worker, ranking)
     if measures.expand or measures.augment:
         node += 2 * held  # before, the new stretches, and after
-    return DistributedMemory(int(_PROGRAM + 5 * 12 * k * count), int(_PROGRAM + worker), int(node))
+    return DistributedMemory(
+        int(_PROGRAM + 5 * 12 * k * count), int(_PROGRAM + _AIR * worker), int(node)
+    )
