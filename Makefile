@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(RUN) -m cluster demo
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow
