@@ -71,14 +71,14 @@ def measure_distributed(
     """
     measures.check()
     crew, labels = Crew(workers, cpus, progress), files.labels
+    matches = find_matches(labels)
     sizes = len(labels.query_pid), len(labels.gallery_pid)
     pairs = {}
     if not (measures.rerank or measures.expand or measures.augment):
         source = ray.put(Streamed(Side.of(files.read("query")), files))
         edges = [(a, b) for a, b in files.edges("gallery") if a < b]
-        result, pairs = _rank(crew, source, labels, edges, measures)
+        result, pairs = _rank(crew, source, labels, matches, edges, measures)
         return Measurement(result, *sizes, files.dimensions, measures, pairs)
-    matches = find_matches(labels)
     if measures.rerank:
         measures.reranking.check(sum(sizes))
     for k in (measures.expand, measures.augment):
@@ -93,12 +93,18 @@ def measure_distributed(
     if measures.rerank:
         result = _rerank(crew, held, matches, sizes, measures)
     else:
-        result, pairs = _rank(crew, held, labels, _stretches(sizes[1], BLOCK), measures)
+        edges = _stretches(sizes[1], BLOCK)
+        result, pairs = _rank(crew, held, labels, matches, edges, measures)
     return Measurement(result, *sizes, files.dimensions, measures, pairs)
 
 
 def _rank(
-    crew: Crew, source: ray.ObjectRef, labels: Labels, edges: list[Stretch], measures: Measures
+    crew: Crew,
+    source: ray.ObjectRef,
+    labels: Labels,
+    matches: Matches,
+    edges: list[Stretch],
+    measures: Measures,
 ) -> tuple[RankingResult, dict[tuple[int, int], RankingResult]]:
     """Metrics, and those of camera pairs where they are asked for.
 
@@ -106,8 +112,7 @@ def _rank(
         source: of a `Source`.
         edges: the stretches of the gallery that a worker reads at a time.
     """
-    metric, matches = measures.metric, find_matches(labels)
-    shared = ray.put(matches)
+    metric, shared = measures.metric, ray.put(matches)
     given = source, shared, metric
     # Each entry was scored by the one worker that has its gallery item.
     scores = reduce(np.fmax, crew.results("matches", score_share, given, edges, _length))

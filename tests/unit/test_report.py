@@ -129,6 +129,7 @@ def test_curves_of_a_diverged_run_are_drawn(tmp_path):
     diverged["loss/cross_entropy"][5] = np.inf
     report.curves(tmp_path / "curves.png", diverged)
     report.curves(tmp_path / "no_loss.png", {"step": np.arange(3)})
+    assert pixels(tmp_path / "curves.png").std() > pixels(tmp_path / "no_loss.png").std() > 0
 
 
 def test_smoothed_line_ignores_a_spike(tmp_path):

@@ -137,5 +137,6 @@ def test_all_deleted_is_an_error_that_names_them(checkpoints, manager, tmp_path)
         forget_missing(str(tmp_path / "run"))
 
 
-def test_run_that_is_new_has_no_list(tmp_path):
+def test_run_that_is_new_has_no_list_and_gets_none(tmp_path):
     forget_missing(str(tmp_path / "run"))
+    assert not list(tmp_path.rglob("*.json"))
