@@ -12,7 +12,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path, PurePosixPath
@@ -131,6 +131,27 @@ def forget_missing(run: str) -> None:
     )
     _, listed["latest_checkpoint_result"] = max(kept, key=lambda entry: entry[0])
     storage.write(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, json.dumps(listed).encode())
+
+
+def unlisted(run: str) -> str | None:
+    """The newest whole checkpoint of a run whose list of them is gone, which Ray keeps beside them.
+
+    Args:
+        run: the run's folder or URL; it may be a new one.
+
+    Returns:
+        The checkpoint's folder or URL; None if there is a list, or nothing that is whole.
+    """
+    storage = open_storage(run)
+    if storage.exists(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME):
+        return None
+    sealed = [PurePosixPath(key) for key, _ in storage.list() if key.endswith(f"/{SEAL}")]
+    names = sorted((str(key.parent) for key in sealed), reverse=True)  # they begin with the time
+    with suppress(DataError):
+        found = PurePosixPath(first_whole([ray_checkpoint(f"{run}/{name}") for name in names]).path)
+        logger.warning("the run's list of checkpoints is gone: going on from %s", found.name)
+        return f"{run}/{found.name}"
+    return None
 
 
 def _none_left(names: Sequence[str]) -> DataError:

@@ -47,6 +47,7 @@ from reid_train.run_storage import (
     opened,
     ray_checkpoint,
     ray_storage,
+    unlisted,
     upload,
 )
 from reid_train.scratch import own_temporary_folder
@@ -80,10 +81,12 @@ def fit(
         ReidError: what a worker raised on purpose, or what made the run fail.
         Interrupted: SIGTERM or SIGINT ended it, with a checkpoint.
     """
-    forget_missing(f"{config.output}/{config.name}")
+    run = f"{config.output}/{config.name}"
+    forget_missing(run)
+    start = unlisted(run)
     start_ray(config.workers)
     board = Board.remote()  # type: ignore[attr-defined]
-    trainer = make_trainer(config, dataset, run_id, board=board)
+    trainer = make_trainer(config, dataset, run_id, board=board, start=start)
     with stop_signals() as stop, watch(board, console, stop):
         try:
             result = trainer.fit()

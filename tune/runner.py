@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
+from reid_train.memory import out_of_memory
 from reid_train.trainer import start_ray
 from tune.study import Study
 from tune.trial import run_trial
@@ -166,11 +167,11 @@ class _Tell(_Unsaved, FIFOScheduler):
 
 def _last_error(trial) -> str:
     """Why a trial was given up; its file has the tracebacks of all tries."""
-    lines = []
+    text = ""
     if trial.error_file and Path(trial.error_file).exists():
         text = re.sub(r"\x1b\[[0-9;]*m", "", Path(trial.error_file).read_text())
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-    last = lines[-1] if lines else "its process was lost"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = out_of_memory(text) or (lines[-1] if lines else "its process was lost")
     return f"given up after {trial.num_failures} tries: {last}"
 
 

@@ -20,6 +20,7 @@ from reid_train.config import TrainConfig
 from reid_train.publish import REPORT, publish
 from reid_train.run import tracking_uri
 from reid_train.run_folder import prepare
+from reid_train.run_storage import forget_missing, ray_storage
 from reid_train.tracking import Tracker, code_commit
 from tune import pictures, runner
 from tune.board import TrialBoard, watch
@@ -242,7 +243,10 @@ def _publish(best: Trial, base: TrainConfig, dataset: Dataset, book: Book) -> di
     assert best.best is not None
     if noted.get("run") != best.best["run"]:
         config = best.best_config(base)
-        result = ray.train.Result.from_path(f"{base.output}/{config.name}")
+        run = f"{base.output}/{config.name}"
+        forget_missing(run)
+        place = ray_storage(run)
+        result = ray.train.Result.from_path(place["storage_path"], place["storage_filesystem"])
         uri = base.tracking.uri if best.mlflow_run_id else None
         with Tracker(uri, best.mlflow_run_id, system_metrics=False) as tracker:
             summary, _ = publish(config, result, dataset, tracker)

@@ -21,6 +21,7 @@ from reid_train.run_storage import (
     opened,
     ray_checkpoint,
     ray_storage,
+    unlisted,
     upload,
 )
 
@@ -140,3 +141,22 @@ def test_all_deleted_is_an_error_that_names_them(checkpoints, manager, tmp_path)
 def test_run_that_is_new_has_no_list_and_gets_none(tmp_path):
     forget_missing(str(tmp_path / "run"))
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_deleted_list_is_made_up_for_by_the_newest_whole_checkpoint(checkpoints, tmp_path, caplog):
+    run = str(tmp_path / "run")
+    assert unlisted(run) == f"{run}/checkpoint_2"
+    assert "list of checkpoints is gone: going on from checkpoint_2" in caplog.text
+    tear(checkpoints[0])
+    assert unlisted(run) == f"{run}/checkpoint_1"
+
+
+def test_checkpoints_that_ray_lists_are_its_affair(checkpoints, manager, tmp_path):
+    assert unlisted(str(tmp_path / "run")) is None
+
+
+def test_half_a_first_checkpoint_is_no_place_to_start(checkpoints, tmp_path):
+    for checkpoint in checkpoints:
+        Path(checkpoint.path, SEAL).unlink()
+    assert unlisted(str(tmp_path / "run")) is None
+    assert unlisted(str(tmp_path / "new")) is None
