@@ -148,7 +148,7 @@ def test_evaluation_is_submitted_with_the_registered_model(trained):
 
 def test_sweep_is_submitted(trained, folder):
     space = ["--search", "regularization.theta_lr_multiplier=fixed"]
-    sweep = ["--trials", "4", "--constant-factors", "0.0005", "--workers-per-trial", "1"]
+    sweep = ["--trials", "3", "--constant-factors", "--workers-per-trial", "1"]
     done = submit("tune", *TINY, *sweep, *space, "--loader.cache", folder / "cache")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "Train the best again" in done.stdout
