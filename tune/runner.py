@@ -75,8 +75,10 @@ def run(study: Study, board: Any, at_a_time: int) -> None:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # The newer output prints a table at each result, whatever its verbosity.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # It would complain that there are none of the files that the first variable turns off.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    # One would complain that there are none of the files that the first variable turns off, the
+    # other of each time that MLflow takes half a second.
+    for noisy in ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="reid-tune-") as folder:
         # Ray Tune's own pickled state is never read again: the book is what a sweep continues from.
         tuner = tune.Tuner(
