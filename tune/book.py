@@ -24,6 +24,8 @@ from tune.space import Point, Value
 State = Literal["queued", "running", "waiting", "finished", "stopped", "failed"]
 """`waiting`: between two parts of a population's training; `stopped`: by the scheduler."""
 ENDED = ("finished", "stopped", "failed")
+HELD = "λ held"
+"""Label of a trial's repeat in which no λ is learnt: each stays where it starts."""
 
 
 @dataclass

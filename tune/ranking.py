@@ -14,9 +14,15 @@ from dataclasses import dataclass
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
 from tune.board import describe
-from tune.book import Trial
+from tune.book import HELD, Trial
+from tune.space import THETA_MULTIPLIER
 
-MODES = {"adaptive": "adaptive L2", "constant": "constant L2", "none": "no L2"}
+MODES = {
+    "held": "the same with λ held where it starts",
+    "adaptive": "adaptive L2",
+    "constant": "constant L2",
+    "none": "no L2",
+}
 LEFT_OUT = ("recipe", "data", "output", "name", "loader", "tracking", "checkpoint", "device")
 """Of a command line: what is given anyway, and what does not change what is learnt."""
 
@@ -28,7 +34,7 @@ class Entry:
     Attributes:
         trial: the search's.
         repeats: trainings with fresh seeds.
-        mode: of the regularization.
+        mode: of the regularization; "held" for an adaptive one in which no λ is learnt.
     """
 
     trial: Trial
@@ -58,6 +64,8 @@ class Entry:
     @property
     def title(self) -> str:
         """What it is, in words."""
+        if self.mode == "held":
+            return f"trial-{self.trial.repeats:03d}, {HELD}"
         return self.trial.label or describe(self.trial.values)
 
     def measured(self) -> str:
@@ -75,10 +83,12 @@ def ranking(trials: Sequence[Trial], base: TrainConfig) -> list[Entry]:
     entries = []
     for trial in trials:
         if trial.state == "finished" and trial.repeats is None:
-            repeats = tuple(
-                t for t in trials if t.repeats == trial.number and t.state == "finished"
-            )
-            entries.append(Entry(trial, repeats, trial.config(base).regularization.mode))
+            repeats = [t for t in trials if t.repeats == trial.number and t.state == "finished"]
+            held = tuple(t for t in repeats if t.label == HELD)
+            same = tuple(t for t in repeats if t.label != HELD)
+            entries.append(Entry(trial, same, trial.config(base).regularization.mode))
+            if held:
+                entries.append(Entry(held[0], held, "held"))
     return sorted(entries, key=lambda e: (len(e.repeats) > 0, e.mean), reverse=True)
 
 
@@ -94,13 +104,26 @@ def survivors(trials: Sequence[Trial], base: TrainConfig, count: int) -> list[Tr
     return [entry.trial for entry in chosen]
 
 
+def held(trials: Sequence[Trial], base: TrainConfig) -> Trial | None:
+    """A repeat of the best adaptive configuration with θ's learning rate at 0.
+
+    Over constant L2 and no L2, which keep the base's learning rate, that configuration has two
+    advantages: it was searched for, and its λ are learnt. This takes the second away.
+    """
+    best = next((e.trial for e in ranking(trials, base) if e.mode == "adaptive"), None)
+    if best is None:
+        return None
+    return Trial(0, best.values | {THETA_MULTIPLIER: 0.0}, HELD, repeats=best.number)
+
+
 def verdict(entries: Sequence[Entry]) -> list[str]:
-    """Sentences: the best adaptive configuration against the paper's, constant L2 and no L2."""
+    """Sentences: the best adaptive configuration against the paper's, and with less adaptation."""
     best = next((e for e in entries if e.mode == "adaptive"), None)
     if best is None:
         return ["No adaptive configuration was trained to the end."]
     rivals = [next((e for e in entries if e.trial.label == "paper" and e is not best), None)]
-    rivals += [next((e for e in entries if e.mode == mode), None) for mode in ("constant", "none")]
+    modes = ("held", "constant", "none")
+    rivals += [next((e for e in entries if e.mode == mode), None) for mode in modes]
     lines = [_compared(best, rival) for rival in rivals if rival is not None]
     return lines or ["There is no baseline to compare with."]
 

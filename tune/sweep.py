@@ -29,7 +29,7 @@ from tune.children import begin_child, end_child
 from tune.halving import Halving
 from tune.population import Population
 from tune.proposals import Chance, Grid, Listed, Proposer, Tpe
-from tune.ranking import Entry, command, markdown, ranking, survivors, verdict
+from tune.ranking import Entry, command, held, markdown, ranking, survivors, verdict
 from tune.settings import Sweep, default_name
 from tune.space import Space, build, default, first_points
 from tune.study import Study
@@ -93,8 +93,9 @@ def sweep(settings: Sweep, config: TrainConfig, *, console: Console | None = Non
         search = _Search(settings, base, book, parent, console, at_a_time)
         trials = search.run(_with_first(book.trials(), first), proposer, settings.trials)
         if settings.seeds > 1:
-            extra = _repeats(trials, base, settings)
-            trials = search.run([*trials, *extra], Listed(), len(trials) + len(extra))
+            for wanted in (_repeats, _held):
+                extra = wanted(trials, base, settings)
+                trials = search.run([*trials, *extra], Listed(), len(trials) + len(extra))
         outcome = _conclude(settings, config, base, space, trials, dataset, book, parent)
     _show(outcome, config, console)
     return outcome
@@ -102,7 +103,7 @@ def sweep(settings: Sweep, config: TrainConfig, *, console: Console | None = Non
 
 @dataclass(frozen=True)
 class _Search:
-    """What both stages of a sweep share: the search, and the repeats of what survived it."""
+    """What the stages of a sweep share: the search, and the repeats of what survived it."""
 
     settings: Sweep
     base: TrainConfig
@@ -178,14 +179,23 @@ def _with_first(trials: list[Trial], first: Sequence[Trial]) -> list[Trial]:
 
 def _repeats(trials: Sequence[Trial], base: TrainConfig, settings: Sweep) -> list[Trial]:
     """Trainings with fresh seeds that are still missing."""
-    known = {(trial.repeats, trial.seed) for trial in trials}
-    wanted = [
-        replace(Trial(0, trial.values, trial.label), repeats=trial.number, seed=base.seed + i)
-        for trial in survivors(trials, base, settings.survivors)
-        for i in range(1, settings.seeds + 1)
-        if (trial.number, base.seed + i) not in known
-    ]
-    return [replace(trial, number=len(trials) + i) for i, trial in enumerate(wanted)]
+    chosen = survivors(trials, base, settings.survivors)
+    wanted = [Trial(0, t.values, t.label, repeats=t.number) for t in chosen]
+    return _missing(wanted, trials, base.seed, settings.seeds)
+
+
+def _held(trials: Sequence[Trial], base: TrainConfig, settings: Sweep) -> list[Trial]:
+    """Trainings of the best adaptive configuration with λ held that are still missing."""
+    wanted = held(trials, base)
+    return _missing([wanted] if wanted else [], trials, base.seed, settings.seeds)
+
+
+def _missing(wanted: list[Trial], trials: Sequence[Trial], seed: int, seeds: int) -> list[Trial]:
+    """Each of the wanted with every seed that it was not trained with, numbered."""
+    known = {(t.repeats, t.label, t.seed) for t in trials}
+    seeded = [replace(t, seed=seed + i) for t in wanted for i in range(1, seeds + 1)]
+    new = [t for t in seeded if (t.repeats, t.label, t.seed) not in known]
+    return [replace(t, number=len(trials) + i) for i, t in enumerate(new)]
 
 
 def _conclude(

@@ -19,9 +19,9 @@ from reid_train.history import History
 from reid_train.recipes import recipe
 from tune import pictures
 from tune.board import Clock, describe, summary, table
-from tune.book import Trial
-from tune.ranking import command, markdown, ranking, survivors, verdict
-from tune.space import AMPLITUDE, MODE, Point, build, default, draw, first_points
+from tune.book import HELD, Trial
+from tune.ranking import command, held, markdown, ranking, survivors, verdict
+from tune.space import AMPLITUDE, MODE, THETA_MULTIPLIER, Point, build, default, draw, first_points
 
 BASE = recipe("demo").replace(data="s3://b/data", output="o", name="s", optimizer__epochs=4)
 
@@ -99,6 +99,26 @@ def test_without_repeats_the_verdict_says_that_nothing_is_known_of_the_spread():
 def test_the_verdict_compares_the_difference_with_its_spread(adaptive, constant, words):
     said = verdict(ranking(swept({5: adaptive, 2: constant}), BASE))
     assert words in next(line for line in said if "constant L2" in line)
+
+
+def test_the_best_adaptive_configuration_is_compared_with_itself_with_no_factor_learnt():
+    trials = swept({6: [0.64, 0.66], 5: [0.60, 0.58]})
+    wanted = held(trials, BASE)
+    assert wanted is not None
+    assert wanted.repeats == 6
+    assert wanted.values == {AMPLITUDE: 0.01, THETA_MULTIPLIER: 0.0}
+    assert wanted.config(BASE).regularization.mode == "adaptive"
+    chosen = [t.number for t in survivors(trials, BASE, 1)]
+    trials += [
+        trained(len(trials) + i, score, wanted.values, HELD, repeats=6, seed=i)
+        for i, score in enumerate((0.62, 0.64), 1)
+    ]
+    entries = ranking(trials, BASE)
+    assert [e.title for e in entries][:2] == [describe({AMPLITUDE: 0.01}), "trial-006, λ held"]
+    assert entries[0].mean == pytest.approx(0.65), "held ones do not count for it"
+    (said,) = (line for line in verdict(entries) if "λ held where it starts" in line)
+    assert "63.0 ± 1.4): +2.0" in said
+    assert [t.number for t in survivors(trials, BASE, 1)] == chosen
 
 
 def test_a_sweep_without_baselines_has_no_verdict():

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from reid_train.report import style
 from tune.board import describe
-from tune.book import Trial
+from tune.book import HELD, Trial
 from tune.pictures.marks import COLOURS, Mark, scale
 
 _MOST = 60
@@ -82,5 +82,6 @@ def _remark(trial: Trial) -> str:
         text = trial.label or describe(trial.values)
         if trial.repeats is not None:
             text = f"seed {trial.seed} of trial-{trial.repeats:03d}"
+            text += f", {HELD}" if trial.label == HELD else ""
     text = score + text
     return text if len(text) <= 62 else f"{text[:61]}…"
