@@ -26,19 +26,20 @@ train_worker = trainer._train_worker
 
 def faulty(settings: dict) -> None:
     """What a worker runs: pickled by value, so it holds in a fresh process too."""
-    import pyarrow.fs
     import ray.train
     import torch.distributed as dist
     from torch import nn
 
-    from reid_train import augment
+    from data_shards.storage import open_storage
+    from reid_train import augment, trainer
+    from reid_train.checkpoint import FILES
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     with (FOLDER / "worlds.txt").open("a") as file:
         file.write(f"{world}\n" if rank == 0 else "")
     step = 0
-    draw, copy, reduce = augment.draw, pyarrow.fs.copy_files, dist.all_reduce
+    draw, whole, reduce = augment.draw, trainer.upload, dist.all_reduce
 
     def due(what: str, *, at_least: bool = False) -> str | None:
         """The fault's place among the steps, if it is due now; it is not due again."""
@@ -71,14 +72,14 @@ def faulty(settings: dict) -> None:
             die()
         return reduce(*arguments, **options)
 
-    def copy_files(source, target, **options):
+    def upload(run, checkpoint, name):
         if due("kill-upload", at_least=True):
-            some = next(Path(source).glob("*.json"))
-            copy(str(some), f"{target}/{some.name}", **options)
+            for file in FILES[: len(FILES) // 2]:
+                open_storage(run).child(name).upload(file, Path(checkpoint.path, file))
             die()
-        return copy(source, target, **options)
+        return whole(run, checkpoint, name)
 
-    augment.draw, pyarrow.fs.copy_files, dist.all_reduce = count, copy_files, all_reduce
+    augment.draw, trainer.upload, dist.all_reduce = count, upload, all_reduce
     nn.modules.module.register_module_forward_pre_hook(forward)
     train_worker(settings)
 
