@@ -8,15 +8,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from data_shards.errors import ReidError
 
@@ -36,8 +41,14 @@ class ResilientTrainer(TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             batch = (self.train_loop_config or {})["batch_size"]
             arguments["scaling_policy"] = _Divisors(self.scaling_config, batch)
-        with _named_cluster():
-            return super()._initialize_and_run_controller(**arguments)
+        run = f"{self.run_config.storage_path}/{self.run_config.name}"
+        arguments["callbacks"] = [*arguments["callbacks"], _Named(run)]
+        release(run)
+        try:
+            with _named_cluster():
+                return super()._initialize_and_run_controller(**arguments)
+        finally:
+            release(run)
 
     def _register_sigint_handler(self, controller) -> None:
         pass
@@ -60,6 +71,36 @@ def _named_cluster() -> Iterator[None]:
             del os.environ["RAY_ADDRESS"]
         else:
             os.environ["RAY_ADDRESS"] = before
+
+
+def release(run: str) -> None:
+    """Give back the CPUs and GPUs that a run without a controller still reserves.
+
+    Ray leaves that to an actor, which may be killed as well where memory runs out or a node is
+    lost: then nobody else gets them as long as the driver lives, and a sweep waits for ever.
+
+    Args:
+        run: where the run's checkpoints are kept, as Ray Train is told.
+    """
+    for number, group in placement_group_table().items():
+        if group["name"].startswith(f"{run}#") and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(number)))
+
+
+class _Named(ControllerCallback):
+    """Gives what a run reserves a name that begins with the run's, for `release`."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+
+    def after_controller_start(self, train_run_context) -> None:
+        module = worker_group.__dict__  # of the controller's own process
+        reserve = module["placement_group"]
+
+        def named(*arguments: Any, **options: Any) -> PlacementGroup:
+            return reserve(*arguments, name=f"{self._run}#{uuid.uuid4().hex}", **options)
+
+        module["placement_group"] = named
 
 
 class _PermanentErrors(DefaultFailurePolicy):

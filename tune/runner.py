@@ -17,6 +17,8 @@ from ray.tune.search import Searcher
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from reid_train.memory import out_of_memory
+from reid_train.resilience import release
+from reid_train.run_storage import ray_storage
 from reid_train.trainer import start_ray
 from tune.study import Study
 from tune.trial import run_trial
@@ -164,7 +166,10 @@ class _Tell(_Unsaved, FIFOScheduler):
         self._study.finish(trial.config["number"])
 
     def on_trial_error(self, tune_controller, trial) -> None:
-        self._study.lost(trial.config["number"], _last_error(trial))
+        number, study = trial.config["number"], self._study
+        study.lost(number, _last_error(trial))
+        runs = ray_storage(study.base.output)["storage_path"]
+        release(f"{runs}/{study.trials[number].run_name}")
 
 
 def _last_error(trial) -> str:

@@ -31,8 +31,8 @@ class Sweep(Section):
     constant_factors: tuple[NonNegative, ...] = (5e-5, 5e-4, 2.5e-3)
     """λ of the constant baselines; 2.5e-3 is where the published adaptive λ starts."""
     seeds: Count = 1
-    """Trainings with fresh seeds of each survivor and baseline, and of the best with λ held where it
-    starts, which tells what adaptation adds; 1 repeats nothing."""
+    """Trainings with fresh seeds of each survivor and baseline, and of the best with λ held where
+    it starts, which tells what adaptation adds; 1 repeats nothing."""
     survivors: Count = 2
     """How many of the best adaptive configurations are repeated."""
     grace: Count | None = None

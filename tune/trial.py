@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -39,8 +40,10 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        # A trial is continued by its sweep alone, so the hint how to resume a run is left out.
-        reason, _, _ = str(explained(error, config)).partition(". Continue with --resume")
+        # A trial is continued by its sweep alone, so hints how to resume a run are left out.
+        reason, *_ = re.split(
+            r"\. (?:Continue with|Use fewer workers)", str(explained(error, config))
+        )
         tune.report({"failure": reason})
         return
     # A driver that was killed may have missed a report: the kept checkpoints have theirs.

@@ -190,6 +190,7 @@ def count_before(
     own_quick = scores - query.norm[own_row] ** 2 if code == counting.EUCLIDEAN else scores
     order = ordered_positives(matches, scores)
     key, index, start = scores[order], matches.index[order], matches.positives()
+    quick_key, row = own_quick[order], own_row[order]
     before = np.zeros(len(order), np.int64)
     on_host = target.type == "cpu"
     count = count_on_host if on_host else count_block_on_device
@@ -201,7 +202,7 @@ def count_before(
             block = Side.of(embedding)
             right = right_operand(block, code, target)
             slack = tolerance(query, block, code)
-            low, high = _window(own_quick[order], slack[own_row[order]])
+            low, high = _window(quick_key, slack[row])
             own = np.flatnonzero(
                 (matches.index >= first) & (matches.index < first + len(embedding))
             )
@@ -217,7 +218,7 @@ def count_before(
                 error = _take_out(quick, rows, columns, own_quick[mine])
                 if not np.all(error <= slack[own_row[mine]] / 2):  # NaN, too
                     slack = tolerance(query, block, code, certain=True)
-                    low, high = _window(own_quick[order], slack[own_row[order]])
+                    low, high = _window(quick_key, slack[row])
                     _require(error, slack[own_row[mine]])
                 count(
                     quick, first, start[i * chunk : i * chunk + len(part.norm) + 1],

@@ -20,7 +20,7 @@ from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
 from reid_train.run_folder import prepare
-from reid_train.trainer import make_trainer, start_ray
+from reid_train.trainer import make_trainer
 from tune import runner
 from tune.board import TrialBoard
 from tune.book import Book, Trial
@@ -62,7 +62,7 @@ def main(data: str, output: str, count: int, overrides: list[str]) -> None:
     base = recipe("csv_small").replace(data=data, output=output, tracking__uri="off")
     base = tyro.cli(TrainConfig, default=base, args=overrides, config=(tyro.conf.AvoidSubcommands,))
     config = prepare(base.replace(evaluation__initial=False))
-    start_ray(1, logs=False)
+    runner.connect()
     config = runner.resolve_device(config)
     slots = runner.slots(config, None)
     # What is started and cached once is not counted against the first.

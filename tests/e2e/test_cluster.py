@@ -241,6 +241,17 @@ def test_no_secret_is_in_any_jobs_record_or_log(trained, folder):
     assert not [text[:200] for text in records for secret in secrets if secret in text]
 
 
+def test_stack_that_was_killed_is_started_again_with_its_models(trained, folder):
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    champion = client.get_model_version_by_alias(MODEL, "champion")
+    keeper = psutil.Process(int((folder / "lock").read_text()))
+    keeper.kill()
+    keeper.wait(30)
+    addresses = local.start(folder)
+    client = mlflow.MlflowClient(addresses.mlflow)
+    assert client.get_model_version_by_alias(MODEL, "champion").version == champion.version
+
+
 def test_down_leaves_nothing_running_and_the_data_where_it_was(trained, folder):
     down = run("cluster", "local", "down", "--folder", folder)
     assert down.returncode == 0, down.stderr
@@ -250,16 +261,3 @@ def test_down_leaves_nothing_running_and_the_data_where_it_was(trained, folder):
     status = run("cluster", "local", "status", "--folder", folder)
     assert status.returncode == 1
     assert "no stack runs" in status.stderr
-
-
-def test_stack_that_was_killed_is_started_again_with_its_models(trained, folder):
-    addresses = local.start(folder)
-    champion = mlflow.MlflowClient(addresses.mlflow).get_model_version_by_alias(MODEL, "champion")
-    keeper = psutil.Process(int((folder / "lock").read_text()))
-    keeper.kill()
-    keeper.wait(30)
-    addresses = local.start(folder)
-    client = mlflow.MlflowClient(addresses.mlflow)
-    assert client.get_model_version_by_alias(MODEL, "champion").version == champion.version
-    local.stop(folder)
-    assert marked(folder) == []

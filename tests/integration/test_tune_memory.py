@@ -73,6 +73,7 @@ def test_a_trial_that_runs_out_of_memory_is_marked_with_where_and_what_used_it(t
     assert trials[0].state == "failed"
     assert "memory ran out on" in trials[0].reason
     assert "ray::RayTrainWorker" in trials[0].reason
+    assert "--resume" not in trials[0].reason
 
 
 def test_the_sweep_goes_on_after_it(trials):
