@@ -40,6 +40,7 @@ class Trial:
         part: trainings before the present one, in a population; each has its own run folder.
         start: run and checkpoint folder that the present part started from.
         until: epoch at which the present part ends, if before the last.
+        losses: times that its process was lost since the last evaluation.
         changes: of a population, epoch, values and donor as each part began.
     """
 
@@ -56,6 +57,7 @@ class Trial:
     start: str | None = None
     until: int | None = None
     changes: list[dict[str, Any]] = field(default_factory=list)
+    losses: int = 0
     images_per_second: float | None = None
     began: float = 0.0
     ended: float = 0.0

@@ -23,9 +23,6 @@ from reid_train.trainer import start_ray
 from tune.study import Study
 from tune.trial import run_trial
 
-RETRIES = 3
-"""How often a trial whose process was lost is run again."""
-
 
 def connect() -> None:
     """Connect to the Ray cluster at hand, or start one here."""
@@ -101,7 +98,8 @@ def run(study: Study, board: Any, at_a_time: int) -> None:
                 name="tune",
                 storage_path=str(Path(folder)),
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                # The study runs a lost trial again; Ray Tune would give up one lost as it starts.
+                failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
         tuner.fit()
@@ -124,7 +122,8 @@ class _Ask(_Unsaved, Searcher):
     def suggest(self, trial_id: str) -> Any:
         trial = self._study.next()
         if trial is None:
-            return Searcher.FINISHED if self._study.exhausted else None
+            # None: another may come, were it one that is lost and has to run again.
+            return Searcher.FINISHED if self._study.over else None
         study, start = self._study, trial.start
         return {
             "number": trial.number,
@@ -173,13 +172,12 @@ class _Tell(_Unsaved, FIFOScheduler):
 
 
 def _last_error(trial) -> str:
-    """Why a trial was given up; its file has the tracebacks of all tries."""
+    """Why a trial was lost."""
     text = ""
     if trial.error_file and Path(trial.error_file).exists():
         text = re.sub(r"\x1b\[[0-9;]*m", "", Path(trial.error_file).read_text())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    last = out_of_memory(text) or (lines[-1] if lines else "its process was lost")
-    return f"given up after {trial.num_failures} tries: {last}"
+    return out_of_memory(text) or (lines[-1] if lines else "its process was lost")
 
 
 def _name(trial) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -12,6 +13,11 @@ from reid_train.config import TrainConfig
 from tune.book import ENDED, Book, Trial, begin, end
 from tune.halving import Halving
 from tune.proposals import Proposer
+
+logger = logging.getLogger(__name__)
+
+RETRIES = 3
+"""How often in a row, without an evaluation between, a trial that was lost is run again."""
 
 
 class Study:
@@ -85,6 +91,7 @@ class Study:
             return False
         for evaluation in metrics.get("kept", [metrics]):
             trial.add(evaluation | {"run": trial.run_name})
+        trial.losses = 0
         latest = trial.evaluations[-1] if trial.evaluations else None
         if latest and self._lags(trial, latest):
             reason = f"behind others after {latest['epoch']} of {self.base.total_epochs} epochs"
@@ -107,9 +114,17 @@ class Study:
             self._end(trial, "finished")
 
     def lost(self, number: int, reason: str) -> None:
-        """A trial's process was lost more often than is retried."""
-        if self.trials[number].state == "running":
-            self._end(self.trials[number], "failed", reason)
+        """A trial's process was lost: it goes on in another, unless that happens over and over."""
+        trial = self.trials[number]
+        if trial.state != "running":
+            return
+        trial.losses += 1
+        if trial.losses > RETRIES:
+            self._end(trial, "failed", f"given up after {trial.losses} tries: {reason}")
+            return
+        logger.warning("%s was lost and is run again: %s", trial.name, reason)
+        self.book.save(trial)
+        self._queue.append(trial)
 
     def _lags(self, trial: Trial, evaluation: dict[str, Any]) -> bool:
         """Whether a trial is stopped. First points never are: others are compared with them."""

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from reid_train.config import TrainConfig
 from reid_train.loop import train
 from reid_train.recipes import recipe
 from reid_train.worker import Worker
-from tune import runner
+from tune import runner, study
 from tune.board import TrialBoard
 from tune.book import Book, Trial
 from tune.population import Population
@@ -174,10 +175,10 @@ def evolved(cluster: Cluster, base: TrainConfig) -> Evolved:
     )
     halving = _StopsTheFirst()
     book = Book(open_storage(config.output))
-    study = Study(book, config, [endless], population, halving)  # type: ignore[arg-type]
-    runner.run(study, TrialBoard.remote(), 2)  # type: ignore[attr-defined]
+    evolving = Study(book, config, [endless], population, halving)  # type: ignore[arg-type]
+    runner.run(evolving, TrialBoard.remote(), 2)  # type: ignore[attr-defined]
     halving.watch.join(PATIENCE)
-    return Evolved(study.trials, config, halving)
+    return Evolved(evolving.trials, config, halving)
 
 
 def test_a_stopped_trial_frees_its_workers_at_once(evolved: Evolved):
@@ -310,11 +311,11 @@ def survived(cluster: Cluster, base: TrainConfig) -> Survived:
         killed.append(raylet.pid)
         cluster.add_node(num_cpus=1)
 
-    assassin = threading.Thread(target=kill)
-    assassin.start()
     text = io.StringIO()
-    outcome = sweep(SETTINGS, config, console=Console(file=text, width=200))
-    assassin.join(PATIENCE)
+    with ThreadPoolExecutor(1) as pool:  # nodes can be added in the main thread only
+        going_on = pool.submit(sweep, SETTINGS, config, console=Console(file=text, width=200))
+        kill()
+        outcome = going_on.result()
     assert len(killed) == 2
     again = sweep(SETTINGS, config, console=Console(file=io.StringIO()))
     uri = f"sqlite:///{base.output}/mlflow.db"
@@ -407,9 +408,9 @@ def test_the_best_model_is_registered_once_and_is_the_champion(survived: Survive
 
 
 def test_a_trial_lost_too_often_is_given_up_with_the_reason(cluster, base, monkeypatch):
-    monkeypatch.setattr(runner, "RETRIES", 0)
+    monkeypatch.setattr(study, "RETRIES", 0)
     config = base.replace(output=f"{base.output}/lost", tracking__uri="off")
-    study = Study(Book(open_storage(config.output)), config, [Trial(0, {})], Listed())
+    lost = Study(Book(open_storage(config.output)), config, [Trial(0, {})], Listed())
 
     def kill() -> None:
         (process,) = wait_for(lambda: processes("ray::ImplicitFunc", "000-"))
@@ -417,11 +418,11 @@ def test_a_trial_lost_too_often_is_given_up_with_the_reason(cluster, base, monke
 
     assassin = threading.Thread(target=kill)
     assassin.start()
-    runner.run(study, TrialBoard.remote(), 1)  # type: ignore[attr-defined]
+    runner.run(lost, TrialBoard.remote(), 1)  # type: ignore[attr-defined]
     assassin.join(PATIENCE)
-    assert study.trials[0].state == "failed"
-    assert study.trials[0].reason.startswith("given up after 1 tries: ")
-    assert Book(open_storage(config.output)).trials() == study.trials
+    assert lost.trials[0].state == "failed"
+    assert lost.trials[0].reason.startswith("given up after 1 tries: ")
+    assert Book(open_storage(config.output)).trials() == lost.trials
 
 
 def test_workers_that_cannot_fit_are_an_error_before_anything_starts(cluster, base):

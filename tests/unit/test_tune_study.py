@@ -18,7 +18,7 @@ from tune.population import Population, exchange, explore
 from tune.proposals import Chance, Grid, Listed, Proposer, Tpe, importance
 from tune.settings import Sweep, default_name
 from tune.space import AMPLITUDE, LEARNING_RATE, Point, build, default, first_points
-from tune.study import Study
+from tune.study import RETRIES, Study
 
 BASE = recipe("demo").replace(
     data="d", output="o", name="s", optimizer__epochs=8, evaluation__every=1
@@ -165,10 +165,27 @@ def test_a_failed_trial_has_its_reason_and_is_not_run_again(book):
     following = study.next()
     assert following is not None
     assert following.number == 1
-    study.lost(1, "its process was lost 4 times")
+    study.result(1, {"failure": "another reason"})
     assert study.over
     assert [t.state for t in book.trials()] == ["failed", "failed"]
     assert Study(book, BASE, book.trials(), Listed()).next() is None
+
+
+def test_a_lost_trial_is_run_again_and_given_up_when_it_gets_no_further(book):
+    study = Study(book, BASE, first()[:1], Listed())
+    trial = study.next()
+    for _ in range(RETRIES):
+        study.lost(0, "its node was lost")
+        assert study.next() is trial
+    study.result(0, report(1, 0.2))
+    for _ in range(RETRIES):
+        study.lost(0, "its node was lost")
+        assert study.next() is trial
+    study.lost(0, "its node was lost")
+    assert study.over
+    (saved,) = book.trials()
+    assert saved.state == "failed"
+    assert saved.reason == f"given up after {RETRIES + 1} tries: its node was lost"
 
 
 def test_a_configuration_that_cannot_run_fails_and_the_next_is_taken(book):
