@@ -30,7 +30,7 @@ class Study:
         proposer: says what else to try.
         halving: says what to stop; None stops nothing.
         on_begin: called with each trial that begins, before it is written.
-        on_end: called with each trial that ended, before it is written: twice, if killed in between.
+        on_end: called with each trial that ended, before it is written; again if killed meanwhile.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Study:
 
     def _end(self, trial: Trial, state: Any, reason: str = "") -> None:
         end(trial, state, reason)
-        # Before it is written: a driver killed in between finds the trial running, and ends it again.
+        # Before it is written: after a kill in between, the trial is running and ends again.
         self.on_end(trial)
         self.book.save(trial)
         self.proposer.learn(trial)
