@@ -2,7 +2,7 @@
 
 Memory, handles and threads are a process's own, so their growth is the slope of one line fitted to
 all lives at once, each with a level of its own: what a new process starts with is no growth, and
-neither is the first minute of a process. Folders outlive processes: their largest size is compared
+neither is the first minute of a process, nor what comes after the last step. Folders outlive processes: their largest size is compared
 with that of the quiet run.
 """
 
@@ -91,7 +91,7 @@ class Outcome:
                 yield f"{event.kind} after step {event.step}: {event.detail}"
             yield from (f"after {event.kind}, left behind: {name}" for name in event.left)
         for name, watch in zip(("quiet", "faulty"), self.watches, strict=True):
-            for (role, quantity), found in growth(watch.samples).items():
+            for (role, quantity), found in growth(training(watch)).items():
                 if found.beyond(quantity):
                     yield f"{quantity} of the {name} {role}: {found.hourly:+.1f} an hour"
         calm, hard = (peaks(watch) for watch in self.watches)
@@ -115,6 +115,13 @@ class Outcome:
 def same(one: object, other: object) -> bool:
     """Equal in every bit; NaN is NaN."""
     return repr(one) == repr(other)
+
+
+def training(watch: Watch) -> list[Sample]:
+    """Samples up to the last step: the report after it takes what it takes, once."""
+    last = max((row.step for row in watch.folders), default=0)
+    ended = next((row.time for row in watch.folders if row.step == last), float("inf"))
+    return [sample for sample in watch.samples if sample.time <= ended]
 
 
 def growth(samples: Sequence[Sample]) -> dict[tuple[str, str], Growth]:
@@ -188,7 +195,7 @@ def text(outcome: Outcome, picture: str) -> str:
         lines.append(f"| {name} | | {equal} |")
     lines += ["", f"After the first {WARM_UP:.0f} s of each process:", ""]
     lines += ["| growth an hour | quiet | faulty | may be |", "| --- | --- | --- | --- |"]
-    grown = [growth(watch.samples) for watch in outcome.watches]
+    grown = [growth(training(watch)) for watch in outcome.watches]
     for key in sorted(grown[0].keys() | grown[1].keys()):
         cells = [f"{g[key].hourly:+.1f} ({g[key].lives} lives)" if key in g else "–" for g in grown]
         unit = " MB" if key[1] == "memory" else ""

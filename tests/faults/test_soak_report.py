@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from soak_report import BOUNDS, WARM_UP, growth, same
-from soak_watch import Sample
+from soak_report import BOUNDS, WARM_UP, growth, same, training
+from soak_watch import Folders, Sample, Watch
 
 LIFE = 600
 
@@ -35,6 +35,16 @@ def test_first_minute_of_a_process_is_no_growth():
         sample._replace(memory=int(min(sample.time % LIFE, WARM_UP) * 1e7)) for sample in lives(0.0)
     ]
     assert growth(samples)["worker", "memory"].hourly == pytest.approx(0, abs=1e-6)
+
+
+def test_what_comes_after_the_last_step_is_no_growth():
+    watch = Watch(lambda: 0, lambda: (0, 0, 0))
+    watch.folders = [Folders(t, min(int(t) // 100, 4), 0, 0, 0) for t in range(0, LIFE, 2)]
+    watch.samples = [
+        Sample(t, "driver", 1, int(max(0, t - 400) * 1e7), 9, 7) for t in range(0, LIFE, 2)
+    ]
+    assert growth(watch.samples)["driver", "memory"].beyond("memory")
+    assert growth(training(watch))["driver", "memory"].hourly == pytest.approx(0, abs=1e-6)
 
 
 def test_steep_line_through_a_short_life_is_not_beyond_its_bound():
