@@ -2,8 +2,8 @@
 
 Memory, handles and threads are a process's own, so their growth is the slope of one line fitted to
 all lives at once, each with a level of its own: what a new process starts with is no growth, and
-neither is the first minute of a process, nor what comes after the last step. Folders outlive processes: their largest size is compared
-with that of the quiet run.
+neither is the first minute of a process, nor what comes after the last step. Folders outlive
+processes: their largest size is compared with that of the quiet run.
 """
 
 from __future__ import annotations
