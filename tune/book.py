@@ -164,6 +164,8 @@ class Book:
         for key, _ in self.storage.list("trials/"):
             try:
                 trial = Trial(**json.loads(self.storage.read(key)))
+                if key != f"trials/{trial.name}.json":
+                    raise ValueError(f"it is of {trial.name}")
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"{self.storage.url}/{key} is damaged: {error}") from error
             found.append(trial)

@@ -269,6 +269,7 @@ def evaluate(
     if machine.on_cpu:
         embed = max(
             alone + (decode if loaders == 0 else 0.0),
+            decode / max(loaders, 1),  # a loader's process has one core, however many there are
             layout.busiest * (alone + decode) / machine.cores,
         )
     else:

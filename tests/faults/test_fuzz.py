@@ -306,6 +306,7 @@ TRIAL = asdict(Trial(0, {"optimizer.learning_rate": 0.1}, evaluations=[{"epoch":
     edited(TRIAL).map(lambda value: json.dumps(value).encode())
     | damaged(json.dumps(TRIAL).encode())
 )
+@example(json.dumps(TRIAL | {"number": None}).encode())
 def test_trial_of_any_bytes(data):
     with tempfile.TemporaryDirectory() as folder:
         book = Book(LocalStorage(Path(folder)))

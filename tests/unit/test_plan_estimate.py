@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.plan.estimate import Host, Machine, Prices, estimate
@@ -56,6 +56,7 @@ def test_free_communication_scales_without_loss(count, speed):
 
 @settings(deadline=None, max_examples=60)
 @given(machines, workers, st.floats(1, 1e5), st.integers(0, 8))
+@example(replace(FREE, cores=3, on_cpu=True), 1, 4308.0, 1)  # decoding, by one loader
 def test_no_run_is_faster_than_with_everything_else_free(machine, count, speed, loaders):
     job = work(count)
     assert run(machine, speed, job, loaders).seconds >= run(FREE, speed, job, loaders).seconds * (
