@@ -84,11 +84,11 @@ def ranking(trials: Sequence[Trial], base: TrainConfig) -> list[Entry]:
     for trial in trials:
         if trial.state == "finished" and trial.repeats is None:
             repeats = [t for t in trials if t.repeats == trial.number and t.state == "finished"]
-            held = tuple(t for t in repeats if t.label == HELD)
             same = tuple(t for t in repeats if t.label != HELD)
+            fixed = tuple(t for t in repeats if t.label == HELD)
             entries.append(Entry(trial, same, trial.config(base).regularization.mode))
-            if held:
-                entries.append(Entry(held[0], held, "held"))
+            if fixed:
+                entries.append(Entry(fixed[0], fixed, "held"))
     return sorted(entries, key=lambda e: (len(e.repeats) > 0, e.mean), reverse=True)
 
 
