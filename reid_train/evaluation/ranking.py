@@ -13,8 +13,10 @@ counts who comes before them. `rank` runs both in one process, `distributed` ove
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +42,7 @@ from reid_train.evaluation.scoring import (
 )
 
 BLOCK = 2048  # gallery items a product; they and their scores stay in the cache meanwhile
-CHUNK = 512  # queries a product
+CHUNK = 256  # queries a product: more, and threads wait longer for the last one of a block
 
 Blocks = Iterable[tuple[int, np.ndarray]]
 """Stretches of the gallery: index of the first item, embeddings (W, D) float32."""
@@ -196,40 +198,72 @@ def count_before(
     count = count_on_host if on_host else count_block_on_device
     chunk = _even(len(query.norm), chunk, torch.get_num_threads() if on_host else 1)
     parts = [query.rows(q, q + chunk) for q in range(0, len(query.norm), chunk)]
+
+    def prepare(numbered: tuple[int, np.ndarray]) -> _Block:
+        first, embedding = numbered
+        side = Side.of(embedding)
+        slack = tolerance(query, side, code)
+        own = np.flatnonzero((matches.index >= first) & (matches.index < first + len(embedding)))
+        ends = np.searchsorted(own_row[own], range(0, len(query.norm) + chunk, chunk))
+        bounds = _window(quick_key, slack[row])
+        return _Block(first, side, right_operand(side, code, target), slack, *bounds, own, ends)
+
     with full_precision(), single_threaded_pool() if on_host else nullcontext() as pool:
         lefts = [left_operand(part, code, target) for part in parts]
-        for first, embedding in blocks:
-            block = Side.of(embedding)
-            right = right_operand(block, code, target)
-            slack = tolerance(query, block, code)
-            low, high = _window(quick_key, slack[row])
-            own = np.flatnonzero(
-                (matches.index >= first) & (matches.index < first + len(embedding))
-            )
-            ends = np.searchsorted(own_row[own], range(0, len(query.norm) + chunk, chunk))
+        for block in _one_ahead(prepare, blocks):
 
-            def compare(
-                i: int, first=first, block=block, right=right, slack=slack, low=low, high=high,
-                own=own, ends=ends,
-            ) -> int:  # fmt: skip
-                part, mine = parts[i], own[ends[i] : ends[i + 1]]
-                quick = quick_scores(lefts[i], right, block, code)
-                rows, columns = own_row[mine] - i * chunk, matches.index[mine] - first
+            def compare(i: int, block: _Block = block) -> int:
+                part, mine = parts[i], block.own[block.ends[i] : block.ends[i + 1]]
+                quick = quick_scores(lefts[i], block.right, block.side, code)
+                rows, columns = own_row[mine] - i * chunk, matches.index[mine] - block.first
                 error = _take_out(quick, rows, columns, own_quick[mine])
-                if not np.all(error <= slack[own_row[mine]] / 2):  # NaN, too
-                    slack = tolerance(query, block, code, certain=True)
+                low, high = block.low, block.high
+                if not np.all(error <= block.slack[own_row[mine]] / 2):  # NaN, too
+                    slack = tolerance(query, block.side, code, certain=True)
                     low, high = _window(quick_key, slack[row])
                     _require(error, slack[own_row[mine]])
                 count(
-                    quick, first, start[i * chunk : i * chunk + len(part.norm) + 1],
-                    key, index, low, high, code, part.embedding, block.embedding,
-                    part.scale, block.scale, before,
+                    quick, block.first, start[i * chunk : i * chunk + len(part.norm) + 1],
+                    key, index, low, high, code, part.embedding, block.side.embedding,
+                    part.scale, block.side.scale, before,
                 )  # fmt: skip
-                return len(part.norm) * len(block.norm)
+                return len(part.norm) * len(block.side.norm)
 
             for pairs in (pool.map if pool else map)(compare, range(len(parts))):
                 progress(pairs)
     return before
+
+
+class _Block(NamedTuple):
+    """A stretch of the gallery, ready to be compared with every chunk of the queries.
+
+    `low` and `high` are of all positives, as in `counting.count_block`; `own` are those entries of
+    the matches that lie in the block, chunk i's from `ends[i]` on.
+    """
+
+    first: int
+    side: Side
+    right: torch.Tensor
+    slack: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    own: np.ndarray
+    ends: np.ndarray
+
+
+def _one_ahead(
+    prepare: Callable[[tuple[int, np.ndarray]], _Block], blocks: Blocks
+) -> Iterator[_Block]:
+    """The next block is read and laid out in a thread while one is compared.
+
+    Done in between, it would keep all cores but one waiting.
+    """
+    prepared = map(prepare, blocks)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, prepared, None)
+        while (block := coming.result()) is not None:
+            coming = thread.submit(next, prepared, None)
+            yield block
 
 
 def _window(score: np.ndarray, slack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
