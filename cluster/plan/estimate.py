@@ -54,6 +54,8 @@ class Host:
     Attributes:
         decode: core-seconds of an image, from bytes to the network's input size.
         multiply: floating point operations a core-second of ranking, all of ranking's work in it.
+        crowding: how much longer CPU workers compute for each doubling of those on a node, beyond
+            what its cores account for.
         write: bytes a second of writing and sealing a checkpoint.
         start: seconds from the command to the first pass: Ray, workers, the network.
         finish: seconds after the last pass: report, pictures, registry.
@@ -61,6 +63,7 @@ class Host:
 
     decode: float
     multiply: float = 147e9
+    crowding: float = 0.35
     write: float = 400e6
     start: float = 30.0
     finish: float = 20.0
@@ -212,6 +215,8 @@ def step(
     if machine.on_cpu:
         beside = decode if loaders else 0.0
         compute = max(alone, mates * (alone + beside) / machine.cores)
+        if not speed.talk:  # measured alone
+            compute *= 1 + host.crowding * math.log2(mates)
         free = machine.cores
     else:
         compute, free = alone, max(machine.cores - mates, 1)

@@ -31,10 +31,13 @@ def work(workers: int = 1, per_node: int = 8, passes: tuple[Pass, ...] = ()) -> 
     )  # fmt: skip
 
 
-def run(machine: Machine, speed: float, job: Workload, loaders: int = 4, host: Host | None = None):
-    """Estimate with a worker that makes `speed` images a second."""
+def run(
+    machine: Machine, speed: float, job: Workload, loaders: int = 4, host: Host | None = None,
+    talk: bool = False,
+):  # fmt: skip
+    """Estimate with a worker that makes `speed` images a second, alone or (talk) among all."""
     seconds = BATCH / job.layout.workers / speed
-    speeds = {phase: Speed(seconds, "given", "") for phase in PHASES}
+    speeds = {phase: Speed(seconds, "given", "", talk) for phase in PHASES}
     return estimate(job, NETWORK, machine, host or Host(decode=3e-4), speeds, loaders=loaders)  # type: ignore[arg-type]
 
 
@@ -110,10 +113,26 @@ def test_gradients_between_nodes_pass_the_slower_link():
     assert between == pytest.approx(10 * within)
 
 
-def test_four_cpu_workers_on_two_cores_are_as_fast_as_two():
+def test_four_cpu_workers_on_two_cores_are_as_fast_as_two_but_for_crowding():
     machine = replace(FREE, on_cpu=True, cores=2)
-    two, four = (run(machine, 10, work(n), 1, Host(decode=0.0)) for n in (2, 4))
-    assert four.images_per_second() == pytest.approx(two.images_per_second())
+    two, four = (
+        run(machine, 10, work(n), 1, Host(decode=0.0, crowding=0.5)).images_per_second()
+        for n in (2, 4)
+    )
+    assert four / two == pytest.approx((1 + 0.5) / (1 + 2 * 0.5))
+
+
+def test_crowding_is_of_cpu_workers_on_one_node_that_were_measured_alone():
+    crowded, free = Host(decode=0.0, crowding=0.5), Host(decode=0.0, crowding=0.0)
+    cpu = replace(FREE, on_cpu=True)
+
+    def slower(machine: Machine, job: Workload, talk: bool = False) -> float:
+        one, other = (run(machine, 10, job, 1, host, talk).steps["all"] for host in (crowded, free))
+        return one.compute / other.compute
+
+    assert slower(cpu, work(2)) == pytest.approx(1.5)
+    assert slower(cpu, work(2, per_node=1)) == slower(FREE, work(2)) == 1
+    assert slower(cpu, work(2), talk=True) == 1
 
 
 @pytest.mark.parametrize(
