@@ -41,14 +41,14 @@ class ResilientTrainer(TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             batch = (self.train_loop_config or {})["batch_size"]
             arguments["scaling_policy"] = _Divisors(self.scaling_config, batch)
-        run = f"{self.run_config.storage_path}/{self.run_config.name}"
-        arguments["callbacks"] = [*arguments["callbacks"], _Named(run)]
-        release(run)
+        run = self.run_config.storage_path, self.run_config.name
+        arguments["callbacks"] = [*arguments["callbacks"], _Named(_prefix(*run))]
+        release(*run)
         try:
             with _named_cluster():
                 return super()._initialize_and_run_controller(**arguments)
         finally:
-            release(run)
+            release(*run)
 
     def _register_sigint_handler(self, controller) -> None:
         pass
@@ -73,32 +73,36 @@ def _named_cluster() -> Iterator[None]:
             os.environ["RAY_ADDRESS"] = before
 
 
-def release(run: str) -> None:
+def _prefix(storage_path: str, name: str) -> str:
+    return f"{storage_path}/{name}#"
+
+
+def release(storage_path: str, name: str) -> None:
     """Give back the CPUs and GPUs that a run without a controller still reserves.
 
     Ray leaves that to an actor, which may be killed as well where memory runs out or a node is
     lost: then nobody else gets them as long as the driver lives, and a sweep waits for ever.
 
     Args:
-        run: where the run's checkpoints are kept, as Ray Train is told.
+        storage_path, name: of the run, as Ray Train's `RunConfig` has them.
     """
     for number, group in placement_group_table().items():
-        if group["name"].startswith(f"{run}#") and group["state"] != "REMOVED":
+        if group["name"].startswith(_prefix(storage_path, name)) and group["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(number)))
 
 
 class _Named(ControllerCallback):
-    """Gives what a run reserves a name that begins with the run's, for `release`."""
+    """Gives what a run reserves names by which `release` finds it."""
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
 
     def after_controller_start(self, train_run_context) -> None:
         module = worker_group.__dict__  # of the controller's own process
         reserve = module["placement_group"]
 
         def named(*arguments: Any, **options: Any) -> PlacementGroup:
-            return reserve(*arguments, name=f"{self._run}#{uuid.uuid4().hex}", **options)
+            return reserve(*arguments, name=f"{self._prefix}{uuid.uuid4().hex}", **options)
 
         module["placement_group"] = named
 

@@ -293,22 +293,33 @@ def _ended(result: ray.train.Result, config: TrainConfig) -> bool:
     return (result.metrics or {}).get("epoch") == config.total_epochs
 
 
-def explained(error: TrainingFailedError | OutOfMemoryError, config: TrainConfig) -> ReidError:
-    """What a failed training means to a person: the cause if it was raised on purpose."""
+def explained(
+    error: TrainingFailedError | OutOfMemoryError, config: TrainConfig, *, advise: bool = True
+) -> ReidError:
+    """What a failed training means to a person: the cause if it was raised on purpose.
+
+    Args:
+        error: as Ray raised it.
+        config: of the run.
+        advise: say how to go on with the run, too.
+    """
     cause = on_purpose(error)
     if cause is not None:
         return cause
-    if memory := out_of_memory(str(error)):
-        return ReidError(
-            f"{memory}. Use fewer workers or --loader.workers on a machine, or a smaller batch, and"
-            f" continue with --resume --name {config.name} --output {config.output}"
+    resume = f"with --resume --name {config.name} --output {config.output}"
+    if reason := out_of_memory(str(error)):
+        advice = (
+            "Use fewer workers or --loader.workers on a machine, or a smaller batch, and continue "
+            f"{resume}"
         )
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-    often = f" more than {config.checkpoint.max_failures} times, last"
-    return ReidError(
-        f"training failed{often if isinstance(error, WorkerGroupError) else ''} with: {text[-1]}. "
-        f"Continue with --resume --name {config.name} --output {config.output}"
-    )
+    else:
+        last = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()[-1]
+        often = f" more than {config.checkpoint.max_failures} times, last"
+        reason = (
+            f"training failed{often if isinstance(error, WorkerGroupError) else ''} with: {last}"
+        )
+        advice = f"Continue {resume}"
+    return ReidError(f"{reason}. {advice}" if advise else reason)
 
 
 def _use_gpu(config: TrainConfig) -> bool:

@@ -167,8 +167,7 @@ class _Tell(_Unsaved, FIFOScheduler):
     def on_trial_error(self, tune_controller, trial) -> None:
         number, study = trial.config["number"], self._study
         study.lost(number, _last_error(trial))
-        runs = ray_storage(study.base.output)["storage_path"]
-        release(f"{runs}/{study.trials[number].run_name}")
+        release(ray_storage(study.base.output)["storage_path"], study.trials[number].run_name)
 
 
 def _last_error(trial) -> str:

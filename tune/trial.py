@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -40,11 +39,8 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        # A trial is continued by its sweep alone, so hints how to resume a run are left out.
-        reason, *_ = re.split(
-            r"\. (?:Continue with|Use fewer workers)", str(explained(error, config))
-        )
-        tune.report({"failure": reason})
+        # A trial is continued by its sweep alone: nobody is told how.
+        tune.report({"failure": str(explained(error, config, advise=False))})
         return
     # A driver that was killed may have missed a report: the kept checkpoints have theirs.
     kept = [

@@ -44,6 +44,12 @@ def test_a_run_that_ends_so_says_what_to_do_in_one_line():
     assert said.endswith("continue with --resume --name r --output /runs")
 
 
+def test_a_trial_that_ends_so_is_not_told_how_to_resume():
+    config = recipe("demo").replace(name="r", output="/runs")
+    said = str(explained(OutOfMemoryError(TEXT), config, advise=False))
+    assert said == out_of_memory(TEXT)
+
+
 @pytest.mark.parametrize("text", ["", "CUDA out of memory", "worker died"])
 def test_other_errors_are_not_taken_for_it(text):
     assert out_of_memory(text) is None
