@@ -7,7 +7,7 @@ import tempfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import ray
 import tyro
@@ -50,8 +50,8 @@ class Embed:
     """Which splits."""
     workers: int = 1
     """Ray workers, each with a copy of the model."""
-    gpus: bool = False
-    """Give each worker a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda gives each worker a GPU; auto does where there are enough."""
     tracking_uri: str | None = None
     """MLflow, for models:/…; by default MLFLOW_TRACKING_URI."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -75,8 +75,8 @@ class Evaluate:
     """Where to write the measurement as JSON; a path or s3://…"""
     workers: int = 1
     """Ray workers that embed; more than one also share the measuring of Parquet embeddings."""
-    gpus: bool = False
-    """Give each embedding worker a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda gives each embedding worker a GPU; auto does where there are enough."""
     tracking_uri: str | None = None
     """MLflow, for models:/… and to log to; by default MLFLOW_TRACKING_URI."""
     experiment: str = "reid-evaluation"
@@ -101,7 +101,7 @@ def _embed(settings: Embed, console: Console) -> int:
             settings.out,
             splits=settings.splits,
             workers=settings.workers,
-            gpus=settings.gpus,
+            device=settings.device,
             tracking_uri=settings.tracking_uri,
             loader=settings.loader,
             progress=progress,
@@ -115,12 +115,19 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
     if settings.model is None:
         if settings.embeddings is None:
             raise ConfigError("give --embeddings FILE, or --model and --data")
+        if settings.data or settings.tracking_uri:
+            raise ConfigError(
+                "--data and --tracking-uri go with --model: --embeddings are measured as they are"
+            )
         found = _measure(settings.embeddings, settings, console)
         _write(settings, found, settings.embeddings, console)
         return found
     if settings.data is None:
         raise ConfigError("--model needs --data: the sharded dataset to measure it on")
+    if (settings.embeddings or "").endswith(".npz"):
+        raise ConfigError("a model's embeddings are kept as Parquet: --embeddings is a folder here")
     dataset = Dataset.open(settings.data)
+    measures.check_sizes(len(dataset.index("query")), len(dataset.index("gallery")))
     start_ray(settings.workers)
     if settings.embeddings is None and len(ray.nodes()) > 1:
         raise ConfigError(
@@ -136,7 +143,7 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
                 data=settings.data,
                 out=out,
                 workers=settings.workers,
-                gpus=settings.gpus,
+                device=settings.device,
                 tracking_uri=uri,
                 loader=loader,
             ),
@@ -189,7 +196,9 @@ def _log(settings: Evaluate, found: Measurement, dataset: Dataset) -> None:
                 "evaluation_digest": dataset.manifest.evaluation_digest,
             }
         )
-        tracker.log(found.result.summary(), 0)
+        # MLflow takes neither @ nor = in a name.
+        summary = found.result.summary().items()
+        tracker.log({k.replace("@", " at ").replace("=", " "): v for k, v in summary}, 0)
 
 
 @contextmanager

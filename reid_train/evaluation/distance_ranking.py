@@ -31,7 +31,10 @@ def rank_distances(blocks: Distances, labels: Labels, *, max_rank: int = 50) -> 
         DataError: NaN distances, a query left out, or no query with a match.
     """
     matches = find_matches(labels)
-    return metrics_of(matches.positives(), positive_ranks(blocks, matches), max_rank)
+    ranks = positive_ranks(blocks, matches)
+    if left := matches.row[matches.positive][ranks == 0].tolist():
+        raise DataError(f"no distances of query {left[0]}")
+    return metrics_of(matches.positives(), ranks, max_rank)
 
 
 def positive_ranks(blocks: Distances, matches: Matches) -> np.ndarray:

@@ -19,7 +19,6 @@ from reid_train.evaluation.camera_pairs import by_query_camera, split_by_camera
 from reid_train.evaluation.counting import COSINE, EUCLIDEAN
 from reid_train.evaluation.crew import Crew
 from reid_train.evaluation.embeddings import EmbeddingFiles
-from reid_train.evaluation.expansion import check_expansion
 from reid_train.evaluation.matches import Labels, Matches, find_matches
 from reid_train.evaluation.measure import Measurement, Measures, Progress
 from reid_train.evaluation.metrics import RankingResult, metrics_of
@@ -79,11 +78,7 @@ def measure_distributed(
         edges = [(a, b) for a, b in files.edges("gallery") if a < b]
         result, pairs = _rank(crew, source, labels, matches, edges, measures)
         return Measurement(result, *sizes, files.dimensions, measures, pairs)
-    if measures.rerank:
-        measures.reranking.check(sum(sizes))
-    for k in (measures.expand, measures.augment):
-        if k:
-            check_expansion(k, measures.alpha, sizes[1])
+    measures.check_sizes(*sizes)
     held = crew.one("reading", hold, files)
     if measures.expand or measures.augment:
         query = _expand(crew, held, sizes, measures) if measures.expand else []

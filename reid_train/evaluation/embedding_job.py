@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import ray
 import ray.exceptions
-import ray.util
 import torch
 
 from data_shards.cache import ShardCache
@@ -27,13 +29,15 @@ from data_shards.loader import row_batches
 from data_shards.storage import open_storage
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.embed import embed_batches
-from reid_train.evaluation.embeddings import EmbeddingTable, part_key, write_part
+from reid_train.evaluation.embeddings import JOB, EmbeddingTable, part_key, write_part
 from reid_train.inference import CONFIG, WEIGHTS, Embedder
+from reid_train.memory import out_of_memory
 from reid_train.registry import fetch
+
+logger = logging.getLogger(__name__)
 
 PART = 4096
 """Images of a part."""
-JOB = "job.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def embed_dataset(
     *,
     splits: Sequence[str] = ("query", "gallery"),
     workers: int = 1,
-    gpus: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     tracking_uri: str | None = None,
     loader: LoaderConfig | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -76,7 +80,7 @@ def embed_dataset(
         out: where the parts go, a folder or an s3:// URL; parts already there are kept.
         splits: which; those that the dataset has not are left out.
         workers: Ray actors, each with a copy of the model.
-        gpus: give each worker a GPU.
+        device: "cuda" gives each worker a GPU; "auto" does where there are enough.
         tracking_uri: of the registry.
         loader: decoding processes and cache of each worker.
         progress: told how many images are embedded, and how many there are.
@@ -95,42 +99,72 @@ def embed_dataset(
         folder = fetch(model, Path(temporary), tracking_uri)
         Embedder.from_folder(folder, "cpu")  # says what is wrong with it before anything starts
         weights, config = ((folder / name).read_bytes() for name in (WEIGHTS, CONFIG))
-    _claim(out, weights, config, dataset.manifest.digest, splits)
+    _claim(out, weights, config, dataset.manifest.digest, splits, len(parts))
     there = {key for key, _ in storage.list("part-")}
     missing = [part for part in parts if part.key not in there]
     total = sum(part.stop - part.first for part in parts)
     done = total - sum(part.stop - part.first for part in missing)
     progress(done, total)
     if missing:
-        shared = ray.put((weights, config))
-        actor = ray.remote(_Worker).options(num_cpus=1, num_gpus=int(gpus))  # type: ignore[attr-defined]
-        pool = ray.util.ActorPool(
-            [
-                actor.remote(shared, data, out, loader or LoaderConfig())
-                for _ in range(min(workers, len(missing)))
-            ]
+        gpu = _use_gpu(device, workers)
+        shared = ray.put((weights, config, "cuda" if gpu else "cpu"))
+        actor = ray.remote(_Worker).options(  # type: ignore[attr-defined]
+            num_cpus=1, num_gpus=int(gpu), max_restarts=2, max_task_retries=2
         )
+        count = min(workers, len(missing))
+        actors = [actor.remote(shared, data, out, loader or LoaderConfig()) for _ in range(count)]
+        for images in _results(actors, missing):
+            done += images
+            progress(done, total)
+    return total
+
+
+def _use_gpu(device: str, workers: int) -> bool:
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if device == "cuda" and gpus < workers:
+        logger.warning("%d GPUs are asked for and %d are here", workers, gpus)
+    return device == "cuda" or (device == "auto" and gpus >= workers)
+
+
+def _results(actors: Sequence[Any], parts: Sequence[Part]) -> Iterator[int]:
+    """Images of each part that is done; an actor gets the first when it is up, if ever it is."""
+    busy = {actor.ready.remote(): actor for actor in actors}
+    left, done = deque(parts), 0
+    while done < len(parts):
+        (reference,), _ = ray.wait(list(busy))
+        actor = busy.pop(reference)
         try:
-            for images in pool.map_unordered(lambda actor, part: actor.embed.remote(part), missing):
-                done += int(images)  # pyright: ignore[reportArgumentType]
-                progress(done, total)
+            images = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, ReidError) else error from None
-    return total
+        except ray.exceptions.RayError as error:
+            reason = out_of_memory(str(error)) or str(error).strip().splitlines()[0]
+            raise ReidError(
+                f"an embedding worker was lost: {reason}. The same command goes on with the rest"
+            ) from error
+        if images is not None:
+            done += 1
+            yield images
+        if left:
+            busy[actor.embed.remote(left.popleft())] = actor
 
 
 class _Worker:
     """Embeds parts; an actor."""
 
-    def __init__(self, model: tuple[bytes, bytes], data: str, out: str, loader: LoaderConfig):
+    def __init__(self, model: tuple[bytes, bytes, str], data: str, out: str, loader: LoaderConfig):
+        *files, device = model
         with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
             folder = Path(temporary)
-            for name, content in zip((WEIGHTS, CONFIG), model, strict=True):
+            for name, content in zip((WEIGHTS, CONFIG), files, strict=True):
                 (folder / name).write_bytes(content)
-            self.embedder = Embedder.from_folder(folder)
+            self.embedder = Embedder.from_folder(folder, device)
         self.dataset, self.storage, self.loader = Dataset.open(data), open_storage(out), loader
         cache = loader.cache.expanduser().absolute()
         self.cache = ShardCache(self.dataset.storage, cache, loader.cache_bytes)
+
+    def ready(self) -> None:
+        """Returns once the actor is up."""
 
     def embed(self, part: Part) -> int:
         """Write one part; return its number of images."""
@@ -163,15 +197,22 @@ class _Worker:
         return len(rows)
 
 
-def _claim(out: str, weights: bytes, config: bytes, manifest: str, splits: Sequence[str]) -> None:
+def _claim(
+    out: str, weights: bytes, config: bytes, manifest: str, splits: Sequence[str], parts: int
+) -> None:
     """Write `job.json`, or check that it says the same."""
     storage = open_storage(out)
+    if not storage.exists(JOB) and any(storage.list("part-")):
+        raise DataError(
+            f"{out} has embeddings, but no {JOB} that says of what: choose another place"
+        )
     job = {
         "weights": hashlib.sha256(weights).hexdigest(),
         "config": hashlib.sha256(config).hexdigest(),
         "manifest_digest": manifest,
         "splits": list(splits),
         "part": PART,
+        "parts": parts,
     }
     try:
         storage.write(JOB, json.dumps(job, indent=2).encode(), create_once=True)

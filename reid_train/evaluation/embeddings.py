@@ -9,6 +9,7 @@ features of any other system can be measured.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from reid_train.evaluation.matches import Labels
 from reid_train.evaluation.scoring import check_embeddings
 
 SUFFIX = ".parquet"
+JOB = "job.json"  # in a folder of parts: of what they are, and how many
 ROWS = 8192  # rows of a row group: what a reader holds at a time
 _LABELS = ("pid", "camid", "split")
 
@@ -282,12 +284,29 @@ def _parts(url: str) -> tuple[Storage, list[str]]:
         storage, key = _split(url)
         if storage.exists(key):
             return storage, [key]
-        raise ObjectMissing(f"there is no file {url}")
     storage = open_storage(url)
-    keys = [key for key, _ in storage.list() if key.endswith(SUFFIX)]
+    keys = [key for key, _ in storage.list() if key.endswith(SUFFIX) and "/" not in key]
+    if not keys and url.endswith(SUFFIX):
+        raise ObjectMissing(f"there is no file {url}")
     if not keys:
         raise DataError(f"no embeddings at {url}: expected a {SUFFIX} or .npz file, or a folder")
+    if storage.exists(JOB):
+        wanted = [part_key(number) for number in range(_parts_of_job(storage))]
+        if missing := sorted(set(wanted) - set(keys)):
+            raise DataError(
+                f"{url} has {len(wanted) - len(missing)} of {len(wanted)} parts: embed again with "
+                "the same command, which goes on with what is missing"
+            )
+        return storage, wanted
     return storage, keys
+
+
+def _parts_of_job(storage: Storage) -> int:
+    where = f"{storage.url}/{JOB}"
+    try:
+        return int(json.loads(storage.read(JOB))["parts"])
+    except (ValueError, LookupError, TypeError):
+        raise DataError(f"{where} does not say how many parts there are: embed again") from None
 
 
 def _open_part(storage: Storage, key: str) -> pq.ParquetFile:

@@ -56,10 +56,11 @@ def augment_gallery(gallery: np.ndarray, *, k: int = 10, alpha: float = 3.0) -> 
     return mean_with_nearest(side, found, alpha, with_self=False)
 
 
-def check_expansion(k: int, alpha: float, gallery: int) -> None:
-    """Raise `ConfigError` where k and α make no sense for so many gallery items."""
-    if not 1 <= k <= gallery:
-        raise ConfigError(f"expansion takes 1 ≤ k ≤ {gallery} gallery items, not {k}")
+def check_expansion(k: int, alpha: float, gallery: int | None = None) -> None:
+    """Raise `ConfigError` where k and α make no sense (for so many gallery items, if known)."""
+    if k < 1 or (gallery is not None and k > gallery):
+        most = "" if gallery is None else f" ≤ {gallery}"
+        raise ConfigError(f"expansion takes 1 ≤ k{most} gallery items, not {k}")
     if alpha < 0:
         raise ConfigError(f"expansion takes α ≥ 0, not {alpha}")
 

@@ -10,7 +10,7 @@ import numpy as np
 from data_shards.errors import ConfigError
 from reid_train.evaluation.camera_pairs import rank_by_camera_pair
 from reid_train.evaluation.distance_ranking import rank_distances
-from reid_train.evaluation.expansion import augment_gallery, expand_queries
+from reid_train.evaluation.expansion import augment_gallery, check_expansion, expand_queries
 from reid_train.evaluation.matches import Labels
 from reid_train.evaluation.metrics import RankingResult
 from reid_train.evaluation.ranking import rank
@@ -60,10 +60,25 @@ class Measures:
                 "camera pairs and false accept rates are measured without re-ranking: "
                 "leave out one of the two"
             )
+        if self.rerank:
+            self.reranking.check()
+        for name, k in (("--expand", self.expand), ("--augment", self.augment)):
+            if k < 0:
+                raise ConfigError(f"{name} takes a number of images, or 0 for none, not {k}")
+            if k:
+                check_expansion(k, self.alpha)
         if self.max_rank < 1:
             raise ConfigError(f"the CMC must have a rank at least, not {self.max_rank}")
         if any(not 0 < rate < 1 for rate in self.false_accept_rates):
             raise ConfigError(f"false accept rates lie in (0, 1), not {self.false_accept_rates}")
+
+    def check_sizes(self, queries: int, gallery: int) -> None:
+        """Raise `ConfigError` for what cannot be measured of so few images."""
+        if self.rerank:
+            self.reranking.check(queries + gallery)
+        for k in (self.expand, self.augment):
+            if k:
+                check_expansion(k, self.alpha, gallery)
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,11 @@ class ReRanking:
         """Neighbours needed of each image, itself included."""
         return max(self.k1 + 1, self.k2)
 
-    def check(self, count: int) -> None:
-        """Raise `ConfigError` where these settings make no sense for `count` images."""
+    def check(self, count: int | None = None) -> None:
+        """Raise `ConfigError` where these settings make no sense (for `count` images, if known)."""
         if self.k1 < 1 or self.k2 < 1 or not 0 <= self.weight <= 1:
             raise ConfigError(f"re-ranking needs k1 ≥ 1, k2 ≥ 1 and 0 ≤ λ ≤ 1, not {self}")
-        if self.needed > count:
+        if count is not None and self.needed > count:
             raise ConfigError(
                 f"re-ranking with k1 = {self.k1} and k2 = {self.k2} needs at least {self.needed} "
                 f"images in query and gallery together, not {count}: choose smaller ones"

@@ -138,7 +138,10 @@ def tolerance(query: Side, block: Side, metric: int, *, certain: bool = False) -
     if metric == counting.COSINE:
         return np.full(len(query.norm), product)
     furthest = block.norm.max(initial=0.0)
-    return 2 * product * query.norm * furthest + 16 * _UNIT * furthest**2
+    exact = (
+        16 * np.finfo(np.float64).eps * (query.norm + furthest) ** 2
+    )  # of what it is compared to
+    return 2 * product * query.norm * furthest + 16 * _UNIT * furthest**2 + exact
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def model(folder: Path, seed: int) -> str:
 
 def embed(model: str, data: str, out: Path, **arguments) -> int:
     loader = LoaderConfig(workers=0, cache=out.parent / "cache")
-    return embedding_job.embed_dataset(model, data, str(out), workers=2, loader=loader, **arguments)
+    arguments = {"workers": 2, "loader": loader} | arguments
+    return embedding_job.embed_dataset(model, data, str(out), **arguments)
 
 
 def test_every_image_is_embedded_once_and_a_second_try_does_what_is_missing(data, tmp_path):
@@ -70,6 +71,8 @@ def test_every_image_is_embedded_once_and_a_second_try_does_what_is_missing(data
     assert len(before) == 7
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
     (out / "part-000003.parquet").unlink()
+    with pytest.raises(DataError, match="6 of 7 parts"):
+        EmbeddingFiles.open(str(out))
 
     seen = []
     embed(network, data, out, progress=lambda done, total: seen.append((done, total)))
@@ -84,6 +87,19 @@ def test_embeddings_of_another_model_are_not_mixed_in(data, tmp_path):
     embed(model(tmp_path / "one", 0), data, out, splits=("query",))
     with pytest.raises(DataError, match="another model, dataset or choice of splits"):
         embed(model(tmp_path / "two", 1), data, out, splits=("query",))
+
+
+def test_parts_of_unknown_origin_are_not_mixed_in(data, tmp_path):
+    out = tmp_path / "embeddings"
+    out.mkdir()
+    (out / "part-000000.parquet").touch()
+    with pytest.raises(DataError, match=r"no job\.json that says of what"):
+        embed(model(tmp_path / "model", 0), data, out)
+
+
+def test_workers_for_which_there_is_no_room_are_not_waited_for(data, tmp_path):
+    network, out = model(tmp_path / "model", 0), tmp_path / "embeddings"
+    assert embed(network, data, out, splits=("gallery",), workers=3) == 24  # on two cores
 
 
 def test_a_split_that_the_dataset_has_not_is_an_error(data, tmp_path):
@@ -115,6 +131,11 @@ def test_a_model_measures_the_same_on_one_worker_and_on_two(data, tmp_path, monk
     [
         (commands.Evaluate(), "give --embeddings FILE, or --model and --data"),
         (commands.Evaluate(model="somewhere"), "--model needs --data"),
+        (commands.Evaluate(embeddings="a", data="b"), "--data and --tracking-uri go with --model"),
+        (commands.Evaluate(embeddings="a.npz", model="b", data="c"), "is a folder here"),
+        (commands.Evaluate(embeddings="a", measures=Measures(rerank=True, k1=0)), "k1 ≥ 1"),
+        (commands.Evaluate(embeddings="a", measures=Measures(expand=-1)), "--expand takes"),
+        (commands.Evaluate(embeddings="a", measures=Measures(expand=1, alpha=-1)), "α ≥ 0"),
         (
             commands.Evaluate(
                 embeddings="a.npz", measures=Measures(rerank=True, camera_pairs=True)

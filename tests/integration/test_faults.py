@@ -241,7 +241,50 @@ def test_name_that_is_taken_is_refused_with_a_hint(quiet, survivor, capsys, monk
 
 
 @pytest.fixture(scope="module")
-def wanderer(quiet: Place, survivor: dict[str, str], cluster: Cluster) -> dict[str, str]:
+def guest(quiet: Place, survivor: dict[str, str], cluster: Cluster) -> dict[str, str]:
+    """A run on a node that Ray is told will be taken away: another comes, and it is taken."""
+    place, said = quiet, {}
+    (place.faults / "worlds.txt").unlink()
+    told, waiting = fault(place, "gate-0-5"), fault(place, "gate-0-7")
+    notices = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    driver = Driver.start(place, place.train("guest", "--workers", "2"), **notices)
+    driver.wait_for(told.exists)
+    spot = cluster.worker_nodes.copy().pop()
+    announce(cluster, spot.node_id, seconds=45)
+    cluster.add_node(num_cpus=1)
+    time.sleep(5)  # ten looks at what Ray has been told
+    (place.faults / "open-0-5").touch()
+    driver.wait_for(waiting.exists)  # nothing opens this gate: the worker waits to be replaced
+    driver.wait_for(lambda: place.last("guest").progress.global_step > EVERY)
+    said["checkpoint"] = str(place.last("guest").progress.global_step)
+    said["ended"] = f"exit {driver.end()}\n{driver.said()}"
+    said["worlds"] = (place.faults / "worlds.txt").read_text()
+    cluster.remove_node(spot)
+    return said
+
+
+def announce(cluster: Cluster, node: str, seconds: int) -> None:
+    """Tell Ray that a node will be taken away, as a spot machine's handler does."""
+    ray = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address]
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    deadline = ["--deadline-remaining-seconds", str(seconds)]
+    command = [*ray, "--node-id", node, *reason, *deadline]
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+
+
+def test_announced_loss_of_a_node_is_answered_by_a_checkpoint(guest):
+    assert guest["checkpoint"] == "6", guest["ended"]  # no multiple of `checkpoint.every_steps`
+
+
+def test_run_moves_off_the_node_in_time_and_ends_bitwise_as_the_quiet_one(quiet, guest):
+    assert guest["ended"].startswith("exit 0\n"), guest["ended"]
+    assert guest["worlds"].split() == ["2", "2"], guest["ended"]
+    assert quiet.tensors("guest") == quiet.tensors("quiet")
+    assert quiet.steps("guest") == quiet.steps("quiet")
+
+
+@pytest.fixture(scope="module")
+def wanderer(quiet: Place, guest: dict[str, str], cluster: Cluster) -> dict[str, str]:
     """A run between one and two workers, whose nodes leave and come, and whose head ends."""
     place, said = quiet, {}
     (place.faults / "worlds.txt").unlink()

@@ -14,6 +14,7 @@ from data_shards.errors import DataError, StorageError
 from data_shards.storage import open_storage
 from reid_train.evaluation import embeddings
 from reid_train.evaluation.embeddings import (
+    JOB,
     EmbeddingFiles,
     EmbeddingTable,
     part_key,
@@ -202,3 +203,19 @@ def test_nothing_there_is_an_error(tmp_path):
         EmbeddingFiles.open(str(tmp_path))
     with pytest.raises(StorageError, match="there is no file"):
         EmbeddingFiles.open(str(tmp_path / "none.parquet"))
+
+
+def test_parts_of_a_job_that_has_not_ended_are_an_error(tmp_path):
+    write(tmp_path, table(), table())
+    (tmp_path / JOB).write_text('{"parts": 3}')
+    with pytest.raises(DataError, match="has 2 of 3 parts: embed again with the same command"):
+        EmbeddingFiles.open(str(tmp_path))
+    (tmp_path / JOB).write_text('{"parts": 2}')
+    assert len(EmbeddingFiles.open(str(tmp_path)).pid) == 2 * len(table().pid)
+
+
+def test_a_folder_within_a_folder_of_parts_is_none_of_its_parts(tmp_path):
+    write(tmp_path, table())
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other", table())
+    assert len(EmbeddingFiles.open(str(tmp_path)).pid) == len(table().pid)

@@ -124,6 +124,12 @@ def test_ranks_are_those_of_double_precision(metric):
     assert_same(result, sorted_metrics(distance, labels, 9))
 
 
+def test_distances_that_leave_a_query_out_are_an_error():
+    distances = GOLDEN["reranked_distance"][:50].copy()
+    with pytest.raises(DataError, match="no distances of query 50"):
+        rank_distances([(0, distances)], golden_labels())
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_collapsed_model_is_ranked_by_gallery_index(metric):
     _, _, labels = problem(5, 10, 300, 5, 3, 2)
@@ -132,6 +138,13 @@ def test_a_collapsed_model_is_ranked_by_gallery_index(metric):
         metric=metric, max_rank=9,
     )  # fmt: skip
     assert_same(result, sorted_metrics(np.zeros((10, 300)), labels, 9))
+
+
+def test_a_gallery_of_zeros_alone_is_ranked_by_index():
+    query = np.random.default_rng(0).standard_normal((6, 9)).astype(np.float32)
+    labels = Labels([1] * 6, [0] * 6, [0, 1], [1, 1])
+    result = rank(query, np.zeros((2, 9), np.float32), *label_arrays(labels), metric="euclidean")
+    assert result.mAP == 0.5
 
 
 def test_zero_embeddings_are_as_far_as_orthogonal_ones():

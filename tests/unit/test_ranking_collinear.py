@@ -44,6 +44,16 @@ def test_near_collinear_embeddings_are_ranked_as_float64_does(make):
     np.testing.assert_allclose(result.average_precision, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("metric", "dimensions"), [("cosine", 995), ("euclidean", 1024)])
+def test_a_collapsed_model_is_ranked_by_index_where_its_own_items_show_nothing(metric, dimensions):
+    # Matches lie in the first block alone; the rounding of all products is as one-sided as can be.
+    made = np.full((16 + 2560, dimensions), 0.37, np.float32)
+    pid, gallery_pid = np.arange(16), np.arange(2560)
+    camid = np.zeros(16, int), np.ones(2560, int)
+    result = rank(made[:16], made[16:], pid, camid[0], gallery_pid, camid[1], metric=metric)
+    np.testing.assert_array_equal(result.first_match_rank, np.arange(1, 17))
+
+
 def a_constant_and_noise(rng: np.random.Generator) -> np.ndarray:
     """As a network gives that maps everything to one place."""
     return (1 + 1e-4 * rng.standard_normal((300, 2048))).astype(np.float32)
