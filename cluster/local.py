@@ -40,7 +40,7 @@ def up(
         folder: Where objects, MLflow's database and logs are kept; they stay after `down`.
         ports: Where to listen; free ports by default.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     console = Console()
     addresses = start(folder, ports, console)
     _print(folder, addresses, console)
@@ -55,7 +55,7 @@ def status(folder: Path = FOLDER) -> None:
     Args:
         folder: The stack's.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     addresses = running(folder)
     if addresses is None:
         raise ReidError(f"no stack runs on {folder}: python -m cluster local up --folder {folder}")
@@ -69,7 +69,7 @@ def down(folder: Path = FOLDER) -> None:
     Args:
         folder: The stack's.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     count = stop(folder)
     print(f"stopped; the data stays in {folder}" if count else f"nothing ran on {folder}")
 
@@ -90,6 +90,7 @@ def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None
         return found
     stop(folder)  # what a stack that was killed may have left
     (folder / "logs").mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")  # so that no package of a job takes the keys along
     command = [sys.executable, "-m", "cluster.stack", folder]
     with open(folder / "logs" / "stack.log", "wb") as log:
         process = subprocess.Popen(

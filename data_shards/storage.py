@@ -77,11 +77,13 @@ def open_storage(url: str) -> Storage:
     S3 is reached as the environment says: `AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
     `AWS_SECRET_ACCESS_KEY`, `AWS_DEFAULT_REGION`. Nothing is contacted yet.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "s3":
-        if not parts.netloc:
+    if url.startswith("s3://"):
+        # Split by hand: to S3, # and ? are letters as others are.
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        if not bucket:
             raise ConfigError(f"{url!r} names no bucket: write s3://bucket/prefix")
-        return S3Storage(parts.netloc, parts.path.strip("/"))
+        return S3Storage(bucket, prefix.strip("/"))
+    parts = urlsplit(url)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return LocalStorage(Path(unquote(parts.path)))
     if "://" in url or not url:

@@ -6,9 +6,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,6 +18,12 @@ from reid_train.signals import Stop
 
 LINE_EVERY = 15.0
 """Seconds between lines where there is no terminal."""
+
+
+def beside_driver(actor: Any) -> Any:
+    """The actor's class, to start on this process's node: Ray would take any, and nodes leave."""
+    here = ray.get_runtime_context().get_node_id()
+    return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
 
 
 @ray.remote(num_cpus=0)
@@ -79,7 +87,10 @@ def _follow(board, console: Console, asked: Stop, stop: threading.Event) -> None
                 ending = asked.signal is not None
                 state, evaluations = ray.get(board.read.remote(seen, ending), timeout=5)
             except ray.exceptions.RayError:
-                return
+                # Ray may answer late, and a stop has to be passed on whenever it does again.
+                if finished:
+                    return
+                continue
             if ending and not told:
                 told = True
                 console.print("stopping: a checkpoint first", highlight=False)

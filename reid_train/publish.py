@@ -206,7 +206,7 @@ def _register(
     metrics: dict[str, float],
     tracker: Tracker,
 ) -> Registered | None:
-    if tracker.run_id is None or config.tracking.model_name == "off":
+    if tracker.run_id is None or tracker.uri is None or config.tracking.model_name == "off":
         return None
     try:
         return register(

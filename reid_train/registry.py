@@ -24,7 +24,7 @@ from data_shards.errors import ConfigError, ObjectMissing, StorageError
 from data_shards.storage import open_storage
 from reid_train.inference import CONFIG, WEIGHTS, Embedder
 from reid_train.packaging import log_model
-from reid_train.tracking import connect, local_tracking, redact
+from reid_train.tracking import connect, local_tracking, redact, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -278,7 +278,7 @@ def _all(search: Callable[..., Any], query: str | None = None) -> list[Any]:
 def resolve(tracking_uri: str | None) -> str:
     given = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if given:
-        return given
+        return without_password(given)
     if Path("mlflow.db").exists():
         return local_tracking(Path())
     raise ConfigError(

@@ -13,7 +13,13 @@ from reid_train import lease, preflight
 from reid_train.config import TrainConfig
 from reid_train.publish import Summary, publish, show
 from reid_train.run_folder import Run, claim, prepare, record, tidy
-from reid_train.tracking import Tracker, code_commit, local_tracking, submitted_job
+from reid_train.tracking import (
+    Tracker,
+    code_commit,
+    local_tracking,
+    submitted_job,
+    without_password,
+)
 from reid_train.trainer import fit
 
 
@@ -78,4 +84,6 @@ def tracking_uri(config: TrainConfig) -> str:
     workers on this machine can reach it: a cluster needs an MLflow server.
     """
     given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return given or local_tracking(Path() if "://" in config.output else Path(config.output))
+    if given:
+        return without_password(given)
+    return local_tracking(Path() if "://" in config.output else Path(config.output))

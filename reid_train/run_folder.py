@@ -166,4 +166,6 @@ def _write(run: Run, *, create_once: bool = False) -> None:
 
 
 def _absolute(location: str) -> str:
-    return location if "://" in location else str(Path(location).expanduser().absolute())
+    if "://" in location:
+        return location.rstrip("/")  # a run's folder is this, a slash and its name
+    return str(Path(location).expanduser().absolute())

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from data_shards.errors import Interrupted, StorageError
+from data_shards.errors import ConfigError, Interrupted, StorageError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,7 +50,7 @@ QUIET = (
 )
 
 _SECRET_NAME = re.compile(r"secret|password|passwd|token|credential|access_?key|api_?key", re.I)
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
 
 
 class Point(NamedTuple):
@@ -369,6 +369,20 @@ def submitted_job() -> str | None:
         return told.get("metadata", {}).get("job_submission_id")
     except (ValueError, AttributeError):
         return None
+
+
+def without_password(uri: str) -> str:
+    """The tracking URI itself; it is kept in configurations and reports, so it may hold no secret.
+
+    Raises:
+        ConfigError: there is a user or a password in it.
+    """
+    if redact(uri) != uri:
+        raise ConfigError(
+            f"leave user and password out of the tracking URI ({redact(uri)}): it is stored with "
+            "the run. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return uri
 
 
 def redact(text: str) -> str:

@@ -39,7 +39,7 @@ from data_shards.errors import DataError, Interrupted, ReidError
 from reid_train.config import TrainConfig
 from reid_train.gauges import Gauges
 from reid_train.memory import out_of_memory
-from reid_train.progress import Board, watch
+from reid_train.progress import Board, beside_driver, watch
 from reid_train.resilience import ResilientTrainer, on_purpose
 from reid_train.run_storage import (
     first_whole,
@@ -85,7 +85,7 @@ def fit(
     forget_missing(run)
     start = unlisted(run)
     start_ray(config.workers)
-    board = Board.remote()  # type: ignore[attr-defined]
+    board = beside_driver(Board).remote()
     trainer = make_trainer(config, dataset, run_id, board=board, start=start)
     with stop_signals() as stop, watch(board, console, stop):
         try:

@@ -1,3 +1,5 @@
+from reid_train.loopback import keep_ray_home
 from tune.cli import main
 
+keep_ray_home()
 raise SystemExit(main())

@@ -17,6 +17,7 @@ from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError
 from reid_train import preflight
 from reid_train.config import TrainConfig
+from reid_train.progress import beside_driver
 from reid_train.publish import REPORT, publish
 from reid_train.run import tracking_uri
 from reid_train.run_folder import prepare
@@ -128,7 +129,7 @@ class _Search:
         )
         if study.over:
             return study.trials
-        board = TrialBoard.remote()  # type: ignore[attr-defined]
+        board = beside_driver(TrialBoard).remote()
         with watch(study, board, self.console, total, self.at_a_time):
             runner.run(study, board, self.at_a_time)
         if not study.over:

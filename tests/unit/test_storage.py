@@ -167,6 +167,20 @@ def test_urls_that_cannot_be_opened(url):
         open_storage(url)
 
 
+@pytest.mark.parametrize(
+    ("url", "opened"),
+    [
+        ("s3://b/runs/", "s3://b/runs"),
+        ("s3://b", "s3://b"),
+        ("s3://b/data#v2", "s3://b/data#v2"),
+        ("s3://b/what?/now", "s3://b/what?/now"),
+        ("s3://b/100%25/ä", "s3://b/100%25/ä"),
+    ],
+)
+def test_s3_urls_are_taken_by_the_letter(url, opened):
+    assert open_storage(url).url == opened
+
+
 def test_file_url_is_a_folder(tmp_path):
     folder = tmp_path / "with space"
     open_storage(folder.as_uri()).write("k", b"1")

@@ -12,9 +12,15 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
-from data_shards.errors import StorageError
+from data_shards.errors import ConfigError, StorageError
 from reid_train import tracking
-from reid_train.tracking import Tracker, code_commit, local_tracking, redact
+from reid_train.tracking import (
+    Tracker,
+    code_commit,
+    local_tracking,
+    redact,
+    without_password,
+)
 
 URI = "http://user:hunter2@mlflow.invalid"
 
@@ -243,6 +249,18 @@ def test_local_tracking_keeps_artifacts_beside_its_database(mlflow, tmp_path):
 def test_commit_can_be_told_where_there_is_no_repository(monkeypatch):
     monkeypatch.setenv("REID_COMMIT", "abc")
     assert code_commit() == "abc"
+
+
+def test_a_password_in_the_tracking_uri_is_refused_without_showing_it():
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        without_password("https://alice:p@ss@mlflow:5000")
+    assert "p@ss" not in str(caught.value)
+    assert "https://mlflow:5000" in str(caught.value)
+    assert without_password("sqlite:////a@b/mlflow.db") == "sqlite:////a@b/mlflow.db"
+
+
+def test_redaction_leaves_nothing_of_a_password_with_an_at_sign():
+    assert redact("at http://u:p@ss@h/x@y") == "at http://h/x@y"
 
 
 def test_redaction_keeps_plain_urls():
