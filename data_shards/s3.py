@@ -61,6 +61,8 @@ def _client_of(process: int, environment: tuple[str | None, ...]) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
+    # An instance profile's keys come from a service on the node, asked once if nobody says more.
+    os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "5")
     try:
         return boto3.session.Session().client("s3", config=config)
     except (ValueError, boto.BotoCoreError) as error:
@@ -97,7 +99,8 @@ class S3Storage:
         code, where = code_of(error), f"{self.url}/{key}"
         if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
             raise StorageError(
-                f"no credentials for {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                f"no credentials for {self.url}: set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or "
+                "give the machine an instance profile or service account"
             ) from None
         if code == "NoSuchBucket":
             raise StorageError(
