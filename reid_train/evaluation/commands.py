@@ -26,7 +26,7 @@ from reid_train.evaluation.cli import (
 )
 from reid_train.evaluation.distributed import measure_distributed
 from reid_train.evaluation.embedding_job import embed_dataset
-from reid_train.evaluation.embeddings import EmbeddingFiles
+from reid_train.evaluation.embeddings import ROWS, EmbeddingFiles
 from reid_train.evaluation.measure import Measurement, Measures
 from reid_train.tracking import Tracker
 from reid_train.trainer import start_ray
@@ -162,6 +162,12 @@ def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
     if url.endswith(".npz") or workers == 1:
         return evaluate_embeddings(url, measures, console)
     files = EmbeddingFiles.open(url)
+    longest = max(piece.rows for piece in files.pieces)
+    if longest > 4 * ROWS:
+        console.print(
+            f"{url} has row groups of {longest:,} rows, and one worker reads a whole one: "
+            f"write it with row_group_size={ROWS} to share it better"
+        )
     labels = files.labels
     sizes = len(labels.query_pid), len(labels.gallery_pid), files.dimensions
     start_ray(workers)
