@@ -69,6 +69,8 @@ use = egg:swift#bulk
 [filter:slo]
 use = egg:swift#slo
 max_manifest_segments = 10000
+# What a deleted object was made of goes with it: later, no expirer would come.
+allow_async_delete = false
 """
 
 

@@ -14,6 +14,7 @@ import boto3
 import psutil
 import pyarrow.fs
 import pytest
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
@@ -73,6 +74,22 @@ def test_multipart_upload_joins_its_parts(s3):
     assert client.get_object(Bucket=s3.name, Key="large")["Body"].read() == b"".join(parts)
     across = client.get_object(Bucket=s3.name, Key="large", Range=f"bytes={PART - 2}-{PART + 1}")
     assert across["Body"].read() == parts[0][-2:] + parts[1][:2]
+
+
+def test_a_large_object_that_is_deleted_gives_back_its_room(s3, tmp_path):
+    path, client = tmp_path / "large", s3.server.client()
+    path.write_bytes(os.urandom(2 * PART))
+    held = room(s3.server.folder)
+    multipart = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART)
+    client.upload_file(str(path), s3.name, "large", Config=multipart)
+    assert room(s3.server.folder) >= held + 2 * PART
+    client.delete_object(Bucket=s3.name, Key="large")
+    assert room(s3.server.folder) < held + PART
+
+
+def room(folder: Path) -> int:
+    """Bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*.data"))
 
 
 def test_create_once_refuses_a_second_write(s3):
