@@ -36,11 +36,13 @@ class Sweep(Section):
     survivors: Count = 2
     """How many of the best adaptive configurations are repeated."""
     grace: Count | None = None
-    """Epochs before asha may stop a trial; None is the first evaluation."""
+    """Epochs before asha may stop a trial; None is the first evaluation after the frozen phase and
+    the warm-up that follows it (earlier in a short run, but not while the backbone is frozen)."""
     reduction: Annotated[float, Field(gt=1)] = 3
     """asha keeps one in so many at each rung."""
     interval: Count | None = None
-    """Epochs between a population's exchanges; None is the evaluations' interval."""
+    """Epochs between a population's exchanges; None is the evaluations' interval. The first
+    comes after the frozen phase and the warm-up, as for `grace`."""
     concurrent: Count | None = None
     """Trials at a time; None is as many as fit the cluster."""
 
