@@ -12,7 +12,8 @@ from pydantic import Field
 from reid_train.config import Count, NonNegative, Section, TrainConfig
 
 EXTENDABLE = {"trials", "seeds", "survivors", "concurrent"}
-"""Settings that may differ when a sweep is continued: they only add to it."""
+"""Settings that may differ when a sweep is continued: they only add to it. A population's number of
+trials is fixed all the same (`Book.open`)."""
 NEUTRAL = {"tracking", "loader", "checkpoint", "workers", "device"}
 """Of the configuration: what does not change what is computed."""
 
