@@ -87,19 +87,31 @@ class Chance(_Counted):
         return draw(self.space, np.random.default_rng((self.base.seed, place)))
 
 
-class Grid(_Counted):
-    """Goes through the finest grid that the number of trials allows, after the first points."""
+class Grid:
+    """Goes through the finest grid that the number of trials allows, after the first points.
+
+    A sweep that is extended goes through the finer grid, but for the points that it has tried. With
+    those of the coarser grid it may come to more trials than it was told.
+    """
 
     def __init__(self, settings: Sweep, space: Space, base: TrainConfig, first: int):
-        super().__init__(settings, space, base)
-        self._first = first
+        self.base = base
         self._points = grid(space, settings.trials - first)
 
-    def exhausted(self, trials: Sequence[Trial]) -> bool:
-        return searched(trials) >= self._first + len(self._points)
+    def propose(self, trials: Sequence[Trial]) -> Trial | None:
+        left = self._left(trials)
+        return Trial(len(trials), left[0], seed=self.base.seed) if left else None
 
-    def _values(self, number: int, place: int) -> dict[str, Value]:
-        return self._points[place - self._first]
+    def exhausted(self, trials: Sequence[Trial]) -> bool:
+        return not self._left(trials)
+
+    def learn(self, trial: Trial) -> None:
+        pass
+
+    def _left(self, trials: Sequence[Trial]) -> list[dict[str, Value]]:
+        """Points that no trial has; a first point differs from the base in other fields, too."""
+        tried = [t.values for t in trials if not t.label and t.repeats is None]
+        return [p for p in self._points if not any(p.items() <= values.items() for values in tried)]
 
 
 class Tpe(_Counted):

@@ -1,0 +1,44 @@
+"""What is proposed: the points of a grid that grew, and settings that are in force and in range."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from reid_train.recipes import recipe
+from tune.book import Trial
+from tune.proposals import Grid, Proposer
+from tune.settings import Sweep
+from tune.space import AMPLITUDE, MODE, Choice, Real, Space
+
+BASE = recipe("demo").replace(data="d", output="o", name="s")
+SPACE: Space = {AMPLITUDE: Real(1e-4, 1e-2, log=True), "batch.images": Choice((2, 4))}
+FIRST = [Trial(0, {MODE: "adaptive", AMPLITUDE: 0.01, "batch.images": 4}, "paper")]
+
+
+def proposed(proposer: Proposer, trials: list[Trial]) -> list[Trial]:
+    """The trials and all that follow, each ended as it is proposed."""
+    trials = list(trials)
+    while trial := proposer.propose(trials):
+        trials.append(replace(trial, state="finished", evaluations=[{"epoch": 8, "mAP": 0.5}]))
+        proposer.learn(trials[-1])
+    assert proposer.exhausted(trials)
+    return trials
+
+
+def points(trials: list[Trial]) -> list[tuple]:
+    return [tuple(t.values[name] for name in SPACE) for t in trials if not t.label]
+
+
+def test_a_grid_that_is_extended_misses_no_point_and_runs_none_twice():
+    small = proposed(Grid(Sweep(trials=5), SPACE, BASE, 1), FIRST)
+    assert len(points(small)) == 4
+    repeat = replace(small[-1], number=len(small), repeats=1, seed=1)
+    large = proposed(Grid(Sweep(trials=7), SPACE, BASE, 1), [*small, repeat])
+    found = points([t for t in large if t.repeats is None])
+    assert sorted(found) == [(a, k) for a in (1e-4, 1e-3, 1e-2) for k in (2, 4)]
+    assert [t.number for t in large] == list(range(len(large)))
+
+
+def test_a_grid_is_gone_through_by_a_new_driver_where_the_last_one_was():
+    whole = proposed(Grid(Sweep(trials=7), SPACE, BASE, 1), FIRST)
+    assert proposed(Grid(Sweep(trials=7), SPACE, BASE, 1), whole[:4]) == whole
