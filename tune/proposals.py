@@ -23,7 +23,18 @@ from optuna.trial import TrialState
 from reid_train.config import TrainConfig
 from tune.book import Trial
 from tune.settings import Sweep
-from tune.space import Choice, Dimension, Real, Space, Value, coordinates, draw, grid, significant
+from tune.space import (
+    MODE,
+    Choice,
+    Dimension,
+    Real,
+    Space,
+    Value,
+    coordinates,
+    draw,
+    grid,
+    significant,
+)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -67,7 +78,7 @@ class _Counted:
         if self.exhausted(trials):
             return None
         number = len(trials)
-        return Trial(number, self._values(number, searched(trials)), seed=self.base.seed)
+        return adaptive(number, self._values(number, searched(trials)), self.base)
 
     def exhausted(self, trials: Sequence[Trial]) -> bool:
         return searched(trials) >= self.settings.trials
@@ -100,7 +111,7 @@ class Grid:
 
     def propose(self, trials: Sequence[Trial]) -> Trial | None:
         left = self._left(trials)
-        return Trial(len(trials), left[0], seed=self.base.seed) if left else None
+        return adaptive(len(trials), left[0], self.base) if left else None
 
     def exhausted(self, trials: Sequence[Trial]) -> bool:
         return not self._left(trials)
@@ -167,6 +178,13 @@ class Tpe(_Counted):
                 # Trials that are running count as bad ones, or parallel proposals would be alike.
                 constant_liar=True,
             )
+
+
+def adaptive(number: int, values: dict[str, Value], base: TrainConfig) -> Trial:
+    """A trial with these values; adaptive even if the base is not, or they would do nothing."""
+    # An adaptive base needs no word of it in each row of the tables.
+    mode: dict[str, Value] = {MODE: "adaptive"} if base.regularization.mode != "adaptive" else {}
+    return Trial(number, mode | values, seed=base.seed)
 
 
 def searched(trials: Sequence[Trial]) -> int:

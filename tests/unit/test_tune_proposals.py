@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from reid_train.recipes import recipe
 from tune.book import Trial
-from tune.proposals import Grid, Proposer
+from tune.proposals import Chance, Grid, Proposer, Tpe
 from tune.settings import Sweep
 from tune.space import AMPLITUDE, MODE, Choice, Real, Space
 
@@ -42,3 +44,27 @@ def test_a_grid_that_is_extended_misses_no_point_and_runs_none_twice():
 def test_a_grid_is_gone_through_by_a_new_driver_where_the_last_one_was():
     whole = proposed(Grid(Sweep(trials=7), SPACE, BASE, 1), FIRST)
     assert proposed(Grid(Sweep(trials=7), SPACE, BASE, 1), whole[:4]) == whole
+
+
+def of(name: str, space: Space, base=BASE) -> Proposer:
+    settings = Sweep(trials=9)
+    return {
+        "tpe": lambda: Tpe(settings, space, base),
+        "random": lambda: Chance(settings, space, base),
+        "grid": lambda: Grid(settings, space, base, 1),
+    }[name]()
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "constant", "none"])
+@pytest.mark.parametrize("name", ["tpe", "random", "grid"])
+def test_searched_points_are_adaptive_whatever_the_base_is(name, mode):
+    base = BASE.replace(regularization__mode=mode)
+    trials = proposed(of(name, SPACE, base), FIRST)[1:]
+    assert len(trials) >= 6
+    assert {trial.config(base).regularization.mode for trial in trials} == {"adaptive"}
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "grid"])
+def test_a_mode_that_is_searched_is_left_as_it_is_drawn(name):
+    trials = proposed(of(name, {MODE: Choice(("constant", "none"))}), FIRST)[1:]
+    assert {trial.values[MODE] for trial in trials} == {"constant", "none"}
