@@ -73,6 +73,8 @@ def test_what_is_no_range_is_refused(text):
         ({"learning_rate": "uniform(0, 1)"}, "did you mean optimizer.learning_rate"),
         ({"seed": "integer(0, 9)"}, "not a field"),
         ({LEARNING_RATE: "loguniform(1e-9, 1e-3)"}, "minimum-learning-rate is above"),
+        ({"batch.images": "uniform(2, 8)"}, r"valid integer.* write integer\(LOW, HIGH\)"),
+        ({"batch.images": "loguniform(2, 1002)"}, "valid integer"),
         ({"batch.images": "integer(1, 4)"}, "greater than or equal to 2"),
         ({"model.backbone": "choice(resnet18, vgg)"}, "resnet152"),
         ({LEARNING_RATE: "fixed"}, "nothing is searched"),
