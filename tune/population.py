@@ -17,7 +17,7 @@ import numpy as np
 from reid_train.config import TrainConfig
 from tune.book import Trial
 from tune.patience import first_decision
-from tune.space import MODE, Choice, Dimension, Real, Space, Value, Whole, draw, significant
+from tune.space import MODE, Choice, Dimension, Real, Space, Value, Whole, draw
 
 QUARTER = 0.25
 RESAMPLE = 0.25
@@ -116,7 +116,7 @@ def _step(value: Value, dimension: Dimension, up: bool) -> Value:
     if isinstance(dimension, Whole):
         return min(max(value + (1 if up else -1), dimension.low), dimension.high)
     assert isinstance(dimension, Real)
-    return min(max(significant(value * STEPS[up]), dimension.low), dimension.high)
+    return dimension.near(value * STEPS[up])
 
 
 def _checkpoint(member: Trial) -> str:

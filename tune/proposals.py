@@ -33,7 +33,6 @@ from tune.space import (
     coordinates,
     draw,
     grid,
-    significant,
 )
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -161,8 +160,9 @@ class Tpe(_Counted):
         self._study.sampler = self._sampler(number)
         asked = self._study.ask(self._distributions)
         self._asked[number] = asked
+        ranges = {name: d for name, d in self.space.items() if isinstance(d, Real)}
         return {
-            name: significant(value) if isinstance(value, float) else value
+            name: ranges[name].near(value) if name in ranges else value
             for name, value in asked.params.items()
         }
 

@@ -43,12 +43,16 @@ class Real:
     high: float
     log: bool = False
 
+    def near(self, value: float) -> float:
+        """The value with four digits, or the end of the range that it is beyond with those."""
+        return min(max(significant(value), self.low), self.high)
+
     def at(self, quantile: float) -> float:
         """The value below which a share `quantile` of the range lies."""
         if self.log:
             ends = math.log(self.low), math.log(self.high)
-            return significant(math.exp(ends[0] + quantile * (ends[1] - ends[0])))
-        return significant(self.low + quantile * (self.high - self.low))
+            return self.near(math.exp(ends[0] + quantile * (ends[1] - ends[0])))
+        return self.near(self.low + quantile * (self.high - self.low))
 
     def edges(self) -> tuple[Value, ...]:
         """Values at which a configuration is checked: the ends, and one that is no whole number."""

@@ -10,7 +10,7 @@ from reid_train.recipes import recipe
 from tune.book import Trial
 from tune.proposals import Chance, Grid, Proposer, Tpe
 from tune.settings import Sweep
-from tune.space import AMPLITUDE, MODE, Choice, Real, Space
+from tune.space import AMPLITUDE, LEARNING_RATE, MODE, Choice, Real, Space, coordinates
 
 BASE = recipe("demo").replace(data="d", output="o", name="s")
 SPACE: Space = {AMPLITUDE: Real(1e-4, 1e-2, log=True), "batch.images": Choice((2, 4))}
@@ -68,3 +68,16 @@ def test_searched_points_are_adaptive_whatever_the_base_is(name, mode):
 def test_a_mode_that_is_searched_is_left_as_it_is_drawn(name):
     trials = proposed(of(name, {MODE: Choice(("constant", "none"))}), FIRST)[1:]
     assert {trial.values[MODE] for trial in trials} == {"constant", "none"}
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "grid"])
+def test_no_point_leaves_its_range_when_it_is_rounded(name):
+    space: Space = {LEARNING_RATE: Real(1.00006e-3, 1.00044e-3), "batch.images": Choice((2, 4))}
+    trials = proposed(of(name, space), FIRST)[1:]
+    assert all(coordinates(space, trial.config(BASE)) is not None for trial in trials)
+
+
+def test_tpe_leaves_the_values_of_a_list_as_they_are():
+    space: Space = {AMPLITUDE: Choice((0.0012345678, 0.0098765432))}
+    trials = proposed(of("tpe", space), FIRST)[1:]
+    assert {trial.values[AMPLITUDE] for trial in trials} <= {0.0012345678, 0.0098765432}
