@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from tune.book import Trial
 from tune.patience import first_decision
@@ -26,12 +27,24 @@ STEPS = (0.8, 1.25)
 """Factors by which a number is moved; on a list, one place down or up."""
 ROUNDS = 2
 """The first exchange comes in the first half of a run, if the backbone is not frozen then."""
+UNFIT = ("model.", "optimizer.epochs", "optimizer.frozen_epochs", MODE)
+"""Fields, or sections, in which members must not differ: a copied checkpoint would not fit."""
 
 
 class Population:
-    """Proposes the members of a population, and their next parts round by round."""
+    """Proposes the members of a population, and their next parts round by round.
+
+    Raises:
+        ConfigError: the space has fields that all members must share.
+    """
 
     def __init__(self, size: int, interval: int, space: Space, base: TrainConfig, first: int):
+        if unfit := [name for name in space if name.startswith(UNFIT)]:
+            raise ConfigError(
+                f"a population cannot search {', '.join(unfit)}: members take each other's "
+                "checkpoints, which would not fit; leave it out (--search NAME=fixed), or take "
+                "another --scheduler"
+            )
         self.size, self.interval, self.space, self.base = size, interval, space, base
         self._first = first
         self._start = first_decision(base, ROUNDS)

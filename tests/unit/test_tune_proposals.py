@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from data_shards.errors import ConfigError
 from reid_train.recipes import recipe
 from tune.book import Trial
+from tune.population import Population
 from tune.proposals import Chance, Grid, Proposer, Tpe
 from tune.settings import Sweep
 from tune.space import AMPLITUDE, LEARNING_RATE, MODE, Choice, Real, Space, coordinates
@@ -81,3 +83,18 @@ def test_tpe_leaves_the_values_of_a_list_as_they_are():
     space: Space = {AMPLITUDE: Choice((0.0012345678, 0.0098765432))}
     trials = proposed(of("tpe", space), FIRST)[1:]
     assert {trial.values[AMPLITUDE] for trial in trials} <= {0.0012345678, 0.0098765432}
+
+
+@pytest.mark.parametrize(
+    ("name", "dimension"),
+    [
+        ("model.stripes", Choice((0, 2))),
+        ("model.backbone", Choice(("resnet18", "resnet34"))),
+        ("optimizer.epochs", Choice((4, 8))),
+        ("optimizer.frozen_epochs", Choice((0, 2))),
+        (MODE, Choice(("adaptive", "none"))),
+    ],
+)
+def test_a_population_searches_nothing_that_a_copied_checkpoint_does_not_fit(name, dimension):
+    with pytest.raises(ConfigError, match=f"population cannot search {name}"):
+        Population(4, 2, SPACE | {name: dimension}, BASE, 0)
