@@ -30,8 +30,10 @@ RESUMABLE = {
     "data",
 }
 """Sections that may differ when a run is resumed: they do not change what is computed."""
-EXTENDABLE = {"optimizer.epochs", "optimizer.skip_nonfinite"}
-"""Settings that may differ too: they say how far a run goes, not what its steps are."""
+EPOCHS = "optimizer.epochs"
+EXTENDABLE = {EPOCHS, "optimizer.skip_nonfinite"}
+"""Settings that may differ too: they say how far a run goes, not what its steps are. With a cosine
+schedule the number of epochs does not: each epoch's learning rate depends on it."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,13 @@ def same_training(old: TrainConfig, new: TrainConfig) -> None:
         raise ConfigError(
             f"run {old.name} cannot be resumed with other settings of {', '.join(changed)}: "
             "leave them as they were, or start a new run under another --name"
+        )
+    if before[EPOCHS] != after[EPOCHS] and new.optimizer.schedule == "cosine":
+        raise ConfigError(
+            f"run {old.name} cannot be resumed with --{EPOCHS} {after[EPOCHS]} instead of "
+            f"{before[EPOCHS]}: its schedule is cosine, whose learning rates depend on the number "
+            f"of epochs; resume it with --{EPOCHS} {before[EPOCHS]}, or start a new run under "
+            "another --name"
         )
 
 

@@ -134,6 +134,7 @@ class Book:
             book.storage.write("sweep.json", _json(saved), create_once=True)
         except ObjectExists:
             before = json.loads(book.storage.read("sweep.json"))
+            _same_population(before["sweep"], saved["sweep"], where)
             if changed := _changed(before, saved):
                 raise ConfigError(
                     f"the sweep {where} had other settings of {', '.join(changed)}: leave them as "
@@ -181,6 +182,17 @@ def begin(trial: Trial) -> None:
 def end(trial: Trial, state: State, reason: str = "") -> None:
     """Note how a trial ended."""
     trial.state, trial.reason, trial.ended = state, reason, time.time()
+
+
+def _same_population(before: dict, after: dict, where: str) -> None:
+    """Refuse to change the number of members: a newcomer has no round that it could join."""
+    same = before["trials"] == after["trials"]
+    if before["scheduler"] == after["scheduler"] == "population" and not same:
+        raise ConfigError(
+            f"the sweep {where} is a population of fixed size, --trials {before['trials']}: give "
+            f"that to continue it, or start a new sweep with --trials {after['trials']} under "
+            "another --name"
+        )
 
 
 def _changed(before: dict, after: dict) -> list[str]:

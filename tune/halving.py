@@ -13,6 +13,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from reid_train.config import TrainConfig
 from tune.book import Trial
+from tune.patience import first_decision
 from tune.settings import Sweep
 
 
@@ -21,12 +22,13 @@ class Halving:
 
     def __init__(self, settings: Sweep, config: TrainConfig, trials: Sequence[Trial]):
         self._last = config.total_epochs
+        grace = settings.grace or first_decision(config, settings.reduction)
         self._asha = ASHAScheduler(
             time_attr="epoch",
             metric="mAP",
             mode="max",
             max_t=self._last,
-            grace_period=min(settings.grace or config.evaluation.every, self._last),
+            grace_period=min(grace, self._last),
             reduction_factor=settings.reduction,
         )
         self._known: set[int] = set()

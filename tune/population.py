@@ -1,9 +1,10 @@
 """Population-based training (Jaderberg et al. 2017, arXiv 1711.09846) in synchronous rounds.
 
-All members train for an interval of epochs. Then the worst quarter each take the checkpoint of one
-of the best quarter, weights, Adam's moments and θ, with that one's settings changed a little; all
-others go on from their own. What follows a round is a pure function of its results, so a sweep
-that was killed goes on exactly.
+All members train for an interval of epochs, in the first round at least until mAP says something of
+what is searched (`patience.py`). Then the worst quarter each take the checkpoint of one of the best
+quarter, weights, Adam's moments and θ, with that one's settings changed a little; all others go on
+from their own. What follows a round is a pure function of its results, so a sweep that was killed
+goes on exactly.
 """
 
 from __future__ import annotations
@@ -13,23 +14,40 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from tune.book import Trial
-from tune.space import MODE, Choice, Dimension, Real, Space, Value, Whole, draw, significant
+from tune.patience import first_decision
+from tune.space import MODE, Choice, Dimension, Real, Space, Value, Whole, draw
 
 QUARTER = 0.25
 RESAMPLE = 0.25
 """Chance that a setting is drawn anew instead of moved."""
 STEPS = (0.8, 1.25)
 """Factors by which a number is moved; on a list, one place down or up."""
+ROUNDS = 2
+"""The first exchange comes in the first half of a run, if the backbone is not frozen then."""
+UNFIT = ("model.", "optimizer.epochs", "optimizer.frozen_epochs", MODE)
+"""Fields, or sections, in which members must not differ: a copied checkpoint would not fit."""
 
 
 class Population:
-    """Proposes the members of a population, and their next parts round by round."""
+    """Proposes the members of a population, and their next parts round by round.
+
+    Raises:
+        ConfigError: the space has fields that all members must share.
+    """
 
     def __init__(self, size: int, interval: int, space: Space, base: TrainConfig, first: int):
+        if unfit := [name for name in space if name.startswith(UNFIT)]:
+            raise ConfigError(
+                f"a population cannot search {', '.join(unfit)}: members take each other's "
+                "checkpoints, which would not fit; leave it out (--search NAME=fixed), or take "
+                "another --scheduler"
+            )
         self.size, self.interval, self.space, self.base = size, interval, space, base
         self._first = first
+        self._start = first_decision(base, ROUNDS)
 
     def members(self, trials: Sequence[Trial]) -> list[Trial]:
         """Trials that belong to the population: those after the first points."""
@@ -75,7 +93,7 @@ class Population:
             member.changes.append({"epoch": done, "values": values, "from": donor})
 
     def _until(self, done: int) -> int | None:
-        until = done + self.interval
+        until = max(done + self.interval, self._start)
         return until if until < self.base.total_epochs else None
 
 
@@ -111,7 +129,7 @@ def _step(value: Value, dimension: Dimension, up: bool) -> Value:
     if isinstance(dimension, Whole):
         return min(max(value + (1 if up else -1), dimension.low), dimension.high)
     assert isinstance(dimension, Real)
-    return min(max(significant(value * STEPS[up]), dimension.low), dimension.high)
+    return dimension.near(value * STEPS[up])
 
 
 def _checkpoint(member: Trial) -> str:

@@ -23,7 +23,17 @@ from optuna.trial import TrialState
 from reid_train.config import TrainConfig
 from tune.book import Trial
 from tune.settings import Sweep
-from tune.space import Choice, Dimension, Real, Space, Value, coordinates, draw, grid, significant
+from tune.space import (
+    MODE,
+    Choice,
+    Dimension,
+    Real,
+    Space,
+    Value,
+    coordinates,
+    draw,
+    grid,
+)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -67,7 +77,7 @@ class _Counted:
         if self.exhausted(trials):
             return None
         number = len(trials)
-        return Trial(number, self._values(number, searched(trials)), seed=self.base.seed)
+        return adaptive(number, self._values(number, searched(trials)), self.base)
 
     def exhausted(self, trials: Sequence[Trial]) -> bool:
         return searched(trials) >= self.settings.trials
@@ -87,19 +97,31 @@ class Chance(_Counted):
         return draw(self.space, np.random.default_rng((self.base.seed, place)))
 
 
-class Grid(_Counted):
-    """Goes through the finest grid that the number of trials allows, after the first points."""
+class Grid:
+    """Goes through the finest grid that the number of trials allows, after the first points.
+
+    A sweep that is extended goes through the finer grid, but for the points that it has tried. With
+    those of the coarser grid it may come to more trials than it was told.
+    """
 
     def __init__(self, settings: Sweep, space: Space, base: TrainConfig, first: int):
-        super().__init__(settings, space, base)
-        self._first = first
+        self.base = base
         self._points = grid(space, settings.trials - first)
 
-    def exhausted(self, trials: Sequence[Trial]) -> bool:
-        return searched(trials) >= self._first + len(self._points)
+    def propose(self, trials: Sequence[Trial]) -> Trial | None:
+        left = self._left(trials)
+        return adaptive(len(trials), left[0], self.base) if left else None
 
-    def _values(self, number: int, place: int) -> dict[str, Value]:
-        return self._points[place - self._first]
+    def exhausted(self, trials: Sequence[Trial]) -> bool:
+        return not self._left(trials)
+
+    def learn(self, trial: Trial) -> None:
+        pass
+
+    def _left(self, trials: Sequence[Trial]) -> list[dict[str, Value]]:
+        """Points that no trial has; a first point differs from the base in other fields, too."""
+        tried = [t.values for t in trials if not t.label and t.repeats is None]
+        return [p for p in self._points if not any(p.items() <= values.items() for values in tried)]
 
 
 class Tpe(_Counted):
@@ -138,8 +160,9 @@ class Tpe(_Counted):
         self._study.sampler = self._sampler(number)
         asked = self._study.ask(self._distributions)
         self._asked[number] = asked
+        ranges = {name: d for name, d in self.space.items() if isinstance(d, Real)}
         return {
-            name: significant(value) if isinstance(value, float) else value
+            name: ranges[name].near(value) if name in ranges else value
             for name, value in asked.params.items()
         }
 
@@ -155,6 +178,13 @@ class Tpe(_Counted):
                 # Trials that are running count as bad ones, or parallel proposals would be alike.
                 constant_liar=True,
             )
+
+
+def adaptive(number: int, values: dict[str, Value], base: TrainConfig) -> Trial:
+    """A trial with these values; adaptive even if the base is not, or they would do nothing."""
+    # An adaptive base needs no word of it in each row of the tables.
+    mode: dict[str, Value] = {MODE: "adaptive"} if base.regularization.mode != "adaptive" else {}
+    return Trial(number, mode | values, seed=base.seed)
 
 
 def searched(trials: Sequence[Trial]) -> int:

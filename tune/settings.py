@@ -12,7 +12,8 @@ from pydantic import Field
 from reid_train.config import Count, NonNegative, Section, TrainConfig
 
 EXTENDABLE = {"trials", "seeds", "survivors", "concurrent"}
-"""Settings that may differ when a sweep is continued: they only add to it."""
+"""Settings that may differ when a sweep is continued: they only add to it. A population's number of
+trials is fixed all the same (`Book.open`)."""
 NEUTRAL = {"tracking", "loader", "checkpoint", "workers", "device"}
 """Of the configuration: what does not change what is computed."""
 
@@ -36,11 +37,13 @@ class Sweep(Section):
     survivors: Count = 2
     """How many of the best adaptive configurations are repeated."""
     grace: Count | None = None
-    """Epochs before asha may stop a trial; None is the first evaluation."""
+    """Epochs before asha may stop a trial; None is the first evaluation after the frozen phase and
+    the warm-up that follows it (earlier in a short run, but not while the backbone is frozen)."""
     reduction: Annotated[float, Field(gt=1)] = 3
     """asha keeps one in so many at each rung."""
     interval: Count | None = None
-    """Epochs between a population's exchanges; None is the evaluations' interval."""
+    """Epochs between a population's exchanges; None is the evaluations' interval. The first
+    comes after the frozen phase and the warm-up, as for `grace`."""
     concurrent: Count | None = None
     """Trials at a time; None is as many as fit the cluster."""
 

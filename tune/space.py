@@ -30,6 +30,8 @@ SECTIONS = ("batch", "image", "augment", "model", "regularization", "loss", "opt
 """Sections whose fields can be searched; the others do not change what is learnt."""
 FIXED = "fixed"
 """In place of a dimension: the field keeps its configured value."""
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""A share of a range; irrational, so that of round ends it makes no whole number."""
 _CALL = re.compile(r"\s*(\w+)\s*\((.*)\)\s*")
 
 
@@ -41,16 +43,20 @@ class Real:
     high: float
     log: bool = False
 
+    def near(self, value: float) -> float:
+        """The value with four digits, or the end of the range that it is beyond with those."""
+        return min(max(significant(value), self.low), self.high)
+
     def at(self, quantile: float) -> float:
         """The value below which a share `quantile` of the range lies."""
         if self.log:
             ends = math.log(self.low), math.log(self.high)
-            return significant(math.exp(ends[0] + quantile * (ends[1] - ends[0])))
-        return significant(self.low + quantile * (self.high - self.low))
+            return self.near(math.exp(ends[0] + quantile * (ends[1] - ends[0])))
+        return self.near(self.low + quantile * (self.high - self.low))
 
     def edges(self) -> tuple[Value, ...]:
-        """Values at which a configuration is checked."""
-        return self.low, self.high
+        """Values at which a configuration is checked: the ends, and one that is no whole number."""
+        return self.low, self.low + GOLDEN * (self.high - self.low), self.high
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,8 @@ def build(texts: Mapping[str, str], config: TrainConfig) -> Space:
             Point(point).apply(config)
         except ConfigError as error:
             tried = ", ".join(f"{name} = {value}" for name, value in point.items())
-            raise ConfigError(f"the space holds what cannot run, {tried}: {error}") from error
+            hint = "; write integer(LOW, HIGH)" if "valid integer" in str(error) else ""
+            raise ConfigError(f"the space holds what cannot run, {tried}: {error}{hint}") from error
     return space
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,12 +29,15 @@ from tune.board import TrialBoard, watch
 from tune.book import Book, Trial
 from tune.children import begin_child, end_child
 from tune.halving import Halving
+from tune.patience import decides_while_frozen
 from tune.population import Population
 from tune.proposals import Chance, Grid, Listed, Proposer, Tpe
 from tune.ranking import Entry, command, held, markdown, ranking, survivors, verdict
 from tune.settings import Sweep, default_name
 from tune.space import Space, build, default, first_points
 from tune.study import Study
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,14 @@ def _first(settings: Sweep, config: TrainConfig):
     if settings.scheduler == "population" and settings.seeds > 1:
         raise ConfigError(
             "--seeds repeats fixed configurations, and a population changes them under way"
+        )
+    grace = settings.grace if settings.scheduler == "asha" else None
+    if grace is not None and decides_while_frozen(grace, config):
+        logger.warning(
+            "--grace %d stops trials while the backbone is frozen (%d epochs), by an mAP that "
+            "hardly depends on what is searched: leave it out, or give a larger one",
+            grace,
+            config.optimizer.frozen_epochs,
         )
     return points
 

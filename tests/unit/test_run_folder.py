@@ -1,16 +1,37 @@
-"""Names and places of runs."""
+"""Names and places of runs, and what may differ when one is resumed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from data_shards.errors import ConfigError
 from reid_train.recipes import recipe
-from reid_train.run_folder import prepare
+from reid_train.run_folder import prepare, same_training
+
+RUN = recipe("demo").replace(name="r")
 
 
 def test_a_slash_at_the_end_of_a_place_makes_no_other_place():
-    asked = recipe("demo").replace(data="s3://b/people/", output="s3://b/runs/", name="r")
-    config = prepare(asked)
+    config = prepare(RUN.replace(data="s3://b/people/", output="s3://b/runs/"))
     assert (config.data, config.output) == ("s3://b/people", "s3://b/runs")
-    local = prepare(asked.replace(data="people/", output="runs/"))
+    local = prepare(RUN.replace(data="people/", output="runs/"))
     assert (local.data, local.output) == (str(Path.cwd() / "people"), str(Path.cwd() / "runs"))
+
+
+@pytest.mark.parametrize("schedule", ["step", "constant"])
+def test_a_run_is_extended_where_its_rates_do_not_depend_on_its_length(schedule):
+    old = RUN.replace(optimizer__schedule=schedule)
+    same_training(old, old.replace(optimizer__epochs=20))
+
+
+def test_a_run_with_cosine_rates_is_not_extended():
+    same_training(RUN, RUN.replace(evaluation__every=2))
+    with pytest.raises(ConfigError, match=r"epochs 20 instead of 8.*cosine.*another --name"):
+        same_training(RUN, RUN.replace(optimizer__epochs=20))
+
+
+def test_what_else_differs_is_named():
+    with pytest.raises(ConfigError, match=r"other settings of seed, optimizer\.beta1"):
+        same_training(RUN, RUN.replace(seed=1, optimizer__beta1=0.8, optimizer__epochs=20))

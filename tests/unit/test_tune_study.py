@@ -286,6 +286,15 @@ def test_a_sweep_may_grow_but_not_change(tmp_path):
             Book.open(settings, changed, digest)
 
 
+def test_a_population_does_not_grow(tmp_path):
+    config = BASE.replace(output=str(tmp_path))
+    settings = SETTINGS.model_copy(update={"scheduler": "population"})
+    Book.open(settings, config, "digest")
+    Book.open(settings.model_copy(update={"concurrent": 2}), config, "digest")
+    with pytest.raises(ConfigError, match=r"population of fixed size.*another --name"):
+        Book.open(settings.model_copy(update={"trials": 99}), config, "digest")
+
+
 def test_a_run_of_that_name_is_not_touched(tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "run.json").write_text("{}")
