@@ -6,10 +6,12 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import asdict, replace
 
+import psutil
 import pytest
 
 from data_shards.errors import ConfigError, Interrupted
@@ -154,6 +156,13 @@ def test_process_number_of_another_start_of_the_machine_says_nothing():
     assert Owner.here().lives() is True
     assert replace(Owner.here(), boot="another").lives() is None
     assert replace(Owner.here(), started=1.0).lives() is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere psutil says when a process began")
+def test_driver_lives_on_although_the_clock_is_set(monkeypatch):
+    owner, before = Owner.here(), psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: before(self) + 3600)
+    assert owner.lives() is True
 
 
 def test_lease_on_s3_is_taken_once(s3):
