@@ -45,6 +45,9 @@ EXCLUDES = (
     "*.parquet",
 )  # fmt: skip
 """Left out of the working directory, beside what its .gitignore names."""
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+STOP_WAIT_SECONDS = 600
+"""Between SIGTERM to a job that is stopped and SIGKILL. Ray's 3 s are too few for a checkpoint."""
 CONSTRAINTS = "constraints.txt"
 PAUSE_SECONDS = 1.0
 """Between a connection's end and the next."""
@@ -104,6 +107,7 @@ def submit(
             console.print(f"the job goes on; follow it: {how}", soft_wrap=True)
             return 130
         client.stop_job(job)
+        console.print("stopping it; a training writes a checkpoint first, which may take minutes")
         details = asyncio.run(_follow(client, job, how, quiet=True))
     return _exit_code(details, console)
 
@@ -116,6 +120,7 @@ def settings(environment: Mapping[str, str]) -> dict[str, str]:
     chosen = {name: environment[name] for name in SETTINGS if environment.get(name)}
     if urlsplit(chosen.get("MLFLOW_TRACKING_URI", "")).scheme not in ("http", "https"):
         chosen.pop("MLFLOW_TRACKING_URI", None)
+    chosen[STOP_WAIT] = environment.get(STOP_WAIT) or str(STOP_WAIT_SECONDS)
     commit = code_commit()
     return {name: redact(value) for name, value in chosen.items()} | (
         {"REID_COMMIT": commit} if commit else {}

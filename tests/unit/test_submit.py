@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import aiohttp
 import pytest
+from ray.dashboard.modules.job.job_manager import JobManager
+from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 from ray.job_submission import JobStatus
 
 import cluster.cli
 import cluster.submit
 from cluster import local
-from cluster.submit import requirements, settings
+from cluster.submit import STOP_WAIT, requirements, settings
 from data_shards.errors import ConfigError, ReidError
 
 SECRETS = {
@@ -41,6 +45,17 @@ def test_job_is_told_where_things_are_and_no_secret():
 @pytest.mark.parametrize("uri", ["sqlite:////home/me/mlflow.db", "/home/me/mlruns", "file:///x"])
 def test_tracking_in_a_file_of_this_machine_is_not_passed_on(uri):
     assert "MLFLOW_TRACKING_URI" not in settings({"MLFLOW_TRACKING_URI": uri})
+
+
+@pytest.mark.parametrize(("own", "given"), [({}, "600"), ({STOP_WAIT: "30"}, "30")])
+def test_stopped_job_has_time_for_its_checkpoint(own, given):
+    assert settings(own)[STOP_WAIT] == given
+
+
+def test_ray_reads_how_long_a_stopped_job_has_where_a_job_is_given_it():
+    supervisor = JobManager._get_supervisor_runtime_env(Mock(), {"env_vars": settings({})}, "job")
+    assert supervisor["env_vars"][STOP_WAIT] == "600"
+    assert f'"{STOP_WAIT}"' in inspect.getsource(JobSupervisor.run)
 
 
 def test_installation_is_pinned_by_the_projects_constraints():
