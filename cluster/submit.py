@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,14 @@ EXCLUDES = (
     "*.parquet",
 )  # fmt: skip
 """Left out of the working directory, beside what its .gitignore names."""
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+STOP_WAIT_SECONDS = 600
+"""Between SIGTERM to a job that is stopped and SIGKILL. Ray's 3 s are too few for a checkpoint."""
 CONSTRAINTS = "constraints.txt"
+PAUSE_SECONDS = 1.0
+"""Between a connection's end and the next."""
+GIVE_UP_SECONDS = 600.0
+"""How long a server may not say how a job is before following it ends. The job goes on."""
 
 
 def submit(
@@ -66,7 +74,7 @@ def submit(
 
     Raises:
         ConfigError: no command, no cluster, or nothing fit to send.
-        ReidError: the cluster cannot be reached.
+        ReidError: the cluster cannot be reached, or not any more.
     """
     if not command:
         raise ConfigError("no command: python -m cluster submit -- python -m reid_train train …")
@@ -93,14 +101,15 @@ def submit(
         console.print(f"follow it: {how}\nstop it:   ray job stop {job} --address {address}")
         return 0
     try:
-        asyncio.run(_follow(client, job))
+        details = asyncio.run(_follow(client, job, how))
     except KeyboardInterrupt:
         if not _asked_to_stop(console):
             console.print(f"the job goes on; follow it: {how}", soft_wrap=True)
             return 130
         client.stop_job(job)
-        asyncio.run(_follow(client, job, quiet=True))
-    return _exit_code(client.get_job_info(job), console)
+        console.print("stopping it; a training writes a checkpoint first, which may take minutes")
+        details = asyncio.run(_follow(client, job, how, quiet=True))
+    return _exit_code(details, console)
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
@@ -111,6 +120,7 @@ def settings(environment: Mapping[str, str]) -> dict[str, str]:
     chosen = {name: environment[name] for name in SETTINGS if environment.get(name)}
     if urlsplit(chosen.get("MLFLOW_TRACKING_URI", "")).scheme not in ("http", "https"):
         chosen.pop("MLFLOW_TRACKING_URI", None)
+    chosen[STOP_WAIT] = environment.get(STOP_WAIT) or str(STOP_WAIT_SECONDS)
     commit = code_commit()
     return {name: redact(value) for name, value in chosen.items()} | (
         {"REID_COMMIT": commit} if commit else {}
@@ -163,9 +173,26 @@ def _connect(address: str) -> JobSubmissionClient:
         raise ReidError(f"no Ray job server answers at {address}: {said}") from None
 
 
-async def _follow(client: JobSubmissionClient, job: str, *, quiet: bool = False) -> None:
-    """Print a job's log until the job has ended, over as many connections as it takes."""
-    shown = 0
+async def _follow(
+    client: JobSubmissionClient, job: str, how: str, *, quiet: bool = False
+) -> JobDetails:
+    """Print a job's log until the job has ended, over as many connections as it takes.
+
+    Args:
+        client: of the job server.
+        job: its id.
+        how: the command that follows it, for messages.
+        quiet: print nothing of the log.
+
+    Returns:
+        What the server says of the job that ended.
+
+    Raises:
+        ReidError: the server did not say for `GIVE_UP_SECONDS` how the job is.
+    """
+    from aiohttp import ClientError  # comes with Ray, whose client lets it through
+
+    shown, silent_since, complaint = 0, None, ""
     while True:
         seen = 0
         try:
@@ -174,12 +201,25 @@ async def _follow(client: JobSubmissionClient, job: str, *, quiet: bool = False)
                 seen += len(text)
                 if not quiet:
                     print(fresh, end="", flush=True)
-                shown = max(shown, seen)
-        except (RuntimeError, OSError) as error:
-            print(f"the log was cut off ({error}); asking again", file=sys.stderr)
-        if client.get_job_status(job).is_terminal():
-            return
-        await asyncio.sleep(1)
+                shown, complaint = max(shown, seen), ""
+        except (ClientError, RuntimeError, OSError) as error:
+            if str(error) != complaint:  # once, if it stays the same
+                complaint = str(error)
+                print(f"the log was cut off ({complaint}); asking again", file=sys.stderr)
+        try:
+            details = client.get_job_info(job)
+            if details.status.is_terminal():
+                return details
+            silent_since = None
+        except (RuntimeError, OSError) as error:  # of requests, whose errors are OSErrors
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > GIVE_UP_SECONDS:
+                raise ReidError(
+                    f"no word of job {job} for {GIVE_UP_SECONDS / 60:.0f} minutes ("
+                    f"{' '.join(str(error).split())[:300]}): it goes on where its cluster does;"
+                    f" follow it: {how}"
+                ) from None
+        await asyncio.sleep(PAUSE_SECONDS)
 
 
 def _asked_to_stop(console: Console) -> bool:

@@ -9,10 +9,11 @@ labels: a different one never touches what is there.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -51,6 +52,8 @@ from data_shards.unfinished import (
 from data_shards.writer import ShardPlan, plan_shards, write_shard
 
 SHARD_BYTES = 256 << 20
+LOCK_NAME = "build.lock"
+"""In the folder for tars, while a build runs; the lock goes with the process, however it ends."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -93,7 +96,7 @@ def build(
         progress: called with ("decoding" or "sharding", images in all, images done).
 
     Raises:
-        ConfigError: an unknown source or option, or one that cannot be.
+        ConfigError: an unknown source or option, or one that cannot be; or such a build runs.
         DataError: the images are not what they should be, or something else is at `out`.
         StorageError: `out` cannot be reached or written.
     """
@@ -113,13 +116,14 @@ def build(
         raise DataError(_unreadable(left_out, root))
     _check([image.record for image in images], root)
     draft = _draft(name or source, source, options, shard_bytes, shortfall is None, images)
-    manifest = standing(storage, draft["content"])
-    if manifest is not None:
-        return BuildResult(manifest, already_built=True)
-    begin(storage, draft["content"])
-    plans = plan_shards(images, shard_bytes)
-    notes = _write_shards(storage, plans, draft, jobs, work, progress)
-    return BuildResult(_seal(storage, plans, notes, draft, left_out), already_built=False)
+    with _work_folder(work, f"{draft['content']} {storage.url}") as folder:
+        manifest = standing(storage, draft["content"])
+        if manifest is not None:
+            return BuildResult(manifest, already_built=True)
+        begin(storage, draft["content"])
+        plans = plan_shards(images, shard_bytes)
+        notes = _write_shards(storage, plans, draft["name"], jobs, folder, progress)
+        return BuildResult(_seal(storage, plans, notes, draft, left_out), already_built=False)
 
 
 def _all_options(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,20 +187,17 @@ def _draft(
 def _write_shards(
     storage: Storage,
     plans: Sequence[ShardPlan],
-    draft: Mapping[str, Any],
+    dataset: str,
     jobs: int,
-    work: Path | None,
+    folder: Path,
     progress: Progress,
 ) -> list[ShardNote]:
-    folder = _work_folder(work, f"{draft['content']} {storage.url}")
-    task = partial(_one_shard, storage, draft["name"], folder)
+    task = partial(_one_shard, storage, dataset, folder)
     total, notes = sum(len(plan.images) for plan in plans), list[ShardNote]()
     progress("sharding", total, 0)
     for note in parallel_map(task, plans, jobs):
         notes.append(note)
         progress("sharding", total, sum(note.info.images for note in notes))
-    with contextlib.suppress(OSError):  # a user's own folder may hold other things
-        folder.rmdir()
     return notes
 
 
@@ -205,6 +206,10 @@ def _one_shard(storage: Storage, dataset: str, folder: Path, plan: ShardPlan) ->
     if (note := read_note(storage, plan)) is not None:
         return note
     path = folder / PurePosixPath(plan.name).name
+    with disk_errors(
+        path
+    ):  # a new file: a process of a killed build may still have the old one open
+        path.unlink(missing_ok=True)
     try:
         info, offsets = write_shard(plan, dataset, path)
     except BaseException:  # half a tar is of no use, and the disk may be full of it
@@ -217,15 +222,43 @@ def _one_shard(storage: Storage, dataset: str, folder: Path, plan: ShardPlan) ->
     return note
 
 
-def _work_folder(work: Path | None, build: str) -> Path:
+@contextlib.contextmanager
+def _work_folder(work: Path | None, build: str) -> Iterator[Path]:
+    """The folder for tars until they are uploaded; no other build's while the block runs."""
     # The same for the same build, so that a cut-off upload finds its file again.
     name = f"data-shards-{os.getuid()}-{sha256(build.encode())[:16]}"
     folder = work or Path(tempfile.gettempdir(), name)
     with disk_errors(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        while (lock := _try_lock(folder)) is None:
+            pass
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):  # a user's own folder may hold other things
+            (folder / LOCK_NAME).unlink()
+            folder.rmdir()
+        os.close(lock)
+
+
+def _try_lock(folder: Path) -> int | None:
+    """Make a folder and lock it: a descriptor, or None if a build that ended has removed it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.ExitStack() as on_failure, contextlib.suppress(FileNotFoundError):
         if folder.stat().st_uid != os.getuid():
             raise StorageError(f"{folder} is another user's: name a folder with --work")
-    return folder
+        lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+        on_failure.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another build, of the same data or with the same --work, is running in {folder}:"
+                " let it end, or stop it and give this command again"
+            ) from None
+        if os.path.samestat(os.fstat(lock), (folder / LOCK_NAME).stat()):
+            on_failure.pop_all()
+            return lock
+    return None
 
 
 def _seal(

@@ -4,6 +4,9 @@ The lease is an object `lease/<number>.json`, created once by the driver that ta
 it every few seconds, and deleted at the end. One that has stopped changing belongs to a driver that
 is gone: the next number may be taken, and of several that try, one creates it. No two machines'
 clocks are compared: whoever wants the run watches the lease for as long as it may stay silent.
+
+Numbers begin again once nobody has the run, so a number alone says nothing: before each rewriting
+the holder looks whether the lease is there and still its own.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ class Owner:
     def here(cls) -> Owner:
         """This process."""
         pid = os.getpid()
-        return cls(platform.node(), _boot(), pid, psutil.Process(pid).create_time())
+        return cls(platform.node(), _boot(), pid, _started(pid))
 
     def lives(self) -> bool | None:
         """Whether the process is there; None where another machine's cannot be known."""
@@ -56,7 +59,7 @@ class Owner:
             return None
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < 1
+            same = abs(_started(self.pid) - self.started) < 1
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
@@ -84,9 +87,10 @@ def held(
         ConfigError: another driver trains the run.
     """
     leases = run.child("lease")
-    number = _take(leases, name, beat, silent)
+    owner = Owner.here()
+    number = _take(leases, name, owner, beat, silent)
     done = threading.Event()
-    arguments = (leases, name, number, beat, done, lost)
+    arguments = (leases, name, number, owner, beat, done, lost)
     thread = threading.Thread(target=_beat, args=arguments, name="lease", daemon=True)
     thread.start()
     try:
@@ -95,16 +99,17 @@ def held(
         done.set()
         thread.join(beat)
         with contextlib.suppress(ReidError):
-            leases.delete(_key(number))
+            if _holds(leases, number, owner):
+                leases.delete(_key(number))
 
 
-def _take(leases: Storage, name: str, beat: float, silent: float) -> int:
+def _take(leases: Storage, name: str, owner: Owner, beat: float, silent: float) -> int:
     while True:
         number, data = _newest(leases)
         if data is not None:
             _require_dead(leases, name, number, data, beat, silent)
         try:
-            leases.write(_key(number + 1), _json(Owner.here()), create_once=True)
+            leases.write(_key(number + 1), _json(owner), create_once=True)
         except ObjectExists:
             continue  # another driver was quicker
         if data is not None:
@@ -142,22 +147,38 @@ def _beat(
     leases: Storage,
     name: str,
     number: int,
+    owner: Owner,
     interval: float,
     done: threading.Event,
     lost: Callable[[], None],
 ) -> None:
-    owner, beats = Owner.here(), 0
+    beats = 0
     while not done.wait(interval):
         beats += 1
         try:
             newest, _ = _newest(leases)
-            if newest > number:
-                logger.error("run %s was taken over by another driver: this one stops", name)
+            if newest > number or not _holds(leases, number, owner):
+                logger.error(
+                    "run %s was taken over by another driver, or its lease %s/%s was deleted: this"
+                    " driver stops; where no other has the run, --resume goes on",
+                    name,
+                    leases.url,
+                    _key(number),
+                )
                 lost()
                 return
             leases.write(_key(number), _json(replace(owner, beats=beats)))
         except ReidError as error:
             logger.warning("lease of run %s not renewed, trying again: %s", name, error)
+
+
+def _holds(leases: Storage, number: int, owner: Owner) -> bool:
+    """Whether a lease is there and its owner's, and not another's who got the same number."""
+    try:
+        found = _owner(leases.read(_key(number)))
+    except ObjectMissing:
+        return False
+    return found is not None and replace(found, beats=owner.beats) == owner
 
 
 def _newest(leases: Storage) -> tuple[int, bytes | None]:
@@ -184,6 +205,14 @@ def _owner(data: bytes) -> Owner | None:
         return Owner(**json.loads(data))
     except (ValueError, TypeError):
         return None
+
+
+def _started(pid: int) -> float:
+    """When a process began: clock ticks since the machine started, where the system tells."""
+    with contextlib.suppress(OSError):  # not Linux; or it is gone, and psutil says so
+        # The fields after the name, which may itself hold spaces and brackets; the 22nd of all.
+        return float(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    return psutil.Process(pid).create_time()  # seconds since 1970: moves when the clock is set
 
 
 def _boot() -> str:

@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing
-from data_shards.storage import open_storage
+from data_shards.storage import LocalStorage, open_storage
 from reid_train.config import TrainConfig
 
 RESUMABLE = {
@@ -167,6 +168,10 @@ def tidy(config: TrainConfig, kept: Collection[str]) -> None:
         name, inside, _ = key.partition("/")
         if inside and name not in kept:
             folder.delete(key)
+    if isinstance(folder, LocalStorage):  # a copy that was killed left what it does not list
+        for path in folder.root.glob("checkpoint_*"):
+            if path.is_dir() and path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(run: Run, *, create_once: bool = False) -> None:

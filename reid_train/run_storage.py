@@ -12,7 +12,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path, PurePosixPath
@@ -140,18 +140,21 @@ def unlisted(run: str) -> str | None:
         run: the run's folder or URL; it may be a new one.
 
     Returns:
-        The checkpoint's folder or URL; None if there is a list, or nothing that is whole.
+        The checkpoint's folder or URL; None if there is a list, or no sealed checkpoint at all.
+
+    Raises:
+        DataError: there are checkpoints, and none is whole: the run does not begin anew unasked.
     """
     storage = open_storage(run)
     if storage.exists(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME):
         return None
     sealed = [PurePosixPath(key) for key, _ in storage.list() if key.endswith(f"/{SEAL}")]
+    if not sealed:
+        return None
     names = sorted((str(key.parent) for key in sealed), reverse=True)  # they begin with the time
-    with suppress(DataError):
-        found = PurePosixPath(first_whole([ray_checkpoint(f"{run}/{name}") for name in names]).path)
-        logger.warning("the run's list of checkpoints is gone: going on from %s", found.name)
-        return f"{run}/{found.name}"
-    return None
+    found = PurePosixPath(first_whole([ray_checkpoint(f"{run}/{name}") for name in names]).path)
+    logger.warning("the run's list of checkpoints is gone: going on from %s", found.name)
+    return f"{run}/{found.name}"
 
 
 def _none_left(names: Sequence[str]) -> DataError:

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -247,7 +248,36 @@ def test_full_disk_leaves_no_half_tar(root, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "_add", full)
     with pytest.raises(StorageError, match="disk full"):
         build("csv", root, str(tmp_path / "out"), work=tmp_path / "work", **SMALL)
-    assert list((tmp_path / "work").iterdir()) == []
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("work", [None, "work"])
+def test_second_build_at_once_is_refused_and_the_first_goes_on(root, tmp_path, monkeypatch, work):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    out, write, refused = tmp_path / "out", building.write_shard, []
+    settings = SMALL | {"work": work and tmp_path / work}
+
+    def write_while_another_comes(plan, dataset, path):
+        with pytest.raises(ConfigError, match=f"another build.* is running in {path.parent}"):
+            build("csv", root, str(out), **settings)
+        refused.append(path)
+        return write(plan, dataset, path)
+
+    monkeypatch.setattr(building, "write_shard", write_while_another_comes)
+    assert not build("csv", root, str(out), **settings).already_built
+    assert refused
+    assert verify(str(out), jobs=1)[1] == []
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "out"}
+
+
+def test_leftover_tar_that_another_still_reads_is_not_written_into(root, tmp_path):
+    leftover = tmp_path / "work/train-000000.tar"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"as it was")
+    with leftover.open("rb") as file:
+        build("csv", root, str(tmp_path / "out"), work=leftover.parent, **SMALL)
+        assert file.read() == b"as it was"
+    assert verify(str(tmp_path / "out"), jobs=1)[1] == []
 
 
 def test_one_identity_alone_is_refused(tmp_path):

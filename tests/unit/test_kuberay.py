@@ -187,7 +187,9 @@ def test_pods_use_the_account_and_environment_that_the_namespace_has(pod):
     assert pod["serviceAccountName"] == BY_KIND["ServiceAccount"]["metadata"]["name"]
     names = [source["configMapRef"]["name"] for source in sources(pod) if "configMapRef" in source]
     assert names == [BY_KIND["ConfigMap"]["metadata"]["name"]]
-    assert BY_KIND["ConfigMap"]["data"].keys() >= {"MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION"}
+    data = BY_KIND["ConfigMap"]["data"]
+    assert data.keys() >= {"MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION"}
+    assert int(data["RAY_JOB_STOP_WAIT_TIME_S"]) >= 600
 
 
 def sources(pod):

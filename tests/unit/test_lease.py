@@ -6,10 +6,12 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import asdict, replace
 
+import psutil
 import pytest
 
 from data_shards.errors import ConfigError, Interrupted
@@ -113,6 +115,29 @@ def test_driver_whose_run_was_taken_over_stops(run):
         assert lost.wait(30)
 
 
+def test_sleeper_does_not_take_back_a_number_that_was_given_again(run):
+    """Another took over with 2 and ended; a third has 1, as the sleeper had."""
+    lost = threading.Event()
+    with held(run, "r", beat=0.1, lost=lost.set):
+        leave(run, ELSEWHERE, 1)
+        assert lost.wait(30)
+    assert json.loads(run.read("lease/000001.json")) == asdict(ELSEWHERE)
+
+
+def test_sleeper_does_not_go_on_with_a_run_that_another_ended(run):
+    lost = threading.Event()
+    with held(run, "r", beat=0.1, lost=lost.set):
+        run.delete("lease/000001.json")
+        assert lost.wait(30)
+    assert leases(run) == []
+
+
+def test_lease_of_another_is_left_alone_at_the_end(run):
+    with held(run, "r", beat=1000):
+        leave(run, ELSEWHERE, 1)
+    assert leases(run) == ["lease/000001.json"]
+
+
 def test_holder_shows_that_it_lives(run):
     with held(run, "r", beat=0.05):
         deadline = time.monotonic() + 30
@@ -131,6 +156,13 @@ def test_process_number_of_another_start_of_the_machine_says_nothing():
     assert Owner.here().lives() is True
     assert replace(Owner.here(), boot="another").lives() is None
     assert replace(Owner.here(), started=1.0).lives() is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere psutil says when a process began")
+def test_driver_lives_on_although_the_clock_is_set(monkeypatch):
+    owner, before = Owner.here(), psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: before(self) + 3600)
+    assert owner.lives() is True
 
 
 def test_lease_on_s3_is_taken_once(s3):

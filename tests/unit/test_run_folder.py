@@ -1,4 +1,4 @@
-"""Names and places of runs, and what may differ when one is resumed."""
+"""Names and places of runs, what may differ when one is resumed, and what is left of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from data_shards.errors import ConfigError
 from reid_train.recipes import recipe
-from reid_train.run_folder import prepare, same_training
+from reid_train.run_folder import prepare, same_training, tidy
 
 RUN = recipe("demo").replace(name="r")
 
@@ -35,3 +35,27 @@ def test_a_run_with_cosine_rates_is_not_extended():
 def test_what_else_differs_is_named():
     with pytest.raises(ConfigError, match=r"other settings of seed, optimizer\.beta1"):
         same_training(RUN, RUN.replace(seed=1, optimizer__beta1=0.8, optimizer__epochs=20))
+
+
+def test_copy_that_was_killed_goes_with_its_folder(tmp_path):
+    """Its temporary file is none of the storage's objects, and may be all that there is."""
+    run = tmp_path / "r"
+    for name in (
+        "checkpoint_1/model.safetensors",
+        "checkpoint_2/model.safetensors",
+        "checkpoint_2/.tmp-half",
+        "checkpoint_3/.tmp-half",
+        "checkpoint_manager_snapshot.json",
+        "report/index.html",
+        "run.json",
+    ):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(b"x")
+    tidy(RUN.replace(output=str(tmp_path)), {"checkpoint_1"})
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoint_1",
+        "checkpoint_manager_snapshot.json",
+        "report",
+        "run.json",
+    }
+    assert list((run / "checkpoint_1").iterdir())

@@ -151,6 +151,13 @@ def test_deleted_list_is_made_up_for_by_the_newest_whole_checkpoint(checkpoints,
     assert unlisted(run) == f"{run}/checkpoint_1"
 
 
+def test_none_whole_and_no_list_is_an_error_and_no_new_beginning(checkpoints, tmp_path):
+    for checkpoint in checkpoints:
+        tear(checkpoint)
+    with pytest.raises(DataError, match=r"checkpoint_2, checkpoint_1.*--name"):
+        unlisted(str(tmp_path / "run"))
+
+
 def test_checkpoints_that_ray_lists_are_its_affair(checkpoints, manager, tmp_path):
     assert unlisted(str(tmp_path / "run")) is None
 
