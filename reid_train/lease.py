@@ -65,6 +65,35 @@ class Owner:
             return False
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A lease, as the run's other processes are given it: they may outlive its owner.
+
+    Whoever writes into the run's folder asks first. Ray's workers go on for a minute where nobody
+    tells them that their driver is gone, and another may have the run by then.
+    """
+
+    leases: Storage
+    number: int
+    owner: Owner
+
+    def stands(self) -> bool:
+        """Whether the lease is there and its owner's, and not another's who got the same number."""
+        try:
+            found = _owner(self.leases.read(_key(self.number)))
+        except ObjectMissing:
+            return False
+        return found is not None and replace(found, beats=self.owner.beats) == self.owner
+
+    def require(self) -> None:
+        """Raise `ReidError` if another driver has the run, or nobody."""
+        if not self.stands():
+            raise ReidError(
+                f"the lease {self.leases.url}/{_key(self.number)} is gone: another driver took the"
+                " run over, and the workers of this one write nothing any more"
+            )
+
+
 @contextlib.contextmanager
 def held(
     run: Storage,
@@ -73,7 +102,7 @@ def held(
     beat: float = BEAT_SECONDS,
     silent: float = SILENT_SECONDS,
     lost: Callable[[], None] = lambda: os._exit(LOST),
-) -> Iterator[None]:
+) -> Iterator[Claim]:
     """Hold a run's lease while the block runs.
 
     Args:
@@ -88,19 +117,19 @@ def held(
     """
     leases = run.child("lease")
     owner = Owner.here()
-    number = _take(leases, name, owner, beat, silent)
+    claim = Claim(leases, _take(leases, name, owner, beat, silent), owner)
     done = threading.Event()
-    arguments = (leases, name, number, owner, beat, done, lost)
+    arguments = (claim, name, beat, done, lost)
     thread = threading.Thread(target=_beat, args=arguments, name="lease", daemon=True)
     thread.start()
     try:
-        yield
+        yield claim
     finally:
         done.set()
         thread.join(beat)
         with contextlib.suppress(ReidError):
-            if _holds(leases, number, owner):
-                leases.delete(_key(number))
+            if claim.stands():
+                leases.delete(_key(claim.number))
 
 
 def _take(leases: Storage, name: str, owner: Owner, beat: float, silent: float) -> int:
@@ -144,20 +173,14 @@ def _require_dead(
 
 
 def _beat(
-    leases: Storage,
-    name: str,
-    number: int,
-    owner: Owner,
-    interval: float,
-    done: threading.Event,
-    lost: Callable[[], None],
+    claim: Claim, name: str, interval: float, done: threading.Event, lost: Callable[[], None]
 ) -> None:
-    beats = 0
+    leases, number, beats = claim.leases, claim.number, 0
     while not done.wait(interval):
         beats += 1
         try:
             newest, _ = _newest(leases)
-            if newest > number or not _holds(leases, number, owner):
+            if newest > number or not claim.stands():
                 logger.error(
                     "run %s was taken over by another driver, or its lease %s/%s was deleted: this"
                     " driver stops; where no other has the run, --resume goes on",
@@ -167,18 +190,9 @@ def _beat(
                 )
                 lost()
                 return
-            leases.write(_key(number), _json(replace(owner, beats=beats)))
+            leases.write(_key(number), _json(replace(claim.owner, beats=beats)))
         except ReidError as error:
             logger.warning("lease of run %s not renewed, trying again: %s", name, error)
-
-
-def _holds(leases: Storage, number: int, owner: Owner) -> bool:
-    """Whether a lease is there and its owner's, and not another's who got the same number."""
-    try:
-        found = _owner(leases.read(_key(number)))
-    except ObjectMissing:
-        return False
-    return found is not None and replace(found, beats=owner.beats) == owner
 
 
 def _newest(leases: Storage) -> tuple[int, bytes | None]:

@@ -41,7 +41,7 @@ class ResilientTrainer(TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             batch = (self.train_loop_config or {})["batch_size"]
             arguments["scaling_policy"] = _Divisors(self.scaling_config, batch)
-        run = self.run_config.storage_path, self.run_config.name
+        run = str(self.run_config.storage_path), str(self.run_config.name)
         arguments["callbacks"] = [*arguments["callbacks"], _Named(_prefix(*run))]
         release(*run)
         try:

@@ -45,11 +45,17 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     config = config.replace(tracking__uri=tracking_uri(config))
     claim(config, dataset, saved)
     folder = open_storage(config.output).child(str(config.name))
-    with lease.held(folder, str(config.name)):
-        return _run(config, dataset, saved, console)
+    with lease.held(folder, str(config.name)) as own:
+        return _run(config, dataset, saved, own, console)
 
 
-def _run(config: TrainConfig, dataset: Dataset, saved: Run | None, console: Console) -> Summary:
+def _run(
+    config: TrainConfig,
+    dataset: Dataset,
+    saved: Run | None,
+    own: lease.Claim,
+    console: Console,
+) -> Summary:
     """The run itself, its name and its lease taken."""
     with Tracker.start(
         None if config.tracking.uri == "off" else config.tracking.uri,
@@ -69,7 +75,7 @@ def _run(config: TrainConfig, dataset: Dataset, saved: Run | None, console: Cons
                 "ray_job": submitted_job(),
             }
         )
-        result = fit(config, dataset, tracker.run_id, console=console)
+        result = fit(config, dataset, tracker.run_id, own, console=console)
         kept = [result.checkpoint, *(best for best, _ in result.best_checkpoints or ())]
         tidy(config, {PurePosixPath(checkpoint.path).name for checkpoint in kept if checkpoint})
         summary, rows = publish(config, result, dataset, tracker)

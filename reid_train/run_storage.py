@@ -27,37 +27,49 @@ from data_shards.errors import DataError, ObjectMissing
 from data_shards.s3 import S3Storage
 from data_shards.storage import LocalStorage, Storage, open_storage
 from reid_train.checkpoint import FILES, SEAL, Checkpoint
+from reid_train.lease import Claim
 
 logger = logging.getLogger(__name__)
 
 
-def ray_storage(url: str) -> dict[str, Any]:
-    """The arguments by which Ray Train keeps runs in a folder or at an s3:// URL."""
-    path, filesystem = _place(url)
+def ray_storage(url: str, claim: Claim | None = None) -> dict[str, Any]:
+    """The arguments by which Ray Train keeps runs in a folder or at an s3:// URL.
+
+    With a claim, nothing is written or deleted once it does not stand any more.
+    """
+    path, filesystem = _place(url, claim)
     return {"storage_path": path, "storage_filesystem": filesystem}
 
 
-def ray_checkpoint(url: str) -> RayCheckpoint:
-    """The checkpoint in a folder or at an s3:// URL, for Ray Train."""
-    return RayCheckpoint(*_place(url))
+def ray_checkpoint(url: str, claim: Claim | None = None) -> RayCheckpoint:
+    """The checkpoint in a folder or at an s3:// URL, for Ray Train; the claim as above."""
+    return RayCheckpoint(*_place(url, claim))
 
 
-def _place(url: str) -> tuple[str, PyFileSystem]:
+def _place(url: str, claim: Claim | None = None) -> tuple[str, PyFileSystem]:
     storage = open_storage(url)
     root = LocalStorage(Path("/"))
     path = storage.url
     if isinstance(storage, S3Storage):
         root = S3Storage(storage.bucket, "")
         path = path.removeprefix("s3://")
-    return path, PyFileSystem(_Handler(root))
+    return path, PyFileSystem(_Handler(root, claim))
 
 
-def upload(run: str, checkpoint: RayCheckpoint, name: str) -> RayCheckpoint:
-    """Copy a checkpoint from a folder of this machine to `<run>/<name>`, its seal last."""
+def upload(
+    run: str, checkpoint: RayCheckpoint, name: str, *, claim: Claim | None = None
+) -> RayCheckpoint:
+    """Copy a checkpoint from a folder of this machine to `<run>/<name>`, its seal last.
+
+    Raises:
+        ReidError: the claim does not stand any more.
+    """
     storage = open_storage(run).child(name)
     for file in (*FILES, SEAL):
+        if claim is not None and file in (FILES[0], SEAL):
+            claim.require()
         storage.upload(file, Path(checkpoint.path, file))
-    return ray_checkpoint(f"{run}/{name}")
+    return ray_checkpoint(f"{run}/{name}", claim)
 
 
 @contextmanager
@@ -170,9 +182,15 @@ class _Handler(FileSystemHandler):
 
     Args:
         storage: a whole bucket, whose name then begins every path, or all local folders.
+        claim: has to stand whenever something is written or deleted, if there is one.
     """
 
     storage: Storage
+    claim: Claim | None = None
+
+    def _require_claim(self) -> None:
+        if self.claim is not None:
+            self.claim.require()
 
     def _key(self, path: str) -> str:
         bucket = self.storage.bucket if isinstance(self.storage, S3Storage) else ""
@@ -218,14 +236,17 @@ class _Handler(FileSystemHandler):
     open_input_file = open_input_stream
 
     def open_output_stream(self, path: str, metadata: object) -> pa.NativeFile:
+        self._require_claim()
         return pa.PythonFile(_Output(self.storage, self._key(path)), mode="w")
 
     def delete_dir(self, path: str) -> None:
+        self._require_claim()
         folder = self.storage.child(self._key(path))
         for key, _ in list(folder.list()):
             folder.delete(key)
 
     def delete_file(self, path: str) -> None:
+        self._require_claim()
         self.storage.delete(self._key(path))
 
     def _unused(self, *_: object) -> Any:

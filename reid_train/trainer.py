@@ -38,6 +38,7 @@ from data_shards.dataset import Dataset
 from data_shards.errors import DataError, Interrupted, ReidError
 from reid_train.config import TrainConfig
 from reid_train.gauges import Gauges
+from reid_train.lease import Claim
 from reid_train.memory import out_of_memory
 from reid_train.progress import Board, beside_driver, watch
 from reid_train.resilience import ResilientTrainer, on_purpose
@@ -62,7 +63,7 @@ RESIZE_SECONDS = 30.0
 
 
 def fit(
-    config: TrainConfig, dataset: Dataset, run_id: str | None, *, console: Console
+    config: TrainConfig, dataset: Dataset, run_id: str | None, claim: Claim, *, console: Console
 ) -> ray.train.Result:
     """Train on a Ray cluster (the one at hand, or a local one that this starts).
 
@@ -72,6 +73,7 @@ def fit(
         config: as `prepare` returned it.
         dataset: what it trains on; every worker checks that it opens the same.
         run_id: MLflow run to log to, if any.
+        claim: the driver's lease on the run.
         console: where progress is shown.
 
     Returns:
@@ -86,7 +88,7 @@ def fit(
     start = unlisted(run)
     start_ray(config.workers)
     board = beside_driver(Board).remote()
-    trainer = make_trainer(config, dataset, run_id, board=board, start=start)
+    trainer = make_trainer(config, dataset, run_id, claim=claim, board=board, start=start)
     with stop_signals() as stop, watch(board, console, stop):
         try:
             result = trainer.fit()
@@ -107,6 +109,7 @@ def make_trainer(
     dataset: Dataset,
     run_id: str | None,
     *,
+    claim: Claim | None = None,
     board: Any = None,
     callbacks: Sequence[UserCallback] = (),
     start: str | None = None,
@@ -118,6 +121,7 @@ def make_trainer(
         config: as `prepare` returned it.
         dataset: what it trains on.
         run_id: MLflow run that the first worker logs to, if any.
+        claim: without which nothing is written into the run's folder; a sweep's trials have none.
         board: a `Board` actor to show progress on, if anybody looks.
         callbacks: Ray Train's, such as Tune's to report a trial's metrics.
         start: checkpoint that a run without any of its own starts from, a folder or an s3:// URL.
@@ -140,6 +144,7 @@ def make_trainer(
             "start": start,
             "until": until,
             "batch_size": config.batch_size,
+            "claim": claim,
         },
         torch_config=TorchConfig(timeout_s=waiting),
         scaling_config=ScalingConfig(
@@ -151,7 +156,7 @@ def make_trainer(
         ),
         run_config=RunConfig(
             name=config.name,
-            **ray_storage(config.output),
+            **ray_storage(config.output, claim),
             failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="mAP"),
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -219,7 +224,12 @@ def _train(settings: dict[str, Any]) -> None:
             cache=ShardCache(
                 dataset.storage, config.loader.cache.expanduser(), config.loader.cache_bytes
             ),
-            report=partial(_report, run=f"{config.output}/{config.name}", until=until),
+            report=partial(
+                _report,
+                run=f"{config.output}/{config.name}",
+                until=until,
+                claim=settings["claim"],
+            ),
             log=log,
             show=board.show.remote if board is not None else lambda state: None,
             asked=_Asked(board, rank),
@@ -257,7 +267,9 @@ class _Enough(Exception):
     """Every rank raises it at the same report, so none is left waiting for another."""
 
 
-def _report(metrics: dict[str, float], folder: Path | None, run: str, until: int | None) -> None:
+def _report(
+    metrics: dict[str, float], folder: Path | None, run: str, until: int | None, claim: Claim | None
+) -> None:
     """Hand metrics and a checkpoint to Ray Train, which uploads it while training goes on."""
     checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
     mode = ray.train.CheckpointUploadMode.ASYNC
@@ -265,7 +277,7 @@ def _report(metrics: dict[str, float], folder: Path | None, run: str, until: int
         metrics,
         checkpoint=checkpoint,
         checkpoint_upload_mode=mode,
-        checkpoint_upload_fn=partial(upload, run),
+        checkpoint_upload_fn=partial(upload, run, claim=claim),
     )
     if until is not None and metrics["epoch"] >= until:
         raise _Enough

@@ -72,12 +72,12 @@ def faulty(settings: dict) -> None:
             die()
         return reduce(*arguments, **options)
 
-    def upload(run, checkpoint, name):
+    def upload(run, checkpoint, name, **claim):
         if due("kill-upload", at_least=True):
             for file in FILES[: len(FILES) // 2]:
                 open_storage(run).child(name).upload(file, Path(checkpoint.path, file))
             die()
-        return whole(run, checkpoint, name)
+        return whole(run, checkpoint, name, **claim)
 
     augment.draw, trainer.upload, dist.all_reduce = count, upload, all_reduce
     nn.modules.module.register_module_forward_pre_hook(forward)

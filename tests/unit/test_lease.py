@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from dataclasses import asdict, replace
 import psutil
 import pytest
 
-from data_shards.errors import ConfigError, Interrupted
+from data_shards.errors import ConfigError, Interrupted, ReidError
 from data_shards.storage import LocalStorage
 from reid_train import lease
 from reid_train.lease import Owner, held
@@ -42,6 +43,18 @@ def test_lease_is_given_back(run):
     assert leases(run) == []
     with held(run, "r"):
         pass
+
+
+def test_claim_stands_for_as_long_as_its_driver_has_the_run(run):
+    with held(run, "r") as claim:
+        elsewhere = pickle.loads(pickle.dumps(claim))
+        elsewhere.require()
+        leave(run, ELSEWHERE, 1)  # another got the same number
+        assert not elsewhere.stands()
+    with held(run, "r", beat=0.1, silent=0.2) as next_claim:
+        assert next_claim.stands()
+        with pytest.raises(ReidError, match=r"lease/000001\.json is gone: another driver took"):
+            claim.require()
 
 
 def test_second_driver_on_the_machine_is_refused_at_once(run):

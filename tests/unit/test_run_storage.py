@@ -13,8 +13,10 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.storage import StorageContext
 from test_checkpoint import original  # noqa: F401
 
-from data_shards.errors import DataError
+from data_shards.errors import DataError, ReidError
+from data_shards.storage import LocalStorage
 from reid_train.checkpoint import MODEL, SEAL
+from reid_train.lease import held
 from reid_train.run_storage import (
     first_whole,
     forget_missing,
@@ -44,6 +46,24 @@ def test_uploaded_checkpoint_comes_back(original, checkpoints):  # noqa: F811
     with opened(checkpoints[0]) as folder:
         names = sorted(path.name for path in folder.iterdir())
         assert names == sorted(path.name for path in original[0].iterdir())
+
+
+def test_nothing_is_written_or_deleted_without_the_lease(original, tmp_path):  # noqa: F811
+    place, checkpoint = tmp_path / "run", RayCheckpoint(str(original[0]))
+    with held(LocalStorage(place), "run") as claim:
+        kept = upload(str(place), checkpoint, "checkpoint_1", claim=claim)
+        storage = StorageContext(experiment_dir_name="run", **ray_storage(str(tmp_path), claim))
+    files = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    assert files
+    with pytest.raises(ReidError, match="another driver took the run over"):
+        upload(str(place), checkpoint, "checkpoint_2", claim=claim)
+    for fs, path in ((kept.filesystem, kept.path), (storage.storage_filesystem, str(place))):
+        assert fs is not None
+        with pytest.raises(ReidError):
+            fs.delete_dir(path)
+        with pytest.raises(ReidError):
+            fs.open_output_stream(f"{path}/list.json")
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == files
 
 
 def test_newest_is_taken_if_it_is_whole(checkpoints):
