@@ -150,7 +150,8 @@ class LocalStorage:
                 path = Path(folder, name)
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not name.startswith(TEMPORARY):
-                    found.append((key, path.stat().st_size))
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                        found.append((key, path.stat().st_size))
         yield from sorted(found)
 
     def delete(self, key: str) -> None:

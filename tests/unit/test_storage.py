@@ -187,6 +187,20 @@ def test_file_url_is_a_folder(tmp_path):
     assert (folder / "k").read_bytes() == b"1"
 
 
+def test_object_that_goes_while_it_is_listed_is_not_listed(tmp_path, monkeypatch):
+    storage, walk = open_storage(str(tmp_path)), os.walk
+    for key in ("a", "b"):
+        storage.write(key, b"x")
+
+    def walk_and_lose_one(root):
+        found = list(walk(root))
+        (tmp_path / "a").unlink()
+        return found
+
+    monkeypatch.setattr(os, "walk", walk_and_lose_one)
+    assert list(storage.list()) == [("b", 1)]
+
+
 def test_missing_bucket_is_not_a_missing_object(bucket):
     storage = open_storage("s3://no-such-bucket/x")
     for use in (storage.read, storage.exists, lambda key: storage.write(key, b"")):
