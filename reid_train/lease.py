@@ -197,13 +197,10 @@ def _beat(
 
 def _newest(leases: Storage) -> tuple[int, bytes | None]:
     """Number and content of the newest lease; 0 and None where there is none."""
-    keys = [key for key, _ in leases.list() if key.endswith(".json")]
-    if not keys:
-        return 0, None
-    try:
-        return int(Path(keys[-1]).stem), leases.read(keys[-1])
-    except ObjectMissing:
-        return 0, None  # released meanwhile
+    while keys := [key for key, _ in leases.list() if key.endswith(".json")]:
+        with contextlib.suppress(ObjectMissing):  # released or followed meanwhile: look again
+            return int(Path(keys[-1]).stem), leases.read(keys[-1])
+    return 0, None
 
 
 def _key(number: int) -> str:

@@ -121,6 +121,22 @@ def test_of_many_that_want_a_dead_drivers_run_one_gets_it(run):
     assert (len(got), len(refused)) == (1, 5)
 
 
+def test_lease_that_is_followed_as_it_is_read_is_not_taken_for_none(run, monkeypatch):
+    leave(run, ELSEWHERE)
+    read = LocalStorage.read
+
+    def read_too_late(self, key, **options):
+        if key == "000001.json":
+            leave(run, Owner.here(), 2)
+            run.delete("lease/000001.json")
+        return read(self, key, **options)
+
+    monkeypatch.setattr(LocalStorage, "read", read_too_late)
+    with pytest.raises(ConfigError, match="is being trained"), held(run, "r"):
+        pass
+    assert leases(run) == ["lease/000002.json"]
+
+
 def test_driver_whose_run_was_taken_over_stops(run):
     lost = threading.Event()
     with held(run, "r", beat=0.1, lost=lost.set):
