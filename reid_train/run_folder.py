@@ -180,6 +180,5 @@ def _write(run: Run, *, create_once: bool = False) -> None:
 
 
 def _absolute(location: str) -> str:
-    if "://" in location:
-        return location.rstrip("/")  # a run's folder is this, a slash and its name
-    return str(Path(location).expanduser().absolute())
+    """The one name of a place: without a slash at its end, to which a run's name is added."""
+    return open_storage(location).url
