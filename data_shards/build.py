@@ -206,9 +206,8 @@ def _one_shard(storage: Storage, dataset: str, folder: Path, plan: ShardPlan) ->
     if (note := read_note(storage, plan)) is not None:
         return note
     path = folder / PurePosixPath(plan.name).name
-    with disk_errors(
-        path
-    ):  # a new file: a process of a killed build may still have the old one open
+    with disk_errors(path):
+        # A new file: a process of a killed build may still have the old one open.
         path.unlink(missing_ok=True)
     try:
         info, offsets = write_shard(plan, dataset, path)

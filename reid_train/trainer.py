@@ -151,7 +151,7 @@ def make_trainer(
             num_workers=(config.min_workers, config.workers)
             if config.min_workers
             else config.workers,
-            use_gpu=_use_gpu(config),
+            use_gpu=use_gpu(config.device, config.min_workers or config.workers),
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=RunConfig(
@@ -334,9 +334,9 @@ def explained(
     return ReidError(f"{reason}. {advice}" if advise else reason)
 
 
-def _use_gpu(config: TrainConfig) -> bool:
+def use_gpu(device: str, needed: int) -> bool:
+    """Whether workers get a GPU each: "cuda" says so, "auto" if as many are here as are needed."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    needed = config.min_workers or config.workers
-    if config.device == "cuda" and gpus < needed:
+    if device == "cuda" and gpus < needed:
         logger.warning("%d GPUs are needed and %d are here: waiting for the cluster", needed, gpus)
-    return config.device == "cuda" or (config.device == "auto" and gpus >= needed)
+    return device == "cuda" or (device == "auto" and gpus >= needed)

@@ -162,7 +162,7 @@ def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
     if url.endswith(".npz") or workers == 1:
         return evaluate_embeddings(url, measures, console)
     files = EmbeddingFiles.open(url)
-    longest = max(piece.rows for piece in files.pieces)
+    longest = max((piece.rows for piece in files.pieces), default=0)
     if longest > 4 * ROWS:
         console.print(
             f"{url} has row groups of {longest:,} rows, and one worker reads a whole one: "

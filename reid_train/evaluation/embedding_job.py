@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +32,7 @@ from reid_train.evaluation.embeddings import JOB, EmbeddingTable, part_key, writ
 from reid_train.inference import CONFIG, WEIGHTS, Embedder
 from reid_train.memory import out_of_memory
 from reid_train.registry import fetch
-
-logger = logging.getLogger(__name__)
+from reid_train.trainer import use_gpu
 
 PART = 4096
 """Images of a part."""
@@ -106,7 +104,7 @@ def embed_dataset(
     done = total - sum(part.stop - part.first for part in missing)
     progress(done, total)
     if missing:
-        gpu = _use_gpu(device, workers)
+        gpu = use_gpu(device, workers)
         shared = ray.put((weights, config, "cuda" if gpu else "cpu"))
         actor = ray.remote(_Worker).options(  # type: ignore[attr-defined]
             num_cpus=1, num_gpus=int(gpu), max_restarts=2, max_task_retries=2
@@ -117,13 +115,6 @@ def embed_dataset(
             done += images
             progress(done, total)
     return total
-
-
-def _use_gpu(device: str, workers: int) -> bool:
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if device == "cuda" and gpus < workers:
-        logger.warning("%d GPUs are asked for and %d are here", workers, gpus)
-    return device == "cuda" or (device == "auto" and gpus >= workers)
 
 
 def _results(actors: Sequence[Any], parts: Sequence[Part]) -> Iterator[int]:
