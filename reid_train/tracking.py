@@ -245,6 +245,8 @@ class Tracker:
         wait = self._interval
         while True:
             closing = self._closing.wait(wait)
+            if time.monotonic() >= self._deadline:
+                break  # given up, and said so
             try:
                 if not begun:
                     self._learn_last_steps()
@@ -255,8 +257,8 @@ class Tracker:
             except Exception as error:
                 self._warn_once(error)
                 wait = min(2 * wait, LONGEST_WAIT)
-                if closing and time.monotonic() < self._deadline:
-                    time.sleep(min(wait, 1.0))
+                if closing:
+                    time.sleep(min(wait, 1.0, max(0.0, self._deadline - time.monotonic())))
                     continue
             if closing:
                 break

@@ -1,6 +1,6 @@
 """Ranking against sorting the whole distance matrix: time, peak memory, growth.
 
-python tests/benchmarks/ranking.py [--sizes small medium market1501] [--no-naive]
+python tests/benchmarks/ranking.py [--sizes small medium market1501] [--no-naive] [--device cuda]
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from retrieval import SIZES, Problem, Stopwatch, in_child, line, multiply, timed
 from reid_train.evaluation import ranking
 
 
-def naive(problem: Problem) -> dict[str, float]:
-    """The whole matrix, sorted, as peers do."""
+def naive(problem: Problem, device: str) -> dict[str, float]:
+    """The whole matrix, sorted, as peers do; always on the CPU."""
     unit = [
         rows / np.linalg.norm(rows, axis=1, keepdims=True)
         for rows in (problem.query, problem.gallery)
@@ -33,26 +33,24 @@ def naive(problem: Problem) -> dict[str, float]:
     return {"mAP": float(np.mean(precisions)), "rank-1": float(np.mean(first))}
 
 
-def ours(problem: Problem) -> dict[str, float]:
-    """Counting, and how much of its time is the product."""
+def ours(problem: Problem, device: str) -> dict[str, float]:
+    """Counting, and how much of its time is the product (a GPU's is not told apart)."""
     product = Stopwatch(ranking, "quick_scores")
     labels = problem.labels
     result = ranking.rank(
         problem.query, problem.gallery, labels.query_pid, labels.query_camid,
-        labels.gallery_pid, labels.gallery_camid,
+        labels.gallery_pid, labels.gallery_camid, device=device,
     )  # fmt: skip
-    return {
-        "mAP": result.mAP,
-        "rank-1": float(result.cmc[0]),
-        "product": product.seconds,
-        "product cpu": product.cpu,
-    }
+    found = {"mAP": result.mAP, "rank-1": float(result.cmc[0])}
+    if device == "cpu":
+        found |= {"product": product.seconds, "product cpu": product.cpu}
+    return found
 
 
-def product(problem: Problem) -> dict[str, float]:
+def product(problem: Problem, device: str) -> dict[str, float]:
     """`torch.mm` alone; of a part of the queries where they are many."""
-    every = 1 if len(problem.query) < 5_000 else 4
-    return {"share": multiply(problem.query, problem.gallery, every)}
+    every = 1 if len(problem.query) < 5_000 or device != "cpu" else 4
+    return {"share": multiply(problem.query, problem.gallery, every, device)}
 
 
 WAYS = {"ours": ours, "naive": naive, "torch.mm": product}
@@ -63,22 +61,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES)[:3])
     parser.add_argument("--no-naive", action="store_true")
+    parser.add_argument("--device", default="cpu", help="of the product and the counting")
     parser.add_argument("--child", nargs=2, metavar=("WAY", "SIZE"))
     options = parser.parse_args()
+    device = options.device
     if options.child:
         way, size = options.child
-        if way == "ours":  # compile
-            ours(Problem.draw("small"))
+        if way == "ours" or device != "cpu":  # compile, load the device's library
+            WAYS[way](Problem.draw("small"), device)
         problem = Problem.draw(size)
-        print(json.dumps(timed(lambda: WAYS[way](problem))))
+        print(json.dumps(timed(lambda: WAYS[way](problem, device))))
         return
     for size in options.sizes:
         queries, gallery, _ = SIZES[size]
-        print(f"{size}: {queries:,} × {gallery:,} × 2,048")
+        print(f"{size}: {queries:,} × {gallery:,} × 2,048, {device}")
         for way in WAYS:
             if way == "naive" and options.no_naive:
                 continue
-            found = in_child(__file__, way, size)
+            found = in_child(__file__, way, size, "--device", device)
             print(line(way, found), flush=True)
 
 

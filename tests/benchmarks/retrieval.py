@@ -52,7 +52,7 @@ class Problem:
         return cls(*embeddings, Labels(pid[0], camid[0], pid[1], camid[1]))
 
 
-def multiply(left: np.ndarray, right: np.ndarray, every: int = 1) -> float:
+def multiply(left: np.ndarray, right: np.ndarray, every: int = 1, device: str = "cpu") -> float:
     """`torch.mm` over all pairs in chunks: what ranking was held to be bounded by.
 
     Args:
@@ -61,12 +61,14 @@ def multiply(left: np.ndarray, right: np.ndarray, every: int = 1) -> float:
     Returns:
         What share of the rows was taken.
     """
-    a, b = torch.from_numpy(left), torch.from_numpy(right)
-    out, taken = torch.empty(512, len(b)), 0
+    a, b = torch.from_numpy(left).to(device), torch.from_numpy(right).to(device)
+    out, taken = torch.empty(512, len(b), device=device), 0
     for first in range(0, len(a), 512 * every):
         part = a[first : first + 512]
         torch.mm(part, b.T, out=out[: len(part)])
         taken += len(part)
+    if device != "cpu":
+        torch.cuda.synchronize()
     return taken / len(a)
 
 

@@ -2,12 +2,14 @@
 
 Memory, handles and threads are a process's own, so their growth is the slope of one line fitted to
 all lives at once, each with a level of its own: what a new process starts with is no growth, and
-neither is the first minute of a process, nor what comes after the last step. Folders outlive
-processes: their largest size is compared with that of the quiet run.
+neither is what its first minutes add, nor what comes after the last step. Lives that a fault cut
+short have no line; what they took at most is compared with what the quiet run's took, and so are
+folders, which outlive processes.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +21,17 @@ from soak_watch import Sample, Watch
 
 from reid_train.report import style
 
-WARM_UP = 60.0
-"""Seconds of a process's life in which it may grow."""
+WARM_UP = 300.0
+"""Seconds of a process's life in which it may grow: allocators and pools find their size."""
+GROWN = 120.0
+"""Seconds after that without which a line through a life says nothing of an hour."""
+MOST = 1.25
+"""What a process under faults may take at most, of the most that one of the quiet run took."""
 BOUNDS = {"memory": (100.0, 50.0), "handles": (20.0, 10.0), "threads": (10.0, 5.0)}
 """Growth an hour, and growth within the longest life: what exceeds both is growth. Memory in MB."""
 ROLES = {"driver": style.BLUE, "worker": style.ORANGE}
 MB = 1e6
+SCALE = {"memory": MB, "handles": 1.0, "threads": 1.0}
 
 
 @dataclass
@@ -94,7 +101,12 @@ class Outcome:
             for (role, quantity), found in growth(training(watch)).items():
                 if found.beyond(quantity):
                     yield f"{quantity} of the {name} {role}: {found.hourly:+.1f} an hour"
-        calm, hard = (peaks(watch) for watch in self.watches)
+        calm_most, hard_most = (most(training(watch)) for watch in self.watches)
+        for (role, quantity), value in hard_most.items():
+            bound = MOST * calm_most.get((role, quantity), 0.0)
+            if value > bound:
+                yield f"{quantity} of a faulty {role}: {value:.0f}, more than {bound:.0f}"
+        hard = peaks(self.watches[1])
         for folder, bound in self.bounds().items():
             if hard[folder] > bound:
                 yield f"{folder} took {hard[folder] / MB:.1f} MB, more than {bound / MB:.1f}"
@@ -134,11 +146,10 @@ def growth(samples: Sequence[Sample]) -> dict[tuple[str, str], Growth]:
     for role in ROLES:
         lives = list(_lives(samples, role))
         for quantity in BOUNDS if lives else ():
-            scale = MB if quantity == "memory" else 1
             above = below = 0.0
             for life in lives:
                 times = np.array([sample.time for sample in life]) / 3600
-                values = np.array([getattr(sample, quantity) for sample in life]) / scale
+                values = np.array([getattr(sample, quantity) for sample in life]) / SCALE[quantity]
                 times -= times.mean()
                 above += float(times @ values)
                 below += float(times @ times)
@@ -153,9 +164,18 @@ def _lives(samples: Sequence[Sample], role: str) -> Iterator[list[Sample]]:
         if sample.role == role:
             by_pid.setdefault(sample.pid, []).append(sample)
     for life in by_pid.values():
-        grown = [sample for sample in life if sample.time > life[0].time + WARM_UP]
-        if len(grown) > 4:
-            yield grown
+        if life[-1].time - life[0].time >= WARM_UP + GROWN:
+            yield [sample for sample in life if sample.time > life[0].time + WARM_UP]
+
+
+def most(samples: Sequence[Sample]) -> dict[tuple[str, str], float]:
+    """The most that one process took of each quantity, by role and quantity; memory in MB."""
+    found: dict[tuple[str, str], float] = {}
+    for sample in samples:
+        for quantity, scale in SCALE.items():
+            key, value = (sample.role, quantity), getattr(sample, quantity) / scale
+            found[key] = max(found.get(key, 0.0), value)
+    return found
 
 
 def peaks(watch: Watch) -> dict[str, float]:
@@ -193,18 +213,25 @@ def text(outcome: Outcome, picture: str) -> str:
     for name, value in outcome.results[0].items():
         equal = "equal in every bit" if same(value, outcome.results[1][name]) else "**differ**"
         lines.append(f"| {name} | | {equal} |")
-    lines += ["", f"After the first {WARM_UP:.0f} s of each process:", ""]
+    lines += ["", f"After the first {WARM_UP / 60:.0f} min of each process:", ""]
     lines += ["| growth an hour | quiet | faulty | may be |", "| --- | --- | --- | --- |"]
     grown = [growth(training(watch)) for watch in outcome.watches]
-    for key in sorted(grown[0].keys() | grown[1].keys()):
-        cells = [f"{g[key].hourly:+.1f} ({g[key].lives} lives)" if key in g else "–" for g in grown]
-        unit = " MB" if key[1] == "memory" else ""
-        bound = f"{BOUNDS[key[1]][0]:.0f}"
-        lines.append(f"| {key[0]}, {key[1]}{unit} | {' | '.join(cells)} | {bound} |")
+    for role, quantity in itertools.product(ROLES, SCALE):
+        cells = [_grown(found.get((role, quantity))) for found in grown]
+        lines.append(
+            f"| {role}, {_name(quantity)} | {' | '.join(cells)} | {BOUNDS[quantity][0]:.0f} |"
+        )
+    lines += ["", "| most of a process | quiet | faulty | may be |", "| --- | --- | --- | --- |"]
+    calm_most, hard_most = (most(training(watch)) for watch in outcome.watches)
+    for (role, quantity), value in sorted(calm_most.items()):
+        taken = hard_most.get((role, quantity), 0.0)
+        lines.append(
+            f"| {role}, {_name(quantity)} | {value:.0f} | {taken:.0f} | {MOST * value:.0f} |"
+        )
     lines += ["", "| most bytes, MB | quiet | faulty | may be |", "| --- | --- | --- | --- |"]
-    most = [peaks(watch) for watch in outcome.watches]
+    sizes = [peaks(watch) for watch in outcome.watches]
     for folder, bound in outcome.bounds().items():
-        values = " | ".join(f"{value[folder] / MB:.1f}" for value in most)
+        values = " | ".join(f"{size[folder] / MB:.1f}" for size in sizes)
         lines.append(f"| {folder} | {values} | {bound / MB:.1f} |")
     counts = (f"{len(re.findall(pattern, outcome.said))} × “{pattern}”" for pattern in SAID)
     lines += ["", f"Drivers said (Ray shows like lines once): {', '.join(counts)}.", ""]
@@ -213,6 +240,14 @@ def text(outcome: Outcome, picture: str) -> str:
 
 SAID = ("trying again", "is damaged; fetching it again", "rank . failed", "continuing at epoch")
 """What drivers say of faults; these are counted."""
+
+
+def _name(quantity: str) -> str:
+    return "memory, MB" if quantity == "memory" else quantity
+
+
+def _grown(found: Growth | None) -> str:
+    return "–" if found is None else f"{found.hourly:+.1f} ({found.lives} lives)"
 
 
 def _minutes(watch: Watch) -> str:

@@ -144,6 +144,9 @@ def test_closing_gives_up_on_a_dead_server_in_bounded_time(mlflow, caplog):
     tracker.close(timeout=0.5)
     assert time.monotonic() - started < 3
     assert "1 values of run run-1 were never sent" in caplog.text
+    mlflow.failures = []
+    time.sleep(1.1)
+    assert not mlflow.points  # nor later, when nobody waits for it
 
 
 def test_a_refused_batch_does_not_hold_up_the_next(mlflow, caplog):

@@ -96,14 +96,14 @@ class Recorded:
 
 
 def make_worker(
-    dataset: Dataset, scratch: Path, rank: int = 0, world: int = 1
+    dataset: Dataset, scratch: Path, rank: int = 0, world: int = 1, device: str = "cpu"
 ) -> tuple[Worker, Recorded]:
     """A worker of its own, or one of several, and what it will have recorded."""
     recorded = Recorded()
     worker = Worker(
         rank,
         world,
-        torch.device("cpu"),
+        torch.device(device),
         ShardCache(dataset.storage, scratch / "cache", 10**9),
         report=recorded.report,
         log=recorded.log,
@@ -118,10 +118,14 @@ def config(**changes: object) -> TrainConfig:
 
 
 def run(
-    dataset: Dataset, settings: TrainConfig, scratch: Path, start: Path | None = None
+    dataset: Dataset,
+    settings: TrainConfig,
+    scratch: Path,
+    start: Path | None = None,
+    device: str = "cpu",
 ) -> Recorded:
     """Train to the end in this process."""
-    worker, recorded = make_worker(dataset, scratch)
+    worker, recorded = make_worker(dataset, scratch, device=device)
     train(settings, dataset, worker, start)
     return recorded
 

@@ -1,0 +1,85 @@
+"""The same results on a GPU: losses of a training, exact continuation, ranks, the penalty."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import config, run, state
+from torch import nn
+
+from reid_train.evaluation.ranking import rank
+from reid_train.regularization import AdaptiveL2
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("small_and_quick"),
+]
+# As in test_loop: Adam follows the gradients, so that rounding stays rounding.
+SMOOTH = config(optimizer__epsilon=1.0, optimizer__learning_rate=0.01, optimizer__epochs=2)
+EXACT = config(
+    deterministic=True, optimizer__epochs=2, checkpoint__every_steps=1, batch__accumulate=2
+)
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in float32, where cuDNN would take TF32; and what determinism needs."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def test_losses_are_those_of_the_cpu(tiny_dataset, tmp_path):
+    host = run(tiny_dataset, SMOOTH, tmp_path / "cpu")
+    device = run(tiny_dataset, SMOOTH, tmp_path / "cuda", device="cuda")
+    for name in ("loss/cross_entropy", "loss/triplet", "loss/penalty"):
+        np.testing.assert_allclose(device.losses(name), host.losses(name), rtol=2e-4)
+
+
+def test_bfloat16_stays_close_to_float32(tiny_dataset, tmp_path):
+    exact = run(tiny_dataset, SMOOTH, tmp_path / "32", device="cuda")
+    half = SMOOTH.replace(precision="bf16")
+    rounded = run(tiny_dataset, half, tmp_path / "16", device="cuda")
+    np.testing.assert_allclose(rounded.losses(), exact.losses(), rtol=0.03)
+    assert rounded.losses() != exact.losses()
+
+
+def test_resumed_run_ends_as_the_uninterrupted_one(tiny_dataset, tmp_path):
+    whole = run(tiny_dataset, EXACT, tmp_path / "whole", device="cuda").checkpoints
+    for step in (0, 4, 7):  # frozen, in the second phase, before its end
+        again = run(tiny_dataset, EXACT, tmp_path / str(step), whole[step], device="cuda")
+        assert state(again.checkpoints[-1]) == state(whole[-1])
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_ranks_are_those_of_the_cpu_whatever_the_products_precision(metric, monkeypatch):
+    draw = np.random.default_rng(0)
+    center = draw.standard_normal((60, 256), dtype=np.float32)
+    pids = draw.integers(0, 60, 300), draw.integers(0, 60, 4000)
+    query, gallery = (
+        center[pid] + draw.standard_normal((len(pid), 256), dtype=np.float32) for pid in pids
+    )
+    gallery[1000:1200] = gallery[:200]  # ties
+    labels = pids[0], draw.integers(0, 6, 300), pids[1], draw.integers(0, 6, 4000)
+    host = rank(query, gallery, *labels, metric=metric)
+    for tf32 in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+        device = rank(query, gallery, *labels, metric=metric, device="cuda")
+        np.testing.assert_array_equal(device.average_precision, host.average_precision)
+        np.testing.assert_array_equal(device.cmc, host.cmc)
+
+
+def test_penalty_and_gradients_are_those_of_the_cpu():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Linear(16, 7))
+    found = []
+    for device in ("cpu", "cuda"):
+        network = network.to(device)
+        regularizer = AdaptiveL2(network).to(device)
+        for parameter in [*network.parameters(), *regularizer.parameters()]:
+            parameter.grad = torch.zeros_like(parameter)
+        regularizer.add_gradients()
+        grads = [p.grad.cpu() for p in [*network.parameters(), *regularizer.parameters()]]
+        found.append([regularizer.last_penalty.detach().cpu(), *grads])
+    for host, device in zip(*found, strict=True):
+        torch.testing.assert_close(device, host, rtol=1e-5, atol=1e-7)
