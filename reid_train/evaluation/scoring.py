@@ -147,12 +147,21 @@ def tolerance(query: Side, block: Side, metric: int, *, certain: bool = False) -
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Matrix products in float32 proper, whatever the training around has allowed."""
-    before = torch.get_float32_matmul_precision()
+    mkldnn = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    backends = torch.backends.cuda.matmul, mkldnn
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Set by backend, which is PyTorch's newer way: the older setting has no say then.
+        older = "highest"
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from reid_train.evaluation.device_counting import count_block_on_device
 from reid_train.evaluation.distance_ranking import rank_distances
 from reid_train.evaluation.matches import Labels
 from reid_train.evaluation.ranking import rank, top_matches
+from reid_train.evaluation.scoring import full_precision
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "evaluation.npz", allow_pickle=False)
 METRICS = ("cosine", "euclidean")
@@ -174,6 +175,29 @@ def test_counts_on_an_accelerator_are_those_of_the_cpu(monkeypatch, metric, valu
 def test_cuda_gives_the_metrics_of_the_cpu(metric):
     host, device = golden_rank(metric=metric), golden_rank(metric=metric, device="cuda")
     np.testing.assert_array_equal(host.average_precision, device.average_precision)
+
+
+@pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul])
+def test_products_are_float32_where_a_backend_was_set_to_less(backend):
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    try:
+        with full_precision():
+            assert backend.fp32_precision == "ieee"
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before
+
+
+def test_products_are_float32_where_training_is_allowed_less():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_product_less_precise_than_float32_is_noticed(monkeypatch):
