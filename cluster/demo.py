@@ -32,8 +32,8 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         addresses = local.start(folder, console=console)
         os.environ |= local.environment(folder)
         # Ray reads some of these variables as it is imported.
-        from reid_train.publish import REPORT
         from reid_train.run import run
+        from reid_train.run_folder import REPORT
 
         console.print(f"S3 {addresses.s3}, MLflow {addresses.mlflow}, Ray's dashboard", end=" ")
         console.print(addresses.dashboard, highlight=False)

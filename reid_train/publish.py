@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import ray.train
@@ -21,14 +21,13 @@ from reid_train.checkpoint import RANK_LIST, Checkpoint
 from reid_train.config import TrainConfig
 from reid_train.history import History
 from reid_train.registry import Registered, register
+from reid_train.run_folder import REPORT, SUMMARY
 from reid_train.run_storage import first_whole
 from reid_train.tracking import Tracker, code_commit
 from reid_train.worker import UNMEASURED
 
 logger = logging.getLogger(__name__)
 
-REPORT = "report"
-"""Folder of a run that holds its report."""
 MEASURES = ("mAP", "rank-1", "rank-5", "rank-10", "mINP")
 
 
@@ -41,6 +40,8 @@ class Summary:
     before: dict[str, float]
     images_per_second: float
     report: str
+    checkpoint: str
+    """Name of the best, a folder in the run's."""
     model: str | None
     champion: bool
 
@@ -61,7 +62,8 @@ def publish(
     """
     with tempfile.TemporaryDirectory(prefix="reid-report-") as temporary:
         folder = Path(temporary)
-        best = Checkpoint.open(_fetch(first_whole(_best(result)), folder / "best"))
+        chosen = first_whole(_best(result))
+        best = Checkpoint.open(_fetch(chosen, folder / "best"))
         last = Checkpoint.open(_fetch(result.checkpoint, folder / "last"))
         history = last.history()
         before, after = _before_and_after(history, best)
@@ -95,10 +97,11 @@ def publish(
             before=before,
             images_per_second=speed,
             report=f"{config.output.rstrip('/')}/{title}/{REPORT}/report.html",
+            checkpoint=PurePosixPath(chosen.path).name,
             model=registered.uri if registered else None,
             champion=registered.champion if registered else False,
         )
-        (page / "summary.json").write_text(json.dumps(vars(summary), indent=2))
+        (folder / SUMMARY).write_text(json.dumps(vars(summary), indent=2))
         storage = open_storage(config.output)
         for path in sorted(page.iterdir()):
             storage.upload(f"{title}/{REPORT}/{path.name}", path)
@@ -112,7 +115,10 @@ def show(summary: Summary, rows: list[report.Row], config: TrainConfig, console:
     console.print(f"report     {summary.report}", highlight=False, soft_wrap=True)
     if summary.model:
         note = "now the champion" if summary.champion else "the champion stays"
-        console.print(f"model      {summary.model} ({note})", highlight=False, soft_wrap=True)
+        model = f"{summary.model} ({note})"
+    else:
+        model = f"{config.output.rstrip('/')}/{summary.name}/{summary.checkpoint}"
+    console.print(f"model      {model}", highlight=False, soft_wrap=True)
     if config.tracking.uri and config.tracking.uri.startswith("sqlite:"):
         command = f"mlflow ui --backend-store-uri {config.tracking.uri}"
         console.print(f"MLflow     {command}", highlight=False, soft_wrap=True)

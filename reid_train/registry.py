@@ -24,6 +24,7 @@ from data_shards.errors import ConfigError, ObjectMissing, StorageError
 from data_shards.storage import open_storage
 from reid_train.inference import CONFIG, WEIGHTS, Embedder
 from reid_train.packaging import log_model
+from reid_train.run_folder import best_checkpoint
 from reid_train.tracking import connect, local_tracking, redact, without_password
 
 if TYPE_CHECKING:
@@ -186,7 +187,8 @@ def load(
     """Load a registered model or a checkpoint.
 
     Args:
-        uri: `models:/name@champion`, `models:/name/3`, or a checkpoint: a folder or an s3:// URL.
+        uri: `models:/name@champion`, `models:/name/3`, or a folder or s3:// URL: a checkpoint, or
+            a finished run, which stands for its best.
         tracking_uri: where models are registered; None takes MLFLOW_TRACKING_URI, or ./mlflow.db.
         device: where to run; None takes a GPU if there is one.
 
@@ -206,6 +208,8 @@ def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Pat
     location = str(uri)
     if location.startswith("models:/"):
         return _download(location, resolve(tracking_uri), folder)
+    if not open_storage(location).exists(CONFIG):
+        location = best_checkpoint(location)
     if "://" not in location:
         return Path(location)
     storage = open_storage(location)

@@ -19,9 +19,9 @@ from data_shards.errors import ConfigError, DataError
 from reid_train import preflight
 from reid_train.config import TrainConfig
 from reid_train.progress import beside_driver
-from reid_train.publish import REPORT, publish
+from reid_train.publish import publish
 from reid_train.run import tracking_uri
-from reid_train.run_folder import prepare
+from reid_train.run_folder import REPORT, prepare
 from reid_train.run_storage import forget_missing, ray_storage
 from reid_train.tracking import Tracker, code_commit
 from tune import pictures, runner

@@ -23,7 +23,7 @@ from data_shards.dataset import Dataset
 from data_shards.storage import open_storage
 from reid_train.checkpoint import HISTORY, MODEL, SEAL, TRAINING
 from reid_train.history import History
-from reid_train.publish import REPORT
+from reid_train.run_folder import SUMMARY
 from reid_train.tracking import connect, local_tracking
 
 BUCKET = "soak"
@@ -182,7 +182,7 @@ class Run:
             "losses": losses,
             "λ": [values.tobytes() for values in history.factors()],
             "evaluations": history.evaluations,
-            "metrics": json.loads(stored.read(f"{REPORT}/summary.json"))["metrics"],
+            "metrics": json.loads(stored.read(SUMMARY))["metrics"],
         }
 
 

@@ -15,6 +15,7 @@ import pytest
 from cluster.s3 import S3Server
 from data_shards.build import build
 from data_shards.storage import open_storage
+from reid_train.registry import load
 from reid_train.tracking import connect, local_tracking
 
 BUCKET = "training"
@@ -73,6 +74,11 @@ def test_run_ends_with_a_report_on_s3_and_a_table(work):
     summary = json.loads(storage.read("summary.json"))
     assert 0 < summary["metrics"]["mAP"] <= 1
     assert summary["champion"]
+
+
+def test_finished_run_on_s3_is_a_model(work):
+    embedder = load(f"{OUTPUT}/first")
+    assert embedder.config.name == "first"
 
 
 def test_mlflow_has_parameters_steps_metrics_and_artifacts(work):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from data_shards.errors import ConfigError
+from data_shards.errors import ConfigError, DataError
 from reid_train.recipes import recipe
-from reid_train.run_folder import prepare, same_training, tidy
+from reid_train.registry import fetch
+from reid_train.run_folder import SUMMARY, prepare, same_training, tidy
 
 RUN = recipe("demo").replace(name="r")
 
@@ -35,6 +37,22 @@ def test_a_run_with_cosine_rates_is_not_extended():
 def test_what_else_differs_is_named():
     with pytest.raises(ConfigError, match=r"other settings of seed, optimizer\.beta1"):
         same_training(RUN, RUN.replace(seed=1, optimizer__beta1=0.8, optimizer__epochs=20))
+
+
+def test_finished_run_stands_for_its_best_checkpoint(tmp_path):
+    best = tmp_path / "checkpoint_2"
+    best.mkdir()
+    (tmp_path / "report").mkdir()
+    (tmp_path / SUMMARY).write_text(json.dumps({"checkpoint": "../elsewhere/checkpoint_2"}))
+    assert fetch(tmp_path, Path("unused")) == best
+    assert fetch(best, Path("unused")) == best
+
+
+def test_summary_without_a_checkpoint_is_said(tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / SUMMARY).write_text("{}")
+    with pytest.raises(DataError, match="names no checkpoint"):
+        fetch(tmp_path, Path("unused"))
 
 
 def test_copy_that_was_killed_goes_with_its_folder(tmp_path):
