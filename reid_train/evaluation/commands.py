@@ -41,7 +41,7 @@ class Embed:
     """
 
     model: str
-    """models:/name@champion, models:/name/3, or the folder or s3:// URL of a checkpoint or a run."""
+    """models:/name@champion, models:/name/3, or a checkpoint's or run's folder or s3:// URL."""
     data: str
     """Sharded dataset: s3://bucket/prefix or a folder."""
     out: str
@@ -68,7 +68,7 @@ class Evaluate:
     embeddings: str | None = None
     """Parquet file, folder of parts, or npz, to measure; with --model: where to keep them."""
     model: str | None = None
-    """models:/name@champion, models:/name/3, or the folder or s3:// URL of a checkpoint or a run."""
+    """models:/name@champion, models:/name/3, or a checkpoint's or run's folder or s3:// URL."""
     data: str | None = None
     """Sharded dataset whose query and gallery the model is measured on."""
     output: str | None = None
