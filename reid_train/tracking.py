@@ -40,6 +40,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 METRICS_PER_BATCH = 1000
 PARAMETERS_PER_BATCH = 100
 LONGEST_WAIT = 60.0
+UNACCEPTABLE = {400, 413, 422}
+"""Answers to values that MLflow will never take. What a gateway says of credentials or of a route
+that is gone for a while, 401, 403 and 404, is no such answer."""
 # Loggers that tell of MLflow's own work, at INFO, straight to the terminal.
 QUIET = (
     "alembic",
@@ -300,7 +303,7 @@ class Tracker:
                 # equal points by name, time, step and value.
                 client.log_batch(self.run_id, metrics=fresh)
             except Exception as error:
-                if not _is_final(error):
+                if _status(error) not in UNACCEPTABLE:
                     raise
                 logger.warning("MLflow refuses %d values: %s", len(fresh), redact(str(error)))
             with self._lock:
@@ -425,6 +428,9 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether MLflow refused what was said, so that saying it again is no use."""
-    status = getattr(error, "get_http_status_code", lambda: 500)()
-    return 400 <= status < 500 and status not in (408, 429)
+    """Whether MLflow refused what was said, so that saying it again soon is no use."""
+    return 400 <= _status(error) < 500 and _status(error) not in (408, 429)
+
+
+def _status(error: Exception) -> int:
+    return getattr(error, "get_http_status_code", lambda: 500)()

@@ -126,6 +126,10 @@ def test_secrets_lie_in_files_of_their_owner_alone(folder):
         assert (folder / name).stat().st_mode & 0o077 == 0, name
 
 
+def test_folder_with_secrets_is_in_no_jobs_package(folder):
+    assert (folder / ".gitignore").read_text().split() == ["*"]
+
+
 def test_submitted_training_is_followed_to_its_end(trained):
     assert trained.returncode == 0, trained.stdout[-3000:] + trained.stderr[-1000:]
     assert "one: before and after training" in trained.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from data_shards.build import build as build_shards
 from data_shards.dataset import Dataset
-from data_shards.errors import ConfigError, DataError
+from data_shards.errors import ConfigError, DataError, ReidError
 from reid_train import build
 from reid_train.config import LoaderConfig
 from reid_train.evaluation import commands, embedding_job
@@ -21,6 +22,7 @@ from reid_train.evaluation.embeddings import EmbeddingFiles
 from reid_train.evaluation.measure import Measures
 from reid_train.inference import CONFIG, WEIGHTS
 from reid_train.recipes import recipe
+from reid_train.tracking import connect, local_tracking
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,6 +126,37 @@ def test_a_model_measures_the_same_on_one_worker_and_on_two(data, tmp_path, monk
     alone = commands.evaluate(commands.Evaluate(embeddings=embeddings), console)
     assert spread.result.summary() == alone.result.summary()
     assert json.loads(Path(output).read_text())["metrics"] == alone.result.summary()
+
+
+def test_measures_of_a_model_are_tracked_under_names_that_mlflow_takes(data, tmp_path):
+    uri = local_tracking(tmp_path)
+    settings = commands.Evaluate(
+        model=model(tmp_path / "model", 0),
+        data=data,
+        tracking_uri=uri,
+        measures=Measures(false_accept_rates=(0.1,)),
+        loader=LoaderConfig(workers=0, cache=tmp_path / "cache"),
+    )
+    found = commands.evaluate(settings, Console(quiet=True)).result.summary()
+    client = connect(uri)
+    experiment = client.get_experiment_by_name(settings.experiment)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.metrics["mAP"] == found["mAP"]
+    assert run.data.metrics["TAR at FAR 0.1"] == found["TAR@FAR=0.1"]
+
+
+def test_worker_that_is_lost_for_good_ends_the_job_in_one_line(data):
+    class Doomed:
+        def ready(self) -> None:
+            pass
+
+        def embed(self, part) -> int:
+            os._exit(1)
+
+    parts = embedding_job.parts_of(Dataset.open(data), ("query",))
+    actor = ray.remote(Doomed).options(max_restarts=0).remote()
+    with pytest.raises(ReidError, match=r"an embedding worker was lost: .*same command goes on"):
+        list(embedding_job._results([actor], parts))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import (
+    ENDPOINT_NOT_FOUND,
+    INVALID_PARAMETER_VALUE,
+    PERMISSION_DENIED,
+    UNAUTHENTICATED,
+)
 
 from data_shards.errors import ConfigError, StorageError
 from reid_train import tracking
@@ -156,6 +161,15 @@ def test_a_refused_batch_does_not_hold_up_the_next(mlflow, caplog):
     wait_for(lambda: "refuses" in caplog.text)
     tracker.log({"loss": 1.0}, 0)
     tracker.close()
+    assert mlflow.points == [("loss", 0, 1.0)]
+
+
+@pytest.mark.parametrize("code", [UNAUTHENTICATED, PERMISSION_DENIED, ENDPOINT_NOT_FOUND])
+def test_values_outlive_expired_credentials_and_a_lost_route(mlflow, code):
+    mlflow.failures = [MlflowException("gateway", error_code=code)] * 2
+    with join() as tracker:
+        tracker.log({"loss": 1.0}, 0)
+        wait_for(lambda: mlflow.points)
     assert mlflow.points == [("loss", 0, 1.0)]
 
 

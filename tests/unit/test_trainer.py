@@ -1,0 +1,25 @@
+"""What a group of workers is given."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+
+from reid_train.trainer import use_gpu
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "needed", "expected"),
+    [
+        ("auto", 2, 2, True),
+        ("auto", 1, 2, False),
+        ("auto", 0, 1, False),
+        ("cpu", 8, 1, False),
+        ("cuda", 0, 1, True),
+    ],
+)
+def test_gpus_are_taken_if_there_are_enough_or_they_are_asked_for(
+    device, here, needed, expected, monkeypatch
+):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": float(here)})
+    assert use_gpu(device, needed) is expected
