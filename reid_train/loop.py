@@ -8,6 +8,7 @@ step.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -58,6 +59,9 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
             not finite.
         Stopped: the worker was asked to stop; a checkpoint was reported.
     """
+    if config.deterministic:
+        # cuBLAS repeats itself with a workspace of fixed size alone, and reads this once.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     index = train_index(dataset)
     manifest = dataset.manifest

@@ -24,9 +24,8 @@ EXACT = config(
 
 @pytest.fixture(autouse=True)
 def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions in float32, where cuDNN would take TF32; and what determinism needs."""
+    """Convolutions in float32, where cuDNN would take TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def test_losses_are_those_of_the_cpu(tiny_dataset, tmp_path):
