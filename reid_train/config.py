@@ -171,7 +171,7 @@ class LoaderConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When a checkpoint is written; the best by mAP and the last are kept."""
+    """When a checkpoint is written; the two best by mAP and the last are kept."""
 
     every_steps: Count | None = 500
     """Optimizer steps between checkpoints; None writes one after each evaluation only."""

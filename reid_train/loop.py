@@ -117,6 +117,8 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
             last = progress.epoch == config.total_epochs
             if last or progress.epoch % config.evaluation.every == 0:
                 run.checkpoint(run.validate())
+            elif run.checkpoint_is_due(steps):
+                run.checkpoint(Validation())
 
 
 def train_index(dataset: Dataset) -> Index:
@@ -360,10 +362,10 @@ class _Run:
         return result
 
     def checkpoint_is_due(self, steps: int) -> bool:
-        """Within an epoch, every `checkpoint.every_steps` optimizer steps."""
+        """Every `checkpoint.every_steps` optimizer steps; after an epoch's last, once it is over."""
         every = self.config.checkpoint.every_steps
-        within = self.progress.step < steps
-        return every is not None and within and self.progress.global_step % every == 0
+        over = self.progress.step < steps
+        return every is not None and over and self.progress.global_step % every == 0
 
     def checkpoint(self, measured: Validation) -> None:
         """Write a checkpoint (rank 0) and report it (every rank).

@@ -59,7 +59,7 @@ def _rows(planned: Planned) -> list[tuple[str, str]]:
         (
             "checkpoints",
             f"{sum(work.checkpoints.values())} of {_bytes(network.checkpoint('all'))} to the "
-            "output; two are kept",
+            "output; up to three are kept",
         ),
         (
             "memory",

@@ -191,10 +191,11 @@ def _run(
             )
         for cluster in clusters:
             cluster.train(phase, steps, index, rows)
-        if between is not None:  # the last step of an epoch is not between any
-            checkpoints[phase] += (done + steps - 1) // between - done // between
+        evaluated = epoch + 1 == config.total_epochs or (epoch + 1) % config.evaluation.every == 0
+        if between is not None:  # one after an evaluation is no other
+            checkpoints[phase] += (done + steps - evaluated) // between - done // between
         done += steps
-        if epoch + 1 == config.total_epochs or (epoch + 1) % config.evaluation.every == 0:
+        if evaluated:
             checkpoints[phase] += 1
             for cluster in clusters if measured else ():
                 cluster.evaluate()

@@ -26,6 +26,7 @@ from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ObjectExists, ReidError
 from data_shards.loader import row_batches
 from data_shards.storage import open_storage
+from reid_train.build import autocast
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.embed import embed_batches
 from reid_train.evaluation.embeddings import JOB, EmbeddingTable, part_key, write_part
@@ -171,11 +172,13 @@ class _Worker:
             width=config.image.width,
             workers=self.loader.workers,
         )
+        # In the precision of the training's own evaluations, to come to the same figures.
         embedding = embed_batches(
             self.embedder.network,
             batches,
-            torch.device(self.embedder.device),
+            self.embedder.device,
             mirror=config.evaluation.mirror,
+            autocast=autocast(config, self.embedder.device),
         )
         table = EmbeddingTable(
             embedding.cpu().numpy(),

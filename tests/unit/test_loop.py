@@ -83,6 +83,15 @@ def test_resumed_run_ends_as_the_uninterrupted_one(tiny_dataset, uninterrupted, 
     assert state(resumed.checkpoints[-1]) == state(uninterrupted[-1])
 
 
+def test_checkpoint_due_at_an_epochs_end_is_written_there(tiny_dataset, tmp_path):
+    settings = config(optimizer__epochs=2, checkpoint__every_steps=3, evaluation__every=3)
+    written = run(tiny_dataset, settings, tmp_path).checkpoints
+    assert [Checkpoint.open(folder).progress.global_step for folder in written] == [3, 6, 9]
+    for folder in written[:2]:  # after the frozen phase, and within the other
+        resumed = run(tiny_dataset, settings, tmp_path, folder).checkpoints[-1]
+        assert state(resumed) == state(written[-1])
+
+
 def test_checkpoint_holds_the_losses_of_every_step_before_it(uninterrupted):
     for number, folder in enumerate(uninterrupted, 1):
         assert Checkpoint.open(folder).history().steps["step"] == list(range(1, number + 1))

@@ -135,9 +135,10 @@ def test_cache_that_cannot_hold_a_window_is_refused(remote):
     "changes",
     [
         {"checkpoint__every_steps": 2, "evaluation__initial": True},
+        {"checkpoint__every_steps": 3, "evaluation__every": 2},
         {"batch__steps_per_epoch": None, "batch__accumulate": 2, "regularization__mode": "none"},
     ],
-    ids=["checkpoints between", "a whole pass"],
+    ids=["checkpoints between", "a checkpoint after an epoch", "a whole pass"],
 )
 def test_steps_evaluations_and_checkpoints_are_those_of_the_loop(
     tiny_dataset, tmp_path, narrow, changes

@@ -23,3 +23,9 @@ def test_gpus_are_taken_if_there_are_enough_or_they_are_asked_for(
 ):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": float(here)})
     assert use_gpu(device, needed) is expected
+
+
+def test_gpus_that_are_too_few_are_not_left_idle_without_a_word(monkeypatch, caplog):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    assert not use_gpu("auto", 4)
+    assert "2 GPUs are here, fewer than the 4 workers" in caplog.text
