@@ -362,7 +362,7 @@ class _Run:
         return result
 
     def checkpoint_is_due(self, steps: int) -> bool:
-        """Every `checkpoint.every_steps` optimizer steps; after an epoch's last, once it is over."""
+        """Every `checkpoint.every_steps` steps; after an epoch's last one, once it is over."""
         every = self.config.checkpoint.every_steps
         over = self.progress.step < steps
         return every is not None and over and self.progress.global_step % every == 0

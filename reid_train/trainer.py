@@ -341,8 +341,8 @@ def use_gpu(device: str, needed: int) -> bool:
         logger.warning("%d GPUs are needed and %d are here: waiting for the cluster", needed, gpus)
     if device == "auto" and 0 < gpus < needed:
         logger.warning(
-            "%d GPUs are here, fewer than the %d workers: going on without them. Lower --workers, or "
-            "wait for more with --device cuda",
+            "%d GPUs are here, fewer than the %d workers: going on without them. Lower --workers, "
+            "or wait for more with --device cuda",
             *(gpus, needed),
         )
     return device == "cuda" or (device == "auto" and gpus >= needed)

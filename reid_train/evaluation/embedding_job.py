@@ -19,7 +19,6 @@ from typing import Any, Literal
 import numpy as np
 import ray
 import ray.exceptions
-import torch
 
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
