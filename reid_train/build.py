@@ -82,6 +82,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, epo
         group["lr"] = rate * group["multiplier"]
 
 
+def set_precision(config: TrainConfig) -> None:
+    """Make float32 mean float32, if it was asked for: cuDNN takes TF32 by itself."""
+    if config.precision == "float32":
+        torch.backends.cudnn.allow_tf32 = False
+
+
 def autocast(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
     """Makes the context that the network runs in: bfloat16 where asked for and to be had."""
     if config.precision == "float32" or (config.precision == "auto" and not _has_bf16(device)):

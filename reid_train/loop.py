@@ -63,6 +63,7 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
         # cuBLAS repeats itself with a workspace of fixed size alone, and reads this once.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
+    build.set_precision(config)
     index = train_index(dataset)
     manifest = dataset.manifest
     identities = int(index.label.max()) + 1
@@ -171,6 +172,9 @@ def _parallel(model: nn.Module, config: TrainConfig, worker: Worker) -> nn.Modul
     network = torch.compile(model) if config.compile else model
     if worker.world == 1:
         return network  # type: ignore[return-value]
+    exact = config.deterministic or worker.device.type == "cpu"
+    # Said after the first step, where it was not asked for because of them.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     with warnings.catch_warnings():
         # PyTorch 2.14 renames the setting; the older name holds from 2.11 on.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -180,6 +184,9 @@ def _parallel(model: nn.Module, config: TrainConfig, worker: Worker) -> nn.Modul
             # Global statistics are the same on every rank already.
             broadcast_buffers=config.model.batch_norm == "local",
             gradient_as_bucket_view=True,
+            # Else the buckets are laid out anew after the first step, and with three workers and
+            # more sums depend on that: a resumed run would take its first step another way.
+            find_unused_parameters=exact,
         )
 
 
@@ -251,7 +258,7 @@ class _Run:
             pad=config.augment.pad,
             erase=config.augment.erase,
         ).rows(worker.slice(config.batch_size))
-        image = augment.apply(batch.image.to(worker.device, non_blocking=True), drawn)
+        image = augment.apply(batch.image_on(worker.device), drawn)
         label = batch.label.to(worker.device, non_blocking=True)
         with self.autocast():
             output = self.network(image)

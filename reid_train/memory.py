@@ -1,4 +1,4 @@
-"""What Ray says of a machine that ran out of memory, in one line."""
+"""What is said of a machine or a GPU that ran out of memory, in one line."""
 
 from __future__ import annotations
 
@@ -8,17 +8,30 @@ _KILLED = "due to the node running low on memory"
 _NODE = re.compile(r"Memory on the node \(IP: ([^,]+),[^)]*\) was (\S+) used / (\S+) limit")
 _USER = re.compile(r"^\d+\t([\d.]+)\t(.+)$", re.MULTILINE)
 _SHOWN = 3  # of the programs that used most
+_GPU = "CUDA out of memory."
+_ASKED = re.compile(
+    r"Tried to allocate ([\d.]+ \w+)\. GPU \d+ has a total capacity of ([\d.]+ \w+)"
+)
+
+
+def gpu_out_of_memory(text: str) -> bool:
+    """Whether an error says that a GPU is too small, which the same batch would only meet again."""
+    return _GPU in text
 
 
 def out_of_memory(text: str) -> str | None:
-    """Where memory ran out and what used it, from the text of one of Ray's errors.
+    """Where memory ran out and what used it, from the text of an error.
 
     Args:
-        text: what Ray's memory monitor said when it killed a process.
+        text: what PyTorch said of a GPU, or Ray's memory monitor when it killed a process.
 
     Returns:
         A sentence without its end; None if the error is another.
     """
+    if gpu_out_of_memory(text):
+        asked = _ASKED.search(text)
+        more = f": {asked[1]} more were asked for, of {asked[2]} in all" if asked else ""
+        return f"a GPU's memory ran out{more}"
     if _KILLED not in text:
         return None
     node = _NODE.search(text)

@@ -24,6 +24,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from data_shards.errors import ReidError
+from reid_train.memory import gpu_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class _PermanentErrors(DefaultFailurePolicy):
     """Retries what a machine may have caused; an error raised on purpose would only recur."""
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        if on_purpose(training_failed_error):
+        if on_purpose(training_failed_error) or gpu_out_of_memory(str(training_failed_error)):
             return FailureDecision.RAISE
         decision = super().make_decision(training_failed_error)
         if isinstance(training_failed_error, WorkerGroupError):

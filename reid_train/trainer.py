@@ -39,7 +39,7 @@ from data_shards.errors import DataError, Interrupted, ReidError
 from reid_train.config import TrainConfig
 from reid_train.gauges import Gauges
 from reid_train.lease import Claim
-from reid_train.memory import out_of_memory
+from reid_train.memory import gpu_out_of_memory, out_of_memory
 from reid_train.progress import Board, beside_driver, watch
 from reid_train.resilience import ResilientTrainer, on_purpose
 from reid_train.run_storage import (
@@ -321,8 +321,11 @@ def explained(
     resume = f"with --resume --name {config.name} --output {config.output}"
     if reason := out_of_memory(str(error)):
         advice = (
-            "Use fewer workers or --loader.workers on a machine, or a smaller batch, and continue "
-            f"{resume}"
+            "Continue on more --workers, each with a smaller share of the batch, or with a smaller "
+            f"--evaluation.batch if it was evaluating, {resume}"
+            if gpu_out_of_memory(str(error))
+            else "Use fewer workers or --loader.workers on a machine, or a smaller batch, and "
+            f"continue {resume}"
         )
     else:
         last = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()[-1]
@@ -334,9 +337,16 @@ def explained(
     return ReidError(f"{reason}. {advice}" if advise else reason)
 
 
-def use_gpu(device: str, needed: int) -> bool:
-    """Whether workers get a GPU each: "cuda" says so, "auto" if as many are here as are needed."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+def use_gpu(device: str, needed: int, *, free: bool = False) -> bool:
+    """Whether workers get a GPU each: "cuda" says so, "auto" if as many are here as are needed.
+
+    Args:
+        device: as given.
+        needed: GPUs.
+        free: count those alone that nobody has now.
+    """
+    resources = ray.available_resources() if free else ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
     if device == "cuda" and gpus < needed:
         logger.warning("%d GPUs are needed and %d are here: waiting for the cluster", needed, gpus)
     if device == "auto" and 0 < gpus < needed:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from data_shards.dataset import Dataset
 from data_shards.loader import split_batches
@@ -17,6 +21,8 @@ from reid_train.worker import Worker
 
 QUERIES, MATCHES = 8, 10
 """Rows and columns of the rank-list picture."""
+THREADS = 16
+"""Of ranking, where the machine has as many cores."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,17 @@ def validate(
         return Validation()
     found, base = (part.numpy() for part in embeddings)
     metric = config.evaluation.metric
-    result = rank_gallery(
-        found,
-        base,
-        query.pid,
-        query.camid,
-        gallery.pid,
-        gallery.camid,
-        metric=metric,
-        device=worker.device,
-    )
+    with _all_cores():
+        result = rank_gallery(
+            found,
+            base,
+            query.pid,
+            query.camid,
+            gallery.pid,
+            gallery.camid,
+            metric=metric,
+            device=worker.device,
+        )
     rows = _spread(result.average_precision)
     matches = top_matches(
         found[rows],
@@ -92,6 +99,17 @@ def _cosine(query: np.ndarray, matches: np.ndarray) -> np.ndarray:
     products = np.einsum("qd,qkd->qk", query, matches)
     lengths = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(matches, axis=2)
     return products / np.maximum(lengths, 1e-12)
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """The other workers wait for this one to rank, and Ray gave it one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, min(os.cpu_count() or 1, THREADS)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _spread(average_precision: np.ndarray) -> np.ndarray:

@@ -167,7 +167,12 @@ def _at_batch(seconds: dict[int, float], batch: int) -> tuple[float, str]:
         return seconds[batch], ""
     sizes = sorted(seconds, key=lambda size: abs(size - batch))[:2]
     if len(sizes) == 1:
-        return seconds[sizes[0]] * batch / sizes[0], f", in proportion to a batch of {sizes[0]}"
+        # A GPU's step takes some least time, which one measurement does not tell.
+        best = ", at best" if batch < sizes[0] else ""
+        return (
+            seconds[sizes[0]] * batch / sizes[0],
+            f", in proportion to a batch of {sizes[0]}{best}",
+        )
     low, high = sorted(sizes)
     slope = max(seconds[high] - seconds[low], 0.0) / (high - low)
     # Two noisy figures may cross below nothing: a smaller batch takes no less than its share.

@@ -51,7 +51,9 @@ class Embed:
     workers: int = 1
     """Ray workers, each with a copy of the model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cuda gives each worker a GPU; auto does where there are enough."""
+    """cuda gives each worker a GPU; auto does where enough are free."""
+    batch: int | None = None
+    """Images that a worker embeds at a time; None takes the model's own."""
     tracking_uri: str | None = None
     """MLflow, for models:/…; by default MLFLOW_TRACKING_URI."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -76,7 +78,9 @@ class Evaluate:
     workers: int = 1
     """Ray workers that embed; more than one also share the measuring of Parquet embeddings."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cuda gives each embedding worker a GPU; auto does where there are enough."""
+    """cuda gives each embedding worker a GPU; auto does where enough are free."""
+    batch: int | None = None
+    """Images that a worker embeds at a time; None takes the model's own."""
     tracking_uri: str | None = None
     """MLflow, for models:/… and to log to; by default MLFLOW_TRACKING_URI."""
     experiment: str = "reid-evaluation"
@@ -104,6 +108,7 @@ def _embed(settings: Embed, console: Console) -> int:
             device=settings.device,
             tracking_uri=settings.tracking_uri,
             loader=settings.loader,
+            batch=settings.batch,
             progress=progress,
         )
 

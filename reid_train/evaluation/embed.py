@@ -30,7 +30,7 @@ def embed_batches(
     parts = [
         embed(
             model,
-            batch.image.to(device, non_blocking=True),
+            batch.image_on(device),
             mirror=mirror,
             autocast=autocast,
         )

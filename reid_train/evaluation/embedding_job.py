@@ -25,7 +25,7 @@ from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ObjectExists, ReidError
 from data_shards.loader import row_batches
 from data_shards.storage import open_storage
-from reid_train.build import autocast
+from reid_train.build import autocast, set_precision
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.embed import embed_batches
 from reid_train.evaluation.embeddings import JOB, EmbeddingTable, part_key, write_part
@@ -68,6 +68,7 @@ def embed_dataset(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     tracking_uri: str | None = None,
     loader: LoaderConfig | None = None,
+    batch: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Embed splits of a dataset with a registered model or a checkpoint.
@@ -81,6 +82,7 @@ def embed_dataset(
         device: "cuda" gives each worker a GPU; "auto" does where there are enough.
         tracking_uri: of the registry.
         loader: decoding processes and cache of each worker.
+        batch: images that a worker embeds at a time; None takes the model's `evaluation.batch`.
         progress: told how many images are embedded, and how many there are.
 
     Returns:
@@ -104,13 +106,14 @@ def embed_dataset(
     done = total - sum(part.stop - part.first for part in missing)
     progress(done, total)
     if missing:
-        gpu = use_gpu(device, workers)
+        gpu = use_gpu(device, workers, free=True)
         shared = ray.put((weights, config, "cuda" if gpu else "cpu"))
         actor = ray.remote(_Worker).options(  # type: ignore[attr-defined]
             num_cpus=1, num_gpus=int(gpu), max_restarts=2, max_task_retries=2
         )
         count = min(workers, len(missing))
-        actors = [actor.remote(shared, data, out, loader or LoaderConfig()) for _ in range(count)]
+        given = shared, data, out, loader or LoaderConfig(), batch
+        actors = [actor.remote(*given) for _ in range(count)]
         for images in _results(actors, missing):
             done += images
             progress(done, total)
@@ -127,6 +130,8 @@ def _results(actors: Sequence[Any], parts: Sequence[Part]) -> Iterator[int]:
         try:
             images = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
+            if reason := out_of_memory(str(error)):
+                raise ReidError(f"{reason}: lower --batch. The same command goes on") from None
             raise error.cause if isinstance(error.cause, ReidError) else error from None
         except ray.exceptions.RayError as error:
             reason = out_of_memory(str(error)) or str(error).strip().splitlines()[0]
@@ -143,13 +148,22 @@ def _results(actors: Sequence[Any], parts: Sequence[Part]) -> Iterator[int]:
 class _Worker:
     """Embeds parts; an actor."""
 
-    def __init__(self, model: tuple[bytes, bytes, str], data: str, out: str, loader: LoaderConfig):
+    def __init__(
+        self,
+        model: tuple[bytes, bytes, str],
+        data: str,
+        out: str,
+        loader: LoaderConfig,
+        batch: int | None,
+    ) -> None:
         *files, device = model
         with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
             folder = Path(temporary)
             for name, content in zip((WEIGHTS, CONFIG), files, strict=True):
                 (folder / name).write_bytes(content)
             self.embedder = Embedder.from_folder(folder, device)
+        set_precision(self.embedder.config)
+        self.batch = batch or self.embedder.config.evaluation.batch
         self.dataset, self.storage, self.loader = Dataset.open(data), open_storage(out), loader
         cache = loader.cache.expanduser().absolute()
         self.cache = ShardCache(self.dataset.storage, cache, loader.cache_bytes)
@@ -166,7 +180,7 @@ class _Worker:
             self.cache,
             part.split,
             rows,
-            batch=config.evaluation.batch,
+            batch=self.batch,
             height=config.image.height,
             width=config.image.width,
             workers=self.loader.workers,

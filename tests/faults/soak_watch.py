@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -148,7 +149,8 @@ def alive(process: psutil.Process) -> bool:
 def bytes_below(folder: Path) -> int:
     """Bytes of all files below a folder, whatever comes and goes meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.lstat().st_size if path.is_file() else 0
+    for parent, _, names in os.walk(folder):  # passes over a folder that is gone by then
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (Path(parent) / name).lstat().st_size
     return total

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from processes import run_workers
@@ -28,6 +29,7 @@ QUICK = {"deadline": None, "phases": [Phase.generate]}
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 
 STEPS = 9  # 3 epochs of 3
+THREE = 3  # workers
 SETTINGS = config(optimizer__epochs=2, checkpoint__every_steps=2, tracking__every_steps=1)
 # A large ε keeps Adam from turning rounding into whole steps (see test_loop).
 SMOOTH = SETTINGS.replace(
@@ -147,7 +149,7 @@ def _live(
     }
 
 
-def lives(url: str, folder: str, ends: list[tuple[int, int]]) -> Seen:
+def lives(url: str, folder: str, ends: list[tuple[int, int]], given: TrainConfig = SMOOTH) -> Seen:
     """Live through a run, by (workers, step whose next checkpoint is the last) of each life."""
     seen, first = Seen(), 1
     for world, steps in ends:
@@ -158,6 +160,30 @@ def lives(url: str, folder: str, ends: list[tuple[int, int]]) -> Seen:
         seen.losses |= found[0]["losses"]
         seen.checkpoint, first = found[0]["checkpoint"], found[0]["step"] + 1
     return seen
+
+
+def _whole_and_resumed(rank: int, url: str, given: str, scratch: str) -> list[str]:
+    """The last checkpoints of a run, and of one that goes on from its third last."""
+    resnet.resnet18 = narrow_resnet18
+    dataset, start, ends = Dataset.open(url), None, []
+    for _ in range(2):
+        worker, recorded = make_worker(dataset, Path(scratch), rank, THREE)
+        loop.train(TrainConfig.from_json(given), dataset, worker, start)
+        told = [[str(folder) for folder in recorded.checkpoints]]
+        dist.broadcast_object_list(told, src=0)
+        start = Path(told[0][-3]) if start is None else None
+        ends.append(told[0][-1])
+    return ends
+
+
+def test_resumed_run_of_three_workers_ends_bitwise_as_the_whole_one(tiny_dataset, tmp_path):
+    # Of three summands and more, a sum depends on their order, and that on where they lie.
+    three = SETTINGS.replace(
+        batch__identities=THREE, optimizer__epochs=1, checkpoint__every_steps=1
+    )
+    found = run_workers(_whole_and_resumed, THREE, tiny_dataset.url, three.to_json(), str(tmp_path))
+    whole, resumed = (state(Path(folder)) for folder in found[0])
+    assert resumed == whole
 
 
 @settings(max_examples=1, **QUICK)

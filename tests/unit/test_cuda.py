@@ -22,12 +22,6 @@ EXACT = config(
 )
 
 
-@pytest.fixture(autouse=True)
-def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions in float32, where cuDNN would take TF32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def test_losses_are_those_of_the_cpu(tiny_dataset, tmp_path):
     host = run(tiny_dataset, SMOOTH, tmp_path)
     device = run(tiny_dataset, SMOOTH, tmp_path, device="cuda")

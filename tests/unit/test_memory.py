@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 from ray.exceptions import OutOfMemoryError
+from ray.train import FailureConfig
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from reid_train.memory import out_of_memory
 from reid_train.recipes import recipe
+from reid_train.resilience import _PermanentErrors
 from reid_train.trainer import explained
 
 TEXT = """\
@@ -50,6 +54,28 @@ def test_a_trial_that_ends_so_is_not_told_how_to_resume():
     assert said == out_of_memory(TEXT)
 
 
-@pytest.mark.parametrize("text", ["", "CUDA out of memory", "worker died"])
+GPU_TEXT = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total "
+    "capacity of 79.19 GiB of which 1.32 GiB is free. Including non-PyTorch memory, …"
+)
+
+
+def test_a_gpu_that_is_too_small_is_said_with_what_to_do():
+    config = recipe("demo").replace(name="r", output="/runs")
+    said = str(explained(WorkerGroupError(GPU_TEXT, {3: RuntimeError(GPU_TEXT)}), config))
+    assert said.startswith("a GPU's memory ran out: 2.50 GiB more were asked for, of 79.19 GiB in")
+    assert "more --workers" in said
+    assert said.endswith("with --resume --name r --output /runs")
+
+
+def test_a_gpu_that_is_too_small_is_not_tried_again():
+    policy = _PermanentErrors(FailureConfig(max_failures=-1))
+    error = WorkerGroupError(GPU_TEXT, {3: RuntimeError(GPU_TEXT)})
+    assert policy.make_decision(error) == FailureDecision.RAISE
+    other = WorkerGroupError("a cosmic ray", {3: RuntimeError("a cosmic ray")})
+    assert policy.make_decision(other) == FailureDecision.RETRY
+
+
+@pytest.mark.parametrize("text", ["", "worker died"])
 def test_other_errors_are_not_taken_for_it(text):
     assert out_of_memory(text) is None

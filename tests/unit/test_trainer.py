@@ -29,3 +29,10 @@ def test_gpus_that_are_too_few_are_not_left_idle_without_a_word(monkeypatch, cap
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
     assert not use_gpu("auto", 4)
     assert "2 GPUs are here, fewer than the 4 workers" in caplog.text
+
+
+def test_where_only_free_gpus_count_those_of_others_do_not(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"GPU": 1.0})
+    assert use_gpu("auto", 2)
+    assert not use_gpu("auto", 2, free=True)
