@@ -37,6 +37,8 @@ class Train:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     resume: bool = False
     """Continue the run --name under --output from its last checkpoint, with its own settings."""
+    resume_or_start: bool = False
+    """Continue that run if there is one, else start it: for whatever tries a command again."""
 
 
 def train(arguments: list[str]) -> None:
@@ -47,15 +49,14 @@ def train(arguments: list[str]) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="msmt17_resnet50")
     first.add_argument("--resume", action="store_true")
+    first.add_argument("--resume-or-start", action="store_true")
     first.add_argument("--name")
     first.add_argument("--output")
     known, _ = first.parse_known_args(arguments)
-    if known.resume:
-        if not (known.name and known.output):
-            raise ConfigError("--resume needs the run's --name and --output")
-        base = Run.read(known.output, known.name).config
-    else:
-        base = recipe(known.recipe)
+    if (known.resume or known.resume_or_start) and not (known.name and known.output):
+        raise ConfigError("--resume needs the run's --name and --output")
+    resume = known.resume or (known.resume_or_start and Run.exists(known.output, known.name))
+    base = Run.read(known.output, known.name).config if resume else recipe(known.recipe)
     try:
         parsed = tyro.cli(
             Train,
@@ -66,7 +67,7 @@ def train(arguments: list[str]) -> None:
         )
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
-    run(parsed.config, resume=parsed.resume, console=Console())
+    run(parsed.config, resume=resume, console=Console())
 
 
 def recipes(arguments: list[str]) -> None:

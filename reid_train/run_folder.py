@@ -58,6 +58,11 @@ class Run:
         }
         return json.dumps(values, indent=2).encode()
 
+    @staticmethod
+    def exists(output: str, name: str) -> bool:
+        """Whether there is `<output>/<name>/run.json`."""
+        return open_storage(output).exists(f"{name}/run.json")
+
     @classmethod
     def read(cls, output: str, name: str) -> Run:
         """Read `<output>/<name>/run.json`.
