@@ -108,7 +108,9 @@ def first_whole(checkpoints: Sequence[RayCheckpoint]) -> RayCheckpoint:
             with opened(checkpoint):
                 return checkpoint
         except DataError as error:
-            logger.warning("passing over a damaged checkpoint, for the next best: %s", error)
+            # The error names the copy on this machine.
+            name = PurePosixPath(checkpoint.path).name
+            logger.warning("passing over %s, which is damaged, for the next best: %s", name, error)
     raise _none_left([PurePosixPath(checkpoint.path).name for checkpoint in checkpoints])
 
 
