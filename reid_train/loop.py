@@ -173,8 +173,6 @@ def _parallel(model: nn.Module, config: TrainConfig, worker: Worker) -> nn.Modul
     if worker.world == 1:
         return network  # type: ignore[return-value]
     exact = config.deterministic or worker.device.type == "cpu"
-    # Said after the first step, where it was not asked for because of them.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     with warnings.catch_warnings():
         # PyTorch 2.14 renames the setting; the older name holds from 2.11 on.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
