@@ -74,7 +74,8 @@ def test_newest_is_taken_if_it_is_whole(checkpoints):
 def test_torn_newest_is_passed_over_and_that_is_said(checkpoints, caplog, name):
     tear(checkpoints[0], name)
     assert first_whole(checkpoints) is checkpoints[1]
-    assert "which is damaged, for the next best" in caplog.text
+    name = Path(checkpoints[0].path).name
+    assert f"passing over {name}, which is damaged, for the next best" in caplog.text
 
 
 def test_unsealed_newest_is_passed_over(checkpoints):
