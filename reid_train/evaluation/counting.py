@@ -11,9 +11,9 @@ import numpy as np
 from numba import njit
 
 COSINE, EUCLIDEAN, GIVEN = 0, 1, 2
-_STRIP = 256  # gallery items compared at a time: 1 KB of scores, held in the L1 cache
-_PART = 32  # of a strip, searched at a time for scores too close to call
-_FEW = 64  # up to here, comparing a strip with every positive beats searching among them
+_STRIP = 256  # gallery items looked at together: 1 KB of scores, held in the L1 cache
+_BINS, _LANES = 1024, 16  # of a histogram of scores, and of what lies before or after all bins
+_LEAST_SPAN = np.float32(1e-30)  # of a histogram, to divide by
 
 # Sums may be reordered (that is what lets them use SIMD), always in the same way for one length.
 _SUM = {"reassoc", "contract"}
@@ -64,35 +64,66 @@ def _precedes(score, item, key, index):
     return score < key or (score == key and item < index)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
-def _below_and_upto(scores, low, high):
-    # Counted in float32, whose lanes are as wide as the scores': integers would be added as int64.
-    below, upto, one, zero = np.float32(0), np.float32(0), np.float32(1), np.float32(0)
-    for i in range(scores.shape[0]):
-        score = scores[i]
-        below += one if score < low else zero
-        upto += one if score <= high else zero
-    return np.int64(below), np.int64(upto)
-
-
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nnan", "nsz"})
-def _least(scores):
-    least = np.float32(np.inf)
-    for i in range(scores.shape[0]):
-        least = min(least, scores[i])
-    return least
+@njit(nogil=True, cache=True)
+def _any_upto(scores, left, right, high):
+    found = False
+    for i in range(np.uint64(left), np.uint64(right)):
+        found |= scores[i] <= high
+    return found
 
 
 @njit(nogil=True, cache=True)
-def _score_once(g, known, row, metric, query, block, query_scale, block_scale):
-    """Exact score of a row's item `g` of this strip, remembered in `known` (NaN until then)."""
-    i = g % _STRIP
-    if np.isnan(known[i]):
-        if metric == GIVEN:
-            known[i] = row[g]
+def _bin(score, lowest, inverse, lane):
+    """Bin of a score, in the scores' order: up to _LANES where below `lowest`, from _BINS on where
+    far above. Written so that infinite scores and NaN have bins, too.
+    """
+    place = (score - lowest) * inverse + np.float32(_LANES)
+    end = lane + np.float32(_BINS)
+    place = place if place < end else end
+    return np.int32(place if place > lane else lane)
+
+
+@njit(nogil=True, cache=True)
+def _bins_of(scores, left, right, lowest, inverse, out):
+    # Most scores are below or above all positives. Neighbours get bins of their own there: adding
+    # to the same one again would have to wait for the addition before.
+    for i in range(np.uint32(right - left)):
+        lane = np.float32(np.int32(i & np.uint32(_LANES - 1)))
+        out[i] = _bin(scores[np.uint64(left) + np.uint64(i)], lowest, inverse, lane)
+
+
+@njit(nogil=True, cache=True)
+def _tally(bins, width, doubtful, counts, suspects):
+    """Count a strip's items by bin; those in doubtful bins also go into `suspects`."""
+    found = np.uint64(0)
+    for i in range(np.uint64(width)):
+        place = np.uint64(bins[i])
+        counts[place] += np.int32(1)
+        suspects[found] = i
+        found += np.uint64(doubtful[place])
+    return np.int64(found)
+
+
+@njit(nogil=True, cache=True)
+def _accumulate(counts, doubtful):
+    """Counts by bin to how many items are in it or before, those in doubtful bins left out."""
+    for i in range(counts.shape[0]):
+        counts[i] *= np.int32(1 - doubtful[i])
+    total = np.int32(0)
+    for i in range(counts.shape[0]):
+        total += counts[i]
+        counts[i] = total
+
+
+@njit(nogil=True, cache=True)
+def _first_above(ascending, first, stop, value):
+    while first < stop:
+        middle = (first + stop) // 2
+        if ascending[middle] <= value:
+            first = middle + 1
         else:
-            known[i] = exact_score(metric, query, block[g], query_scale * block_scale[g])
-    return known[i]
+            stop = middle
+    return first
 
 
 @njit(nogil=True, cache=True)
@@ -101,6 +132,9 @@ def count_block(
     metric, query, block, query_scale, block_scale, below,
 ):  # fmt: skip
     """Add to `below` how many of a block's gallery items come before each positive.
+
+    A histogram of each row's scores tells nearly all. Only items in the bins around a positive's
+    score are looked at one by one.
 
     Args:
         scores: (B, W) float32, infinite for items of the query's own identity.
@@ -111,57 +145,49 @@ def count_block(
         metric, query, block, query_scale, block_scale: what `exact_score` needs.
         below: (P,) int64, added to.
     """
-    known = np.empty(_STRIP)
-    arrivals = np.zeros(np.diff(start).max() + 1, np.int64)
+    counts = np.empty(_BINS + _LANES, np.int32)
+    doubtful = np.empty(_BINS + _LANES, np.uint8)
+    bins, suspects = np.empty(_STRIP, np.int32), np.empty(_STRIP + 1, np.int32)
+    arrivals = np.empty(np.diff(start).max() + 1, np.int64)
+    zero = np.float32(0)
     for q in range(scores.shape[0]):
-        row = scores[q]
-        a, b = start[q], start[q + 1]
+        row, a, b = scores[q], start[q], start[q + 1]
         if a == b:
             continue
-        few = b - a <= _FEW
-        arrivals[:] = 0  # at j: items surely before all positives from the j-th on
+        lowest, greatest = low[a], high[b - 1]
+        inverse = np.float32(_BINS - _LANES - 2) / max(greatest - lowest, _LEAST_SPAN)
+        counts[:] = 0
+        doubtful[:] = 0
+        for j in range(a, b):
+            last = _bin(high[j], lowest, inverse, zero)
+            for i in range(_bin(low[j], lowest, inverse, zero), last + 1):
+                doubtful[i] = 1
+        arrivals[:] = 0  # at j: suspects surely before all positives from the j-th on
         for left in range(0, row.shape[0], _STRIP):
             right = min(left + _STRIP, row.shape[0])
-            known[:] = np.nan
-            if few:
-                least = _least(row[left:right])
-                for j in range(b - 1, a - 1, -1):
-                    if least > high[j]:  # and of all closer positives, too
-                        break
-                    before, upto = _below_and_upto(row[left:right], low[j], high[j])
-                    below[j] += before
-                    if before == upto:
-                        continue
-                    for part in range(left, right, _PART):
-                        stop = min(part + _PART, right)
-                        before, upto = _below_and_upto(row[part:stop], low[j], high[j])
-                        if before == upto:
-                            continue
-                        for g in range(part, stop):
-                            if low[j] <= row[g] <= high[j]:
-                                score = _score_once(
-                                    g, known, row, metric, query[q], block, query_scale[q],
-                                    block_scale,
-                                )  # fmt: skip
-                                below[j] += _precedes(score, first + g, key[j], index[j])
+            if not _any_upto(row, left, right, greatest):
                 continue
-            for g in range(left, right):
-                if row[g] > high[b - 1]:
+            _bins_of(row, left, right, lowest, inverse, bins)
+            for i in suspects[: _tally(bins, right - left, doubtful, counts, suspects)]:
+                g = left + i
+                if row[g] > greatest:
                     continue
-                certain = a + np.searchsorted(low[a:b], row[g], side="right")
+                certain = _first_above(low, a, b, row[g])
                 arrivals[certain - a] += 1
+                if certain == a or row[g] > high[certain - 1]:
+                    continue
+                score = np.float64(row[g])
+                if metric != GIVEN:
+                    score = exact_score(metric, query[q], block[g], query_scale[q] * block_scale[g])
                 for j in range(certain - 1, a - 1, -1):
-                    if high[j] < row[g]:
+                    if row[g] > high[j]:
                         break
-                    score = _score_once(
-                        g, known, row, metric, query[q], block, query_scale[q], block_scale
-                    )
                     below[j] += _precedes(score, first + g, key[j], index[j])
-        if not few:
-            total = 0
-            for j in range(a, b):
-                total += arrivals[j - a]
-                below[j] += total
+        _accumulate(counts, doubtful)
+        arrived = 0
+        for j in range(a, b):
+            arrived += arrivals[j - a]
+            below[j] += counts[_bin(low[j], lowest, inverse, zero)] + arrived
 
 
 @njit(nogil=True, cache=True)
