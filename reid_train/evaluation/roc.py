@@ -38,14 +38,14 @@ def tar_at_far(
     and a bin is accepted whole or not at all, so a false accept rate is never exceeded.
     """
     starts = range(0, len(gallery.norm), STRETCH)
-    blocks = ((first, gallery.embedding[first : first + STRETCH]) for first in starts)
+    blocks = ((first, gallery.rows(first, first + STRETCH)) for first in starts)
     longest = float(gallery.norm.max())
     return rates_of(count_distances(query, blocks, matches, metric, longest, chunk), rates)
 
 
 def count_distances(
     query: Side,
-    blocks: Iterable[tuple[int, np.ndarray]],
+    blocks: Iterable[tuple[int, Side]],
     matches: Matches,
     metric: Metric,
     longest: float,
@@ -68,8 +68,7 @@ def count_distances(
     starts = range(0, len(query.norm), chunk)
     with full_precision():
         lefts = [left_operand(query.rows(q, q + chunk), code, cpu) for q in starts]
-        for first, embedding in blocks:
-            block = Side.of(embedding)
+        for first, block in blocks:
             right = right_operand(block, code, cpu)
             for q, left in zip(starts, lefts, strict=True):
                 scores = quick_scores(left, right, block, code).numpy()

@@ -84,6 +84,10 @@ class Side:
         """A stretch of it, as views."""
         return Side(self.embedding[first:stop], self.scale[first:stop], self.norm[first:stop])
 
+    def only(self, wanted: np.ndarray) -> Side:
+        """Those of a mask (N,), copied."""
+        return Side(self.embedding[wanted], self.scale[wanted], self.norm[wanted])
+
 
 def left_operand(query: Side, metric: int, device: torch.device) -> torch.Tensor:
     """A few queries as `quick_scores` wants them: −q/‖q‖ for the cosine, −2q for Euclidean."""

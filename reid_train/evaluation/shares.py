@@ -39,9 +39,10 @@ class Streamed:
     query: Side
     files: EmbeddingFiles
 
-    def blocks(self, share: list[Stretch], size: int) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self, share: list[Stretch], size: int) -> Iterator[tuple[int, Side]]:
         """The gallery's items of a share, `size` at a time."""
-        return self.files.stretches("gallery", share[0][0], share[-1][1], size)
+        for first, embedding in self.files.stretches("gallery", share[0][0], share[-1][1], size):
+            yield first, Side.of(embedding)
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class Held:
         """The gallery alone."""
         return self.side.rows(self.queries, len(self.side.norm))
 
-    def blocks(self, share: list[Stretch], size: int) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self, share: list[Stretch], size: int) -> Iterator[tuple[int, Side]]:
         """The gallery's items of a share, `size` at a time."""
         for first in range(share[0][0], share[-1][1], size):
-            yield first, self.gallery.embedding[first : min(first + size, share[-1][1])]
+            yield first, self.gallery.rows(first, min(first + size, share[-1][1]))
 
 
 Source = Streamed | Held
@@ -124,18 +125,18 @@ def count_pairs_share(
 
 
 def _of_camera(
-    blocks: list[tuple[int, np.ndarray]], seen: np.ndarray, there: np.ndarray
-) -> Iterator[tuple[int, np.ndarray]]:
+    blocks: list[tuple[int, Side]], seen: np.ndarray, there: np.ndarray
+) -> Iterator[tuple[int, Side]]:
     """One camera's items of each block, and which of that camera's items is the first."""
-    for first, embedding in blocks:
-        inside = seen[first : first + len(embedding)]
+    for first, block in blocks:
+        inside = seen[first : first + len(block.norm)]
         if inside.any():
-            yield int(np.searchsorted(there, first)), embedding[inside]
+            yield int(np.searchsorted(there, first)), block.only(inside)
 
 
 def longest_share(source: Source, share: list[Stretch]) -> float:
     """The greatest norm in a share of the gallery."""
-    return max(float(Side.of(block).norm.max()) for _, block in source.blocks(share, BLOCK))
+    return max(float(block.norm.max()) for _, block in source.blocks(share, BLOCK))
 
 
 def distances_share(
