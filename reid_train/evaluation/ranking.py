@@ -158,8 +158,8 @@ def score_own(query: Side, blocks: Blocks, matches: Matches, metric: Metric) -> 
 
 def ordered_positives(matches: Matches, scores: np.ndarray) -> np.ndarray:
     """Entries of `matches` that are positives, for each query from the closest to the furthest."""
-    kept = np.flatnonzero(matches.positive)
-    return kept[np.lexsort((matches.index[kept], scores[kept], matches.row[kept]))]
+    kept = np.flatnonzero(matches.positive)  # equal scores stay as they are: by index
+    return kept[np.lexsort((scores[kept], matches.row[kept]))]
 
 
 def count_before(
