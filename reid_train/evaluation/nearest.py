@@ -13,6 +13,7 @@ from numba import njit
 from reid_train.evaluation.counting import exact_score
 
 _STRIP, _WIDE_STRIP = 32, 256  # scores looked at together, in a row and in many columns
+_LANES = 64  # stretches of a row, whose extremes are found together
 _ANY_ORDER = {"reassoc", "nnan", "nsz"}
 
 
@@ -89,25 +90,58 @@ def _take(i, score, item, scores, items, count, limit, slack, k, metric, embeddi
         _compact(i, scores, items, count, limit, slack, k, metric, embedding, scale)
 
 
+# Compilers use SIMD for the extremes of many columns and for whether any score is beyond a limit,
+# but not for the extremes of one row. Nor where an index might be negative, hence unsigned ones.
 @njit(nogil=True, cache=True, fastmath=_ANY_ORDER)
-def _extremes(strip):
-    """The least and the greatest of a strip's scores."""
-    least, greatest = np.float32(np.inf), np.float32(-np.inf)
-    for c in range(strip.shape[0]):
-        least = min(least, strip[c])
-        greatest = max(greatest, strip[c])
-    return least, greatest
+def _lane_extremes(row, least, greatest):
+    """The least and the greatest of each _LANES-th score; what is left at the end is left out."""
+    least[:], greatest[:] = np.inf, -np.inf
+    for first in range(0, row.shape[0] - _LANES + 1, _LANES):
+        for lane in range(_LANES):
+            score = row[np.uint64(first + lane)]
+            least[lane] = min(least[lane], score)
+            greatest[lane] = max(greatest[lane], score)
+
+
+@njit(nogil=True, cache=True)
+def _any_outside(row, first, stop, low, high):
+    found = False
+    for c in range(np.uint64(first), np.uint64(stop)):
+        found |= (row[c] <= low) | (row[c] > high)
+    return found
+
+
+@njit(nogil=True, cache=True)
+def _outside(row, first, stop, low, high, hits):
+    """Columns of those scores of a strip into `hits`; returns how many. Without a branch: some
+    strips have several, and each wrong guess costs as much as the strip."""
+    found = np.uint64(0)
+    for c in range(np.uint64(first), np.uint64(stop)):
+        hits[found] = c
+        found += np.uint64((row[c] <= low) | (row[c] > high))
+    return np.int64(found)
 
 
 @njit(nogil=True, cache=True, fastmath=_ANY_ORDER)
-def _scan_columns(row, limit, furthest):
-    """How many of a strip's scores are within each its own limit; updates the greatest."""
+def _scan_columns(row, left, width, limit, furthest, first):
+    """Whether any of a strip's scores is within its column's own limit; updates the greatest."""
     # Counted in float32, whose lanes are as wide as the scores': integers would be added as int64.
     within, one, zero = np.float32(0), np.float32(1), np.float32(0)
-    for c in range(row.shape[0]):
-        within += one if row[c] <= limit[c] else zero
-        furthest[c] = max(furthest[c], row[c])
-    return within
+    for c in range(np.uint64(width)):
+        score, i = row[np.uint64(left) + c], np.uint64(first) + c
+        within += one if score <= limit[i] else zero
+        furthest[i] = max(furthest[i], score)
+    return within > zero
+
+
+@njit(nogil=True, cache=True)
+def _within_columns(row, left, width, limit, first, hits):
+    """Those columns of a strip, from its first on, into `hits`; returns how many."""
+    found = np.uint64(0)
+    for c in range(np.uint64(width)):
+        hits[found] = c
+        found += np.uint64(row[np.uint64(left) + c] <= limit[np.uint64(first) + c])
+    return np.int64(found)
 
 
 @njit(nogil=True, cache=True)
@@ -123,22 +157,25 @@ def offer_columns(
         k: how many to keep at least.
         metric, embedding, scale: what `exact_score` needs.
     """
-    least = np.empty((block.shape[1] + _STRIP - 1) // _STRIP, np.float32)
+    least, greatest = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
+    hits = np.empty(_STRIP + 1, np.int64)
     for r in range(block.shape[0]):
-        i = row + r
-        for s in range(len(least)):
-            least[s], greatest = _extremes(block[r, s * _STRIP : (s + 1) * _STRIP])
-            furthest[i] = max(furthest[i], greatest)
-        if limit[i] == np.inf and len(least) >= k:
-            # The k-th of the strips' least scores is no less than the k-th of all.
+        i, scored = row + r, block[r]
+        if limit[i] == np.inf and k <= _LANES:
+            # The k-th of the lanes' least scores is no less than the k-th of all.
+            _lane_extremes(scored, least, greatest)
             limit[i] = np.float32(np.float64(_kth(least, k)) + 2.01 * slack[i])
-        for s in range(len(least)):
-            if least[s] > limit[i]:
+            furthest[i] = max(furthest[i], greatest.max())
+        for left in range(0, block.shape[1], _STRIP):
+            right = min(left + _STRIP, block.shape[1])
+            if not _any_outside(scored, left, right, limit[i], furthest[i]):
                 continue
-            for c in range(s * _STRIP, min((s + 1) * _STRIP, block.shape[1])):
-                if block[r, c] <= limit[i]:
+            for m in range(_outside(scored, left, right, limit[i], furthest[i], hits)):
+                c = hits[m]
+                furthest[i] = max(furthest[i], scored[c])
+                if scored[c] <= limit[i]:
                     _take(
-                        i, block[r, c], column + c, scores, items, count, limit, slack,
+                        i, scored[c], column + c, scores, items, count, limit, slack,
                         k, metric, embedding, scale,
                     )  # fmt: skip
 
@@ -148,19 +185,19 @@ def offer_rows(
     block, row, column, scores, items, count, limit, furthest, slack, k, metric, embedding, scale
 ):
     """Offer a block's rows to its columns; arguments as in `offer_columns`."""
+    hits = np.empty(_WIDE_STRIP + 1, np.int64)
     for left in range(0, block.shape[1], _WIDE_STRIP):
-        width = min(_WIDE_STRIP, block.shape[1] - left)
-        first = column + left
-        last = first + width
+        width, first = min(_WIDE_STRIP, block.shape[1] - left), column + left
         for r in range(block.shape[0]):
-            strip = block[r, left : left + width]
-            if _scan_columns(strip, limit[first:last], furthest[first:last]):
-                for c in range(width):
-                    if strip[c] <= limit[first + c]:
-                        _take(
-                            first + c, strip[c], row + r, scores, items, count, limit, slack,
-                            k, metric, embedding, scale,
-                        )  # fmt: skip
+            scored = block[r]
+            if not _scan_columns(scored, left, width, limit, furthest, first):
+                continue
+            for m in range(_within_columns(scored, left, width, limit, first, hits)):
+                c = hits[m]
+                _take(
+                    first + c, scored[left + c], row + r, scores, items, count, limit, slack,
+                    k, metric, embedding, scale,
+                )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
