@@ -81,7 +81,7 @@ def _compact(i, scores, items, count, limit, slack, k, metric, embedding, scale)
     limit[i] = np.float32(best[k - 1] + 1.01 * slack[i])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inline="always")
 def _take(i, score, item, scores, items, count, limit, slack, k, metric, embedding, scale):
     scores[i, count[i]] = score
     items[i, count[i]] = item
