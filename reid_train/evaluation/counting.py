@@ -74,8 +74,10 @@ def _any_upto(scores, left, right, high):
 
 @njit(nogil=True, cache=True)
 def _bin(score, lowest, inverse, lane):
-    """Bin of a score, in the scores' order: up to _LANES where below `lowest`, from _BINS on where
-    far above. Written so that infinite scores and NaN have bins, too.
+    """Bin of a score: up to _LANES where it is below `lowest`, from _BINS on where far above all.
+
+    Rounding changes no order: of two scores, the one in the earlier bin is smaller. Infinite scores
+    and NaN have bins, too.
     """
     place = (score - lowest) * inverse + np.float32(_LANES)
     end = lane + np.float32(_BINS)
@@ -157,7 +159,7 @@ def count_block(
         lowest, greatest = low[a], high[b - 1]
         inverse = np.float32(_BINS - _LANES - 2) / max(greatest - lowest, _LEAST_SPAN)
         counts[:] = 0
-        doubtful[:] = 0
+        doubtful[:] = not greatest - lowest < np.inf  # all, where float32 cannot tell how far
         for j in range(a, b):
             last = _bin(high[j], lowest, inverse, zero)
             for i in range(_bin(low[j], lowest, inverse, zero), last + 1):

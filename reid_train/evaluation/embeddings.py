@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from data_shards.errors import DataError, ObjectMissing, ReidError
 from data_shards.storage import Storage, open_storage
 from reid_train.evaluation.matches import Labels
-from reid_train.evaluation.scoring import check_embeddings
+from reid_train.evaluation.scoring import checked_side
 
 SUFFIX = ".parquet"
 JOB = "job.json"  # in a folder of parts: of what they are, and how many
@@ -58,7 +58,7 @@ def write_part(storage: Storage, key: str, table: EmbeddingTable) -> None:
 
     Raises `DataError` if an embedding is NaN or infinite: a file of those would be of no use.
     """
-    embedding = check_embeddings("computed", table.embedding)
+    embedding = checked_side("computed", table.embedding).embedding
     values = pa.FixedSizeListArray.from_arrays(pa.array(embedding.reshape(-1)), embedding.shape[1])
     columns = {
         "embedding": values,
@@ -197,7 +197,7 @@ class EmbeddingFiles:
             for batch in _batches(file, piece.group, f"{self.storage.url}/{piece.key}"):
                 first = piece.first + done
                 matrix = _matrix(batch.column(0), self.dimensions, f"{self.url}, row {first}")
-                check_embeddings(f"{self.url}:", matrix, first)
+                checked_side(f"{self.url}:", matrix, first)
                 chosen = matrix[wanted[done : done + len(matrix)]]
                 if len(chosen):
                     yield int(before[first]), chosen

@@ -13,7 +13,7 @@ from reid_train.evaluation.neighbours import (
     query_gallery_pairs,
 )
 from reid_train.evaluation.reranking import joined
-from reid_train.evaluation.scoring import Side, check_embeddings
+from reid_train.evaluation.scoring import Side, checked_side
 
 _ROWS = 1024  # whose neighbours' embeddings are gathered at a time
 
@@ -50,7 +50,7 @@ def augment_gallery(gallery: np.ndarray, *, k: int = 10, alpha: float = 3.0) -> 
     Returns:
         (G, D) float32, of length 1.
     """
-    side = Side.of(check_embeddings("gallery", gallery))
+    side = checked_side("gallery", gallery)
     check_expansion(k, alpha, len(gallery))
     found = nearest_neighbours(side, k, COSINE, all_pairs(len(gallery)))
     return mean_with_nearest(side, found, alpha, with_self=False)

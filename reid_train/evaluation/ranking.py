@@ -30,7 +30,7 @@ from reid_train.evaluation.roc import tar_at_far
 from reid_train.evaluation.scoring import (
     Metric,
     Side,
-    check_embeddings,
+    checked_side,
     full_precision,
     in_threads,
     left_operand,
@@ -39,6 +39,7 @@ from reid_train.evaluation.scoring import (
     right_operand,
     single_threaded_pool,
     tolerance,
+    tolerance_at,
 )
 
 BLOCK = 2048  # gallery items a product; they and their scores stay in the cache meanwhile
@@ -108,11 +109,9 @@ def ranks_within(
     Returns:
         (Q + 1,) where each query's positives start, and their ranks (P,) from 1, ascending.
     """
-    query = check_embeddings("query", query)
-    gallery = check_embeddings("gallery", gallery)
-    check_agreement(labels, query, gallery)
+    side, base = checked_side("query", query), checked_side("gallery", gallery)
+    check_agreement(labels, side.embedding, base.embedding)
     matches = find_matches(labels)
-    side, base = Side.of(query), Side.of(gallery)
     scores = score_own(side, [(0, base)], matches, metric)
     blocks = ((first, base.rows(first, first + BLOCK)) for first in range(0, len(gallery), BLOCK))
     before = count_before(side, blocks, matches, scores, metric, chunk, device, progress)
@@ -196,9 +195,9 @@ def count_before(
     def prepare(numbered: tuple[int, Side]) -> _Block:
         first, side = numbered
         slack = tolerance(query, side, code)
+        bounds = _window(quick_key, tolerance_at(quick_key, slack[row], code))
         own = np.flatnonzero((matches.index >= first) & (matches.index < first + len(side.norm)))
         ends = np.searchsorted(own_row[own], range(0, len(query.norm) + chunk, chunk))
-        bounds = _window(quick_key, slack[row])
         return _Block(first, side, right_operand(side, code, target), slack, *bounds, own, ends)
 
     with full_precision(), single_threaded_pool() if on_host else nullcontext() as pool:
@@ -208,14 +207,17 @@ def count_before(
             def compare(i: int, block: _Block = block) -> int:
                 part, mine = parts[i], block.own[block.ends[i] : block.ends[i + 1]]
                 quick = quick_scores(lefts[i], block.right, block.side, code)
-                known = own_row[mine] - i * chunk, matches.index[mine] - block.first, own_quick[mine]
-                rows, error = _check(quick, known, part, block.side, code)
+                rows, columns = own_row[mine] - i * chunk, matches.index[mine] - block.first
+                checked, exact, error = _check(
+                    quick, rows, columns, own_quick[mine], part, block.side, code
+                )
                 low, high = block.low, block.high
-                if not np.all(error <= block.slack[rows + i * chunk] / 2):  # NaN, too
+                expected = tolerance_at(exact, block.slack[checked + i * chunk], code)
+                if not np.all(error <= expected / 2):  # NaN, too
                     slack = tolerance(query, block.side, code, certain=True)
-                    low, high = _window(quick_key, slack[row])
-                    _require(error, slack[rows + i * chunk])
-                _take_out(quick, *known[:2])
+                    low, high = _window(quick_key, tolerance_at(quick_key, slack[row], code))
+                    _require(error, slack[checked + i * chunk])
+                _take_out(quick, rows, columns)
                 count(
                     quick, block.first, start[i * chunk : i * chunk + len(part.norm) + 1],
                     key, index, low, high, code, part.embedding, block.side.embedding,
@@ -245,9 +247,7 @@ class _Block(NamedTuple):
     ends: np.ndarray
 
 
-def _one_ahead(
-    prepare: Callable[[tuple[int, Side]], _Block], blocks: Blocks
-) -> Iterator[_Block]:
+def _one_ahead(prepare: Callable[[tuple[int, Side]], _Block], blocks: Blocks) -> Iterator[_Block]:
     """The next block is read and laid out in a thread while one is compared.
 
     Done in between, it would keep all cores but one waiting.
@@ -272,21 +272,14 @@ def _even(queries: int, chunk: int, threads: int) -> int:
 
 
 def _check(
-    quick: torch.Tensor,
-    known: tuple[np.ndarray, np.ndarray, np.ndarray],
-    part: Side,
-    block: Side,
-    code: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """How good the product is: rows (n,) of those of its scores that are known, and their errors.
+    quick: torch.Tensor, rows: np.ndarray, columns: np.ndarray, exact: np.ndarray,
+    part: Side, block: Side, code: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """How good the product is: rows and exact scores (n,) of some of its pairs, and their errors.
 
-    Where few are, some more are found out. What breaks the tight bound, embeddings that are nearly
-    one constant, breaks it everywhere.
-
-    Args:
-        known: rows, columns and exact scores in the product's terms.
+    Those given are known; where they are few, some more are found out. What breaks the tight bound,
+    embeddings that are nearly one constant, breaks it everywhere.
     """
-    rows, columns, exact = known
     if len(rows) < PROBES:
         more = np.arange(0, len(part.norm), -(-len(part.norm) // PROBES))
         across, found = more % len(block.norm), np.empty(len(more))
@@ -298,9 +291,9 @@ def _check(
         rows, columns = np.concatenate([rows, more]), np.concatenate([columns, across])
         exact = np.concatenate([exact, found])
     if quick.device.type == "cpu":
-        return rows, np.abs(quick.numpy()[rows, columns] - exact)
+        return rows, exact, np.abs(quick.numpy()[rows, columns] - exact)
     where = torch.from_numpy(rows).to(quick.device), torch.from_numpy(columns).to(quick.device)
-    return rows, np.abs(quick[where].cpu().numpy() - exact)
+    return rows, exact, np.abs(quick[where].cpu().numpy() - exact)
 
 
 def _take_out(quick: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> None:
@@ -363,10 +356,7 @@ def top_matches(
     """
     labels = Labels(query_pid, query_camid, gallery_pid, gallery_camid)
     code = metric_code(metric)
-    side, base = (
-        Side.of(check_embeddings("query", query)),
-        Side.of(check_embeddings("gallery", gallery)),
-    )
+    side, base = checked_side("query", query), checked_side("gallery", gallery)
     check_agreement(labels, side.embedding, base.embedding)
     cpu = torch.device("cpu")
     right = right_operand(base, code, cpu)

@@ -36,7 +36,7 @@ from reid_train.evaluation.neighbours import (
 from reid_train.evaluation.scoring import (
     Metric,
     Side,
-    check_embeddings,
+    checked_side,
     in_threads,
     metric_code,
     tolerance,
@@ -157,13 +157,14 @@ def rerank(
 
 def joined(query: np.ndarray, gallery: np.ndarray) -> Side:
     """Queries and gallery as one side, checked."""
-    query, gallery = check_embeddings("query", query), check_embeddings("gallery", gallery)
-    if query.shape[1] != gallery.shape[1]:
+    sides = checked_side("query", query), checked_side("gallery", gallery)
+    dimensions = [side.embedding.shape[1] for side in sides]
+    if dimensions[0] != dimensions[1]:
         raise DataError(
-            f"query embeddings have {query.shape[1]} dimensions, those of the gallery "
-            f"{gallery.shape[1]}: are they of the same model?"
+            f"query embeddings have {dimensions[0]} dimensions, those of the gallery "
+            f"{dimensions[1]}: are they of the same model?"
         )
-    return Side.of(np.concatenate([query, gallery]))
+    return Side.joined(*sides)
 
 
 def encode(side: Side, neighbours: Neighbours, settings: ReRanking, metric: int) -> Encoding:

@@ -34,8 +34,8 @@ def metric_code(metric: str) -> int:
     return METRICS[metric]
 
 
-def check_embeddings(name: str, embedding: np.ndarray, first: int = 0) -> np.ndarray:
-    """`embedding` as (N, D) float32 in one piece of memory.
+def checked_side(name: str, embedding: np.ndarray, first: int = 0) -> Side:
+    """`embedding` as (N, D) float32 in one piece of memory, with its lengths.
 
     Args:
         name: what to call it in an error.
@@ -50,15 +50,15 @@ def check_embeddings(name: str, embedding: np.ndarray, first: int = 0) -> np.nda
             f"{name} embeddings must be a matrix of numbers, one row an image, "
             f"not {embedding.dtype} of shape {embedding.shape}"
         )
-    embedding = np.ascontiguousarray(embedding, np.float32)
+    side = Side.of(np.ascontiguousarray(embedding, np.float32))
     # A row's length shows what is in it: no sum of squares of float32 is too great for float64.
-    wrong = np.flatnonzero(~np.isfinite(Side.of(embedding).norm))
+    wrong = np.flatnonzero(~np.isfinite(side.norm))
     if len(wrong):
         raise DataError(
             f"{name} embedding {first + wrong[0]} has NaN or infinite values ({len(wrong)} such "
             "rows): was the training unstable, or half precision used?"
         )
-    return embedding
+    return side
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,15 @@ class Side:
         norm = np.empty(len(embedding))
         in_threads(lambda a, b: counting.norms(embedding[a:b], norm[a:b]), len(embedding))
         return cls(embedding, np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0), norm)
+
+    @classmethod
+    def joined(cls, *sides: Side) -> Side:
+        """One after another, copied."""
+        return cls(
+            np.concatenate([side.embedding for side in sides]),
+            np.concatenate([side.scale for side in sides]),
+            np.concatenate([side.norm for side in sides]),
+        )
 
     def rows(self, first: int, stop: int) -> Side:
         """A stretch of it, as views."""
@@ -144,6 +153,19 @@ def tolerance(query: Side, block: Side, metric: int, *, certain: bool = False) -
         16 * np.finfo(np.float64).eps * (query.norm + furthest) ** 2
     )  # of what it is compared to
     return 2 * product * query.norm * furthest + 16 * _UNIT * furthest**2 + exact
+
+
+def tolerance_at(score: np.ndarray, tolerance: np.ndarray, metric: int) -> np.ndarray:
+    """What is left of a pair's `tolerance` where its score is known, or what it is compared to.
+
+    A rounding is no greater than the partial sum S that it happens in allows. If s is the whole
+    sum, then by Cauchy and Schwarz |S| ≤ p and |s − S| ≤ ‖q‖‖g‖ − p for some p, so that
+    |S| ≤ (‖q‖‖g‖ + |s|) / 2. Of two scores, that of the one is enough to compare them: the
+    tolerance grows less than the score does.
+    """
+    if metric == counting.COSINE:
+        return tolerance * (1 + np.abs(score)) / 2
+    return tolerance  # whose ‖g‖ is not known from the score
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Ranking against sorting the whole distance matrix: time, peak memory, growth.
 
-python tests/benchmarks/ranking.py [--sizes small medium market1501] [--no-naive] [--device cuda]
+python tests/benchmarks/ranking.py [--sizes small medium market1501] [--dimensions 4096]
+    [--no-naive] [--device cuda]
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES)[:3])
     parser.add_argument("--no-naive", action="store_true")
+    parser.add_argument("--dimensions", type=int, default=2048, help="of the embeddings")
     parser.add_argument("--device", default="cpu", help="of the product and the counting")
     parser.add_argument("--child", nargs=2, metavar=("WAY", "SIZE"))
     options = parser.parse_args()
@@ -68,17 +70,18 @@ def main() -> None:
     if options.child:
         way, size = options.child
         if way == "ours" or device != "cpu":  # compile, load the device's library
-            WAYS[way](Problem.draw("small"), device)
-        problem = Problem.draw(size)
+            WAYS[way](Problem.draw("small", options.dimensions), device)
+        problem = Problem.draw(size, options.dimensions)
         print(json.dumps(timed(lambda: WAYS[way](problem, device))))
         return
     for size in options.sizes:
         queries, gallery, _ = SIZES[size]
-        print(f"{size}: {queries:,} × {gallery:,} × 2,048, {device}")
+        print(f"{size}: {queries:,} × {gallery:,} × {options.dimensions:,}, {device}")
         for way in WAYS:
             if way == "naive" and options.no_naive:
                 continue
-            found = in_child(__file__, way, size, "--device", device)
+            settings = "--device", device, "--dimensions", str(options.dimensions)
+            found = in_child(__file__, way, size, *settings)
             print(line(way, found), flush=True)
 
 

@@ -1,6 +1,6 @@
 """k-reciprocal re-ranking, sparse against dense: time, peak memory, growth.
 
-python tests/benchmarks/reranking.py [--sizes small medium] [--no-naive]
+python tests/benchmarks/reranking.py [--sizes small medium] [--no-naive] [--dimensions 4096]
 """
 
 from __future__ import annotations
@@ -130,13 +130,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "medium"])
     parser.add_argument("--no-naive", action="store_true")
+    parser.add_argument("--dimensions", type=int, default=2048, help="of the embeddings")
     parser.add_argument("--child", nargs=2, metavar=("WAY", "SIZE"))
     options = parser.parse_args()
     if options.child:
         way, size = options.child
         if way == "ours":  # compile
-            ours(Problem.draw("small"))
-        problem = Problem.draw(size)
+            ours(Problem.draw("small", options.dimensions))
+        problem = Problem.draw(size, options.dimensions)
         if way == PRODUCT:
             both = np.concatenate([problem.query, problem.gallery])
             print(json.dumps(timed(lambda: product(both))))
@@ -145,11 +146,11 @@ def main() -> None:
         return
     for size in options.sizes:
         queries, gallery, _ = SIZES[size]
-        print(f"{size}: N = {queries + gallery:,} ({queries:,} queries) × 2,048")
+        print(f"{size}: N = {queries + gallery:,} ({queries:,} queries) × {options.dimensions:,}")
         for way in (*WAYS, PRODUCT):
             if way in ("published", "naive") and options.no_naive:
                 continue
-            found = in_child(__file__, way, size)
+            found = in_child(__file__, way, size, "--dimensions", str(options.dimensions))
             print(line(way, found), flush=True)
 
 

@@ -16,7 +16,6 @@ import torch
 
 from reid_train.evaluation.matches import Labels
 
-DIMENSIONS = 2048
 SIZES = {
     "small": (1_000, 5_000, 250),
     "medium": (2_000, 8_000, 400),
@@ -36,14 +35,14 @@ class Problem:
     labels: Labels
 
     @classmethod
-    def draw(cls, size: str) -> Problem:
+    def draw(cls, size: str, dimensions: int = 2048) -> Problem:
         queries, gallery, pids = SIZES[size]
         draw = np.random.default_rng(0)
-        center = draw.standard_normal((pids, DIMENSIONS), dtype=np.float32)
+        center = draw.standard_normal((pids, dimensions), dtype=np.float32)
         pid = draw.integers(0, pids, queries), draw.integers(0, pids, gallery)
         embeddings = []
         for of in pid:
-            rows = draw.standard_normal((len(of), DIMENSIONS), dtype=np.float32)
+            rows = draw.standard_normal((len(of), dimensions), dtype=np.float32)
             rows *= 4
             for first in range(0, len(of), 4096):
                 rows[first : first + 4096] += center[of[first : first + 4096]]
