@@ -64,6 +64,7 @@ class Evaluate:
     """Measure a model on a dataset, or a file of embeddings from any system.
 
     python -m reid_train evaluate --model models:/reid-msmt17@champion --data s3://bucket/msmt17
+
     python -m reid_train evaluate --embeddings features.npz --rerank
     """
 

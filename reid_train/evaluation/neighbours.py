@@ -19,7 +19,7 @@ from reid_train.evaluation.scoring import (
     tolerance,
 )
 
-TILE = 2048
+TILE = 1536
 """Rows and columns of a product. Fixed, so that a tile is the same whoever computes it."""
 
 

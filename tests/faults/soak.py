@@ -23,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from soak_faults import FAULTS, GONE_SECONDS, Scene, dealt
 from soak_report import Event, Outcome, draw, text
 from soak_run import PATIENCE, STEPS, Place, Run, place
@@ -73,7 +74,13 @@ def cause(kind: str, scene: Scene, events: list[Event]) -> bool:
     event = Event(run.watch.now(), run.step(), kind)
     events.append(event)
     began = time.monotonic()
-    event.detail = FAULTS[kind](scene)
+    try:
+        event.detail = FAULTS[kind](scene)
+    except psutil.NoSuchProcess:
+        if run.process.poll() != 0:
+            raise
+        events.remove(event)  # the run ended before it
+        return False
     say(f"{event.time:.0f} s, step {event.step}: {kind}, {event.detail}")
     goes_on = recovered(run, event.step, events)
     # A request that the fault is for may come later than the next step.

@@ -150,7 +150,7 @@ class Run:
             if found := self.watch.workers():
                 return found
             time.sleep(0.2)
-        raise RuntimeError(f"no worker to kill: {self.said()}")
+        raise psutil.NoSuchProcess(self.pid, msg=f"no worker to kill: {self.said()}")
 
     def left(self) -> list[psutil.Process]:
         return self.watch.left(self.pid)

@@ -1,4 +1,4 @@
-"""A short soak: three minutes of training, a fault every 20 seconds, the same bits at the end."""
+"""A short soak: five minutes of training, a fault every 20 seconds, the same bits at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL += ["--batch.identities", "4", "--batch.images", "2"]
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder: Path = tmp_path_factory.mktemp("soak")
     with place(folder, SMALL, identities=32, cameras=3, images_per_camera=4) as here:
-        outcome = soak(here, minutes=3, every=20, seed=0)
+        outcome = soak(here, minutes=5, every=20, seed=0)
     assert outcome is not None
     draw(outcome, folder / "soak.png")
     print(text(outcome, str(folder / "soak.png")))
