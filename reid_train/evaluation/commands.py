@@ -150,6 +150,7 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
                 out=out,
                 workers=settings.workers,
                 device=settings.device,
+                batch=settings.batch,
                 tracking_uri=uri,
                 loader=loader,
             ),

@@ -2,7 +2,8 @@
 
 A part is a stretch of a split's images and a Parquet file of its own, written whole or not at all;
 so each image is embedded once, and an interrupted job goes on with the parts that are missing.
-`job.json`, written first and once, says of which model and dataset the parts are.
+`job.json`, written first and once, says of which model and dataset the parts are, and of what
+device: the last digits differ with it.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def embed_dataset(
         Images in all parts.
 
     Raises:
-        DataError: no such images, or `out` holds embeddings of another model or dataset.
+        DataError: no such images, or `out` holds embeddings of another model or dataset, or some
+            that another device than the given made.
     """
     dataset, storage = Dataset.open(data), open_storage(out)
     parts = parts_of(dataset, splits)
@@ -99,14 +101,28 @@ def embed_dataset(
         folder = fetch(model, Path(temporary), tracking_uri)
         Embedder.from_folder(folder, "cpu")  # says what is wrong with it before anything starts
         weights, config = ((folder / name).read_bytes() for name in (WEIGHTS, CONFIG))
-    _claim(out, weights, config, dataset.manifest.digest, splits, len(parts))
     there = {key for key, _ in storage.list("part-")}
     missing = [part for part in parts if part.key not in there]
+    gpu = bool(missing) and use_gpu(device, workers, free=True)
+    job = {
+        "weights": hashlib.sha256(weights).hexdigest(),
+        "config": hashlib.sha256(config).hexdigest(),
+        "manifest_digest": dataset.manifest.digest,
+        "splits": list(splits),
+        "part": PART,
+        "parts": len(parts),
+    }
+    begun = _claim(out, job, "cuda" if gpu else "cpu")
+    if device == "auto" and begun == "cpu":
+        gpu = False
+    if missing and begun != ("cuda" if gpu else "cpu"):
+        raise DataError(
+            f"{out} was begun with --device {begun}: go on with that, or choose another place"
+        )
     total = sum(part.stop - part.first for part in parts)
     done = total - sum(part.stop - part.first for part in missing)
     progress(done, total)
     if missing:
-        gpu = use_gpu(device, workers, free=True)
         shared = ray.put((weights, config, "cuda" if gpu else "cpu"))
         actor = ray.remote(_Worker).options(  # type: ignore[attr-defined]
             num_cpus=1, num_gpus=int(gpu), max_restarts=2, max_task_retries=2
@@ -204,28 +220,22 @@ class _Worker:
         return len(rows)
 
 
-def _claim(
-    out: str, weights: bytes, config: bytes, manifest: str, splits: Sequence[str], parts: int
-) -> None:
-    """Write `job.json`, or check that it says the same."""
+def _claim(out: str, job: dict[str, Any], device: str) -> str:
+    """Write `job.json`, or check that it says the same; the device that it was begun with."""
     storage = open_storage(out)
     if not storage.exists(JOB) and any(storage.list("part-")):
         raise DataError(
             f"{out} has embeddings, but no {JOB} that says of what: choose another place"
         )
-    job = {
-        "weights": hashlib.sha256(weights).hexdigest(),
-        "config": hashlib.sha256(config).hexdigest(),
-        "manifest_digest": manifest,
-        "splits": list(splits),
-        "part": PART,
-        "parts": parts,
-    }
     try:
-        storage.write(JOB, json.dumps(job, indent=2).encode(), create_once=True)
+        content = json.dumps(job | {"device": device}, indent=2)
+        storage.write(JOB, content.encode(), create_once=True)
     except ObjectExists:
-        if json.loads(storage.read(JOB)) != job:
+        kept = json.loads(storage.read(JOB))
+        device = kept.pop("device", device)
+        if kept != job:
             raise DataError(
                 f"{out} holds embeddings of another model, dataset or choice of splits: "
                 "choose another place"
             ) from None
+    return device

@@ -91,6 +91,33 @@ def test_embeddings_of_another_model_are_not_mixed_in(data, tmp_path):
         embed(model(tmp_path / "two", 1), data, out, splits=("query",))
 
 
+def test_parts_of_another_device_are_not_mixed_in(data, tmp_path):
+    network, out = model(tmp_path / "model", 0), tmp_path / "embeddings"
+    total = embed(network, data, out)
+    job = json.loads((out / "job.json").read_text())
+    assert job["device"] == "cpu"
+    (out / "job.json").write_text(json.dumps(job | {"device": "cuda"}))
+    assert embed(network, data, out, device="cpu") == total  # nothing is left to be embedded
+    (out / "part-000003.parquet").unlink()
+    for device in ("cpu", "auto"):
+        with pytest.raises(DataError, match="begun with --device cuda"):
+            embed(network, data, out, device=device)
+
+
+def test_evaluate_embeds_as_many_images_at_a_time_as_it_is_told(data, tmp_path, monkeypatch):
+    told = {}
+
+    def embedded(*arguments, **settings):
+        told.update(settings)
+        raise DataError("not now")
+
+    monkeypatch.setattr(commands, "embed_dataset", embedded)
+    settings = commands.Evaluate(model=model(tmp_path / "model", 0), data=data, batch=3)
+    with pytest.raises(DataError, match="not now"):
+        commands.evaluate(settings, Console(quiet=True))
+    assert told["batch"] == 3
+
+
 def test_parts_of_unknown_origin_are_not_mixed_in(data, tmp_path):
     out = tmp_path / "embeddings"
     out.mkdir()
