@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from reid_train.evaluation.crew import SHARES
 from reid_train.evaluation.embeddings import ROWS
 from reid_train.evaluation.measure import Measures
@@ -28,14 +30,14 @@ def memory_needed(queries: int, gallery: int, dimensions: int, measures: Measure
     if measures.camera_pairs:
         stages.append(stages[1] + row * gallery)
     if k := max(measures.expand, measures.augment):
-        stages.append(2 * held + _nearest(k, count))  # both sides as one, and its operands
+        stages.append(2 * held + _nearest(k, count, row))  # both sides as one, and its operands
         held += row * (queries * bool(measures.expand) + gallery * bool(measures.augment))
     if measures.rerank:
         scores = 4 * queries * gallery
         # Scores that are not kept are computed again. Operands were let go of before there are
         # rows, but not all of their memory is given back.
         stage = row * count + _rows(count) + (scores if scores <= KEPT else 4 * TILE * gallery)
-        stage += _nearest(measures.reranking.needed, count) + 2 * CHUNK * gallery
+        stage += _nearest(measures.reranking.needed, count, row) + 2 * CHUNK * gallery
         stages.append(row * count + stage)  # both sides as one
     return int(_PROGRAM + _AIR * (held + max(stages)))
 
@@ -45,9 +47,11 @@ def _rows(count: int) -> int:
     return _ROW * (3 * count + 2 * ENCODED)
 
 
-def _nearest(k: int, count: int) -> int:
-    """Bytes of buffers and results of `nearest_neighbours`, and of two tiles."""
-    return (32 + 12) * k * count + 8 * TILE * TILE
+def _nearest(k: int, count: int, row: int, threads: int | None = None) -> int:
+    """Bytes of buffers and results of `nearest_neighbours`; for each thread of rows, and of a tile,
+    twice."""
+    threads = threads or torch.get_num_threads()
+    return (32 + 12) * k * count + threads * TILE * (row + 8 * TILE)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def distributed_memory(
         return DistributedMemory(
             int(_PROGRAM + 2 * row * queries), int(_PROGRAM + _AIR * ranking), row * queries
         )
-    held, nearest = row * count, _nearest(k, count)
+    held, nearest = row * count, _nearest(k, count, row, threads=1)
     # Who reads, holds it all once; who compares, has operands of it all.
     worker, node = held + max(reading, nearest), held + 12 * k * count
     if measures.rerank:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from reid_train.evaluation.scoring import (
     left_operand,
     quick_scores,
     right_operand,
+    single_threaded_pool,
     tolerance,
 )
 
@@ -111,22 +113,25 @@ def query_gallery_pairs(queries: int, count: int) -> list[Tile]:
 def tile_scores(side: Side, metric: int) -> Callable[[Tile], np.ndarray]:
     """A function from a tile to its quick scores (height, width) float32.
 
-    It remembers operands: those of all columns, and those of the last rows.
+    Threads may call it at once, within `full_precision`. It remembers operands: those of all
+    columns, and those of the last rows, as many as there are threads.
     """
-    cpu = torch.device("cpu")
+    cpu, lock, threads = torch.device("cpu"), Lock(), torch.get_num_threads()
     rights: dict[tuple[int, int], torch.Tensor] = {}
     lefts: dict[tuple[int, int], torch.Tensor] = {}
 
     def scores_of(tile: Tile) -> np.ndarray:
         rows, columns = side.rows(*tile.rows), side.rows(*tile.columns)
-        with full_precision():
-            if tile.rows not in lefts:
-                lefts.clear()
-                lefts[tile.rows] = left_operand(rows, metric, cpu)
-            if tile.columns not in rights:
-                rights[tile.columns] = right_operand(columns, metric, cpu)
-            left, right = lefts[tile.rows], rights[tile.columns]
-            scores = quick_scores(left, right, columns, metric).numpy()
+        # Made outside of the lock: twice now and then, but no thread waits for another's.
+        if (left := lefts.get(tile.rows)) is None:
+            left = left_operand(rows, metric, cpu)
+            with lock:
+                lefts[tile.rows] = left
+                if len(lefts) > threads:
+                    del lefts[next(iter(lefts))]
+        if (right := rights.get(tile.columns)) is None:
+            right = rights[tile.columns] = right_operand(columns, metric, cpu)
+        scores = quick_scores(left, right, columns, metric).numpy()
         if metric == counting.EUCLIDEAN:
             scores += (rows.norm[:, None] ** 2).astype(np.float32)
         return scores
@@ -150,7 +155,7 @@ def nearest_neighbours(
         k: how many, at most N.
         metric: code of the metric.
         tiles: what to compare with what; those of the same rows one after another.
-        seen: told each tile's scores (height, width) float32.
+        seen: told each tile's scores (height, width) float32, by several threads at once.
         progress: told each tile's pairs.
     """
     count, capacity = len(side.norm), 4 * k
@@ -165,21 +170,22 @@ def nearest_neighbours(
     # in `ranking`. For embeddings that are not nearly one constant this costs next to nothing.
     slack = tolerance(side, side, metric, certain=True)
     rest = (slack, k, metric, side.embedding, side.scale)
-    scores_of = tile_scores(side, metric)
-    for tile in tiles:
-        row, column, scores = tile.rows[0], tile.columns[0], scores_of(tile)
+    scores_of, tiles = tile_scores(side, metric), list(tiles)
+    locks = {stretch: Lock() for tile in tiles for stretch in (tile.rows, tile.columns)}
+
+    def offer(tile: Tile) -> int:
+        scores, place = scores_of(tile), (tile.rows[0], tile.columns[0])
         seen(tile, scores)
-
-        def rows(a: int, b: int, scores=scores, row=row, column=column) -> None:
-            nearest.offer_columns(scores[a:b], row + a, column, *buffers, *rest)
-
-        def columns(a: int, b: int, scores=scores, row=row, column=column) -> None:
-            nearest.offer_rows(scores[:, a:b], row, column + a, *buffers, *rest)
-
-        in_threads(rows, scores.shape[0])
+        with locks[tile.rows]:
+            nearest.offer_columns(scores, *place, *buffers, *rest)
         if tile.mirrored:
-            in_threads(columns, scores.shape[1])
-        progress(tile.pairs)
+            with locks[tile.columns]:
+                nearest.offer_rows(scores, *place, *buffers, *rest)
+        return tile.pairs
+
+    with full_precision(), single_threaded_pool() as pool:
+        for pairs in pool.map(offer, tiles):
+            progress(pairs)
     index, score = np.empty((count, k), np.int32), np.empty((count, k))
 
     in_threads(lambda a, b: nearest.settle(*buffers[:4], *rest, a, index[a:b], score[a:b]), count)

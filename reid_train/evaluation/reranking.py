@@ -37,6 +37,7 @@ from reid_train.evaluation.scoring import (
     Metric,
     Side,
     checked_side,
+    full_precision,
     in_threads,
     metric_code,
     tolerance,
@@ -270,8 +271,9 @@ def scores_across(
     for tiles in across:
         first, last = tiles[0].rows
         out = np.empty((min(last, queries) - first, len(side.norm) - queries), np.float32)
-        for tile in tiles:
-            copy_across(tile, scores_of(tile), out, first, queries)
+        with full_precision():
+            for tile in tiles:
+                copy_across(tile, scores_of(tile), out, first, queries)
         yield first, out
 
 

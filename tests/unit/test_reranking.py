@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import dense_reranking, dense_scores
@@ -102,6 +103,21 @@ def test_nearest_neighbours_are_the_first_of_a_stable_sort(monkeypatch, metric, 
     found = nearest_neighbours(Side.of(rows), 12, METRICS[metric], all_pairs(700))
     order = np.argsort(dense_scores(rows, rows, metric), axis=1, kind="stable")
     np.testing.assert_array_equal(found.index, order[:, :12])
+
+
+def test_neighbours_are_the_same_bits_on_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr(neighbours, "TILE", 32)
+    side = Side.of(np.random.default_rng(0).integers(-1, 2, (400, 16)).astype(np.float32))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(nearest_neighbours(side, 9, METRICS["cosine"], all_pairs(400)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for name in ("index", "score", "furthest"):
+            np.testing.assert_array_equal(getattr(other, name), getattr(found[0], name))
 
 
 def test_neighbours_from_parts_of_the_tiles_merge_to_the_same_bits(monkeypatch):
