@@ -216,8 +216,10 @@ def test_interrupted_submission_asks_and_stops_the_job(folder):
     keyboard, terminal = pty.openpty()
     command = [sys.executable, "-m", "cluster", "submit", "--", "sleep", "600"]
     process = subprocess.Popen(
-        command, cwd=PROJECT, stdin=terminal, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=PROJECT, stdin=terminal, stderr=subprocess.PIPE, text=True,
+        # Which a shell's background jobs have ignored, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + PATIENCE
     new: list = []
     while not any(job.status == JobStatus.RUNNING for job in new):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from ray.cluster_utils import Cluster
@@ -315,4 +316,7 @@ def test_run_whose_head_is_gone_ends_and_is_resumed_elsewhere(wanderer):
 
 
 def test_run_on_other_numbers_of_workers_has_the_quiet_runs_losses(quiet, wanderer):
-    assert quiet.steps("wanderer") == pytest.approx(quiet.steps("quiet"), rel=0.02)
+    # Sums are grouped otherwise, and once in a while another example is the hardest then.
+    assert quiet.steps("wanderer") == pytest.approx(quiet.steps("quiet"), rel=0.05)
+    pairs = zip(quiet.steps("wanderer").values(), quiet.steps("quiet").values(), strict=True)
+    assert np.mean([abs(a / b - 1) for a, b in pairs]) < 0.01
