@@ -103,7 +103,7 @@ def embed_dataset(
         weights, config = ((folder / name).read_bytes() for name in (WEIGHTS, CONFIG))
     there = {key for key, _ in storage.list("part-")}
     missing = [part for part in parts if part.key not in there]
-    gpu = bool(missing) and use_gpu(device, workers, free=True)
+    chosen = "cuda" if missing and use_gpu(device, workers, free=True) else "cpu"
     job = {
         "weights": hashlib.sha256(weights).hexdigest(),
         "config": hashlib.sha256(config).hexdigest(),
@@ -112,10 +112,8 @@ def embed_dataset(
         "part": PART,
         "parts": len(parts),
     }
-    begun = _claim(out, job, "cuda" if gpu else "cpu")
-    if device == "auto" and begun == "cpu":
-        gpu = False
-    if missing and begun != ("cuda" if gpu else "cpu"):
+    begun = _claim(out, job, chosen)
+    if missing and begun != chosen and (device, begun) != ("auto", "cpu"):
         raise DataError(
             f"{out} was begun with --device {begun}: go on with that, or choose another place"
         )
@@ -123,9 +121,9 @@ def embed_dataset(
     done = total - sum(part.stop - part.first for part in missing)
     progress(done, total)
     if missing:
-        shared = ray.put((weights, config, "cuda" if gpu else "cpu"))
+        shared = ray.put((weights, config, begun))
         actor = ray.remote(_Worker).options(  # type: ignore[attr-defined]
-            num_cpus=1, num_gpus=int(gpu), max_restarts=2, max_task_retries=2
+            num_cpus=1, num_gpus=int(begun == "cuda"), max_restarts=2, max_task_retries=2
         )
         count = min(workers, len(missing))
         given = shared, data, out, loader or LoaderConfig(), batch

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from data_shards.errors import ConfigError, DataError
+from data_shards.errors import ConfigError
 from reid_train.evaluation import counting, reciprocal
 from reid_train.evaluation.matches import read_only
 from reid_train.evaluation.neighbours import (
@@ -36,6 +36,7 @@ from reid_train.evaluation.neighbours import (
 from reid_train.evaluation.scoring import (
     Metric,
     Side,
+    check_dimensions,
     checked_side,
     full_precision,
     in_threads,
@@ -159,12 +160,7 @@ def rerank(
 def joined(query: np.ndarray, gallery: np.ndarray) -> Side:
     """Queries and gallery as one side, checked."""
     sides = checked_side("query", query), checked_side("gallery", gallery)
-    dimensions = [side.embedding.shape[1] for side in sides]
-    if dimensions[0] != dimensions[1]:
-        raise DataError(
-            f"query embeddings have {dimensions[0]} dimensions, those of the gallery "
-            f"{dimensions[1]}: are they of the same model?"
-        )
+    check_dimensions(*sides)
     return Side.joined(*sides)
 
 

@@ -96,6 +96,16 @@ class Side:
         return Side(self.embedding[wanted], self.scale[wanted], self.norm[wanted])
 
 
+def check_dimensions(query: Side, gallery: Side) -> None:
+    """Raise `DataError` where the two have different dimensions."""
+    dimensions = query.embedding.shape[1], gallery.embedding.shape[1]
+    if dimensions[0] != dimensions[1]:
+        raise DataError(
+            f"query embeddings have {dimensions[0]} dimensions, those of the gallery "
+            f"{dimensions[1]}: are they of the same model?"
+        )
+
+
 def left_operand(query: Side, metric: int, device: torch.device) -> torch.Tensor:
     """A few queries as `quick_scores` wants them: −q/‖q‖ for the cosine, −2q for Euclidean."""
     factor = -query.scale if metric == counting.COSINE else np.full(len(query.norm), -2.0)
