@@ -30,7 +30,7 @@ def demo(arguments: list[str]) -> None:
 
 def local(arguments: list[str]) -> None:
     """Parse and run `local up`, `local status` or `local down`."""
-    from cluster.local import COMMANDS
+    from cluster.local.servers import COMMANDS
 
     tyro.extras.subcommand_cli_from_dict(
         COMMANDS, args=arguments, prog="python -m cluster local", description=""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster import local
-from cluster.stack import BUCKET
+from cluster.local import servers as local
+from cluster.local.stack import BUCKET
 from data_shards.cli import build_command
 from data_shards.storage import open_storage
 from reid_train.recipes import recipe
@@ -32,8 +32,8 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         addresses = local.start(folder, console=console)
         os.environ |= local.environment(folder)
         # Ray reads some of these variables as it is imported.
-        from reid_train.run import run
-        from reid_train.run_folder import REPORT
+        from reid_train.runs.job import run
+        from reid_train.runs.run_dir import REPORT
 
         console.print(f"S3 {addresses.s3}, MLflow {addresses.mlflow}, Ray's dashboard", end=" ")
         console.print(addresses.dashboard, highlight=False)

@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from cluster import local
+from cluster.local import servers as local
 from data_shards.errors import ConfigError, ReidError
-from reid_train.tracking import code_commit, redact
+from reid_train.tracking.tracker import code_commit, redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

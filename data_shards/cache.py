@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
-from data_shards.files import disk_errors, file_sha256
 from data_shards.manifest import ShardInfo
 from data_shards.storage import LocalStorage, Storage
+from data_shards.storage.atomic import disk_errors, file_sha256
 
 log = logging.getLogger(__name__)
 

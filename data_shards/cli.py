@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from data_shards.build import SHARD_BYTES, build
+from data_shards.building.build import SHARD_BYTES, build
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, run_command
 from data_shards.manifest import Manifest

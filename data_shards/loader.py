@@ -20,8 +20,8 @@ from data_shards.cache import CacheStats, ShardCache
 from data_shards.dataset import Dataset
 from data_shards.decode import decode_into
 from data_shards.errors import ConfigError, DataError, ReidError, StorageError
-from data_shards.files import disk_errors
 from data_shards.manifest import Index, ShardInfo
+from data_shards.storage.atomic import disk_errors
 
 AHEAD = 2  # batches that each worker has before it or in its hands
 HELD = 4  # batches that the consumer may hold, and the one on its way

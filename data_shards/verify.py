@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_shards.building.parallel import cores, parallel_map
 from data_shards.dataset import Dataset
 from data_shards.decode import decode
 from data_shards.errors import DataError, ObjectMissing
-from data_shards.jobs import cores, parallel_map
 from data_shards.manifest import Index, ShardInfo
 from data_shards.storage import Storage
 

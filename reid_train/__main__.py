@@ -1,5 +1,5 @@
 from reid_train.cli import main
-from reid_train.loopback import keep_ray_home
+from reid_train.ray_utils import keep_ray_home
 
 keep_ray_home()
 raise SystemExit(main())

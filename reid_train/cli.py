@@ -43,8 +43,8 @@ class Train:
 
 def train(arguments: list[str]) -> None:
     """Parse and run `train`. The recipe, or the run that is resumed, gives the defaults."""
-    from reid_train.run import run
-    from reid_train.run_folder import Run
+    from reid_train.runs.job import run
+    from reid_train.runs.run_dir import Run
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="msmt17_resnet50")
@@ -97,7 +97,7 @@ class Models:
 
 def models(arguments: list[str]) -> None:
     """List what is registered."""
-    from reid_train.registry import list_models
+    from reid_train.registry.registry import list_models
 
     parsed = tyro.cli(Models, args=arguments, prog="python -m reid_train models")
     table = Table("model", "version", "aliases", "mAP", "rank-1", "dataset", "created", "run")
@@ -108,7 +108,7 @@ def models(arguments: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     """Measure a model or embeddings."""
-    from reid_train.evaluation import commands
+    from reid_train.commands import evaluate as commands
 
     prog = "python -m reid_train evaluate"
     commands.evaluate(tyro.cli(commands.Evaluate, args=arguments, prog=prog), Console())
@@ -116,7 +116,7 @@ def evaluate(arguments: list[str]) -> None:
 
 def embed(arguments: list[str]) -> None:
     """Embed a dataset."""
-    from reid_train.evaluation import commands
+    from reid_train.commands import evaluate as commands
 
     prog = "python -m reid_train embed"
     commands.embed(tyro.cli(commands.Embed, args=arguments, prog=prog), Console())

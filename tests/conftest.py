@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from cluster.s3 import S3Server
+from cluster.local.s3_server import S3Server
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-from reid_train.loopback import keep_ray_home
+from reid_train.ray_utils import keep_ray_home
 from tune.cli import main
 
 keep_ray_home()

@@ -7,8 +7,8 @@ import math
 
 from data_shards.errors import StorageError
 from reid_train.config import TrainConfig
-from reid_train.tracking import Tracker
-from tune.book import Trial
+from reid_train.tracking.tracker import Tracker
+from tune.store import Trial
 
 logger = logging.getLogger(__name__)
 

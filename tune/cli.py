@@ -13,7 +13,7 @@ from rich.console import Console
 from data_shards.errors import ConfigError, run_command
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
-from tune.settings import Sweep
+from tune.config import Sweep
 from tune.space import default, overrides, read_file
 
 

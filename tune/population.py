@@ -16,9 +16,9 @@ import numpy as np
 
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
-from tune.book import Trial
 from tune.patience import first_decision
 from tune.space import MODE, Choice, Dimension, Real, Space, Value, Whole, draw
+from tune.store import Trial
 
 QUARTER = 0.25
 RESAMPLE = 0.25

@@ -16,12 +16,12 @@ from ray.tune.search import Searcher
 
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
-from reid_train.memory import out_of_memory
-from reid_train.resilience import release
-from reid_train.run_storage import ray_storage
-from reid_train.trainer import start_ray
-from tune.study import Study
-from tune.trial import run_trial
+from reid_train.out_of_memory import out_of_memory
+from reid_train.runs.ray_checkpoints import ray_storage
+from reid_train.runs.ray_internals import release
+from reid_train.runs.ray_trainer import start_ray
+from tune.controller import Study
+from tune.trainable import run_trial
 
 
 def connect() -> None:

@@ -16,26 +16,27 @@ from rich.table import Table
 
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError
-from reid_train import preflight
 from reid_train.config import TrainConfig
-from reid_train.progress import beside_driver
-from reid_train.publish import publish
-from reid_train.run import tracking_uri
-from reid_train.run_folder import REPORT, prepare
-from reid_train.run_storage import forget_missing, ray_storage
-from reid_train.tracking import Tracker, code_commit
-from tune import pictures, runner
-from tune.board import TrialBoard, watch
-from tune.book import Book, Trial
+from reid_train.runs import preflight
+from reid_train.runs.console import beside_driver
+from reid_train.runs.job import tracking_uri
+from reid_train.runs.publish import publish
+from reid_train.runs.ray_checkpoints import forget_missing, ray_storage
+from reid_train.runs.run_dir import REPORT, prepare
+from reid_train.tracking.tracker import Tracker, code_commit
+from tune import plots as pictures
+from tune import runner
+from tune.asha import Halving
 from tune.children import begin_child, end_child
-from tune.halving import Halving
+from tune.config import Sweep, default_name
+from tune.console import TrialBoard, watch
+from tune.controller import Study
 from tune.patience import decides_while_frozen
 from tune.population import Population
-from tune.proposals import Chance, Grid, Listed, Proposer, Tpe
-from tune.ranking import Entry, command, held, markdown, ranking, survivors, verdict
-from tune.settings import Sweep, default_name
+from tune.results import Entry, command, held, markdown, ranking, survivors, verdict
+from tune.searchers import Chance, Grid, Listed, Proposer, Tpe
 from tune.space import Space, build, default, first_points
-from tune.study import Study
+from tune.store import Book, Trial
 
 logger = logging.getLogger(__name__)
 

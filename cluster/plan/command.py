@@ -31,15 +31,15 @@ from cluster.plan.throughput import (
 from cluster.plan.workload import Layout, workloads
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError
-from data_shards.files import disk_errors, replacing
 from data_shards.storage import open_storage
-from reid_train.build import autocast
-from reid_train.checkpoint import HISTORY
+from data_shards.storage.atomic import disk_errors, replacing
 from reid_train.config import TrainConfig, explain
-from reid_train.history import History
-from reid_train.loop import epoch_plan, train_index
 from reid_train.recipes import recipe
-from reid_train.run_folder import Run
+from reid_train.runs.run_dir import Run
+from reid_train.training.build import autocast
+from reid_train.training.checkpoint import HISTORY
+from reid_train.training.history import History
+from reid_train.training.loop import epoch_plan, train_index
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from reid_train.config import TrainConfig
-from reid_train.model import ReidNet
+from reid_train.model.network import ReidNet
 
 PhaseName = Literal["heads", "all"]
 """The backbone frozen, or everything trained."""

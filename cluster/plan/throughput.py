@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.plan.network import PhaseName
 from data_shards.errors import ConfigError, DataError
-from data_shards.files import disk_errors, replacing
+from data_shards.storage.atomic import disk_errors, replacing
 from reid_train.config import TrainConfig, explain
 
 PACKAGED = Path(__file__).with_name("throughput.json")

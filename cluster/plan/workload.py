@@ -22,9 +22,9 @@ from data_shards.errors import ConfigError
 from data_shards.loader import Lookahead
 from data_shards.manifest import MANIFEST_NAME, Index, ShardInfo
 from reid_train.config import TrainConfig
-from reid_train.evaluation.matches import Labels, find_matches
-from reid_train.loop import epoch_plan, train_index
-from reid_train.validation import MATCHES, QUERIES
+from reid_train.evaluation.ground_truth import Labels, find_matches
+from reid_train.training.loop import epoch_plan, train_index
+from reid_train.training.validation import MATCHES, QUERIES
 
 
 @dataclass(frozen=True)

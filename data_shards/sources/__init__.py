@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from data_shards.sources import csv, dukemtmc, market1501, msmt17, synthetic
+from data_shards.sources import csv, dukemtmc, market1501, msmt17
 from data_shards.sources.layout import Source
+from data_shards.sources.synthetic import render as synthetic
 
 SOURCES: dict[str, Source] = {
     "msmt17": Source("MSMT17", msmt17.read, msmt17.COUNTS),

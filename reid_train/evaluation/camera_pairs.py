@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from reid_train.evaluation.matches import Labels
+from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.metrics import RankingResult, metrics_of
 from reid_train.evaluation.ranking import ranks_within
-from reid_train.evaluation.scoring import Metric
+from reid_train.evaluation.similarity import Metric
 
 
 def rank_by_camera_pair(

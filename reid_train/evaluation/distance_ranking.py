@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from data_shards.errors import DataError
-from reid_train.evaluation import counting
-from reid_train.evaluation.matches import Labels, Matches, find_matches
+from reid_train.evaluation.ground_truth import Labels, Matches, find_matches
+from reid_train.evaluation.kernels import rank_counts as counting
 from reid_train.evaluation.metrics import RankingResult, metrics_of
 from reid_train.evaluation.ranking import count_on_host
-from reid_train.evaluation.scoring import Side
+from reid_train.evaluation.similarity import Side
 
 Distances = Iterable[tuple[int, np.ndarray]]
 """First query's number, and distances (B, G) float32 of a few queries to the whole gallery."""

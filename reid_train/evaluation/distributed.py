@@ -16,11 +16,10 @@ import numpy as np
 import ray
 
 from reid_train.evaluation.camera_pairs import by_query_camera, split_by_camera
-from reid_train.evaluation.counting import COSINE, EUCLIDEAN
-from reid_train.evaluation.crew import Crew
-from reid_train.evaluation.embeddings import EmbeddingFiles
-from reid_train.evaluation.matches import Labels, Matches, find_matches
-from reid_train.evaluation.measure import Measurement, Measures, Progress
+from reid_train.evaluation.embedding_store import EmbeddingFiles
+from reid_train.evaluation.evaluate import Measurement, Measures, Progress
+from reid_train.evaluation.ground_truth import Labels, Matches, find_matches
+from reid_train.evaluation.kernels.rank_counts import COSINE, EUCLIDEAN
 from reid_train.evaluation.metrics import RankingResult, metrics_of
 from reid_train.evaluation.neighbours import (
     Neighbours,
@@ -30,9 +29,9 @@ from reid_train.evaluation.neighbours import (
     tiles_across,
 )
 from reid_train.evaluation.ranking import BLOCK, ranks_of
-from reid_train.evaluation.roc import STRETCH, rates_of
-from reid_train.evaluation.scoring import Side, metric_code
-from reid_train.evaluation.shares import (
+from reid_train.evaluation.similarity import Side, metric_code
+from reid_train.evaluation.task_pool import Crew
+from reid_train.evaluation.tasks import (
     Streamed,
     Stretch,
     count_pairs_share,
@@ -48,6 +47,7 @@ from reid_train.evaluation.shares import (
     nearest_share,
     score_share,
 )
+from reid_train.evaluation.verification import STRETCH, rates_of
 
 
 def measure_distributed(

@@ -26,14 +26,14 @@ from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ObjectExists, ReidError
 from data_shards.loader import row_batches
 from data_shards.storage import open_storage
-from reid_train.build import autocast, set_precision
 from reid_train.config import LoaderConfig
-from reid_train.evaluation.embed import embed_batches
-from reid_train.evaluation.embeddings import JOB, EmbeddingTable, part_key, write_part
-from reid_train.inference import CONFIG, WEIGHTS, Embedder
-from reid_train.memory import out_of_memory
-from reid_train.registry import fetch
-from reid_train.trainer import use_gpu
+from reid_train.evaluation.embedding_store import JOB, EmbeddingTable, part_key, write_part
+from reid_train.evaluation.extract import embed_batches
+from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
+from reid_train.out_of_memory import out_of_memory
+from reid_train.registry.registry import fetch
+from reid_train.runs.ray_trainer import use_gpu
+from reid_train.training.build import autocast, set_precision
 
 PART = 4096
 """Images of a part."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from data_shards.errors import ConfigError
-from reid_train.evaluation.counting import COSINE
+from reid_train.evaluation.kernels.rank_counts import COSINE
 from reid_train.evaluation.neighbours import (
     Neighbours,
     all_pairs,
@@ -13,7 +13,7 @@ from reid_train.evaluation.neighbours import (
     query_gallery_pairs,
 )
 from reid_train.evaluation.reranking import joined
-from reid_train.evaluation.scoring import Side, checked_side
+from reid_train.evaluation.similarity import Side, checked_side
 
 _ROWS = 1024  # whose neighbours' embeddings are gathered at a time
 

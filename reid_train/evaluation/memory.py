@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from reid_train.evaluation.crew import SHARES
-from reid_train.evaluation.embeddings import ROWS
-from reid_train.evaluation.measure import Measures
+from reid_train.evaluation.embedding_store import ROWS
+from reid_train.evaluation.evaluate import Measures
 from reid_train.evaluation.neighbours import TILE
 from reid_train.evaluation.ranking import BLOCK
 from reid_train.evaluation.reranking import CHUNK, ENCODED, KEPT
-from reid_train.evaluation.roc import BINS, STRETCH
+from reid_train.evaluation.task_pool import SHARES
+from reid_train.evaluation.verification import BINS, STRETCH
 
 _PROGRAM = 1.25e9  # bytes of Python, torch, Ray and the compiled loops
 _AIR = 1.1  # what allocators keep for themselves

@@ -9,8 +9,9 @@ from threading import Lock
 import numpy as np
 import torch
 
-from reid_train.evaluation import counting, nearest
-from reid_train.evaluation.scoring import (
+from reid_train.evaluation.kernels import rank_counts as counting
+from reid_train.evaluation.kernels import topk as nearest
+from reid_train.evaluation.similarity import (
     Side,
     full_precision,
     in_threads,

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 
 from data_shards.errors import DataError
-from reid_train.evaluation import counting
-from reid_train.evaluation.device_counting import count_block_on_device
-from reid_train.evaluation.matches import Labels, Matches, find_matches
+from reid_train.evaluation.ground_truth import Labels, Matches, find_matches
+from reid_train.evaluation.kernels import rank_counts as counting
+from reid_train.evaluation.kernels.device_rank_counts import count_block_on_device
 from reid_train.evaluation.metrics import RankingResult, metrics_of
-from reid_train.evaluation.roc import tar_at_far
-from reid_train.evaluation.scoring import (
+from reid_train.evaluation.similarity import (
     Metric,
     Side,
     check_dimensions,
@@ -42,6 +41,7 @@ from reid_train.evaluation.scoring import (
     tolerance,
     tolerance_at,
 )
+from reid_train.evaluation.verification import tar_at_far
 
 BLOCK = 2048  # gallery items a product; they and their scores stay in the cache meanwhile
 CHUNK = 256  # queries a product: more, and threads wait longer for the last one of a block

@@ -23,8 +23,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from data_shards.errors import ConfigError
-from reid_train.evaluation import counting, reciprocal
-from reid_train.evaluation.matches import read_only
+from reid_train.evaluation.ground_truth import read_only
+from reid_train.evaluation.kernels import k_reciprocal as reciprocal
+from reid_train.evaluation.kernels import rank_counts as counting
 from reid_train.evaluation.neighbours import (
     Neighbours,
     Tile,
@@ -33,7 +34,7 @@ from reid_train.evaluation.neighbours import (
     tile_scores,
     tiles_across,
 )
-from reid_train.evaluation.scoring import (
+from reid_train.evaluation.similarity import (
     Metric,
     Side,
     check_dimensions,

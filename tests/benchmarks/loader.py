@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
-from data_shards.build import build
+from data_shards.building.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.loader import train_batches

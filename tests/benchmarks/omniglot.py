@@ -20,11 +20,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-from cluster.s3 import S3Server
+from cluster.local.s3_server import S3Server
 from data_shards.cli import build_command
 from data_shards.errors import ObjectMissing
 from data_shards.storage import open_storage
-from reid_train.tracking import local_tracking
+from reid_train.tracking.tracker import local_tracking
 
 TEST = ("Japanese_(katakana)", "Sanskrit", "Tagalog")
 QUERY_DRAWERS = range(1, 6)

@@ -33,14 +33,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import multiprocessing
 
+from cluster.local.s3_server import S3Server
 from cluster.plan.command import Planned, add_to_table, make, measured, parse
 from cluster.plan.network import describe
-from cluster.s3 import S3Server
-from data_shards.build import build
+from data_shards.building.build import build
 from data_shards.dataset import Dataset
 from data_shards.storage import open_storage
 from reid_train.recipes import recipe
-from reid_train.tracking import local_tracking
+from reid_train.tracking.tracker import local_tracking
 
 BUCKET, DATA = "plan", "people"
 TRIES = 6

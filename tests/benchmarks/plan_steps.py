@@ -29,13 +29,13 @@ from cluster.plan.estimate import Host, Machine, step
 from cluster.plan.network import PHASES, describe
 from cluster.plan.throughput import Speed
 from cluster.plan.workload import Layout, workloads
-from data_shards.build import build
+from data_shards.building.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
-from reid_train import loop
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
-from reid_train.worker import Worker
+from reid_train.training import loop
+from reid_train.training.context import Worker
 
 FIRST = 2  # steps of a phase that are left out
 

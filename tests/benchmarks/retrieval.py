@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from reid_train.evaluation.matches import Labels
+from reid_train.evaluation.ground_truth import Labels
 
 SIZES = {
     "small": (1_000, 5_000, 250),

@@ -19,13 +19,13 @@ from data_shards.dataset import Dataset
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
-from reid_train.run_folder import prepare
-from reid_train.trainer import make_trainer
+from reid_train.runs.ray_trainer import make_trainer
+from reid_train.runs.run_dir import prepare
 from tune import runner
-from tune.board import TrialBoard
-from tune.book import Book, Trial
-from tune.proposals import Listed
-from tune.study import Study
+from tune.console import TrialBoard
+from tune.controller import Study
+from tune.searchers import Listed
+from tune.store import Book, Trial
 
 AMPLITUDES = (5e-3, 1e-3, 1e-2, 2e-3, 2e-2, 5e-4)
 

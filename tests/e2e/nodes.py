@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import ray
 
-from cluster.s3 import free_ports
+from cluster.local.s3_server import free_ports
 
 PATIENCE = 400.0
 RAY = [str(Path(sys.executable).parent / "ray"), "start", "--disable-usage-stats", "--block"]

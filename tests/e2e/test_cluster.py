@@ -16,9 +16,9 @@ import psutil
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster import local
-from cluster.stack import BUCKET, MARK
-from data_shards.build import build
+from cluster.local import servers as local
+from cluster.local.stack import BUCKET, MARK
+from data_shards.building.build import build
 
 PATIENCE = 800.0
 PROJECT = Path(__file__).parents[2]

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from nodes import Nodes, nodes
 
+from cluster.local.s3_server import S3Server
 from cluster.plan.workload import Layout, workloads
-from cluster.s3 import S3Server
-from data_shards.build import build
+from data_shards.building.build import build
 from data_shards.dataset import Dataset
 from data_shards.storage import open_storage
-from reid_train.checkpoint import Checkpoint
-from reid_train.run_folder import Run
+from reid_train.runs.run_dir import Run
+from reid_train.training.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -17,14 +17,14 @@ from mlflow.entities import Metric
 from proxy import S3Proxy
 from soak_watch import Watch, alive, bytes_below
 
-from cluster.s3 import S3Server
-from data_shards.build import build
+from cluster.local.s3_server import S3Server
+from data_shards.building.build import build
 from data_shards.dataset import Dataset
 from data_shards.storage import open_storage
-from reid_train.checkpoint import HISTORY, MODEL, SEAL, TRAINING
-from reid_train.history import History
-from reid_train.run_folder import SUMMARY
-from reid_train.tracking import connect, local_tracking
+from reid_train.runs.run_dir import SUMMARY
+from reid_train.tracking.tracker import connect, local_tracking
+from reid_train.training.checkpoint import HISTORY, MODEL, SEAL, TRAINING
+from reid_train.training.history import History
 
 BUCKET = "soak"
 DATA, OUTPUT = f"s3://{BUCKET}/people", f"s3://{BUCKET}/runs"

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 import data_shards.cli
-from data_shards.build import build
+from data_shards.building.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError
 from data_shards.loader import split_batches
 from data_shards.manifest import Manifest, sha256
-from data_shards.sources import synthetic
+from data_shards.sources.synthetic import render as synthetic
 
 OPTIONS = {"identities": 8, "cameras": 2, "images_per_camera": 2}
 SIDE = 60_000

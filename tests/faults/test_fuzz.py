@@ -22,15 +22,15 @@ from data_shards.decode import decode, image_size
 from data_shards.errors import ReidError
 from data_shards.manifest import FileInfo, Index, Manifest, ShardInfo, SplitInfo, sha256
 from data_shards.storage import LocalStorage
-from reid_train import checkpoint
-from reid_train.checkpoint import FILES, SEAL, Checkpoint, Origin, Progress
-from reid_train.evaluation.embeddings import EmbeddingTable, read_embeddings, write_part
-from reid_train.history import History
+from reid_train.evaluation.embedding_store import EmbeddingTable, read_embeddings, write_part
+from reid_train.model.pretrained import read_state
 from reid_train.recipes import recipe
-from reid_train.registry import load
-from reid_train.run_folder import Run
-from reid_train.weights import read_state
-from tune.book import Book, Trial
+from reid_train.registry.registry import load
+from reid_train.runs.run_dir import Run
+from reid_train.training import checkpoint
+from reid_train.training.checkpoint import FILES, SEAL, Checkpoint, Origin, Progress
+from reid_train.training.history import History
+from tune.store import Book, Trial
 
 FUZZ = settings(
     max_examples=50,

@@ -12,11 +12,19 @@ import torch
 
 from data_shards.errors import DataError
 from data_shards.manifest import sha256
-from reid_train.checkpoint import CONFIG, FILES, MODEL, PROGRESS, SEAL, Checkpoint, Progress
-from reid_train.evaluation.embeddings import read_embeddings
+from reid_train.evaluation.embedding_store import read_embeddings
+from reid_train.model.pretrained import read_state
 from reid_train.recipes import recipe
-from reid_train.registry import load
-from reid_train.weights import read_state
+from reid_train.registry.registry import load
+from reid_train.training.checkpoint import (
+    CONFIG,
+    FILES,
+    MODEL,
+    PROGRESS,
+    SEAL,
+    Checkpoint,
+    Progress,
+)
 
 
 class Payload:

@@ -29,19 +29,18 @@ from proxy import (
 from ray.train import Checkpoint as RayCheckpoint
 
 import data_shards.cli
-from cluster.s3 import S3Server
-from data_shards import patience, s3
-from data_shards.build import build
+from cluster.local.s3_server import S3Server
+from data_shards.building.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ObjectMissing, StorageError
-from data_shards.files import file_sha256
-from data_shards.sources import synthetic
-from data_shards.storage import open_storage
-from reid_train.checkpoint import FILES, SEAL
+from data_shards.sources.synthetic import render as synthetic
+from data_shards.storage import open_storage, retry, s3
+from data_shards.storage.atomic import file_sha256
 from reid_train.recipes import recipe
-from reid_train.run_folder import Run, claim
-from reid_train.run_storage import ray_checkpoint, ray_storage, upload
+from reid_train.runs.ray_checkpoints import ray_checkpoint, ray_storage, upload
+from reid_train.runs.run_dir import Run, claim
+from reid_train.training.checkpoint import FILES, SEAL
 
 BUCKET = "places"
 DATA = f"s3://{BUCKET}/people"
@@ -62,8 +61,8 @@ def proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
             patch.setenv(name, value)
         patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         patch.setattr(s3, "READ_SECONDS", 3.0)
-        patch.setattr(patience, "PAUSE", 0.01)
-        patch.setattr(patience, "PAUSE_MOST", 0.3)
+        patch.setattr(retry, "PAUSE", 0.01)
+        patch.setattr(retry, "PAUSE_MOST", 0.3)
         s3_server.create_bucket(BUCKET)
         yield proxy
 
@@ -249,7 +248,7 @@ def say(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
     ],
 )
 def test_what_does_not_pass_is_one_line(proxy, there, capsys, monkeypatch, fault, said):
-    monkeypatch.setattr(patience, "PATIENCE", 0.3)
+    monkeypatch.setattr(retry, "PATIENCE", 0.3)
     proxy.add(refuse, method="GET|HEAD", times=None, **fault)
     code, line = say(capsys, "info", DATA)
     assert code == 4
@@ -267,7 +266,7 @@ def test_missing_objects_are_named(proxy, there, tmp_path):
 
 
 def test_server_that_stays_down_is_named_and_leaves_nothing(proxy, there, tmp_path, monkeypatch):
-    monkeypatch.setattr(patience, "PATIENCE", 0.5)
+    monkeypatch.setattr(retry, "PATIENCE", 0.5)
     cache = ShardCache(there.storage, tmp_path / "cache", 10**9)
     with proxy.down(), pytest.raises(StorageError, match=r"cannot reach .* server up"):
         cache.path(there.manifest.shards[0])
@@ -316,7 +315,7 @@ def test_upload_that_is_cut_off_lacks_its_seal(proxy, checkpoint):
 
 
 def test_mlflow_keeps_artifacts_on_s3_through_what_passes(proxy, tmp_path, monkeypatch):
-    from reid_train.tracking import connect, local_tracking
+    from reid_train.tracking.tracker import connect, local_tracking
 
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", proxy.endpoint)
     client = connect(local_tracking(tmp_path))

@@ -31,14 +31,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torchvision.models import resnet
 
-from cluster.s3 import S3Server
-from data_shards.build import build
+from cluster.local.s3_server import S3Server
+from data_shards.building.build import build
 from data_shards.errors import StorageError
 from data_shards.storage import Storage, open_storage
-from reid_train.checkpoint import MODEL, TRAINING, Checkpoint
 from reid_train.recipes import recipe
-from reid_train.run import run
-from reid_train.tracking import connect, local_tracking
+from reid_train.runs.job import run
+from reid_train.tracking.tracker import connect, local_tracking
+from reid_train.training.checkpoint import MODEL, TRAINING, Checkpoint
 
 pytestmark = pytest.mark.slow
 

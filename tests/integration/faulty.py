@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import reid_train.cli
-from reid_train import trainer
+from reid_train.runs import ray_trainer as trainer
 
 FOLDER = Path(sys.argv[1])
 train_worker = trainer._train_worker
@@ -31,15 +31,16 @@ def faulty(settings: dict) -> None:
     from torch import nn
 
     from data_shards.storage import open_storage
-    from reid_train import augment, trainer
-    from reid_train.checkpoint import FILES
+    from reid_train import transforms
+    from reid_train.runs import ray_trainer as trainer
+    from reid_train.training.checkpoint import FILES
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     with (FOLDER / "worlds.txt").open("a") as file:
         file.write(f"{world}\n" if rank == 0 else "")
     step = 0
-    draw, whole, reduce = augment.draw, trainer.upload, dist.all_reduce
+    draw, whole, reduce = transforms.draw, trainer.upload, dist.all_reduce
 
     def due(what: str, *, at_least: bool = False) -> str | None:
         """The fault's place among the steps, if it is due now; it is not due again."""
@@ -79,7 +80,7 @@ def faulty(settings: dict) -> None:
             die()
         return whole(run, checkpoint, name, **claim)
 
-    augment.draw, trainer.upload, dist.all_reduce = count, upload, all_reduce
+    transforms.draw, trainer.upload, dist.all_reduce = count, upload, all_reduce
     nn.modules.module.register_module_forward_pre_hook(forward)
     train_worker(settings)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import boto3
 import pytest
 
-from data_shards import s3 as s3_module
-from data_shards.build import build
+from data_shards.building.build import build
 from data_shards.cli import main
 from data_shards.errors import ObjectExists, ObjectMissing, StorageError
-from data_shards.files import file_sha256
-from data_shards.sources import synthetic
+from data_shards.sources.synthetic import render as synthetic
 from data_shards.storage import open_storage
+from data_shards.storage import s3 as s3_module
+from data_shards.storage.atomic import file_sha256
 from data_shards.verify import verify
 
 OPTIONS = {"identities": 16, "cameras": 3, "images_per_camera": 4}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from command_line import error_line, train, write_csv
 
-from reid_train import weights
+from reid_train.model import pretrained as weights
 
 # --- commands and settings --------------------------------------------------------------------
 

@@ -12,17 +12,18 @@ import ray
 from rich.console import Console
 from safetensors.torch import save_file
 
-from data_shards.build import build as build_shards
+from data_shards.building.build import build as build_shards
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ReidError
-from reid_train import build
+from reid_train.commands import evaluate as commands
 from reid_train.config import LoaderConfig
-from reid_train.evaluation import commands, embedding_job
-from reid_train.evaluation.embeddings import EmbeddingFiles
-from reid_train.evaluation.measure import Measures
-from reid_train.inference import CONFIG, WEIGHTS
+from reid_train.evaluation import embedding_job
+from reid_train.evaluation.embedding_store import EmbeddingFiles
+from reid_train.evaluation.evaluate import Measures
+from reid_train.model.embedder import CONFIG, WEIGHTS
 from reid_train.recipes import recipe
-from reid_train.tracking import connect, local_tracking
+from reid_train.tracking.tracker import connect, local_tracking
+from reid_train.training import build
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,9 +19,9 @@ import pytest
 from ray.cluster_utils import Cluster
 
 import reid_train.cli
-from data_shards.build import build
-from reid_train.checkpoint import MODEL, SEAL, TRAINING, Checkpoint
-from reid_train.tracking import connect, local_tracking
+from data_shards.building.build import build
+from reid_train.tracking.tracker import connect, local_tracking
+from reid_train.training.checkpoint import MODEL, SEAL, TRAINING, Checkpoint
 
 STEPS = 30
 EVERY = 4  # steps between checkpoints

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from reid_train.history import History
-from reid_train.tracking import Tracker, connect
+from reid_train.tracking.tracker import Tracker, connect
+from reid_train.training.history import History
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

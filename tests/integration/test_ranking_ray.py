@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.s3 import S3Server
+from cluster.local.s3_server import S3Server
 from data_shards.errors import ConfigError, DataError
 from data_shards.storage import open_storage
-from reid_train.evaluation import distributed, embeddings, neighbours, roc
-from reid_train.evaluation.crew import shares_of
+from reid_train.evaluation import distributed, neighbours
+from reid_train.evaluation import embedding_store as embeddings
+from reid_train.evaluation import verification as roc
 from reid_train.evaluation.distributed import measure_distributed
-from reid_train.evaluation.embeddings import (
+from reid_train.evaluation.embedding_store import (
     EmbeddingFiles,
     EmbeddingTable,
     part_key,
     write_part,
 )
-from reid_train.evaluation.measure import Measurement, Measures, measure
+from reid_train.evaluation.evaluate import Measurement, Measures, measure
 from reid_train.evaluation.metrics import RankingResult
+from reid_train.evaluation.task_pool import shares_of
 
 QUERIES, GALLERY, DIMENSIONS = 60, 1500, 64
 

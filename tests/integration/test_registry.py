@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from data_shards.decode import decode_into
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
-from reid_train.batch_norm import convert
 from reid_train.config import ImageConfig, ModelConfig, TrainConfig
-from reid_train.inference import Embedder, resize
-from reid_train.model import ReidNet
-from reid_train.registry import list_models, load, register, should_promote
-from reid_train.tracking import Tracker, connect, local_tracking
+from reid_train.model.batch_norm import convert
+from reid_train.model.embedder import Embedder, resize
+from reid_train.model.network import ReidNet
+from reid_train.registry.registry import list_models, load, register, should_promote
+from reid_train.tracking.tracker import Tracker, connect, local_tracking
 
 SMALL = TrainConfig(
     recipe="test",
@@ -143,7 +143,7 @@ def test_registered_model_says_what_it_takes_and_needs(registry):
     assert (taken.type, taken.shape) == (np.dtype("uint8"), (-1, -1, -1, 3))
     assert (given.type, given.shape) == (np.dtype("float32"), (-1, DIMENSIONS))
     names = {path.name for path in folder.rglob("*") if path.is_file()}
-    assert {"model.safetensors", "config.json", "serving.py", "input_example.json"} <= names
+    assert {"model.safetensors", "config.json", "pyfunc_model.py", "input_example.json"} <= names
     assert not [name for name in names if name.endswith((".pkl", ".pyc"))]
     needed = (folder / "requirements.txt").read_text().split()
     assert f"torch=={torch.__version__.partition('+')[0]}" in needed

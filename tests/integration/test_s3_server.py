@@ -18,7 +18,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from cluster.s3 import S3Server
+from cluster.local.s3_server import S3Server
 from data_shards.errors import StorageError
 
 PART = 5 * 2**20

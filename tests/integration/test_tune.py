@@ -31,25 +31,26 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from safetensors.torch import load_file
 
-from data_shards.build import build
+from data_shards.building.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError
 from data_shards.storage import open_storage
-from reid_train.checkpoint import MODEL, Checkpoint
 from reid_train.config import TrainConfig
-from reid_train.loop import train
 from reid_train.recipes import recipe
-from reid_train.worker import Worker
-from tune import runner, study
-from tune.board import TrialBoard
-from tune.book import Book, Trial
+from reid_train.training.checkpoint import MODEL, Checkpoint
+from reid_train.training.context import Worker
+from reid_train.training.loop import train
+from tune import controller as study
+from tune import runner
+from tune.config import Sweep
+from tune.console import TrialBoard
+from tune.controller import Study
 from tune.population import Population
-from tune.proposals import Listed
-from tune.settings import Sweep
+from tune.searchers import Listed
 from tune.space import AMPLITUDE, LEARNING_RATE
 from tune.space import build as build_space
-from tune.study import Study
+from tune.store import Book, Trial
 from tune.sweep import Outcome, sweep
 
 pytestmark = pytest.mark.slow

@@ -8,15 +8,15 @@ import psutil
 import pytest
 import ray
 
-from data_shards.build import build
+from data_shards.building.build import build
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
 from tune import runner
-from tune.board import TrialBoard
-from tune.book import Book, Trial
-from tune.proposals import Listed
-from tune.study import Study
+from tune.console import TrialBoard
+from tune.controller import Study
+from tune.searchers import Listed
+from tune.store import Book, Trial
 
 pytestmark = pytest.mark.slow
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from tiny import build_dataset, narrow_resnet18
+from tiny_checkpoint import original  # noqa: F401
 from torchvision.models import resnet
 
 from data_shards.dataset import Dataset

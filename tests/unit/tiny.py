@@ -13,15 +13,15 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet
 
-from data_shards.build import build
+from data_shards.building.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
-from reid_train.checkpoint import MODEL, SEAL, TRAINING, Checkpoint
 from reid_train.config import TrainConfig
-from reid_train.history import History
-from reid_train.loop import train
 from reid_train.recipes import recipe
-from reid_train.worker import Worker
+from reid_train.training.checkpoint import MODEL, SEAL, TRAINING, Checkpoint
+from reid_train.training.context import Worker
+from reid_train.training.history import History
+from reid_train.training.loop import train
 
 CONFIG = recipe("demo").replace(
     image__height=32,

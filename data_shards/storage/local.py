@@ -1,0 +1,100 @@
+"""A folder on a disk with the semantics of a bucket: a write is whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_shards.errors import StorageError
+from data_shards.storage.atomic import TEMPORARY, disk_errors, replacing, require_sha256
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class LocalStorage:
+    """A folder on a disk."""
+
+    root: Path
+
+    @property
+    def url(self) -> str:
+        return str(self.root)
+
+    def _path(self, key: str) -> Path:
+        if not key or key.startswith("/") or "\0" in key or ".." in key.split("/"):
+            raise StorageError(f"{key!r} is not a key inside {self.root}")
+        return self.root / key
+
+    def read(self, key: str, *, sha256: str | None = None) -> bytes:
+        path = self._path(key)
+        with disk_errors(path):
+            data = path.read_bytes()
+        if sha256 is not None:
+            require_sha256(str(path), hashlib.sha256(data).hexdigest(), sha256)
+        return data
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        path = self._path(key)
+        with disk_errors(path), path.open("rb") as file:
+            data = os.pread(file.fileno(), length, start)
+        if len(data) != length:
+            raise StorageError(f"{path} ends before byte {start + length}: is it truncated?")
+        return data
+
+    def write(self, key: str, data: bytes, *, create_once: bool = False) -> None:
+        path = self._path(key)
+        with disk_errors(path), replacing(path, create_once=create_once) as file:
+            file.write(data)
+
+    def upload(self, key: str, path: Path) -> None:
+        _copy(path, self._path(key))
+
+    def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
+        _copy(self._path(key), path, sha256)
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def size(self, key: str) -> int:
+        path = self._path(key)
+        with disk_errors(path):
+            return path.stat().st_size
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        found = []
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                path = Path(folder, name)
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix) and not name.startswith(TEMPORARY):
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                        found.append((key, path.stat().st_size))
+        yield from sorted(found)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with disk_errors(path):
+            path.unlink(missing_ok=True)
+        if path.parent != self.root:
+            with contextlib.suppress(OSError):  # a bucket has no empty folders either
+                path.parent.rmdir()
+
+    def child(self, key: str) -> LocalStorage:
+        return LocalStorage(self._path(key))
+
+
+def _copy(source: Path, target: Path, sha256: str | None = None) -> None:
+    with disk_errors(source):
+        stream = source.open("rb")
+    with stream, disk_errors(target), replacing(target) as file:
+        digest = hashlib.sha256()
+        while chunk := stream.read(CHUNK):
+            file.write(chunk)
+            digest.update(chunk)
+        if sha256 is not None:
+            require_sha256(str(source), digest.hexdigest(), sha256)

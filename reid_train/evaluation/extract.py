@@ -1,0 +1,65 @@
+"""Images to embeddings: on one worker, and gathered from all of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+
+from data_shards.loader import Batch
+from reid_train.model.embedder import embed
+from reid_train.model.network import ReidNet
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+def embed_batches(
+    model: ReidNet,
+    batches: Iterable[Batch],
+    device: torch.device,
+    *,
+    mirror: bool = True,
+    autocast: Autocast = nullcontext,
+) -> torch.Tensor:
+    """Embeddings (n, D) float32, on the device, of all batches in order; (0, D) for none."""
+    was_training = model.training
+    model.eval()
+    parts = [
+        embed(
+            model,
+            batch.image_on(device),
+            mirror=mirror,
+            autocast=autocast,
+        )
+        for batch in batches
+    ]
+    model.train(was_training)
+    return torch.cat(parts) if parts else torch.zeros(0, model.embedding_size, device=device)
+
+
+def gather_rows(part: torch.Tensor, total: int, rank: int, world: int) -> torch.Tensor | None:
+    """Collect contiguous row ranges of all ranks on rank 0.
+
+    Args:
+        part: (n, D), this rank's rows `total * rank // world` to `total * (rank + 1) // world`.
+        total: rows over all ranks.
+        rank: this worker.
+        world: workers.
+
+    Returns:
+        (total, D) on the CPU for rank 0, None for the others.
+    """
+    if world == 1:
+        return part.cpu()
+    bounds = [total * r // world for r in range(world + 1)]
+    longest = max(b - a for a, b in itertools.pairwise(bounds))
+    padded = part.new_zeros(longest, part.shape[1])
+    padded[: len(part)] = part
+    received = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
+    dist.gather(padded, received, dst=0)
+    if received is None:
+        return None
+    return torch.cat([r[: bounds[i + 1] - bounds[i]].cpu() for i, r in enumerate(received)])

@@ -1,0 +1,147 @@
+"""From a folder with weights to embeddings, with nothing of training: what a served model runs.
+
+This module and what it imports need torch, torchvision, NumPy, OpenCV, pydantic and safetensors;
+`registry.py` names their versions in each registered model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from data_shards.errors import DataError
+from reid_train import transforms
+from reid_train.config import TrainConfig
+from reid_train.model.network import ReidNet
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Embedder:
+    """A trained network: crops of people in, embeddings out.
+
+    Args:
+        network: its weights set.
+        config: the training's; gives the size of the input, and whether to average with the mirror.
+        device: where to run; None takes a GPU if there is one.
+    """
+
+    def __init__(
+        self, network: ReidNet, config: TrainConfig, device: torch.device | str | None = None
+    ) -> None:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
+        self.config = config
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, device: torch.device | str | None = None) -> Embedder:
+        """Read `model.safetensors` and `config.json`, as a checkpoint has them.
+
+        Raises:
+            DataError: a file is missing or damaged, or the weights are another network's.
+            ConfigError: the configuration is of another version.
+        """
+        folder = Path(folder)
+        try:
+            text = (folder / CONFIG).read_bytes()
+            state = load_file(folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"{folder} is not a model: {error}; a model is a folder with {WEIGHTS} and "
+                f"{CONFIG}, such as a checkpoint"
+            ) from error
+        config = TrainConfig.from_json(text, str(folder / CONFIG))
+        try:
+            identities = len(state["global_head.classifier.weight"])
+            network = ReidNet(config.model.backbone, identities, stripes=config.model.stripes)
+            network.load_state_dict(state)
+        except (KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise DataError(
+                f"{folder / WEIGHTS} does not hold the network of its {CONFIG}: {reason}"
+            ) from error
+        return cls(network, config, device)
+
+    @property
+    def embedding_size(self) -> int:
+        """D."""
+        return self.network.embedding_size
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Embed images.
+
+        Args:
+            images: (N, H, W, 3) uint8, RGB, of any one size; resized as in training.
+
+        Returns:
+            (N, D) float32, not normalised: compare by cosine.
+
+        Raises:
+            DataError: another shape or type.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise DataError(
+                f"images must be (N, H, W, 3) uint8, not {images.shape} {images.dtype}: "
+                "RGB, values 0 to 255, channels last"
+            )
+        embeddings = np.empty((len(images), self.embedding_size), np.float32)
+        size = self.config.evaluation.batch
+        for start in range(0, len(images), size):
+            part = resize(
+                images[start : start + size], self.config.image.height, self.config.image.width
+            )
+            embedding = embed(
+                self.network,
+                torch.from_numpy(part).to(self.device),
+                mirror=self.config.evaluation.mirror,
+            )
+            embeddings[start : start + size] = embedding.cpu().numpy()
+        return embeddings
+
+
+@torch.no_grad()
+def embed(
+    model: ReidNet,
+    image: torch.Tensor,
+    *,
+    mirror: bool = True,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> torch.Tensor:
+    """Embeddings of a batch, averaged with those of the mirrored images (METHOD §2).
+
+    Args:
+        model: a network in evaluation mode.
+        image: (B, H, W, 3) uint8, on the model's device.
+        mirror: average with the mirror image.
+        autocast: makes the context that the network runs in.
+
+    Returns:
+        (B, D) float32, on the same device.
+    """
+    pixels = transforms.normalize(image)
+    with autocast():
+        embedding = model.embed(pixels).float()
+        if mirror:
+            embedding = (embedding + model.embed(pixels.flip(3)).float()) / 2
+    return embedding
+
+
+def resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize (N, H, W, 3) uint8 to (N, height, width, 3), by the rule of `data_shards.decode`."""
+    if images.shape[1:3] == (height, width):
+        return np.ascontiguousarray(images)
+    shrinks = images.shape[1] > 2 * height and images.shape[2] > 2 * width
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized = np.empty((len(images), height, width, 3), np.uint8)
+    for image, out in zip(images, resized, strict=True):
+        cv2.resize(image, (width, height), dst=out, interpolation=interpolation)
+    return resized

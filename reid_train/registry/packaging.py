@@ -1,0 +1,105 @@
+"""A trained network as an MLflow model: weights, the code that runs them, and what that needs.
+
+The model is code and safetensors, nothing pickled: MLflow runs `pyfunc_model.py` to load it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+REQUIREMENTS = (
+    "mlflow",
+    "numpy",
+    "opencv-python-headless",
+    "pydantic",
+    "safetensors",
+    "torch",
+    "torchvision",
+)
+"""What `CODE` and `pyfunc_model.py` import; left to itself, MLflow would run them to guess."""
+SOURCE = Path(__file__).parents[2]
+CODE = (
+    "data_shards/__init__.py",
+    "data_shards/errors.py",
+    "reid_train/__init__.py",
+    "reid_train/transforms.py",
+    "reid_train/config.py",
+    "reid_train/model/__init__.py",
+    "reid_train/model/embedder.py",
+    "reid_train/model/network.py",
+)
+"""What `pyfunc_model.py` imports of this project; it travels with each model."""
+
+
+def log_model(
+    client: MlflowClient,
+    folder: Path,
+    embedder: Embedder,
+    name: str,
+    run_id: str,
+    tags: dict[str, str],
+) -> LoggedModel:
+    """Write the MLflow model and upload it as the run's.
+
+    The steps of `mlflow.pyfunc.log_model`, which itself acts on a process-wide active run and
+    tracking URI, and would end the run that the caller has open.
+
+    Args:
+        client: of the tracking server that has the run.
+        folder: has `model.safetensors` and `config.json`.
+        embedder: the same, loaded.
+        name: of the model.
+        run_id: the run that trained it.
+        tags: of the model.
+    """
+    import mlflow.pyfunc
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    size = embedder.config.image
+    example = np.random.default_rng(0).integers(0, 256, (1, size.height, size.width, 3), np.uint8)
+    images = TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))
+    embeddings = TensorSpec(np.dtype(np.float32), (-1, embedder.embedding_size))
+    experiment = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(experiment, name, run_id, tags, model_type="embedding")
+    try:
+        with tempfile.TemporaryDirectory(prefix="reid-model-") as temporary:
+            path, code = Path(temporary) / "model", Path(temporary) / "code"
+            for file in CODE:
+                (code / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(SOURCE / file, code / file)
+            mlflow.pyfunc.save_model(
+                path,
+                python_model=str(SOURCE / "reid_train" / "registry" / "pyfunc_model.py"),
+                artifacts={"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)},
+                code_paths=[str(package) for package in sorted(code.iterdir())],
+                signature=ModelSignature(Schema([images]), Schema([embeddings])),
+                input_example=example,
+                pip_requirements=[_pinned(package) for package in REQUIREMENTS],
+                mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
+            )
+            client.log_model_artifacts(logged.model_id, str(path))
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return logged
+
+
+def _pinned(package: str) -> str:
+    # A local part such as +cu130 names a build that the registry does not have.
+    return f"{package}=={installed_version(package).partition('+')[0]}"

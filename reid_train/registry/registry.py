@@ -1,0 +1,306 @@
+"""Trained models in MLflow's registry: register, promote, list, load.
+
+A version carries what it measured and on what as tags. The alias `champion` marks the model in use:
+it moves to a version that measured a higher mAP on the same query and gallery, and never otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data_shards.errors import ConfigError, ObjectMissing, StorageError
+from data_shards.storage import open_storage
+from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
+from reid_train.registry.packaging import log_model
+from reid_train.runs.run_dir import best_checkpoint
+from reid_train.tracking.tracker import connect, local_tracking, redact, without_password
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+CHAMPION = "champion"
+_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version just registered, whether it is the champion now, and why."""
+
+    name: str
+    version: int
+    champion: bool
+    reason: str
+
+    @property
+    def uri(self) -> str:
+        """For `load`, and for `mlflow.pyfunc.load_model`."""
+        return f"models:/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered version as its tags describe it; None where it has no such tag."""
+
+    name: str
+    version: int
+    aliases: tuple[str, ...]
+    mean_average_precision: float | None
+    rank1: float | None
+    manifest_digest: str | None
+    evaluation_digest: str | None
+    created: datetime
+    run_id: str | None
+
+    def row(self) -> tuple[str, ...]:
+        """Name, version, aliases, mAP, rank-1, start of the manifest's digest, creation, run."""
+
+        def percent(value: float | None) -> str:
+            return "–" if value is None else f"{100 * value:.1f}"
+
+        return (
+            self.name,
+            str(self.version),
+            ", ".join(self.aliases),
+            percent(self.mean_average_precision),
+            percent(self.rank1),
+            (self.manifest_digest or "–")[:12],
+            f"{self.created:%Y-%m-%d %H:%M}",
+            (self.run_id or "–")[:12],
+        )
+
+
+def register(
+    folder: str | Path,
+    name: str,
+    metrics: Mapping[str, float],
+    *,
+    manifest_digest: str,
+    evaluation_digest: str,
+    run_id: str,
+    tracking_uri: str | None = None,
+) -> Registered:
+    """Register a trained network as a new version, and promote it if it measured better.
+
+    Args:
+        folder: has `model.safetensors` and `config.json`, as a checkpoint does.
+        name: of the registered model; created if there is none.
+        metrics: fractions by name; `mAP` decides, `rank-1` is shown.
+        manifest_digest: of the dataset that it was trained on.
+        evaluation_digest: of the query and gallery that the metrics were measured on.
+        run_id: the MLflow run that trained it.
+        tracking_uri: where; None takes MLFLOW_TRACKING_URI, or ./mlflow.db.
+
+    Raises:
+        DataError: the folder does not hold a model.
+        StorageError: MLflow or its artifact store failed.
+    """
+    uri = resolve(tracking_uri)
+    embedder = Embedder.from_folder(folder, "cpu")
+    tags = {
+        "mAP": metrics.get("mAP"),
+        "rank-1": metrics.get("rank-1"),
+        "manifest_digest": manifest_digest,
+        "evaluation_digest": evaluation_digest,
+    }
+    tags = {key: str(value) for key, value in tags.items() if value is not None}
+    with _mlflow_errors(f"registering {name}", uri):
+        client = connect(uri)
+        model = log_model(client, Path(folder), embedder, name, run_id, tags)
+        if not _all(client.search_registered_models, f"name = '{name}'"):
+            client.create_registered_model(name)
+        made = client.create_model_version(
+            name, model.artifact_location, run_id, tags, model_id=model.model_id
+        )
+        champion, reason = should_promote(tags, _champion_tags(client, name))
+        if champion:
+            client.set_registered_model_alias(name, CHAMPION, made.version)
+    registered = Registered(name, int(made.version), champion, reason)
+    logger.info("%s: %s", registered.uri, reason)
+    return registered
+
+
+def should_promote(
+    candidate: Mapping[str, str], champion: Mapping[str, str] | None
+) -> tuple[bool, str]:
+    """Decide whether a version becomes the champion.
+
+    Args:
+        candidate: the version's tags.
+        champion: the present champion's tags; None if there is no champion.
+
+    Returns:
+        The decision, and the reason for it in words.
+    """
+    score = _number(candidate.get("mAP"))
+    if score is None:
+        return False, "not promoted: its mAP was not measured"
+    if champion is None:
+        return True, f"promoted: the first champion, mAP {score:.4f}"
+    if candidate.get("evaluation_digest") != champion.get("evaluation_digest"):
+        return False, (
+            "not promoted: the champion was measured on another query and gallery; evaluate both "
+            "on the same ones, and move the alias by hand if this one is better"
+        )
+    best = _number(champion.get("mAP"))
+    if best is not None and score <= best:
+        return False, f"not promoted: mAP {score:.4f} is not above the champion's {best:.4f}"
+    return True, f"promoted: mAP {score:.4f}, the champion had {best or math.nan:.4f}"
+
+
+def list_models(tracking_uri: str | None = None) -> list[ModelVersion]:
+    """All versions of all registered models, by name and then the newest first.
+
+    Raises:
+        ConfigError: no URI was given and none is to be found.
+        StorageError: MLflow failed.
+    """
+    uri = resolve(tracking_uri)
+    found = []
+    with _mlflow_errors("listing models", uri):
+        client = connect(uri)
+        for model in _all(client.search_registered_models):
+            # Versions from a search come without their aliases; the model has them.
+            for item in _all(client.search_model_versions, f"name = '{model.name}'"):
+                aliases = (a for a, v in model.aliases.items() if int(v) == int(item.version))
+                found.append(_described(item, tuple(sorted(aliases))))
+    return sorted(found, key=lambda item: (item.name, -item.version))
+
+
+def load(
+    uri: str | Path, *, tracking_uri: str | None = None, device: torch.device | str | None = None
+) -> Embedder:
+    """Load a registered model or a checkpoint.
+
+    Args:
+        uri: `models:/name@champion`, `models:/name/3`, or a folder or s3:// URL: a checkpoint, or
+            a finished run, which stands for its best.
+        tracking_uri: where models are registered; None takes MLFLOW_TRACKING_URI, or ./mlflow.db.
+        device: where to run; None takes a GPU if there is one.
+
+    Raises:
+        DataError: what is there is not a model.
+        StorageError: it is not there, or cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="reid-model-") as temporary:
+        return Embedder.from_folder(fetch(uri, Path(temporary), tracking_uri), device)
+
+
+def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Path:
+    """Have a model's files on this machine: in `folder`, or where they are if that is a path.
+
+    Args and errors as `load`.
+    """
+    location = str(uri)
+    if location.startswith("models:/"):
+        return _download(location, resolve(tracking_uri), folder)
+    if not open_storage(location).exists(CONFIG):
+        location = best_checkpoint(location)
+    if "://" not in location:
+        return Path(location)
+    storage = open_storage(location)
+    for file in (WEIGHTS, CONFIG):
+        storage.download(file, folder / file)
+    return folder
+
+
+def _download(location: str, uri: str, folder: Path) -> Path:
+    """Fetch the artifacts of `models:/name@alias` or `models:/name/version` into a folder.
+
+    MLflow's own functions that take such an address ask the process-wide registry.
+    """
+    match = _MODEL_URI.fullmatch(location)
+    if match is None:
+        raise ConfigError(f"{location}: not models:/name@alias or models:/name/version")
+    from mlflow.artifacts import download_artifacts
+
+    with _mlflow_errors(f"loading {location}", uri):
+        client = connect(uri)
+        name, alias, version = match.group("name", "alias", "version")
+        if alias:
+            version = client.get_model_version_by_alias(name, alias).version
+        source = client.get_model_version_download_uri(name, version)
+        got = download_artifacts(f"{source}/artifacts", dst_path=str(folder), tracking_uri=uri)
+    return Path(got)
+
+
+def _champion_tags(client: MlflowClient, name: str) -> dict[str, str] | None:
+    aliases = client.get_registered_model(name).aliases
+    if CHAMPION not in aliases:
+        return None
+    return client.get_model_version(name, aliases[CHAMPION]).tags
+
+
+def _described(item: Any, aliases: tuple[str, ...]) -> ModelVersion:
+    return ModelVersion(
+        name=item.name,
+        version=int(item.version),
+        aliases=aliases,
+        mean_average_precision=_number(item.tags.get("mAP")),
+        rank1=_number(item.tags.get("rank-1")),
+        manifest_digest=item.tags.get("manifest_digest"),
+        evaluation_digest=item.tags.get("evaluation_digest"),
+        created=datetime.fromtimestamp(item.creation_timestamp / 1000, UTC),
+        run_id=item.run_id,
+    )
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return None if math.isnan(value) else value
+
+
+def _all(search: Callable[..., Any], query: str | None = None) -> list[Any]:
+    """Every page of a search."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = search(filter_string=query, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def resolve(tracking_uri: str | None) -> str:
+    given = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if given:
+        return without_password(given)
+    if Path("mlflow.db").exists():
+        return local_tracking(Path())
+    raise ConfigError(
+        "no tracking URI: give --tracking-uri, such as sqlite:////path/of/the/runs/mlflow.db or "
+        "a server's address, or set MLFLOW_TRACKING_URI"
+    )
+
+
+@contextmanager
+def _mlflow_errors(what: str, uri: str) -> Iterator[None]:
+    """What MLflow and its artifact stores raise, as a StorageError."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, Boto3Error, BotoCoreError, ClientError, OSError) as error:
+        missing = getattr(error, "error_code", "") in _MISSING
+        kind = ObjectMissing if missing else StorageError
+        raise kind(f"{what} at {redact(uri)}: {redact(str(error))}") from error

@@ -1,0 +1,95 @@
+"""One training from its configuration to the registered model: the whole of `train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+
+from rich.console import Console
+
+from data_shards.dataset import Dataset
+from data_shards.storage import open_storage
+from reid_train.config import TrainConfig
+from reid_train.runs import preflight, run_lock
+from reid_train.runs.publish import Summary, publish, show
+from reid_train.runs.ray_trainer import fit
+from reid_train.runs.run_dir import Run, claim, prepare, record, tidy
+from reid_train.tracking.tracker import (
+    Tracker,
+    code_commit,
+    local_tracking,
+    submitted_job,
+    without_password,
+)
+
+
+def run(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> Summary:
+    """Train, measure, draw, track and register.
+
+    Args:
+        config: what to do; `data` and `output` are needed.
+        resume: continue the run `config.name` from its last checkpoint.
+        console: where progress and the table are shown.
+
+    Returns:
+        What the run came to.
+
+    Raises:
+        ReidError: anything that the person can mend; nothing that was there is lost.
+    """
+    console = console or Console()
+    config = prepare(config)
+    dataset = Dataset.open(config.data)
+    saved = Run.read(config.output, config.name or "") if resume else None
+    preflight.check(config, dataset, saved)
+    config = config.replace(tracking__uri=tracking_uri(config))
+    claim(config, dataset, saved)
+    folder = open_storage(config.output).child(str(config.name))
+    with run_lock.held(folder, str(config.name)) as own:
+        return _run(config, dataset, saved, own, console)
+
+
+def _run(
+    config: TrainConfig,
+    dataset: Dataset,
+    saved: Run | None,
+    own: run_lock.Claim,
+    console: Console,
+) -> Summary:
+    """The run itself, its name and its lease taken."""
+    with Tracker.start(
+        None if config.tracking.uri == "off" else config.tracking.uri,
+        config.tracking.experiment,
+        run_name=config.name,
+        run_id=saved.mlflow_run_id if saved else None,
+    ) as tracker:
+        record(Run(config, dataset.manifest.digest, tracker.run_id))
+        if saved is None or saved.mlflow_run_id is None:
+            tracker.log_parameters(config.flat())
+        tracker.set_tags(
+            {
+                "dataset": dataset.url,
+                "manifest_digest": dataset.manifest.digest,
+                "evaluation_digest": dataset.manifest.evaluation_digest,
+                "commit": code_commit(),
+                "ray_job": submitted_job(),
+            }
+        )
+        result = fit(config, dataset, tracker.run_id, own, console=console)
+        kept = [result.checkpoint, *(best for best, _ in result.best_checkpoints or ())]
+        tidy(config, {PurePosixPath(checkpoint.path).name for checkpoint in kept if checkpoint})
+        summary, rows = publish(config, result, dataset, tracker)
+    show(summary, rows, config, console)
+    return summary
+
+
+def tracking_uri(config: TrainConfig) -> str:
+    """Where to track: as configured, as the environment says, or in a SQLite file.
+
+    The file lies beside a local output, or in the working folder if the output is on S3. Only
+    workers on this machine can reach it: a cluster needs an MLflow server.
+    """
+    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if given:
+        return without_password(given)
+    return local_tracking(Path() if "://" in config.output else Path(config.output))

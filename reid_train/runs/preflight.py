@@ -1,0 +1,37 @@
+"""What would fail on every worker, found on the driver before a run takes its name."""
+
+from __future__ import annotations
+
+import torch
+
+from data_shards.dataset import Dataset
+from data_shards.errors import ConfigError
+from reid_train.config import TrainConfig
+from reid_train.runs.run_dir import Run
+from reid_train.training import build
+from reid_train.training.loop import epoch_plan, train_index
+
+
+def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> None:
+    """Plan an epoch, build the network, and show it an empty image.
+
+    Args:
+        config: as `prepare` returned it.
+        dataset: what it will train on.
+        saved: the run that is resumed; it needs its pretrained weights no more.
+
+    Raises:
+        ReidError: no train split, too few identities, weights that are not there or do not fit,
+            images too small for the stripes, an exclusion that matches nothing.
+    """
+    if len(epoch_plan(config, train_index(dataset), 0)) == 0:
+        raise ConfigError(
+            f"an epoch of {dataset.url} has fewer global batches than one optimizer step averages: "
+            "lower --batch.accumulate, or set --batch.steps-per-epoch"
+        )
+    if saved is not None:
+        config = config.replace(model__weights="none")
+    model = build.model(config, len(dataset.identities))
+    build.regularizer(config, model)
+    with torch.no_grad():
+        model.eval().embed(torch.zeros(1, 3, config.image.height, config.image.width))

@@ -1,0 +1,214 @@
+"""What is saved of a run, and how it is checked before it is trusted.
+
+A checkpoint is a folder:
+
+    model.safetensors     weights and buffers of the network; with config.json enough to infer
+    training.safetensors  Adam's moments and θ
+    history.safetensors   curves and λ so far
+    rank_list.npz         top matches of a few queries, when it was measured
+    config.json           the configuration
+    progress.json         where the run stands, and the dataset that it belongs to
+    checkpoint.json       the seal: SHA-256 of each file above
+
+No generator state is among it: batches and augmentation are pure functions of (seed, epoch, step).
+Nothing in it is a pickle. The seal is written last; a folder without it, or whose files do not
+match it, is torn and refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data_shards.errors import DataError
+from reid_train.config import TrainConfig
+from reid_train.regularization import AdaptiveL2
+from reid_train.training.history import History
+from reid_train.training.nonfinite import require_finite
+
+FILES = MODEL, TRAINING, HISTORY, RANK_LIST, CONFIG, PROGRESS = (
+    "model.safetensors",
+    "training.safetensors",
+    "history.safetensors",
+    "rank_list.npz",
+    "config.json",
+    "progress.json",
+)
+SEAL = "checkpoint.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the next step is step `step` of epoch `epoch`, both from 0."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    phase: str = ""
+    skipped: int = 0
+    """Steps whose gradient was not finite, and whose update was left out."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint belongs to."""
+
+    manifest_digest: str
+    evaluation_digest: str
+    identities: int
+
+
+def save(
+    folder: Path,
+    *,
+    config: TrainConfig,
+    origin: Origin,
+    progress: Progress,
+    history: History,
+    model: nn.Module,
+    regularizer: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    rank_list: dict[str, np.ndarray],
+) -> None:
+    """Write a checkpoint into an empty folder; the seal comes last.
+
+    Raises:
+        DataError: a tensor has values that are not finite; nothing is written.
+    """
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    training = _optimizer_tensors(optimizer)
+    if isinstance(regularizer, AdaptiveL2):
+        training |= {
+            f"theta/{name}": torch.tensor(value)
+            for name, value in regularizer.theta_by_name().items()
+        }
+    # safetensors takes no empty file: a first step with no moments still has this.
+    training["global_step"] = torch.tensor(progress.global_step)
+    require_finite((weights | training).items())
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / MODEL)
+    save_file(training, folder / TRAINING)
+    history.save(folder / HISTORY)
+    np.savez(folder / RANK_LIST, allow_pickle=False, **rank_list)
+    (folder / CONFIG).write_text(config.to_json())
+    stands = {"progress": asdict(progress), "origin": asdict(origin)}
+    (folder / PROGRESS).write_text(json.dumps(stands, indent=2))
+    seal = {name: digest(folder / name) for name in FILES}
+    (folder / SEAL).write_text(json.dumps(seal, indent=2))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was opened and found whole."""
+
+    folder: Path
+    progress: Progress
+    origin: Origin
+    config: TrainConfig
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Check every file's digest, and read all but the tensors.
+
+        Raises:
+            DataError: torn, altered, or not a checkpoint.
+        """
+        try:
+            seal = json.loads((folder / SEAL).read_text())
+            for name in FILES:
+                if digest(folder / name) != seal[name]:
+                    raise DataError(
+                        f"checkpoint {folder}: {name} is not what was written (SHA-256 differs)"
+                    )
+            stands = json.loads((folder / PROGRESS).read_text())
+            progress, origin = Progress(**stands["progress"]), Origin(**stands["origin"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"checkpoint {folder} is incomplete or damaged: {error}") from error
+        config = TrainConfig.from_json((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+        return cls(folder, progress, origin, config)
+
+    def require(self, origin: Origin) -> None:
+        """Refuse to continue on another dataset.
+
+        Raises:
+            DataError: the manifests differ.
+        """
+        if self.origin.manifest_digest != origin.manifest_digest:
+            raise DataError(
+                f"checkpoint {self.folder} was trained on the dataset with manifest "
+                f"{self.origin.manifest_digest[:12]}, not {origin.manifest_digest[:12]}: give the "
+                "run that dataset, or start a new run under another --name"
+            )
+
+    def history(self) -> History:
+        """Curves and λ up to here."""
+        with _readable(self.folder / HISTORY):
+            return History.load(self.folder / HISTORY)
+
+    def load_model(self, model: nn.Module) -> None:
+        """Weights and buffers, in place."""
+        with _readable(self.folder / MODEL):
+            model.load_state_dict(load_file(self.folder / MODEL))
+
+    def load_theta(self, regularizer: nn.Module | None) -> None:
+        """θ, in place, if the regularizer has any."""
+        if isinstance(regularizer, AdaptiveL2):
+            with _readable(self.folder / TRAINING):
+                theta = {
+                    name.removeprefix("theta/"): float(value)
+                    for name, value in load_file(self.folder / TRAINING).items()
+                    if name.startswith("theta/")
+                }
+            regularizer.load_theta(theta)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Adam's moments, in place."""
+        with _readable(self.folder / TRAINING):
+            self._load_optimizer(optimizer)
+
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(self.folder / TRAINING).items():
+            if name.startswith("adam/"):
+                _, position, key = name.split("/")
+                weight = weights[int(position)]
+                if tensor.shape == weight.shape:
+                    # Fused Adam goes through memory: a moment must lie there as its weight does.
+                    tensor = torch.empty_like(weight).copy_(tensor)
+                state.setdefault(int(position), {})[key] = tensor
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what a sealed file of other contents raises into a `DataError`."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"checkpoint {path} is not one of this network: {error}") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"adam/{position}/{key}": tensor.contiguous()
+        for position, entry in optimizer.state_dict()["state"].items()
+        for key, tensor in entry.items()
+    }

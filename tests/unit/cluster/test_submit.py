@@ -1,0 +1,150 @@
+"""What a submitted job is given, and what is refused before anything is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import aiohttp
+import pytest
+from ray.dashboard.modules.job.job_manager import JobManager
+from ray.dashboard.modules.job.job_supervisor import JobSupervisor
+from ray.job_submission import JobStatus
+
+import cluster.cli
+import cluster.submit
+from cluster.local import servers as local
+from cluster.submit import STOP_WAIT, requirements, settings
+from data_shards.errors import ConfigError, ReidError
+
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "canary-id",
+    "AWS_SECRET_ACCESS_KEY": "canary-key",
+    "AWS_SESSION_TOKEN": "canary-token",
+    "MLFLOW_TRACKING_USERNAME": "canary-user",
+    "MLFLOW_TRACKING_PASSWORD": "canary-password",
+    "MLFLOW_TRACKING_TOKEN": "canary-bearer",
+    "RAY_AUTH_TOKEN": "canary-ray",
+    "MLFLOW_TRACKING_URI": "https://canary-me:canary-pass@mlflow.example/path",
+}
+
+
+def test_job_is_told_where_things_are_and_no_secret():
+    places = {"AWS_ENDPOINT_URL": "http://s3.example", "AWS_DEFAULT_REGION": "eu-north-1"}
+    given = settings(SECRETS | places)
+    assert given.items() >= places.items()
+    assert given["MLFLOW_TRACKING_URI"] == "https://mlflow.example/path"
+    assert "canary" not in repr(given)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////home/me/mlflow.db", "/home/me/mlruns", "file:///x"])
+def test_tracking_in_a_file_of_this_machine_is_not_passed_on(uri):
+    assert "MLFLOW_TRACKING_URI" not in settings({"MLFLOW_TRACKING_URI": uri})
+
+
+@pytest.mark.parametrize(("own", "given"), [({}, "600"), ({STOP_WAIT: "30"}, "30")])
+def test_stopped_job_has_time_for_its_checkpoint(own, given):
+    assert settings(own)[STOP_WAIT] == given
+
+
+def test_ray_reads_how_long_a_stopped_job_has_where_a_job_is_given_it():
+    supervisor = JobManager._get_supervisor_runtime_env(Mock(), {"env_vars": settings({})}, "job")
+    assert supervisor["env_vars"][STOP_WAIT] == "600"
+    assert f'"{STOP_WAIT}"' in inspect.getsource(JobSupervisor.run)
+
+
+def test_installation_is_pinned_by_the_projects_constraints():
+    lines = requirements(Path(__file__).parents[3])
+    assert lines[0] == "-c ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/constraints.txt"
+    assert any(line.startswith("torch>") for line in lines)
+
+
+def test_installation_needs_a_project(tmp_path):
+    with pytest.raises(ConfigError, match="needs pyproject"):
+        requirements(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (["submit"], 2, "no command"),
+        (["submit", "--", "true"], 2, "no cluster: give --address"),
+        (["submit", "--address", "http://127.0.0.1:9", "--", "true"], 1, "no Ray job server"),
+        (["local", "status", "--folder", "nowhere"], 1, "no stack runs on"),
+        (["submitt"], 2, "no command 'submitt'"),
+    ],
+)
+def test_bad_command_line_is_one_line_and_an_exit_code(
+    words, code, expected, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setattr(sys, "argv", ["cluster", *words])
+    assert cluster.cli.main() == code
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+class Server:
+    """A job server whose log and status are what a script says; an error is raised."""
+
+    def __init__(self, logs: list, statuses: list) -> None:
+        self.logs, self.statuses = logs, statuses
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        for said in self.logs.pop(0):
+            if isinstance(said, Exception):
+                raise said
+            yield said
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        said = self.statuses.pop(0)
+        if isinstance(said, Exception):
+            raise said
+        return SimpleNamespace(status=said)
+
+
+HANDSHAKE = aiohttp.WSServerHandshakeError(SimpleNamespace(real_url="ws://head"), (), status=502)
+
+
+def follow(server: Server, monkeypatch, **options: bool) -> SimpleNamespace:
+    monkeypatch.setattr(cluster.submit, "PAUSE_SECONDS", 0.001)
+    return asyncio.run(cluster.submit._follow(server, "job", "ray job logs job", **options))
+
+
+def test_job_is_followed_over_dropped_connections(monkeypatch, capsys):
+    logs = [["a", "b", aiohttp.ServerDisconnectedError()], [HANDSHAKE], ["a", "bc"]]
+    statuses = [OSError("refused"), JobStatus.RUNNING, JobStatus.SUCCEEDED]
+    assert follow(Server(logs, statuses), monkeypatch).status == JobStatus.SUCCEEDED
+    shown = capsys.readouterr()
+    assert shown.out == "abc"
+    assert "Server disconnected" in shown.err
+    assert "502" in shown.err
+
+
+def test_server_that_is_gone_for_long_is_given_up_in_one_line(monkeypatch):
+    server = Server([[OSError("refused")]] * 10_000, [RuntimeError("refused\n\nby all")] * 10_000)
+    monkeypatch.setattr(cluster.submit, "GIVE_UP_SECONDS", 0.1)
+    with pytest.raises(ReidError, match=r"refused by all.*goes on.*: ray job logs job") as raised:
+        follow(server, monkeypatch)
+    assert raised.value.exit_code == 1
+    assert "\n" not in str(raised.value)
+
+
+def test_log_that_cannot_be_had_is_said_once_and_the_job_followed(monkeypatch, capsys):
+    statuses = [JobStatus.RUNNING] * 100 + [JobStatus.FAILED]
+    monkeypatch.setattr(cluster.submit, "GIVE_UP_SECONDS", 0)
+    server = Server([[HANDSHAKE]] * 101, statuses)
+    assert follow(server, monkeypatch).status == JobStatus.FAILED
+    assert capsys.readouterr().err.count("asking again") == 1
+
+
+def test_down_where_nothing_runs_is_no_error(tmp_path, capsys):
+    local.down(tmp_path)
+    assert "nothing ran" in capsys.readouterr().out

@@ -1,0 +1,97 @@
+"""Measuring embeddings from a file: what is said, shown and written."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from data_shards.errors import ConfigError, DataError
+from reid_train.commands import evaluate as commands
+from reid_train.commands.measure import evaluate_embeddings, say_needed
+from reid_train.evaluation.evaluate import Measures
+from reid_train.evaluation.memory import distributed_memory, memory_needed
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "evaluation.npz"
+
+
+def evaluated(measures: Measures, output: str | None = None):
+    console = Console(file=io.StringIO(), width=200)
+    return evaluate_embeddings(str(GOLDEN), measures, console, output), console.file.getvalue()
+
+
+@pytest.mark.parametrize(("rerank", "mAP"), [(False, "mAP"), (True, "reranked_mAP")])
+def test_the_golden_file_is_measured(rerank, mAP):
+    found, said = evaluated(Measures(rerank=rerank))
+    expected = float(np.load(GOLDEN)[mAP])
+    assert found.result.mAP == pytest.approx(expected, abs=1e-6)
+    assert f"{100 * expected:.2f} %" in said
+    assert "120 queries × 900 gallery images × 48 dimensions: at most about" in said
+    assert "12 queries without a match were left out" in said
+
+
+def test_the_measurement_is_written_as_json(tmp_path):
+    path = tmp_path / "out" / "metrics.json"
+    found, _ = evaluated(
+        Measures(camera_pairs=True, false_accept_rates=(0.01,), expand=3, augment=3), str(path)
+    )
+    written = json.loads(path.read_text())
+    assert written["embeddings"] == str(GOLDEN)
+    assert written["metrics"] == found.result.summary()
+    assert "TAR@FAR=0.01" in written["metrics"]
+    assert written["measures"]["expand"] == 3
+    assert {pair["query"] != pair["gallery"] for pair in written["camera_pairs"]} == {True}
+
+
+def test_reranking_is_not_broken_down():
+    with pytest.raises(ConfigError, match="without re-ranking"):
+        evaluated(Measures(rerank=True, camera_pairs=True))
+
+
+def test_a_query_of_another_model_is_an_error(tmp_path):
+    arrays = dict(np.load(GOLDEN))
+    arrays["query_embedding"] = arrays["query_embedding"][:, :40]
+    np.savez(tmp_path / "mixed.npz", **arrays)
+    with pytest.raises(DataError, match="40 dimensions, those of the gallery 48"):
+        evaluate_embeddings(
+            str(tmp_path / "mixed.npz"), Measures(rerank=True), Console(file=io.StringIO())
+        )
+
+
+def test_memory_needed_keeps_within_what_is_promised():
+    msmt17 = 11_659, 82_161, 2048
+    assert memory_needed(*msmt17, Measures()) < 4e9
+    assert memory_needed(*msmt17, Measures(rerank=True)) < 8e9
+    assert memory_needed(3_368, 19_732, 2048, Measures(rerank=True)) < 2.5e9
+
+
+def test_workers_that_rank_do_not_hold_the_gallery():
+    msmt17 = distributed_memory(11_659, 82_161, 2048, Measures(), workers=8)
+    twice = distributed_memory(11_659, 2 * 82_161, 2048, Measures(), workers=8)
+    assert msmt17 == twice
+
+
+def test_the_driver_does_not_hold_what_is_reranked():
+    needed = [
+        distributed_memory(1000, 50_000, dimensions, Measures(rerank=True), workers=8)
+        for dimensions in (256, 2048)
+    ]
+    assert needed[0].driver == needed[1].driver
+    assert needed[0].worker < needed[1].worker
+    assert needed[0].node < needed[1].node
+
+
+def test_npz_is_measured_in_one_process_and_that_is_said():
+    console = Console(file=io.StringIO(), width=200)
+    commands.evaluate(commands.Evaluate(embeddings=str(GOLDEN), workers=3), console)
+    assert "an npz file is measured in one process" in console.file.getvalue()
+
+
+def test_what_each_process_of_several_needs_is_said():
+    console = Console(file=io.StringIO(), width=300)
+    say_needed(11_659, 82_161, 2048, Measures(rerank=True), console, workers=3)
+    assert "GB in each of 3 workers" in console.file.getvalue()

@@ -1,0 +1,41 @@
+"""What is left when a run has ended, and what a person is told of it."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from reid_train.recipes import recipe
+from reid_train.runs import publish
+from reid_train.runs.publish import Summary, show
+from reid_train.tracking.tracker import Tracker
+
+RUN = recipe("demo").replace(name="r", output="s3://b/runs", tracking__uri="off")
+
+
+def told(model: str | None) -> str:
+    summary = Summary(
+        name="r",
+        metrics={},
+        before={},
+        images_per_second=1.0,
+        report="s3://b/runs/r/report/report.html",
+        checkpoint="checkpoint_2",
+        model=model,
+        champion=model is not None,
+    )
+    screen = io.StringIO()
+    show(summary, [], RUN, Console(file=screen, width=60))
+    return screen.getvalue()
+
+
+def test_a_person_is_told_where_the_model_is():
+    assert "model      models:/reid-people/3 (now the champion)" in told("models:/reid-people/3")
+    assert "model      s3://b/runs/r/checkpoint_2\n" in told(None)
+
+
+def test_without_tracking_nothing_is_registered():
+    nothing: Any = None
+    assert publish._register(RUN, nothing, nothing, {}, Tracker(None, None)) is None

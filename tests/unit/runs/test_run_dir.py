@@ -1,0 +1,79 @@
+"""Names and places of runs, what may differ when one is resumed, and what is left of one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_shards.errors import ConfigError, DataError
+from reid_train.recipes import recipe
+from reid_train.registry.registry import fetch
+from reid_train.runs.run_dir import SUMMARY, prepare, same_training, tidy
+
+RUN = recipe("demo").replace(name="r")
+
+
+def test_a_slash_at_the_end_of_a_place_makes_no_other_place():
+    config = prepare(RUN.replace(data="s3://b/people/", output="s3://b/runs/"))
+    assert (config.data, config.output) == ("s3://b/people", "s3://b/runs")
+    local = prepare(RUN.replace(data="people/", output="runs/"))
+    assert (local.data, local.output) == (str(Path.cwd() / "people"), str(Path.cwd() / "runs"))
+
+
+@pytest.mark.parametrize("schedule", ["step", "constant"])
+def test_a_run_is_extended_where_its_rates_do_not_depend_on_its_length(schedule):
+    old = RUN.replace(optimizer__schedule=schedule)
+    same_training(old, old.replace(optimizer__epochs=20))
+
+
+def test_a_run_with_cosine_rates_is_not_extended():
+    same_training(RUN, RUN.replace(evaluation__every=2))
+    with pytest.raises(ConfigError, match=r"epochs 20 instead of 8.*cosine.*another --name"):
+        same_training(RUN, RUN.replace(optimizer__epochs=20))
+
+
+def test_what_else_differs_is_named():
+    with pytest.raises(ConfigError, match=r"other settings of seed, optimizer\.beta1"):
+        same_training(RUN, RUN.replace(seed=1, optimizer__beta1=0.8, optimizer__epochs=20))
+
+
+def test_finished_run_stands_for_its_best_checkpoint(tmp_path):
+    best = tmp_path / "checkpoint_2"
+    best.mkdir()
+    (tmp_path / "report").mkdir()
+    (tmp_path / SUMMARY).write_text(json.dumps({"checkpoint": "../elsewhere/checkpoint_2"}))
+    assert fetch(tmp_path, Path("unused")) == best
+    assert fetch(best, Path("unused")) == best
+
+
+def test_summary_without_a_checkpoint_is_said(tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / SUMMARY).write_text("{}")
+    with pytest.raises(DataError, match="names no checkpoint"):
+        fetch(tmp_path, Path("unused"))
+
+
+def test_copy_that_was_killed_goes_with_its_folder(tmp_path):
+    """Its temporary file is none of the storage's objects, and may be all that there is."""
+    run = tmp_path / "r"
+    for name in (
+        "checkpoint_1/model.safetensors",
+        "checkpoint_2/model.safetensors",
+        "checkpoint_2/.tmp-half",
+        "checkpoint_3/.tmp-half",
+        "checkpoint_manager_snapshot.json",
+        "report/index.html",
+        "run.json",
+    ):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(b"x")
+    tidy(RUN.replace(output=str(tmp_path)), {"checkpoint_1"})
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoint_1",
+        "checkpoint_manager_snapshot.json",
+        "report",
+        "run.json",
+    }
+    assert list((run / "checkpoint_1").iterdir())

@@ -1,0 +1,46 @@
+"""Temporary files of workers that died: the next worker removes them, and no other's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+WORKER = """
+import sys, tempfile
+from reid_train.scratch import own_temporary_folder
+own_temporary_folder()
+open(tempfile.mkdtemp() + "/checkpoint", "w").write("x")
+print(tempfile.gettempdir(), flush=True)
+sys.stdin.read()
+"""
+
+
+def worker(folder: Path) -> tuple[subprocess.Popen[str], Path]:
+    """A process with temporary files, and where they are."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER],
+        env={"TMPDIR": str(folder), "PYTHONPATH": str(Path(__file__).parents[3])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_killed_workers_files_are_removed_by_the_next_and_a_living_ones_stay(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    killed, left = worker(tmp_path)
+    living, kept = worker(tmp_path)
+    assert left.parent == kept.parent == tmp_path
+    killed.kill()
+    killed.wait()
+    assert list(left.rglob("checkpoint"))
+    third, own = worker(tmp_path)
+    assert {other, kept, own} == set(tmp_path.iterdir())
+    assert list(kept.rglob("checkpoint"))
+    for process in (living, third):
+        process.communicate()
+    assert list(tmp_path.iterdir()) == [other], "workers that end remove theirs"

@@ -1,0 +1,100 @@
+"""What is proposed: the points of a grid that grew, and settings that are in force and in range."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from data_shards.errors import ConfigError
+from reid_train.recipes import recipe
+from tune.config import Sweep
+from tune.population import Population
+from tune.searchers import Chance, Grid, Proposer, Tpe
+from tune.space import AMPLITUDE, LEARNING_RATE, MODE, Choice, Real, Space, coordinates
+from tune.store import Trial
+
+BASE = recipe("demo").replace(data="d", output="o", name="s")
+SPACE: Space = {AMPLITUDE: Real(1e-4, 1e-2, log=True), "batch.images": Choice((2, 4))}
+FIRST = [Trial(0, {MODE: "adaptive", AMPLITUDE: 0.01, "batch.images": 4}, "paper")]
+
+
+def proposed(proposer: Proposer, trials: list[Trial]) -> list[Trial]:
+    """The trials and all that follow, each ended as it is proposed."""
+    trials = list(trials)
+    while trial := proposer.propose(trials):
+        trials.append(replace(trial, state="finished", evaluations=[{"epoch": 8, "mAP": 0.5}]))
+        proposer.learn(trials[-1])
+    assert proposer.exhausted(trials)
+    return trials
+
+
+def points(trials: list[Trial]) -> list[tuple]:
+    return [tuple(t.values[name] for name in SPACE) for t in trials if not t.label]
+
+
+def test_a_grid_that_is_extended_misses_no_point_and_runs_none_twice():
+    small = proposed(Grid(Sweep(trials=5), SPACE, BASE, 1), FIRST)
+    assert len(points(small)) == 4
+    repeat = replace(small[-1], number=len(small), repeats=1, seed=1)
+    large = proposed(Grid(Sweep(trials=7), SPACE, BASE, 1), [*small, repeat])
+    found = points([t for t in large if t.repeats is None])
+    assert sorted(found) == [(a, k) for a in (1e-4, 1e-3, 1e-2) for k in (2, 4)]
+    assert [t.number for t in large] == list(range(len(large)))
+
+
+def test_a_grid_is_gone_through_by_a_new_driver_where_the_last_one_was():
+    whole = proposed(Grid(Sweep(trials=7), SPACE, BASE, 1), FIRST)
+    assert proposed(Grid(Sweep(trials=7), SPACE, BASE, 1), whole[:4]) == whole
+
+
+def of(name: str, space: Space, base=BASE) -> Proposer:
+    settings = Sweep(trials=9)
+    return {
+        "tpe": lambda: Tpe(settings, space, base),
+        "random": lambda: Chance(settings, space, base),
+        "grid": lambda: Grid(settings, space, base, 1),
+    }[name]()
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "constant", "none"])
+@pytest.mark.parametrize("name", ["tpe", "random", "grid"])
+def test_searched_points_are_adaptive_whatever_the_base_is(name, mode):
+    base = BASE.replace(regularization__mode=mode)
+    trials = proposed(of(name, SPACE, base), FIRST)[1:]
+    assert len(trials) >= 6
+    assert {trial.config(base).regularization.mode for trial in trials} == {"adaptive"}
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "grid"])
+def test_a_mode_that_is_searched_is_left_as_it_is_drawn(name):
+    trials = proposed(of(name, {MODE: Choice(("constant", "none"))}), FIRST)[1:]
+    assert {trial.values[MODE] for trial in trials} == {"constant", "none"}
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "grid"])
+def test_no_point_leaves_its_range_when_it_is_rounded(name):
+    space: Space = {LEARNING_RATE: Real(1.00006e-3, 1.00044e-3), "batch.images": Choice((2, 4))}
+    trials = proposed(of(name, space), FIRST)[1:]
+    assert all(coordinates(space, trial.config(BASE)) is not None for trial in trials)
+
+
+def test_tpe_leaves_the_values_of_a_list_as_they_are():
+    space: Space = {AMPLITUDE: Choice((0.0012345678, 0.0098765432))}
+    trials = proposed(of("tpe", space), FIRST)[1:]
+    assert {trial.values[AMPLITUDE] for trial in trials} <= {0.0012345678, 0.0098765432}
+
+
+@pytest.mark.parametrize(
+    ("name", "dimension"),
+    [
+        ("model.stripes", Choice((0, 2))),
+        ("model.backbone", Choice(("resnet18", "resnet34"))),
+        ("optimizer.epochs", Choice((4, 8))),
+        ("optimizer.frozen_epochs", Choice((0, 2))),
+        (MODE, Choice(("adaptive", "none"))),
+    ],
+)
+def test_a_population_searches_nothing_that_a_copied_checkpoint_does_not_fit(name, dimension):
+    with pytest.raises(ConfigError, match=f"population cannot search {name}"):
+        Population(4, 2, SPACE | {name: dimension}, BASE, 0)

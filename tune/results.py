@@ -1,0 +1,193 @@
+"""What a sweep found: the ranking, whether adaptation pays, and how to train the best again.
+
+Pure functions on trials.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reid_train.config import TrainConfig
+from reid_train.recipes import recipe
+from tune.console import describe
+from tune.space import THETA_MULTIPLIER
+from tune.store import HELD, Trial
+
+MODES = {
+    "held": "the same with λ held where it starts",
+    "adaptive": "adaptive L2",
+    "constant": "constant L2",
+    "none": "no L2",
+}
+LEFT_OUT = ("recipe", "data", "output", "name", "loader", "tracking", "checkpoint", "device")
+"""Of a command line: what is given anyway, and what does not change what is learnt."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A configuration and its trainings.
+
+    Attributes:
+        trial: the search's.
+        repeats: trainings with fresh seeds.
+        mode: of the regularization; "held" for an adaptive one in which no λ is learnt.
+    """
+
+    trial: Trial
+    repeats: tuple[Trial, ...]
+    mode: str
+
+    @property
+    def scores(self) -> list[float]:
+        """mAP of the fresh seeds, which the search did not select by; else the search's own."""
+        return [trial.score for trial in self.repeats] or [self.trial.score]
+
+    @property
+    def mean(self) -> float:
+        """Mean mAP."""
+        return statistics.mean(self.scores)
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation of mAP; None for a single training."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    @property
+    def best(self) -> Trial:
+        """The training with the highest mAP."""
+        return max((self.trial, *self.repeats), key=lambda trial: trial.score)
+
+    @property
+    def title(self) -> str:
+        """What it is, in words."""
+        if self.mode == "held":
+            return f"trial-{self.trial.repeats:03d}, {HELD}"
+        return self.trial.label or describe(self.trial.values)
+
+    def measured(self) -> str:
+        """`61.2 ± 0.4`, in percent."""
+        spread = "" if self.spread is None else f" ± {100 * self.spread:.1f}"
+        return f"{100 * self.mean:.1f}{spread}"
+
+
+def ranking(trials: Sequence[Trial], base: TrainConfig) -> list[Entry]:
+    """Configurations that were trained to the end, the best first.
+
+    Those repeated with fresh seeds come before those trained once: a single high score among many
+    is mostly luck.
+    """
+    entries = []
+    for trial in trials:
+        if trial.state == "finished" and trial.repeats is None:
+            repeats = [t for t in trials if t.repeats == trial.number and t.state == "finished"]
+            same = tuple(t for t in repeats if t.label != HELD)
+            fixed = tuple(t for t in repeats if t.label == HELD)
+            entries.append(Entry(trial, same, trial.config(base).regularization.mode))
+            if fixed:
+                entries.append(Entry(fixed[0], fixed, "held"))
+    return sorted(entries, key=lambda e: (len(e.repeats) > 0, e.mean), reverse=True)
+
+
+def survivors(trials: Sequence[Trial], base: TrainConfig, count: int) -> list[Trial]:
+    """What is worth repeating: the best adaptive ones, the paper's, the best constant, no L2."""
+    by_score = sorted(
+        (entry for entry in ranking(trials, base)), key=lambda e: e.trial.score, reverse=True
+    )
+    adaptive = [e for e in by_score if e.mode == "adaptive"]
+    chosen = adaptive[:count] + [e for e in adaptive[count:] if e.trial.label]
+    for mode in ("constant", "none"):
+        chosen += [e for e in by_score if e.mode == mode][:1]
+    return [entry.trial for entry in chosen]
+
+
+def held(trials: Sequence[Trial], base: TrainConfig) -> Trial | None:
+    """A repeat of the best adaptive configuration with θ's learning rate at 0.
+
+    Over constant L2 and no L2, which keep the base's learning rate, that configuration has two
+    advantages: it was searched for, and its λ are learnt. This takes the second away.
+    """
+    best = next((e.trial for e in ranking(trials, base) if e.mode == "adaptive"), None)
+    if best is None:
+        return None
+    return Trial(0, best.values | {THETA_MULTIPLIER: 0.0}, HELD, repeats=best.number)
+
+
+def verdict(entries: Sequence[Entry]) -> list[str]:
+    """Sentences: the best adaptive configuration against the paper's, and with less adaptation."""
+    best = next((e for e in entries if e.mode == "adaptive"), None)
+    if best is None:
+        return ["No adaptive configuration was trained to the end."]
+    rivals = [next((e for e in entries if e.trial.label == "paper" and e is not best), None)]
+    modes = ("held", "constant", "none")
+    rivals += [next((e for e in entries if e.mode == mode), None) for mode in modes]
+    lines = [_compared(best, rival) for rival in rivals if rival is not None]
+    return lines or ["There is no baseline to compare with."]
+
+
+def _compared(best: Entry, rival: Entry) -> str:
+    gain = best.mean - rival.mean
+    name = "the paper's setting" if rival.trial.label == "paper" else MODES[rival.mode]
+    start = (
+        f"The best adaptive configuration ({best.trial.name}, mAP {best.measured()}) "
+        f"against {name} ({rival.trial.name}, {rival.measured()}): {_signed(gain)}"
+    )
+    if best.spread is None or rival.spread is None:
+        return f"{start}; one training each says nothing of the spread (see --seeds)."
+    spread = math.hypot(best.spread, rival.spread)
+    relation = "within" if abs(gain) <= spread else "beyond"
+    return f"{start}, {relation} the spread of the difference (± {100 * spread:.1f})."
+
+
+def _signed(fraction: float) -> str:
+    return f"{100 * fraction:+.1f}".replace("-", "−")
+
+
+def command(config: TrainConfig, output: str) -> str:
+    """The command line that trains a configuration by itself.
+
+    Args:
+        config: what is trained.
+        output: where runs are kept.
+    """
+    usual = recipe(config.recipe).flat()
+    parts = ["python", "-m", "reid_train", "train", "--recipe", config.recipe]
+    parts += ["--data", config.data, "--output", output]
+    for name, value in config.flat().items():
+        if value == usual[name] or name.split(".")[0] in LEFT_OUT or name == "evaluation.initial":
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            prefix, _, leaf = flag.rpartition(".")
+            leaf = leaf if value else f"no-{leaf}"
+            parts.append(f"--{prefix}.{leaf}" if prefix else f"--{leaf}")
+        elif isinstance(value, list):
+            parts += [f"--{flag}", *map(str, value)]
+        else:
+            parts += [f"--{flag}", f"{value}"]
+    return shlex.join(parts)
+
+
+def markdown(entries: Sequence[Entry], trials: Sequence[Trial]) -> str:
+    """The ranking, and what was not trained to the end, as tables."""
+    lines = ["| | trial | mAP (%) | trainings | settings |", "| --- | --- | --- | --- | --- |"]
+    for place, entry in enumerate(entries, 1):
+        count = len(entry.scores)
+        cells = (str(place), entry.trial.name, entry.measured(), str(count), entry.title)
+        lines.append(f"| {' | '.join(cells)} |")
+    rest = [t for t in trials if t.state in ("stopped", "failed")]
+    if rest:
+        lines += [
+            "",
+            "| trial | epochs | mAP (%) | settings | why |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for trial in rest:
+            score = f"{100 * trial.score:.1f}" if trial.evaluations else "–"
+            why = f"{trial.state}: {trial.reason}"
+            cells = (trial.name, str(trial.epoch), score, describe(trial.values), why)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

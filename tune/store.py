@@ -1,0 +1,225 @@
+"""A sweep's book: what it was told and what became of each trial, as JSON beside the runs.
+
+    <output>/<sweep>/sweep.json            the settings, taken once
+    <output>/<sweep>/trials/trial-007.json one trial, written anew at each evaluation
+    <output>/<sweep>/trial-007/            the trial's run: checkpoints, snapshot, report
+
+Only the driver writes the book. A driver that was killed is continued from it: ended trials stand,
+begun ones go on from their own checkpoints, and the searcher and the scheduler learn it all again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from data_shards.errors import ConfigError, ObjectExists
+from data_shards.storage import Storage, open_storage
+from reid_train.config import TrainConfig
+from tune.config import EXTENDABLE, NEUTRAL, Sweep
+from tune.space import Point, Value
+
+State = Literal["queued", "running", "waiting", "finished", "stopped", "failed"]
+"""`waiting`: between two parts of a population's training; `stopped`: by the scheduler."""
+ENDED = ("finished", "stopped", "failed")
+HELD = "λ held"
+"""Label of a trial's repeat in which no λ is learnt: each stays where it starts."""
+
+
+@dataclass
+class Trial:
+    """One configuration's training.
+
+    Attributes:
+        values: what differs from the sweep's base; a population changes them between parts.
+        label: what a first point is called; all others have none.
+        repeats: number of the trial that this one repeats with another seed.
+        evaluations: metrics by name, with epoch, step, run and checkpoint, ascending by epoch.
+        part: trainings before the present one, in a population; each has its own run folder.
+        start: run and checkpoint folder that the present part started from.
+        until: epoch at which the present part ends, if before the last.
+        losses: times that its process was lost since the last evaluation.
+        changes: of a population, epoch, values and donor as each part began.
+    """
+
+    number: int
+    values: dict[str, Value]
+    label: str = ""
+    seed: int = 0
+    repeats: int | None = None
+    state: State = "queued"
+    reason: str = ""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    mlflow_run_id: str | None = None
+    part: int = 0
+    start: str | None = None
+    until: int | None = None
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    losses: int = 0
+    images_per_second: float | None = None
+    began: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """`trial-007`."""
+        return f"trial-{self.number:03d}"
+
+    @property
+    def run_name(self) -> str:
+        """Folder of the present part's run."""
+        return f"{self.name}-{self.part}" if self.part else self.name
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that were evaluated."""
+        return int(self.evaluations[-1]["epoch"]) if self.evaluations else 0
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation with the highest mAP: its checkpoint is kept."""
+        return max(self.evaluations, key=lambda e: e["mAP"], default=None)
+
+    @property
+    def score(self) -> float:
+        """The highest mAP, NaN if none was measured."""
+        return self.best["mAP"] if self.best else float("nan")
+
+    def add(self, evaluation: dict[str, Any]) -> None:
+        """Take an evaluation; one of the same epoch is replaced."""
+        others = [e for e in self.evaluations if e["epoch"] != evaluation["epoch"]]
+        self.evaluations = sorted([*others, evaluation], key=lambda e: e["epoch"])
+
+    def config(self, base: TrainConfig) -> TrainConfig:
+        """The configuration of the present part.
+
+        Args:
+            base: the sweep's, its output the sweep's folder.
+        """
+        return Point(self.values).apply(base).replace(name=self.run_name, seed=self.seed)
+
+    def best_config(self, base: TrainConfig) -> TrainConfig:
+        """The configuration of the part that the best evaluation belongs to."""
+        run = self.best["run"] if self.best else self.run_name
+        part = int(run.removeprefix(self.name).lstrip("-") or 0)
+        values = self.changes[part]["values"] if self.changes else self.values
+        return Point(values).apply(base).replace(name=run, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Book:
+    """The sweep's folder on storage."""
+
+    storage: Storage
+
+    @classmethod
+    def open(cls, settings: Sweep, config: TrainConfig, manifest_digest: str) -> Book:
+        """Take a sweep's folder, or continue the same sweep.
+
+        Raises:
+            ConfigError: another sweep or a run has that name.
+        """
+        book = cls(open_storage(config.output).child(config.name or ""))
+        saved = {
+            "sweep": settings.model_dump(mode="json"),
+            "config": config.model_dump(mode="json"),
+            "manifest_digest": manifest_digest,
+        }
+        where = f"{config.output}/{config.name}"
+        if book.storage.exists("run.json"):
+            raise ConfigError(f"{where} is a training run: give the sweep another --name")
+        try:
+            book.storage.write("sweep.json", _json(saved), create_once=True)
+        except ObjectExists:
+            before = json.loads(book.storage.read("sweep.json"))
+            _same_population(before["sweep"], saved["sweep"], where)
+            if changed := _changed(before, saved):
+                raise ConfigError(
+                    f"the sweep {where} had other settings of {', '.join(changed)}: leave them as "
+                    "they were to continue it, or give another --name"
+                ) from None
+        return book
+
+    def note(self, name: str, values: dict[str, Any]) -> None:
+        """Write a small fact of the sweep, such as its MLflow run."""
+        self.storage.write(f"{name}.json", _json(values))
+
+    def noted(self, name: str) -> dict[str, Any]:
+        """A fact that was noted; {} if it was not."""
+        exists = self.storage.exists(f"{name}.json")
+        return json.loads(self.storage.read(f"{name}.json")) if exists else {}
+
+    def save(self, trial: Trial) -> None:
+        """Write one trial."""
+        self.storage.write(f"trials/{trial.name}.json", _json(asdict(trial)))
+
+    def trials(self) -> list[Trial]:
+        """All trials, by number.
+
+        Raises:
+            ConfigError: one cannot be read.
+        """
+        found = []
+        for key, _ in self.storage.list("trials/"):
+            try:
+                trial = Trial(**json.loads(self.storage.read(key)))
+                if key != f"trials/{trial.name}.json":
+                    raise ValueError(f"it is of {trial.name}")
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{self.storage.url}/{key} is damaged: {error}") from error
+            found.append(trial)
+        return sorted(found, key=lambda trial: trial.number)
+
+
+def begin(trial: Trial) -> None:
+    """Note that a trial, or its next part, begins."""
+    trial.state, trial.reason = "running", ""
+    trial.began = trial.began or time.time()
+
+
+def end(trial: Trial, state: State, reason: str = "") -> None:
+    """Note how a trial ended."""
+    trial.state, trial.reason, trial.ended = state, reason, time.time()
+
+
+def _same_population(before: dict, after: dict, where: str) -> None:
+    """Refuse to change the number of members: a newcomer has no round that it could join."""
+    same = before["trials"] == after["trials"]
+    if before["scheduler"] == after["scheduler"] == "population" and not same:
+        raise ConfigError(
+            f"the sweep {where} is a population of fixed size, --trials {before['trials']}: give "
+            f"that to continue it, or start a new sweep with --trials {after['trials']} under "
+            "another --name"
+        )
+
+
+def _changed(before: dict, after: dict) -> list[str]:
+    """Names of settings that differ and may not."""
+    names = []
+    for part in ("sweep", "config"):
+        old, new = _flat(before[part]), _flat(after[part])
+        free = EXTENDABLE if part == "sweep" else NEUTRAL
+        names += [
+            name
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name) and name.split(".")[0] not in free
+        ]
+    if before["manifest_digest"] != after["manifest_digest"]:
+        names.append("data (its content)")
+    return names
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and prefix == "" and key != "ranges":
+            flat |= _flat(value, f"{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _json(values: Any) -> bytes:
+    return json.dumps(values, indent=2).encode()
