@@ -1,0 +1,229 @@
+"""What a person sees of long work: live bars on a terminal, a plain line now and then in a log.
+
+Every long function takes a `Progress` and calls it with `(stage, done, total)`; every command shows
+these calls with `display`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, what is done, and the total. The stage ends when `done` reaches
+`total`. A stage with nothing to count has a total of 1: see `phase`."""
+
+LINE_EVERY = 30.0
+"""Seconds between two lines of a stage in a log."""
+LONG = 10.0
+"""Seconds from which a stage is long: its end gets a line."""
+SMOOTHING = 60.0
+"""Seconds over which the pace is averaged: older progress counts less and less."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+@contextlib.contextmanager
+def phase(progress: Progress, name: str) -> Iterator[None]:
+    """Report the block as a stage with nothing to count, such as "starting Ray"."""
+    progress(name, 0, 1)
+    yield
+    progress(name, 1, 1)
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """The console of every command. Text is printed as it is: square brackets are no markup."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as `1:02:03`, or `?` for None."""
+    if seconds is None:
+        return "?"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+@dataclass
+class Stage:
+    """One stage's progress, and its pace as a moving average.
+
+    Args:
+        name: what is shown.
+        unit: what is counted, such as "images"; empty for a phase.
+        total: how many there are.
+        began: `time.monotonic()` of the first report.
+        done: how many are done.
+    """
+
+    name: str
+    unit: str
+    total: int
+    began: float
+    done: int = 0
+    note: str = ""
+    seen: float = field(init=False)
+    _amount: float = 0.0
+    _seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.seen = self.began
+
+    def update(self, done: int, total: int, now: float) -> None:
+        """Take a report."""
+        if done > self.done:
+            seconds = now - self.seen
+            keep = math.exp(-seconds / SMOOTHING)
+            self._amount = self._amount * keep + done - self.done
+            self._seconds = self._seconds * keep + seconds
+            self.done, self.seen = done, now
+        self.total = total
+
+    def per_second(self) -> float | None:
+        """The pace; None before there is one."""
+        return self._amount / self._seconds if self._amount and self._seconds else None
+
+    def left(self, now: float) -> float | None:
+        """Seconds to the end, if the pace is known."""
+        pace = self.per_second()
+        return None if pace is None else max((self.total - self.done) / pace - (now - self.seen), 0)
+
+    def figures(self, now: float) -> str:
+        """`3,200 of 19,732 images, 410/s, 0:00:40 left`; of a phase the time since its start."""
+        if not self.unit:
+            return duration(now - self.began)
+        parts = [f"{self.done:,} of {self.total:,} {self.unit}", *_rate(self.per_second())]
+        return ", ".join([*parts, f"{duration(self.left(now))} left", *filter(None, [self.note])])
+
+    def ending(self, now: float) -> str:
+        """`19,732 images in 0:00:48, 411/s`."""
+        seconds = now - self.began
+        if not self.unit:
+            return f"done in {duration(seconds)}"
+        parts = [f"{self.total:,} {self.unit} in {duration(seconds)}", *_rate(self.total / seconds)]
+        return ", ".join(parts)
+
+
+def _rate(per_second: float | None) -> list[str]:
+    if per_second is None:
+        return []
+    return [f"{per_second:,.0f}/s" if per_second >= 10 else f"{per_second:.2g}/s"]
+
+
+class Display:
+    """A `Progress` that shows what it is told; get one from `display`."""
+
+    def __init__(self, console: Console, units: Mapping[str, str], unit: str) -> None:
+        self.console = console
+        self._units, self._unit = units, unit
+        self._stages: dict[str, Stage] = {}
+        self._lined: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._bars = _bars(console) if console.is_terminal else None
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Take a report, from any thread; `note` is shown after the figures."""
+        with self._lock:
+            now = time.monotonic()
+            shown = self._stages.get(stage)
+            if shown is None or done < shown.done:
+                self._remove(stage)
+                unit = self._units.get(stage, self._unit) if total > 1 else ""
+                shown = self._stages[stage] = Stage(stage, unit, total, now, done)
+                self._begin(shown)
+            shown.note = note
+            shown.update(done, total, now)
+            if done >= total:
+                self._remove(stage)
+                if now - shown.began >= LONG:
+                    self.print(f"{stage}: {shown.ending(now)}")
+            elif self._bars is not None:
+                self._bars.update(self._tasks[stage], completed=done, total=total)
+            elif shown.unit and now - self._lined[stage] >= LINE_EVERY and shown.seen == now:
+                self._lined[stage] = now
+                self.print(f"{stage}: {shown.figures(now)}")
+
+    def print(self, text: str) -> None:
+        """Print a line that stays, above the bars."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Remove the bars."""
+        if self._bars is not None:
+            self._bars.stop()
+
+    def _begin(self, stage: Stage) -> None:
+        self._lined[stage.name] = stage.began
+        if self._bars is not None:
+            total = stage.total if stage.unit else None
+            self._bars.start()  # not before there is something to show: it leaves an empty line
+            self._tasks[stage.name] = self._bars.add_task(stage.name, total=total, stage=stage)
+        elif not stage.unit and stage.done < stage.total:
+            self.print(stage.name)
+
+    def _remove(self, stage: str) -> None:
+        if self._stages.pop(stage, None) is not None and self._bars is not None:
+            self._bars.remove_task(self._tasks.pop(stage))
+
+
+@contextlib.contextmanager
+def display(
+    console: Console | None = None, *, units: Mapping[str, str] | None = None, unit: str = "images"
+) -> Iterator[Display]:
+    """Show the progress of the block on a console.
+
+    On a terminal each stage has a bar while it lasts; in a log a long stage has a line every
+    `LINE_EVERY` seconds if there is something new, and a phase a line when it begins. In both, a
+    long stage leaves a line when it ends.
+
+    Args:
+        console: where; by default standard error.
+        units: what each stage counts, by its name.
+        unit: what all other stages count.
+
+    Yields:
+        The `Progress` to report to; its `print` prints a line above the bars.
+    """
+    shown = Display(console or make_console(stderr=True), units or {}, unit)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def _bars(console: Console) -> Any:
+    """The bars on a terminal, not started."""
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+    from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class Figures(ProgressColumn):
+        """Count, pace and time left."""
+
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["stage"].figures(time.monotonic()), style="cyan")
+
+    return Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        Figures(),
+        console=console,
+        transient=True,
+        expand=True,
+        # What is printed meanwhile appears above the bars, unless it goes into a file.
+        redirect_stdout=sys.stdout.isatty(),
+    )

@@ -1,0 +1,157 @@
+"""What a person sees of long work, on a terminal and in a log."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from data_shards import progress
+from data_shards.progress import display, duration, phase, silent
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    return clock
+
+
+def log() -> Console:
+    return Console(file=io.StringIO(), width=80)
+
+
+def lines(console: Console) -> list[str]:
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def run(clock: Clock, console: Console, counts: list[int], total: int, seconds: float) -> None:
+    with display(console) as report:
+        for count in counts:
+            report("embedding gallery", count, total)
+            clock.now += seconds
+
+
+def test_a_long_stage_has_a_line_every_half_minute_and_one_at_its_end(clock):
+    console = log()
+    run(clock, console, list(range(0, 20001, 200)), 20000, 1.0)
+    assert lines(console) == [
+        "embedding gallery: 6,000 of 20,000 images, 200/s, 0:01:10 left",
+        "embedding gallery: 12,000 of 20,000 images, 200/s, 0:00:40 left",
+        "embedding gallery: 18,000 of 20,000 images, 200/s, 0:00:10 left",
+        "embedding gallery: 20,000 images in 0:01:40, 200/s",
+    ]
+
+
+def test_a_short_stage_has_no_line(clock):
+    console = log()
+    run(clock, console, [0, 50, 100], 100, 1.0)
+    assert lines(console) == []
+
+
+def test_no_line_is_printed_twice(clock):
+    console = log()
+    run(clock, console, [0, 10] + [10] * 200, 100, 1.0)
+    assert lines(console) == []  # at the only new figure the stage was 1 s old
+
+
+def test_the_time_left_never_grows_while_the_pace_holds(clock):
+    console = log()
+    run(clock, console, list(range(0, 1001)), 1000, 1.0)
+    left = [
+        int(h) * 3600 + int(m) * 60 + int(s)
+        for h, m, s in re.findall(r"(\d):(\d\d):(\d\d) left", "\n".join(lines(console)))
+    ]
+    assert left == sorted(left, reverse=True)
+    assert left == [1000 - 30 * (k + 1) for k in range(len(left))]
+
+
+def test_the_time_left_moves_gently_when_one_step_takes_long(clock):
+    stage = progress.Stage("training", "steps", 1000, clock.now)
+    for done in range(1, 121):
+        clock.now += 1.0
+        stage.update(done, 1000, clock.now)
+    before = stage.left(clock.now)
+    clock.now += 20.0
+    stage.update(121, 1000, clock.now)
+    after = stage.left(clock.now)
+    assert before == pytest.approx(880)
+    assert after is not None
+    assert after < 1.5 * before  # by that step only it would be 17,580 s
+
+
+def test_a_stage_that_begins_anew_is_timed_anew(clock):
+    console = log()
+    with display(console, unit="steps") as report:
+        for first, pace in ((50, 5), (0, 1)):
+            for k in range(32):
+                report("training", first + pace * k, 1000)
+                clock.now += 1.0
+    assert lines(console) == [
+        "training: 200 of 1,000 steps, 5/s, 0:02:40 left",
+        "training: 30 of 1,000 steps, 1/s, 0:16:10 left",
+    ]
+
+
+def test_a_phase_is_named_as_it_begins(clock):
+    console = log()
+    with display(console) as report, phase(report, "starting Ray"):
+        assert lines(console) == ["starting Ray"]
+        clock.now += 12.0
+    assert lines(console) == ["starting Ray", "starting Ray: done in 0:00:12"]
+
+
+def test_units_belong_to_stages_and_notes_follow_the_figures(clock):
+    console = log()
+    with display(console, units={"ranking": "pairs"}) as report:
+        report("ranking", 0, 100)
+        clock.now += 40.0
+        report("ranking", 40, 100, note="loss [b]")
+    assert lines(console) == ["ranking: 40 of 100 pairs, 1/s, 0:01:00 left, loss [b]"]
+
+
+def test_a_log_has_no_colour_codes_and_long_lines_are_whole(clock):
+    console = log()
+    with display(console) as report:
+        report.print("x" * 200 + " [bold]y[/bold] [/b]")
+    assert lines(console) == ["x" * 200 + " [bold]y[/bold] [/b]"]
+
+
+def test_a_terminal_has_a_bar_while_a_stage_lasts_and_keeps_its_last_line(clock):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with display(console) as report:
+        report("decoding [x]", 0, 100)
+        clock.now += 20.0
+        report("decoding [x]", 50, 100)
+        clock.now += 20.0
+        report("decoding [x]", 100, 100)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    assert "decoding [x] ━" in shown
+    assert "decoding [x]: 100 images in 0:00:40, 2.5/s" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(None, "?"), (0.4, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03")]
+)
+def test_durations(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_the_module_does_not_import_rich():
+    silent("x", 0, 1)
+    code = "import sys, data_shards.progress; assert 'rich' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
