@@ -1,12 +1,12 @@
-"""Procedural people before several cameras: a dataset for demos and tests, downloaded by no one.
+"""Drawn people before several cameras: a dataset for demos and tests without a download.
 
-They are rendered to disk in MSMT17's own layout and read back by its parser.
+They are rendered to a folder with a CSV file, as a user's own images would be.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,13 +14,10 @@ import numpy as np
 
 from data_shards.errors import ConfigError
 from data_shards.records import ImageRecord
-from data_shards.sources import msmt17
-from data_shards.sources.synthetic.people import draw_appearance
-from data_shards.sources.synthetic.scenes import install_camera, photograph
+from data_shards.sources import csv
 from data_shards.storage.atomic import disk_errors
 
-VERSION = 1  # of the drawings; another one renders anew
-VAL_SHARE = 8  # every so many-th training image goes to list_val.txt
+VERSION = 2  # of the drawings; another version is rendered anew
 
 
 def read(
@@ -31,14 +28,13 @@ def read(
     images_per_camera: int = 6,
     seed: int = 0,
 ) -> list[ImageRecord]:
-    """Render the people, unless they are there from an earlier time, and read them.
+    """Render the people, unless an earlier call did, and read them.
 
     The first half of them are for training. Of the rest, each camera's first picture is a query
     and the others are the gallery.
 
     Args:
-        root: a folder of its own for renderings; one folder for each choice of options is made
-            inside.
+        root: where to render; each choice of options gets a folder of its own inside.
         identities: people, at least 4.
         cameras: at least 2, each of which sees everyone.
         images_per_camera: of each person, at least 2.
@@ -49,49 +45,33 @@ def read(
             "synthetic people need at least 4 identities, 2 cameras, 2 images per camera and a seed"
             f" from 0 up, not {identities}, {cameras}, {images_per_camera} and {seed}"
         )
-    name = f"v{VERSION}-{identities}x{cameras}x{images_per_camera}-seed{seed}"
-    folder = root / name
+    folder = root / f"v{VERSION}-{identities}x{cameras}x{images_per_camera}-seed{seed}"
     if not folder.is_dir():
         with disk_errors(folder):
-            _render_whole(folder, identities, cameras, images_per_camera, seed)
-    return msmt17.read(folder)
-
-
-def _render_whole(folder: Path, identities: int, cameras: int, images: int, seed: int) -> None:
-    """Render beside `folder` and then move there, so that what is there is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".rendering-", dir=folder.parent))
-    try:
-        _render(temporary, identities, cameras, images, seed)
-        temporary.chmod(0o755)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same pictures
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as temporary:
+                whole = Path(temporary, folder.name)  # moved when it is complete
+                _render(whole, identities, cameras, images_per_camera, seed)
+                try:
+                    os.rename(whole, folder)
+                except OSError:
+                    if not folder.is_dir():  # else another process was faster
+                        raise
+    return csv.read(folder / "people.csv")
 
 
 def _render(folder: Path, identities: int, cameras: int, images: int, seed: int) -> None:
-    lenses = [install_camera(seed, number) for number in range(cameras)]
-    training = identities // 2
-    lists: dict[str, list[str]] = {"train": [], "val": [], "query": [], "gallery": []}
-    for person in range(identities):
-        who = draw_appearance(np.random.default_rng([seed, 0, person]))
-        test = person >= training
-        pid = person - training if test else person
-        place = folder / ("test" if test else "train") / f"{pid:04d}"
-        place.mkdir(parents=True)
-        for number in range(cameras * images):
-            camera, shot = divmod(number, images)
-            rng = np.random.default_rng([seed, 2, person, camera, shot])
-            name = f"{pid:04d}_{number:03d}_{camera + 1:02d}_0303morning_{shot:04d}_0.jpg"
-            (place / name).write_bytes(photograph(lenses[camera], who, rng))
-            if test:
-                split = "query" if shot == 0 else "gallery"
-            else:
-                split = "val" if number % VAL_SHARE == VAL_SHARE - 1 else "train"
-            lists[split].append(f"{pid:04d}/{name} {pid}\n")
-    for split, lines in lists.items():
-        (folder / f"list_{split}.txt").write_text("".join(lines))
+    from data_shards.sources.synthetic.cameras import Camera, Person  # imports OpenCV
+
+    folder.mkdir()
+    lenses = [Camera(seed, number) for number in range(cameras)]
+    lines = [",".join(csv.COLUMNS)]
+    for pid in range(identities):
+        who = Person(np.random.default_rng([seed, 0, pid]))
+        for camera, shot in itertools.product(range(cameras), range(images)):
+            rng = np.random.default_rng([seed, 2, pid, camera, shot])
+            name = f"{pid:04d}_c{camera}_{shot:03d}.jpg"
+            (folder / name).write_bytes(lenses[camera].photograph(who, rng))
+            split = "train" if pid < identities // 2 else "gallery" if shot else "query"
+            lines.append(f"{name},{pid},{camera},{split}")
+    (folder / "people.csv").write_text("\n".join(lines) + "\n")
