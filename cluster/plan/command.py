@@ -34,9 +34,9 @@ from data_shards.errors import ConfigError, DataError
 from data_shards.storage import open_storage
 from data_shards.storage.atomic import disk_errors, replacing
 from reid_train.config import TrainConfig, explain
+from reid_train.model.precision import autocast
 from reid_train.recipes import recipe
 from reid_train.runs.run_dir import Run
-from reid_train.training.build import autocast
 from reid_train.training.checkpoint import HISTORY
 from reid_train.training.history import History
 from reid_train.training.loop import epoch_plan, train_index

@@ -30,10 +30,10 @@ from reid_train.config import LoaderConfig
 from reid_train.evaluation.embedding_store import JOB, EmbeddingTable, part_key, write_part
 from reid_train.evaluation.extract import embed_batches
 from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
+from reid_train.model.precision import autocast, set_precision
 from reid_train.out_of_memory import out_of_memory
 from reid_train.registry.registry import fetch
 from reid_train.runs.ray_trainer import use_gpu
-from reid_train.training.build import autocast, set_precision
 
 PART = 4096
 """Images of a part."""

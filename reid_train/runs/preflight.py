@@ -7,9 +7,10 @@ import torch
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
+from reid_train.model.factory import build_model
 from reid_train.runs.run_dir import Run
-from reid_train.training import build
 from reid_train.training.loop import epoch_plan, train_index
+from reid_train.training.optimizer import build_regularizer
 
 
 def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> None:
@@ -31,7 +32,7 @@ def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> No
         )
     if saved is not None:
         config = config.replace(model__weights="none")
-    model = build.model(config, len(dataset.identities))
-    build.regularizer(config, model)
+    model = build_model(config, len(dataset.identities))
+    build_regularizer(config, model)
     with torch.no_grad():
         model.eval().embed(torch.zeros(1, 3, config.image.height, config.image.width))

@@ -30,13 +30,15 @@ from data_shards.sampler import plan, slice_for_rank
 from reid_train import transforms
 from reid_train.config import TrainConfig
 from reid_train.model.collectives import gather_with_gradient
+from reid_train.model.factory import build_model
+from reid_train.model.precision import autocast, set_precision
 from reid_train.regularization import AdaptiveL2
-from reid_train.training import build
 from reid_train.training.checkpoint import Checkpoint, Origin, Progress, save
 from reid_train.training.context import UNMEASURED, Asked, Stopped, Worker
 from reid_train.training.history import History, factor_metrics
 from reid_train.training.losses import batch_hard_triplet, label_smoothing_cross_entropy
 from reid_train.training.nonfinite import Guard
+from reid_train.training.optimizer import build_optimizer, build_regularizer, set_learning_rate
 from reid_train.training.step_metrics import Meter
 from reid_train.training.validation import Validation, validate
 
@@ -64,7 +66,7 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
         # cuBLAS repeats itself with a workspace of fixed size alone, and reads this once.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
-    build.set_precision(config)
+    set_precision(config)
     index = train_index(dataset)
     manifest = dataset.manifest
     identities = int(index.label.max()) + 1
@@ -74,9 +76,9 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
 
     # A checkpoint has weights of its own; the pretrained ones need not be there any more.
     fresh = config if start is None else config.replace(model__weights="none")
-    model = build.model(fresh, identities)
+    model = build_model(fresh, identities)
     model = model.to(worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    regularizer = build.regularizer(config, model)
+    regularizer = build_regularizer(config, model)
     progress, history, saved = Progress(), History(), None
     if start is not None:
         saved = Checkpoint.open(start)
@@ -99,12 +101,12 @@ def train(config: TrainConfig, dataset: Dataset, worker: Worker, start: Path | N
             continue
         model.freeze_backbone(phase == "heads")
         run.network = _parallel(model, config, worker)
-        run.optimizer = build.optimizer(config, model, regularizer)
+        run.optimizer = build_optimizer(config, model, regularizer)
         if saved is not None and saved.progress.phase == phase:
             saved.load_optimizer(run.optimizer)
         progress.phase = phase
         for epoch in range(progress.epoch, end):
-            build.set_learning_rate(run.optimizer, config, epoch)
+            set_learning_rate(run.optimizer, config, epoch)
             run.rows = rows = epoch_plan(config, index, epoch)
             steps = len(rows) // config.batch.accumulate
             batches_of_steps = _steps(config, dataset, worker, rows, progress.step)
@@ -206,7 +208,7 @@ class _Run:
         self.regularizer = regularizer
         self.progress: Progress = progress
         self.history: History = history
-        self.autocast = build.autocast(config, worker.device)
+        self.autocast = autocast(config, worker.device)
         self.meter = Meter(worker)
         self.guard = Guard(config.optimizer.skip_nonfinite, progress.skipped, model)
         self.kept_step: int | None = progress.global_step or None

@@ -21,9 +21,9 @@ from reid_train.evaluation import embedding_job
 from reid_train.evaluation.embedding_store import EmbeddingFiles
 from reid_train.evaluation.evaluate import Measures
 from reid_train.model.embedder import CONFIG, WEIGHTS
+from reid_train.model.factory import build_model
 from reid_train.recipes import recipe
 from reid_train.tracking.tracker import connect, local_tracking
-from reid_train.training import build
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +49,7 @@ def model(folder: Path, seed: int) -> str:
     """An untrained network, as a checkpoint has it."""
     config = recipe("demo").replace(image__height=32, image__width=16, seed=seed)
     folder.mkdir()
-    save_file(build.model(config, 4).state_dict(), folder / WEIGHTS)
+    save_file(build_model(config, 4).state_dict(), folder / WEIGHTS)
     (folder / CONFIG).write_text(config.to_json())
     return str(folder)
 

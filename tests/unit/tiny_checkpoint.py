@@ -10,9 +10,10 @@ import torch
 from tiny import config, narrow_resnet18
 from torchvision.models import resnet
 
-from reid_train.training import build
+from reid_train.model.factory import build_model
 from reid_train.training.checkpoint import Origin, Progress, save
 from reid_train.training.history import History
+from reid_train.training.optimizer import build_optimizer, build_regularizer
 
 ORIGIN = Origin("m" * 64, "e" * 64, identities=5)
 PROGRESS = Progress(epoch=1, step=2, global_step=5, phase="all")
@@ -22,10 +23,10 @@ SETTINGS = config(optimizer__frozen_epochs=0)
 def trained(seed: int, steps: int = 1):
     """A network, its regularizer and its optimizer after a step or more."""
     torch.manual_seed(seed)
-    model = build.model(SETTINGS.replace(seed=seed), ORIGIN.identities)
+    model = build_model(SETTINGS.replace(seed=seed), ORIGIN.identities)
     model = model.to(memory_format=torch.channels_last)
-    regularizer = build.regularizer(SETTINGS, model)
-    optimizer = build.optimizer(SETTINGS, model, regularizer)
+    regularizer = build_regularizer(SETTINGS, model)
+    optimizer = build_optimizer(SETTINGS, model, regularizer)
     for _ in range(steps):
         optimizer.zero_grad()
         logits = model(torch.randn(4, 3, 32, 32)).logits

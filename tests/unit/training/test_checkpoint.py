@@ -17,8 +17,9 @@ from tiny_checkpoint import ORIGIN, PROGRESS, SETTINGS, trained
 from torchvision.models import resnet
 
 from data_shards.errors import DataError
-from reid_train.training import build
+from reid_train.model.factory import build_model
 from reid_train.training.checkpoint import RANK_LIST, SEAL, Checkpoint, Origin
+from reid_train.training.optimizer import build_regularizer
 
 FILES = [
     "checkpoint.json",
@@ -125,7 +126,7 @@ def test_another_dataset_is_refused_and_both_are_named(original):
 
 def test_theta_of_other_tensors_is_refused(original, monkeypatch):
     monkeypatch.setattr(resnet, "resnet18", narrow_resnet18)
-    model = build.model(SETTINGS, ORIGIN.identities)
-    fewer = build.regularizer(SETTINGS.replace(regularization__exclude=("*.bias",)), model)
+    model = build_model(SETTINGS, ORIGIN.identities)
+    fewer = build_regularizer(SETTINGS.replace(regularization__exclude=("*.bias",)), model)
     with pytest.raises(DataError, match="not in this model"):
         Checkpoint.open(original[0]).load_theta(fewer)

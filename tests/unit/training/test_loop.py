@@ -20,11 +20,13 @@ from data_shards.errors import DataError
 from data_shards.loader import train_batches
 from reid_train import transforms
 from reid_train.config import TrainConfig
-from reid_train.training import build, validation
+from reid_train.model.factory import build_model
+from reid_train.training import validation
 from reid_train.training.checkpoint import MODEL, TRAINING, Checkpoint
 from reid_train.training.context import UNMEASURED
 from reid_train.training.loop import epoch_plan, train
 from reid_train.training.losses import batch_hard_triplet, label_smoothing_cross_entropy
+from reid_train.training.optimizer import build_optimizer, build_regularizer, set_learning_rate
 
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 WORLD = 2
@@ -115,10 +117,10 @@ def test_checkpoint_of_another_dataset_is_refused(uninterrupted, tmp_path):
 def expected_weights(dataset: Dataset, settings: TrainConfig) -> dict[str, torch.Tensor]:
     """Weights and θ after one step, as METHOD has it: the penalty in the loss, all by autograd."""
     index = dataset.index("train")
-    model = build.model(settings, int(index.label.max()) + 1)
-    regularizer = build.regularizer(settings, model)
-    optimizer = build.optimizer(settings, model, regularizer)
-    build.set_learning_rate(optimizer, settings, 0)
+    model = build_model(settings, int(index.label.max()) + 1)
+    regularizer = build_regularizer(settings, model)
+    optimizer = build_optimizer(settings, model, regularizer)
+    set_learning_rate(optimizer, settings, 0)
     worker, _ = make_worker(dataset, Path())
     rows = epoch_plan(settings, index, 0)
     size = {"height": settings.image.height, "width": settings.image.width}
@@ -172,7 +174,7 @@ def test_step_follows_the_averaged_clipped_gradient_of_loss_and_penalty(
 def test_frozen_phase_leaves_the_backbone_and_its_factors_alone(tiny_dataset, tmp_path):
     settings = config(optimizer__epochs=1, checkpoint__every_steps=2, evaluation__every=2)
     folder = run(tiny_dataset, settings, tmp_path).checkpoints[0]
-    model = build.model(settings, 6)
+    model = build_model(settings, 6)
     before, after = model.state_dict(), load_file(folder / MODEL)
     backbone = ("trunk.", "global_layer4.", "regional_layer4.")
     moved = {name for name in before if not torch.equal(before[name], after[name])}

@@ -1,0 +1,35 @@
+"""Numerical precision: bfloat16 where the device has it, or true float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+
+from reid_train.config import TrainConfig
+
+
+def set_precision(config: TrainConfig) -> None:
+    """Turn TF32 off in cuDNN if the configuration asks for float32; cuDNN uses it by default."""
+    if config.precision == "float32":
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def autocast(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """Return a factory of the context that the network runs in.
+
+    Args:
+        config: `precision` is "float32", "bf16", or "auto": bfloat16 if the device has it.
+        device: where the network runs.
+    """
+    if config.precision == "float32" or (config.precision == "auto" and not _has_bf16(device)):
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
