@@ -23,7 +23,8 @@ from rich.console import Console
 
 from cluster.local import servers as local
 from data_shards.errors import ConfigError, ReidError
-from reid_train.tracking.tracker import code_commit, redact
+from reid_train.tracking.provenance import code_commit
+from reid_train.tracking.uris import redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

@@ -19,11 +19,12 @@ from data_shards.errors import ConfigError, DataError
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight
 from reid_train.runs.console import beside_driver
-from reid_train.runs.job import tracking_uri
 from reid_train.runs.publish import publish
 from reid_train.runs.ray_checkpoints import forget_missing, ray_storage
 from reid_train.runs.run_dir import REPORT, prepare
-from reid_train.tracking.tracker import Tracker, code_commit
+from reid_train.tracking.provenance import code_commit
+from reid_train.tracking.tracker import Tracker
+from reid_train.tracking.uris import training_uri
 from tune import plots as pictures
 from tune import runner
 from tune.asha import Halving
@@ -80,7 +81,9 @@ def sweep(settings: Sweep, config: TrainConfig, *, console: Console | None = Non
         raise DataError(f"{config.data} has no query or gallery: a sweep compares by mAP on them")
     preflight.check(config, dataset)
     runner.connect()
-    config = runner.resolve_device(config.replace(tracking__uri=tracking_uri(config)))
+    config = runner.resolve_device(
+        config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
+    )
     at_a_time = runner.slots(config, settings.concurrent)
     book = Book.open(settings, config, dataset.manifest.digest)
     base = config.replace(

@@ -30,6 +30,7 @@ from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles
 from reid_train.evaluation.evaluate import Measurement, Measures
 from reid_train.runs.ray_trainer import start_ray
 from reid_train.tracking.tracker import Tracker
+from reid_train.tracking.uris import registry_uri
 
 
 @dataclass(frozen=True)
@@ -192,13 +193,11 @@ def _write(settings: Evaluate, found: Measurement, source: str, console: Console
 
 
 def _log(settings: Evaluate, found: Measurement, dataset: Dataset) -> None:
-    from reid_train.registry.registry import resolve
-
     assert settings.model is not None
     given = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not given and not settings.model.startswith("models:/"):
         return  # a checkpoint, and no MLflow was named
-    uri = resolve(given)
+    uri = registry_uri(given)
     with Tracker.start(uri, settings.experiment, run_name=settings.model) as tracker:
         tracker.log_parameters({f"measures.{k}": v for k, v in vars(found.measures).items()})
         tracker.set_tags(

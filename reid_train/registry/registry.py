@@ -6,26 +6,26 @@ it moves to a version that measured a higher mAP on the same query and gallery, 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data_shards.errors import ConfigError, ObjectMissing, StorageError
+from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
 from data_shards.storage import open_storage
 from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
 from reid_train.registry.packaging import log_model
-from reid_train.runs.run_dir import best_checkpoint
-from reid_train.tracking.tracker import connect, local_tracking, redact, without_password
+from reid_train.tracking.tracker import connect
+from reid_train.tracking.uris import redact, registry_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
+SUMMARY = "report/summary.json"
+"""File of a finished run that has its metrics and the name of its best checkpoint."""
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias
 
@@ -109,7 +111,7 @@ def register(
         DataError: the folder does not hold a model.
         StorageError: MLflow or its artifact store failed.
     """
-    uri = resolve(tracking_uri)
+    uri = registry_uri(tracking_uri)
     embedder = Embedder.from_folder(folder, "cpu")
     tags = {
         "mAP": metrics.get("mAP"),
@@ -169,7 +171,7 @@ def list_models(tracking_uri: str | None = None) -> list[ModelVersion]:
         ConfigError: no URI was given and none is to be found.
         StorageError: MLflow failed.
     """
-    uri = resolve(tracking_uri)
+    uri = registry_uri(tracking_uri)
     found = []
     with _mlflow_errors("listing models", uri):
         client = connect(uri)
@@ -207,7 +209,7 @@ def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Pat
     """
     location = str(uri)
     if location.startswith("models:/"):
-        return _download(location, resolve(tracking_uri), folder)
+        return _download(location, registry_uri(tracking_uri), folder)
     if not open_storage(location).exists(CONFIG):
         location = best_checkpoint(location)
     if "://" not in location:
@@ -216,6 +218,28 @@ def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Pat
     for file in (WEIGHTS, CONFIG):
         storage.download(file, folder / file)
     return folder
+
+
+def best_checkpoint(run: str) -> str:
+    """The place of a finished run's best checkpoint, as its summary has it; else `run` itself.
+
+    Args:
+        run: the run's folder or s3:// URL, or that of anything else.
+
+    Raises:
+        DataError: there is a summary, but it names no checkpoint.
+    """
+    folder = open_storage(run)
+    try:
+        name = json.loads(folder.read(SUMMARY))["checkpoint"]
+        return folder.child(PurePosixPath(name).name).url
+    except ObjectMissing:
+        return run
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{run} is a run whose {SUMMARY} names no checkpoint ({error!r}): give the folder of a "
+            "checkpoint"
+        ) from error
 
 
 def _download(location: str, uri: str, folder: Path) -> Path:
@@ -277,18 +301,6 @@ def _all(search: Callable[..., Any], query: str | None = None) -> list[Any]:
         token = page.token
         if not token:
             return found
-
-
-def resolve(tracking_uri: str | None) -> str:
-    given = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if given:
-        return without_password(given)
-    if Path("mlflow.db").exists():
-        return local_tracking(Path())
-    raise ConfigError(
-        "no tracking URI: give --tracking-uri, such as sqlite:////path/of/the/runs/mlflow.db or "
-        "a server's address, or set MLFLOW_TRACKING_URI"
-    )
 
 
 @contextmanager

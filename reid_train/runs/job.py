@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from rich.console import Console
 
@@ -14,13 +13,9 @@ from reid_train.runs import preflight, run_lock
 from reid_train.runs.publish import Summary, publish, show
 from reid_train.runs.ray_trainer import fit
 from reid_train.runs.run_dir import Run, claim, prepare, record, tidy
-from reid_train.tracking.tracker import (
-    Tracker,
-    code_commit,
-    local_tracking,
-    submitted_job,
-    without_password,
-)
+from reid_train.tracking.provenance import code_commit, submitted_job
+from reid_train.tracking.tracker import Tracker
+from reid_train.tracking.uris import training_uri
 
 
 def run(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> Summary:
@@ -42,7 +37,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     dataset = Dataset.open(config.data)
     saved = Run.read(config.output, config.name or "") if resume else None
     preflight.check(config, dataset, saved)
-    config = config.replace(tracking__uri=tracking_uri(config))
+    config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
     claim(config, dataset, saved)
     folder = open_storage(config.output).child(str(config.name))
     with run_lock.held(folder, str(config.name)) as own:
@@ -81,15 +76,3 @@ def _run(
         summary, rows = publish(config, result, dataset, tracker)
     show(summary, rows, config, console)
     return summary
-
-
-def tracking_uri(config: TrainConfig) -> str:
-    """Where to track: as configured, as the environment says, or in a SQLite file.
-
-    The file lies beside a local output, or in the working folder if the output is on S3. Only
-    workers on this machine can reach it: a cluster needs an MLflow server.
-    """
-    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if given:
-        return without_password(given)
-    return local_tracking(Path() if "://" in config.output else Path(config.output))

@@ -18,10 +18,11 @@ from data_shards.errors import StorageError
 from data_shards.storage import open_storage
 from reid_train import report
 from reid_train.config import TrainConfig
-from reid_train.registry.registry import Registered, register
+from reid_train.registry.registry import SUMMARY, Registered, register
 from reid_train.runs.ray_checkpoints import first_whole
-from reid_train.runs.run_dir import REPORT, SUMMARY
-from reid_train.tracking.tracker import Tracker, code_commit
+from reid_train.runs.run_dir import REPORT
+from reid_train.tracking.provenance import code_commit
+from reid_train.tracking.tracker import Tracker
 from reid_train.training.checkpoint import RANK_LIST, Checkpoint
 from reid_train.training.context import UNMEASURED
 from reid_train.training.history import History

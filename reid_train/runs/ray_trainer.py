@@ -52,7 +52,7 @@ from reid_train.runs.ray_checkpoints import (
 from reid_train.runs.ray_internals import ResilientTrainer, on_purpose
 from reid_train.runs.run_lock import Claim
 from reid_train.runs.scratch import own_temporary_folder
-from reid_train.tracking.prometheus import Gauges
+from reid_train.tracking import prometheus
 from reid_train.tracking.tracker import Tracker
 from reid_train.training.context import Asked, Stopped, Worker
 
@@ -210,12 +210,12 @@ def _train(settings: dict[str, Any]) -> None:
         raise DataError(f"{config.data} changed while the run was going on")
     run_id = settings["run_id"] if rank == 0 else None
     uri = config.tracking.uri if run_id else None
-    gauges = Gauges(config.name or "")
+    show_gauges = prometheus.gauges(config.name or "")
     with Tracker(uri, run_id) as tracker:
 
         def log(values: dict[str, float], step: int) -> None:
             tracker.log(values, step)
-            gauges.log(values, step)
+            show_gauges(values)
 
         worker = Worker(
             rank=rank,

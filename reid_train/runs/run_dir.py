@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing
@@ -21,8 +21,6 @@ from reid_train.config import TrainConfig
 
 REPORT = "report"
 """Folder of a run that holds its report."""
-SUMMARY = f"{REPORT}/summary.json"
-"""What a finished run came to, and which checkpoint is its best."""
 RESUMABLE = {
     "workers",
     "min_workers",
@@ -79,27 +77,6 @@ class Run:
             raise ConfigError(f"no run to resume: {where} is not there") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{where} is damaged: {error}") from error
-
-
-def best_checkpoint(run: str) -> str:
-    """The place of a finished run's best checkpoint, as its summary has it; else `run` itself.
-
-    Args:
-        run: the run's folder or s3:// URL, or that of anything else.
-
-    Raises:
-        DataError: there is a summary, but it names no checkpoint.
-    """
-    folder = open_storage(run)
-    try:
-        name = json.loads(folder.read(SUMMARY))["checkpoint"]
-        return folder.child(PurePosixPath(name).name).url
-    except ObjectMissing:
-        return run
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{run} is a run whose {SUMMARY} names no checkpoint ({error!r}): give one's folder"
-        ) from error
 
 
 def prepare(config: TrainConfig) -> TrainConfig:

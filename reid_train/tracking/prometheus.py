@@ -1,20 +1,18 @@
-"""What Prometheus sees of a run: the newest values, through the metrics port of Ray's nodes."""
+"""Show the newest values of a run to Prometheus, through the metrics port of Ray's nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from ray.util.metrics import Gauge
+from collections.abc import Callable, Mapping
 
 METRICS = {
     "reid_images_per_second": "Training throughput.",
     "reid_step_seconds": "Seconds of an optimizer step.",
     "reid_data_wait_seconds": "Seconds of an optimizer step spent waiting for its batch.",
     "reid_loss": "Training loss with the L2 penalty.",
-    "reid_factor": "Regularization factors (lambda): least, median and greatest of all tensors.",
+    "reid_factor": "Regularization factors (lambda): minimum, median and maximum of all tensors.",
     "reid_map": "Mean average precision at the last evaluation.",
 }
-"""Name to description, in ASCII for Ray, which puts `ray_` before the name."""
+"""Metric to description. Ray takes only ASCII, and puts `ray_` before the name."""
 _SHOWN = {
     "images_per_second": ("reid_images_per_second", ""),
     "step_seconds": ("reid_step_seconds", ""),
@@ -25,23 +23,27 @@ _SHOWN = {
     "factor/max": ("reid_factor", "max"),
     "mAP": ("reid_map", ""),
 }
-"""Tracked name to metric, and the value of its tag `quantile`."""
+"""Name in MLflow to metric, and the value of the metric's tag `quantile`."""
 
 
-class Gauges:
-    """Shows tracked values of one run; every gauge carries the run's name.
+def gauges(run: str) -> Callable[[Mapping[str, float]], None]:
+    """Make the gauges of one run.
 
     Args:
-        run: name of the run.
+        run: name of the run, the tag `run` of each gauge.
+
+    Returns:
+        A function that sets the gauges. It takes values by the names that MLflow has them under,
+        and ignores those that have no gauge.
     """
+    from ray.util.metrics import Gauge
 
-    def __init__(self, run: str) -> None:
-        self._run = run
-        tags = ("run", "quantile")
-        self._gauges = {name: Gauge(name, text, tag_keys=tags) for name, text in METRICS.items()}
+    tags = ("run", "quantile")
+    made = {name: Gauge(name, text, tag_keys=tags) for name, text in METRICS.items()}
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Take values under the names that they are tracked by; others are left out."""
+    def show(values: Mapping[str, float]) -> None:
         for name in values.keys() & _SHOWN.keys():
             metric, quantile = _SHOWN[name]
-            self._gauges[metric].set(values[name], {"run": self._run, "quantile": quantile})
+            made[metric].set(values[name], {"run": run, "quantile": quantile})
+
+    return show

@@ -24,7 +24,7 @@ from cluster.local.s3_server import S3Server
 from data_shards.cli import build_command
 from data_shards.errors import ObjectMissing
 from data_shards.storage import open_storage
-from reid_train.tracking.tracker import local_tracking
+from reid_train.tracking.uris import local_tracking
 
 TEST = ("Japanese_(katakana)", "Sanskrit", "Tagalog")
 QUERY_DRAWERS = range(1, 6)

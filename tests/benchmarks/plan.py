@@ -40,7 +40,7 @@ from data_shards.building.build import build
 from data_shards.dataset import Dataset
 from data_shards.storage import open_storage
 from reid_train.recipes import recipe
-from reid_train.tracking.tracker import local_tracking
+from reid_train.tracking.uris import local_tracking
 
 BUCKET, DATA = "plan", "people"
 TRIES = 6

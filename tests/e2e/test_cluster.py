@@ -165,8 +165,8 @@ import ray
 @ray.remote(num_cpus=0)
 class Worker:
     def log(self, values):
-        from reid_train.gauges import Gauges
-        Gauges("shown").log(values, 1)
+        from reid_train.tracking.prometheus import gauges
+        gauges("shown")(values)
 
 ray.init(log_to_driver=False, logging_level="ERROR")
 worker = Worker.remote()

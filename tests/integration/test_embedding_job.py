@@ -23,7 +23,8 @@ from reid_train.evaluation.evaluate import Measures
 from reid_train.model.embedder import CONFIG, WEIGHTS
 from reid_train.model.factory import build_model
 from reid_train.recipes import recipe
-from reid_train.tracking.tracker import connect, local_tracking
+from reid_train.tracking.tracker import connect
+from reid_train.tracking.uris import local_tracking
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,7 +26,8 @@ from reid_train.model.batch_norm import convert
 from reid_train.model.embedder import Embedder, resize
 from reid_train.model.network import ReidNet
 from reid_train.registry.registry import list_models, load, register, should_promote
-from reid_train.tracking.tracker import Tracker, connect, local_tracking
+from reid_train.tracking.tracker import Tracker, connect
+from reid_train.tracking.uris import local_tracking
 
 SMALL = TrainConfig(
     recipe="test",

@@ -9,8 +9,8 @@ import pytest
 
 from data_shards.errors import ConfigError, DataError
 from reid_train.recipes import recipe
-from reid_train.registry.registry import fetch
-from reid_train.runs.run_dir import SUMMARY, prepare, same_training, tidy
+from reid_train.registry.registry import SUMMARY, fetch
+from reid_train.runs.run_dir import prepare, same_training, tidy
 
 RUN = recipe("demo").replace(name="r")
 

@@ -1,0 +1,85 @@
+"""Tracking URIs: which one to use, and what of it may be shown."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from data_shards.errors import ConfigError
+
+_SQLITE = "sqlite:///"
+_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
+
+
+def training_uri(given: str | None, output: str) -> str:
+    """Choose where a training is tracked.
+
+    Args:
+        given: `--tracking.uri`; None takes MLFLOW_TRACKING_URI, or a SQLite file.
+        output: where runs are kept. The file is in that folder, or in the working folder if the
+            output is on S3. Only workers on this machine can reach it: a cluster needs a server.
+
+    Raises:
+        ConfigError: there is a user or a password in the URI.
+    """
+    chosen = given or os.environ.get("MLFLOW_TRACKING_URI")
+    if chosen:
+        return without_password(chosen)
+    return local_tracking(Path() if "://" in output else Path(output))
+
+
+def registry_uri(given: str | None) -> str:
+    """Choose where to look for registered models.
+
+    Args:
+        given: `--tracking-uri`; None takes MLFLOW_TRACKING_URI, or ./mlflow.db if it exists.
+
+    Raises:
+        ConfigError: there is none, or there is a user or a password in it.
+    """
+    chosen = given or os.environ.get("MLFLOW_TRACKING_URI")
+    if chosen:
+        return without_password(chosen)
+    if Path("mlflow.db").exists():
+        return local_tracking(Path())
+    raise ConfigError(
+        "no tracking URI: give --tracking-uri, such as sqlite:////path/of/the/runs/mlflow.db or "
+        "a server's address, or set MLFLOW_TRACKING_URI"
+    )
+
+
+def local_tracking(folder: Path) -> str:
+    """Tracking URI of the SQLite file in a folder, which is made if it is not there."""
+    folder = folder.expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"{_SQLITE}{folder / 'mlflow.db'}"
+
+
+def artifacts_beside(uri: str) -> str | None:
+    """Where the artifacts of a SQLite file's runs are kept; None for a server, which decides it.
+
+    MLflow's default is the working folder of whichever process comes first.
+    """
+    if not uri.startswith(_SQLITE):
+        return None
+    return (Path(uri.removeprefix(_SQLITE)).resolve().parent / "artifacts").as_uri()
+
+
+def without_password(uri: str) -> str:
+    """Return a URI that holds no secret, since it is stored in configurations and reports.
+
+    Raises:
+        ConfigError: there is a user or a password in it.
+    """
+    if redact(uri) != uri:
+        raise ConfigError(
+            f"leave user and password out of the tracking URI ({redact(uri)}): it is stored with "
+            "the run. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return uri
+
+
+def redact(text: str) -> str:
+    """Remove the user and the password from URLs in a text."""
+    return _USER_INFO.sub("", text)
