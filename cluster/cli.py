@@ -1,40 +1,29 @@
-"""`python -m cluster`: what runs the rest on one machine or many."""
+"""The command line: `python -m cluster demo | local | submit | plan | measure`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from data_shards.command_line import Command, command, parse, program, run_one_of
 
-from data_shards.errors import run_one_of
-
-HELP = """usage: python -m cluster COMMAND [options]
-
-  demo       the whole system on this machine in a few minutes
-  local      up, status, down: S3, MLflow and a Ray head on this machine
-  submit     run a command as a job on a Ray cluster
-  plan       what a run will take before it is paid for
-  measure    add what a finished run showed to the table of speeds that plan reads
-
-Each command says what it takes with --help."""
+PROGRAM = program("cluster", "reid-cluster")
 
 
 def demo(arguments: list[str]) -> None:
-    """Parse and run `demo`."""
+    """Run the whole system on this machine in a few minutes."""
     from cluster.demo import demo
 
-    tyro.cli(demo, args=arguments, prog="python -m cluster demo")
+    parse(demo, arguments, f"{PROGRAM} demo")
 
 
-def local(arguments: list[str]) -> None:
-    """Parse and run `local up`, `local status` or `local down`."""
+def local(arguments: list[str]) -> int:
+    """Run S3, MLflow and a Ray head on this machine: up, status, down."""
     from cluster.local.servers import COMMANDS
 
-    tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, args=arguments, prog="python -m cluster local", description=""
-    )
+    prog = f"{PROGRAM} local"
+    commands = {name: command(target, f"{prog} {name}") for name, target in COMMANDS.items()}
+    return run_one_of(commands, prog, arguments)
 
 
 @dataclass(frozen=True)
@@ -57,29 +46,29 @@ class Submit:
 
 
 def submit(arguments: list[str]) -> int:
-    """Parse and run `submit`; what follows `--` is the job's command."""
+    """Run a command as a job on a Ray cluster."""
     from cluster.submit import submit
 
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    parsed = tyro.cli(Submit, args=arguments[:end], prog="python -m cluster submit [OPTIONS] -- …")
+    parsed = parse(Submit, arguments[:end], f"{PROGRAM} submit [OPTIONS] -- …")
     return submit(arguments[end + 1 :], **vars(parsed))
 
 
 def plan(arguments: list[str]) -> None:
-    """Parse and run `plan`."""
+    """Estimate what a run takes and costs before it is started."""
     from cluster.plan.command import plan
 
     plan(*arguments)
 
 
 def measure(arguments: list[str]) -> None:
-    """Parse and run `measure`."""
+    """Add the speed of a finished run to the table that plan reads."""
     from cluster.plan.command import measure
 
-    tyro.cli(measure, args=arguments, prog="python -m cluster measure")
+    parse(measure, arguments, f"{PROGRAM} measure")
 
 
-COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+COMMANDS: dict[str, Command] = {
     "demo": demo,
     "local": local,
     "submit": submit,
@@ -90,4 +79,4 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the command line names; return its exit code."""
-    return run_one_of(COMMANDS, HELP, arguments)
+    return run_one_of(COMMANDS, PROGRAM, arguments)

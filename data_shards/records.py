@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Final
 
 SPLITS: Final = ("train", "val", "query", "gallery")
+SHARD_BYTES: Final = 256 << 20
+"""Approximate size of a shard."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from data_shards.dataset import Dataset
 from data_shards.decode import decode
 from data_shards.errors import DataError, ObjectMissing
 from data_shards.manifest import Index, ShardInfo
+from data_shards.progress import Progress, silent
 from data_shards.storage import Storage
 
 
@@ -32,7 +33,7 @@ def verify(
     *,
     decode_images: bool = False,
     jobs: int | None = None,
-    progress: Callable[[int, int], None] = lambda total, done: None,
+    progress: Progress = silent,
 ) -> tuple[Dataset, list[str]]:
     """Check every shard's bytes and members, and on demand its images.
 
@@ -40,7 +41,7 @@ def verify(
         url: where the dataset is.
         decode_images: decode each image too.
         jobs: processes; by default one a core.
-        progress: called with images in all, and images done.
+        progress: called with ("verifying", images done, images in all).
 
     Returns:
         The dataset, and one line for each thing that is wrong with it, over all shards.
@@ -54,11 +55,11 @@ def verify(
     check = partial(_check_shard, dataset.storage, decode_images)
     total = sum(len(task.rows) for task in tasks)
     problems, done = list[str](), 0
-    progress(total, 0)
+    progress("verifying", 0, total)
     for task, found in zip(tasks, parallel_map(check, tasks, jobs or cores()), strict=True):
         problems += found
         done += len(task.rows)
-        progress(total, done)
+        progress("verifying", done, total)
     return dataset, problems
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+from pydantic import ValidationError
+
+from data_shards.command_line import did_you_mean, parse, peek
 from data_shards.errors import ConfigError
-from reid_train.config import TrainConfig
+from reid_train.config import TrainConfig, explain
+
+T = TypeVar("T")
 
 PAPER = TrainConfig()
 """The paper's setting; the method is the same for every dataset."""
@@ -65,7 +71,30 @@ def recipe(name: str) -> TrainConfig:
         ConfigError: there is none; the message names the nearest.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"unknown recipe {name!r}.{hint} There are: {', '.join(RECIPES)}.")
+        hint, there = did_you_mean(name, RECIPES), ", ".join(RECIPES)
+        raise ConfigError(f"unknown recipe {name!r}.{hint} There are: {there}.")
     return RECIPES[name]
+
+
+def parse_with_recipe(
+    make: Callable[[TrainConfig], T],
+    words: Sequence[str],
+    prog: str,
+    base: TrainConfig | None = None,
+) -> T:
+    """Parse a command line whose defaults come from the recipe that it names.
+
+    Args:
+        make: makes the settings with their defaults from a configuration.
+        words: of the command line.
+        prog: the command, for its help.
+        base: the defaults instead of a recipe.
+
+    Raises:
+        ConfigError: an unknown recipe or option, or a value out of range.
+    """
+    default = make(base or recipe(peek(words, "recipe").recipe or PAPER.recipe))
+    try:
+        return parse(type(default), words, prog, default=default)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from error

@@ -1,5 +1,14 @@
-from reid_train.ray_utils import keep_ray_home
-from tune.cli import main
+"""Start the command line: `python -m tune` and the script `reid-tune`."""
 
-keep_ray_home()
-raise SystemExit(main())
+from reid_train.ray_utils import keep_ray_home
+from tune.cli import main as command_line
+
+
+def main() -> int:
+    """Run the command line; return its exit code."""
+    keep_ray_home()  # before anything imports Ray
+    return command_line()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

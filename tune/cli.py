@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
-from data_shards.errors import ConfigError, run_command
+from data_shards.command_line import program, run_command
+from data_shards.errors import ConfigError
+from data_shards.progress import make_console
 from reid_train.config import TrainConfig
-from reid_train.recipes import recipe
+from reid_train.recipes import parse_with_recipe
 from tune.config import Sweep
 from tune.space import default, overrides, read_file
 
@@ -44,15 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str] | None) -> None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="msmt17_resnet50")
-    known, _ = first.parse_known_args(arguments)
-    parsed = tyro.cli(
-        Tune,
-        default=Tune(Sweep(), recipe(known.recipe)),
-        args=arguments,
-        prog="python -m tune",
-        config=(tyro.conf.AvoidSubcommands,),
+    words = sys.argv[1:] if arguments is None else arguments
+    parsed = parse_with_recipe(
+        lambda base: Tune(Sweep(), base), words, program("tune", "reid-tune")
     )
     config = parsed.config
     if parsed.workers_per_trial is not None:
@@ -67,4 +62,4 @@ def _main(arguments: list[str] | None) -> None:
     settings = Sweep.model_validate(parsed.sweep.model_dump() | {"ranges": ranges})
     from tune.sweep import sweep
 
-    sweep(settings, config, console=Console())
+    sweep(settings, config, console=make_console())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from pydantic import ValidationError
 from rich.console import Console
 
 from cluster.plan.estimate import Estimate, estimate
@@ -29,13 +27,14 @@ from cluster.plan.throughput import (
     speed_of,
 )
 from cluster.plan.workload import Layout, workloads
+from data_shards.command_line import program
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError
 from data_shards.storage import open_storage
 from data_shards.storage.atomic import disk_errors, replacing
-from reid_train.config import TrainConfig, explain
+from reid_train.config import TrainConfig
 from reid_train.model.precision import autocast
-from reid_train.recipes import recipe
+from reid_train.recipes import parse_with_recipe
 from reid_train.runs.run_dir import Run
 from reid_train.training.checkpoint import HISTORY
 from reid_train.training.history import History
@@ -85,21 +84,12 @@ def parse(arguments: list[str]) -> Plan:
     Raises:
         ConfigError: an unknown recipe, or values that do not go together.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="msmt17_resnet50")
-    base = recipe(first.parse_known_args(arguments)[0].recipe)
-    try:
-        options = tyro.cli(
-            Plan,
-            default=Plan(base, gpus=tyro.MISSING, gpu_type=tyro.MISSING),
-            args=arguments,
-            prog="python -m cluster plan",
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-        config = options.config.replace(workers=options.gpus)
-    except ValidationError as error:
-        raise ConfigError(explain(error)) from error
-    if not config.data:
+    options = parse_with_recipe(
+        lambda base: Plan(base, gpus=tyro.MISSING, gpu_type=tyro.MISSING),
+        arguments,
+        program("cluster", "reid-cluster") + " plan",
+    )
+    if not options.config.replace(workers=options.gpus).data:
         raise ConfigError("--data is missing: give a folder or an s3://bucket/prefix")
     return options
 

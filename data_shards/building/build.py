@@ -13,7 +13,7 @@ import fcntl
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -45,17 +45,15 @@ from data_shards.manifest import (
     json_digest,
     sha256,
 )
-from data_shards.records import SPLITS, ImageRecord
+from data_shards.progress import Progress, silent
+from data_shards.records import SHARD_BYTES, SPLITS, ImageRecord
 from data_shards.sources import SOURCES
 from data_shards.sources.layout import difference
 from data_shards.storage import Storage, open_storage
 from data_shards.storage.atomic import disk_errors
 
-SHARD_BYTES = 256 << 20
 LOCK_NAME = "build.lock"
 """In the folder for tars, while a build runs; the lock goes with the process, however it ends."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def build(
     skip_unreadable: bool = False,
     jobs: int | None = None,
     work: Path | None = None,
-    progress: Progress = lambda step, total, done: None,
+    progress: Progress = silent,
 ) -> BuildResult:
     """Shard a dataset.
 
@@ -93,7 +91,7 @@ def build(
         skip_unreadable: leave unreadable images out, and list them in the manifest.
         jobs: processes; by default one a core.
         work: folder for tars until they are uploaded; kept the same, it lets uploads resume.
-        progress: called with ("decoding" or "sharding", images in all, images done).
+        progress: called with ("decoding" or "sharding", images done, images in all).
 
     Raises:
         ConfigError: an unknown source or option, or one that cannot be; or such a build runs.
@@ -111,7 +109,7 @@ def build(
         raise DataError(
             f"{shortfall}: is the archive complete? Pass --allow-incomplete to shard what is there"
         )
-    images, left_out = survey(records, jobs, partial(progress, "decoding", len(records)))
+    images, left_out = survey(records, jobs, progress)
     if left_out and not skip_unreadable:
         raise DataError(_unreadable(left_out, root))
     _check([image.record for image in images], root)
@@ -194,10 +192,10 @@ def _write_shards(
 ) -> list[ShardNote]:
     task = partial(_one_shard, storage, dataset, folder)
     total, notes = sum(len(plan.images) for plan in plans), list[ShardNote]()
-    progress("sharding", total, 0)
+    progress("sharding", 0, total)
     for note in parallel_map(task, plans, jobs):
         notes.append(note)
-        progress("sharding", total, sum(note.info.images for note in notes))
+        progress("sharding", sum(note.info.images for note in notes), total)
     return notes
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_shards.building.parallel import parallel_map
 from data_shards.decode import decode
 from data_shards.errors import DataError
 from data_shards.manifest import LeftOut, sha256
+from data_shards.progress import Progress
 from data_shards.records import ImageRecord
 
 CHUNK = 64  # images a task
@@ -34,25 +35,25 @@ class SurveyedImage:
 
 
 def survey(
-    records: Sequence[ImageRecord], jobs: int, progress: Callable[[int], None]
+    records: Sequence[ImageRecord], jobs: int, progress: Progress
 ) -> tuple[list[SurveyedImage], list[LeftOut]]:
     """Decode all images in full.
 
     Args:
         records: the images.
         jobs: processes.
-        progress: called with the number of images done so far.
+        progress: called with ("decoding", images done, images in all).
 
     Returns:
         The readable ones and the others, both in the records' order.
     """
     chunks = [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)]
     good, bad = list[SurveyedImage](), list[LeftOut]()
-    progress(0)
+    progress("decoding", 0, len(records))
     for results in parallel_map(_survey_chunk, chunks, jobs):
         for result in results:
             (good if isinstance(result, SurveyedImage) else bad).append(result)  # type: ignore
-        progress(len(good) + len(bad))
+        progress("decoding", len(good) + len(bad), len(records))
     return good, bad
 
 

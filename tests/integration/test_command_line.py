@@ -20,7 +20,7 @@ from reid_train.model import pretrained as weights
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["trane"], "no command 'trane'; there are train, "),
+        (["trane"], "no command 'trane'. Did you mean train? There are: train, "),
         (["train"], "--data is missing: give a folder or an s3://bucket/prefix"),
         (["train", "--data", "x"], "--output is missing: give a folder or an s3://bucket/prefix"),
         (["train", "--recipe", "demmo"], "unknown recipe 'demmo'. Did you mean demo?"),

@@ -17,6 +17,7 @@ from PIL import Image
 from data_shards.building.scan import SurveyedImage, survey
 from data_shards.building.writer import plan_shards, write_shard
 from data_shards.errors import DataError
+from data_shards.progress import silent
 from data_shards.records import SPLITS, ImageRecord
 from data_shards.storage.atomic import file_sha256
 
@@ -38,7 +39,7 @@ def images(tmp_path) -> list[SurveyedImage]:
         path.write_bytes(picture(n, "PNG" if n == 5 else "JPEG"))
         split = ("train", "query", "gallery")[n // 4]
         records.append(ImageRecord(path, relative, 40 - n // 2, n % 3 + 1, split))
-    good, bad = survey(records, 1, lambda _: None)
+    good, bad = survey(records, 1, silent)
     assert not bad
     return good
 

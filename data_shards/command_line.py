@@ -1,0 +1,143 @@
+"""What every command line shares: how commands are chosen, parsed, and how their errors look.
+
+Help and mistakes answer at once, so nothing slow is imported before a command runs: modules named
+`cli` import Ray, PyTorch, boto3 and the like inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import functools
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_shards.errors import ConfigError, ReidError
+
+Command = Callable[[list[str]], int | None]
+"""Takes the words after its name; returns an exit code, or None for 0."""
+
+
+def program(package: str, script: str) -> str:
+    """How this process was started: `reid-train`, or `python -m reid_train`."""
+    return script if Path(sys.argv[0]).name == script else f"python -m {package}"
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command; print a `ReidError` as one line on stderr, and return the exit code."""
+    try:
+        return main() or 0
+    except ReidError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run_one_of(
+    commands: Mapping[str, Command], prog: str, words: Sequence[str] | None = None
+) -> int:
+    """Run the command that the first word names; return its exit code.
+
+    Args:
+        commands: by name; the help shows the first line of each docstring.
+        prog: what comes before the command's name.
+        words: by default those of the command line.
+    """
+    name, *arguments = (sys.argv[1:] if words is None else words) or [""]
+    if name in ("", "-h", "--help"):
+        lines = [f"  {key:9}  {first_line(command)}" for key, command in commands.items()]
+        print(f"usage: {prog} COMMAND [options]\n", *lines, sep="\n")
+        print(f"\nOptions of a command: {prog} COMMAND --help")
+        return 0 if name else 2
+
+    def run() -> int | None:
+        if name not in commands:
+            hint, there = did_you_mean(name, commands), ", ".join(commands)
+            raise ConfigError(f"no command {name!r}.{hint} There are: {there}.")
+        return commands[name](arguments)
+
+    return run_command(run)
+
+
+def first_line(command: object) -> str:
+    """The first line of a docstring, without its full stop."""
+    return (getattr(command, "__doc__", None) or "").partition("\n")[0].rstrip(".")
+
+
+def command(target: Callable[..., Any], prog: str) -> Command:
+    """A command that parses its words and calls `target` with them."""
+
+    def run(words: list[str]) -> int | None:
+        return parse(target, words, prog)
+
+    run.__doc__ = target.__doc__
+    return run
+
+
+def parse(target: Callable[..., Any], words: Sequence[str], prog: str, **options: Any) -> Any:
+    """Parse words with tyro: return what `target` returns, called with them.
+
+    Args:
+        target: a settings class, or a function to run.
+        words: of the command line.
+        prog: the command, for its help.
+        options: of `tyro.cli`, such as `default`.
+
+    Raises:
+        ConfigError: an option that does not exist; the message names the nearest.
+        SystemExit: help was asked for, or tyro has shown what is wrong.
+    """
+    import tyro
+
+    @functools.wraps(target)
+    def later(*args: Any, **kwargs: Any) -> Any:
+        return functools.partial(target, *args, **kwargs)
+
+    def call(words: Sequence[str], **more: Any) -> Any:
+        # A function runs after all of its words are known to be right.
+        held = target if isinstance(target, type) else later
+        config = (tyro.conf.AvoidSubcommands,)
+        return tyro.cli(held, args=words, prog=prog, config=config, **options, **more)
+
+    parsed, unknown = call(words, return_unknown_args=True)
+    if unknown:
+        word = next((word for word in unknown if word.startswith("-")), unknown[0])
+        name = word.partition("=")[0]
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+            call(["--help"])
+        hint = did_you_mean(name, re.findall(r"--[a-z][\w.-]*", text.getvalue()))
+        kind = "option" if name.startswith("-") else "word"
+        raise ConfigError(f"unknown {kind} {name}.{hint} See {prog} --help")
+    return parsed if isinstance(target, type) else parsed()
+
+
+def peek(words: Sequence[str], *options: str, flags: Sequence[str] = ()) -> argparse.Namespace:
+    """Read a few options before all others, whose defaults depend on them."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in options:
+        first.add_argument(f"--{option}")
+    for flag in flags:
+        first.add_argument(f"--{flag}", action="store_true")
+    return first.parse_known_args(words)[0]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean NAME?`, or nothing if no name is near.
+
+    An option of another section comes first: `--schedule.epochs` is near `--optimizer.epochs`.
+    """
+
+    def field(name: str) -> str:
+        return name.rpartition(".")[2].lstrip("-")
+
+    names = list(dict.fromkeys(known))
+    near = [name for name in names if field(name) == field(word)]
+    near = near or difflib.get_close_matches(word, names, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
