@@ -1,4 +1,4 @@
-"""Training curves: losses, accuracy, learning rate and speed, in one picture."""
+"""Draw training curves: losses, accuracy, learning rate and speed in one picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from reid_train.report import style as style
+from reid_train.report import style
 
 _LOSSES = {
     "loss/cross_entropy": ("cross-entropy", style.BLUE),
@@ -21,19 +21,19 @@ _ACCURACIES = {
     "mAP": ("mAP", style.BLUE),
     "mINP": ("mINP", style.PURPLE),
 }
-_LINE_POINTS = 200  # a smoothed line of more points looks no smoother
-_RAW_POINTS = 2000  # more raw points than pixels only slow the drawing
+_LINE_POINTS = 200  # of a smoothed line; more make no difference to the eye
+_RAW_POINTS = 2000  # about one for each pixel
 
 
-def curves(path: Path, history: Mapping[str, Sequence[float] | np.ndarray]) -> None:
-    """Draw how a training went: losses, accuracy, learning rate and speed.
+def draw_curves(path: Path, history: Mapping[str, Sequence[float] | np.ndarray]) -> None:
+    """Draw losses, accuracy, learning rate and speed of a training.
 
     Args:
         path: the PNG file to write.
         history: arrays by name. Of length S: `step`, `loss/cross_entropy`, `loss/triplet`,
             `loss/penalty`, `learning_rate`, `images_per_second`. Of length E: `epoch`, `mAP`,
-            `rank-1`, `mINP`, fractions from 0 to 1. Any may be missing or empty; values that are
-            not finite are left out.
+            `rank-1`, `mINP`, fractions from 0 to 1. Any may be missing or empty. Values that are
+            not finite are not drawn.
     """
     data = {name: np.asarray(values, dtype=np.float64) for name, values in history.items()}
     steps, epochs = len(data.get("step", ())), len(data.get("epoch", ()))
@@ -63,7 +63,7 @@ def _losses(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
         style.blank(axes, "no loss recorded")
         return
     _log_axis(axes)
-    _fit_time(axes, data, "step")
+    style.time_axis(axes, data["step"])
     _label_ends(axes, ends)
 
 
@@ -76,16 +76,8 @@ def _accuracy(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
         epoch, value = _points(data, "epoch", name)
         if not len(epoch):
             continue
-        marker = "o" if len(epoch) <= 40 else None
-        axes.plot(
-            epoch,
-            100 * value,
-            color=colour,
-            linewidth=1.6,
-            marker=marker,
-            markersize=3.5,
-            clip_on=False,
-        )
+        dots = {"marker": "o" if len(epoch) <= 40 else None, "markersize": 3.5}
+        axes.plot(epoch, 100 * value, color=colour, linewidth=1.6, clip_on=False, **dots)
         ends.append((100 * value[-1], f"{label} {value[-1]:.1%}", colour))
     if not ends:
         style.blank(axes, "no evaluation recorded")
@@ -96,7 +88,7 @@ def _accuracy(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
         axes.plot(x[best], 100 * y[best], color=style.BLUE, markeredgewidth=1.4, **ring)
     axes.set_ylim(0, min(100.0, axes.get_ylim()[1] * 1.04))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=style.ROUND))
-    _fit_time(axes, data, "epoch")
+    style.time_axis(axes, data["epoch"])
     _label_ends(axes, ends)
 
 
@@ -109,7 +101,7 @@ def _learning_rate(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
         return
     axes.plot(x, y, color=style.INK, linewidth=1.4, marker=_marker(x), drawstyle="steps-post")
     _log_axis(axes)
-    _fit_time(axes, data, "step")
+    style.time_axis(axes, data["step"])
 
 
 def _speed(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
@@ -125,13 +117,13 @@ def _speed(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
     axes.set_ylim(0, 1.15 * np.quantile(y, 0.99) or 1)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=style.ROUND))
     axes.yaxis.set_major_formatter(FuncFormatter(style.plain))
-    _fit_time(axes, data, "step")
+    style.time_axis(axes, data["step"])
 
 
 def _points(
     data: Mapping[str, np.ndarray], time: str, name: str, positive: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The finite (and for a log axis positive) points of one series."""
+    """The points of one series that can be drawn: finite, and positive on a log axis."""
     x, y = data.get(time, np.empty(0)), data.get(name, np.empty(0))
     if not len(x) or not len(y):
         return np.empty(0), np.empty(0)
@@ -140,7 +132,7 @@ def _points(
 
 
 def _smoothed(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A centred running median over a twenty-fifth of the points: no lag, and spikes stay out."""
+    """A running median over a window of 1/25 of the points: without lag, and robust to spikes."""
     half = len(x) // 50
     centres = np.unique(np.linspace(0, len(x) - 1, min(len(x), _LINE_POINTS)).astype(int))
     line = [np.median(y[max(0, centre - half) : centre + half + 1]) for centre in centres]
@@ -153,17 +145,13 @@ def _raw(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str) -> None:
 
 
 def _marker(x: np.ndarray) -> str | None:
-    return "o" if len(x) == 1 else None  # a line of one point is invisible
-
-
-def _fit_time(axes: Axes, data: Mapping[str, np.ndarray], name: str) -> None:
-    style.time_axis(axes, data[name])
+    return "o" if len(x) == 1 else None  # a line of one point cannot be seen
 
 
 def _log_axis(axes: Axes) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    # Over few decades, powers of ten alone would leave a tick or two.
+    # Over few decades, powers of ten would give only one or two ticks.
     subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0, 3.0) if high / low < 3000 else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
@@ -171,7 +159,7 @@ def _log_axis(axes: Axes) -> None:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Name each line at its right end instead of in a legend, without overlaps."""
+    """Write the name of each line at its right end, without overlaps."""
     to_axes = axes.transScale + axes.transLimits
     wanted = [to_axes.transform((0, value))[1] for value, _, _ in ends]
     for y, (_, label, colour) in zip(style.spread(wanted, 0.065, 0, 1), ends, strict=True):

@@ -1,61 +1,26 @@
-"""One page about a run that opens anywhere: no script, no server, nothing fetched from outside."""
+"""Write the report of a run as one HTML file that needs no script, no server and no other file."""
 
 from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from reid_train.report.style import write_file
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric before and after training.
-
-    `unit` is "%" for a fraction shown in per cent; any other unit is printed after the number.
-    A value that was not measured is None.
-    """
-
-    metric: str
-    before: float | None
-    after: float | None
-    unit: str = "%"
-
-    def cells(self) -> tuple[str, str, str]:
-        """Before, after and change as they are printed; a dash stands for what is not known."""
-        before, after = _known(self.before), _known(self.after)
-        if before is None or after is None:
-            return self._text(before), self._text(after), "–"
-        change = after - before
-        sign = "+" if change > 0 else "−" if change < 0 else "±"
-        # In points, not per cent of what was before.
-        size = f"{100 * abs(change):.1f}" if self.unit == "%" else self._text(abs(change))
-        return self._text(before), self._text(after), sign + size
-
-    def _text(self, value: float | None) -> str:
-        if value is None:
-            return "–"
-        if self.unit == "%":
-            return f"{100 * value:.1f}%"
-        number = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-        return f"{number} {self.unit}".rstrip()
+from data_shards.storage.atomic import replacing
+from reid_train.report.summary import Row
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A PNG file and what it shows."""
 
     path: Path
     caption: str
 
 
-def html(
+def write_page(
     path: Path,
     title: str,
     rows: Sequence[Row],
@@ -64,15 +29,15 @@ def html(
     *,
     facts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a self-contained page: metrics, pictures (embedded), configuration.
+    """Write a page with metrics, pictures and the configuration.
 
     Args:
         path: the HTML file to write.
         title: name of the run.
         rows: metrics before and after training.
-        pictures: PNG files, in order of appearance.
-        config: what the run was told; anything JSON can hold.
-        facts: short facts by name, such as the dataset's digest, the commit or the time it took.
+        pictures: PNG files, which are copied into the page in this order.
+        config: the configuration of the run; anything that JSON can hold.
+        facts: short facts by name, such as the dataset, the commit or the time it took.
     """
     document = _PAGE.format(
         style=_STYLE,
@@ -85,20 +50,21 @@ def html(
         pictures="".join(_figure(picture) for picture in pictures),
         config=escape(json.dumps(config, indent=2, ensure_ascii=False, default=str)),
     )
-    write_file(path, document.encode())
+    with replacing(path) as file:
+        file.write(document.encode())
 
 
 def _row(row: Row) -> str:
-    before, after, change = row.cells()
+    before, after, change = map(escape, row.cells())
     kind = {"+": "up", "−": "down"}.get(change[:1], "same")
     return (
-        f'<tr><th scope="row">{escape(row.metric)}</th><td>{escape(before)}</td>'
-        f'<td class="after">{escape(after)}</td><td class="{kind}">{escape(change)}</td></tr>'
+        f'<tr><th scope="row">{escape(row.metric)}</th><td>{before}</td>'
+        f'<td class="after">{after}</td><td class="{kind}">{change}</td></tr>'
     )
 
 
 def _figure(picture: Picture) -> str:
-    data = base64.b64encode(Path(picture.path).read_bytes()).decode()
+    data = base64.b64encode(picture.path.read_bytes()).decode()
     caption = escape(picture.caption)
     return (
         f'<figure><img src="data:image/png;base64,{data}" alt="{caption}">'
@@ -106,11 +72,7 @@ def _figure(picture: Picture) -> str:
     )
 
 
-def _known(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-# The policy holds the page to its promise: a browser refuses whatever is not in the file itself.
+# With this policy a browser loads nothing that is not in the file itself.
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>

@@ -1,6 +1,6 @@
-"""Rank lists: a grid of queries and the gallery images most similar to each, right ones framed.
+"""Draw rank lists: a grid of queries, each with the gallery images that are most similar to it.
 
-The grid is composed in pixels and shown one to one, so that photographs are resampled once.
+The grid is composed in pixels and drawn without scaling, so photographs are resampled only once.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.path import Path as Outline
-from PIL import Image
+from PIL import Image, ImageOps
 
-from reid_train.report import style as style
+from reid_train.report import style
 
 RIGHT, WRONG = style.GREEN, style.RED
 FRAME = 4  # pixels
@@ -28,11 +27,11 @@ _CROSS = Outline(np.array([(-0.4, -0.4), (0.4, 0.4), (-0.4, 0.4), (0.4, -0.4)]),
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the cells of a grid lie, in pixels from the top left."""
+    """Positions of the cells of a grid, in pixels from the top left."""
 
     rows: int
     columns: int
-    width: int  # of an image, without its frame
+    width: int  # of an image without its frame
     height: int
 
     def cell(self, row: int, column: int) -> tuple[int, int]:
@@ -51,7 +50,7 @@ class Layout:
 def layout(
     query_images: Sequence[np.ndarray], gallery_images: Sequence[Sequence[np.ndarray]]
 ) -> Layout:
-    """Choose the cells: about as large for tall persons as for square drawings."""
+    """Choose the size of the cells from the shape of the images, about equal in area."""
     ratios = [image.shape[0] / image.shape[1] for image in query_images]
     ratio = float(np.median(ratios)) if ratios else 1.0
     width = int(np.clip(240 / ratio, 80, 104))
@@ -59,7 +58,7 @@ def layout(
     return Layout(len(query_images), columns, width, max(48, round(width * ratio)))
 
 
-def rank_list(
+def draw_rank_list(
     path: Path,
     query_images: Sequence[np.ndarray],
     gallery_images: Sequence[Sequence[np.ndarray]],
@@ -71,14 +70,14 @@ def rank_list(
     similarity: Sequence[Sequence[float]] | np.ndarray,
     title: str = "Rank lists",
 ) -> None:
-    """Draw queries, one a row, and the gallery images most similar to each.
+    """Draw one row for each query: the query, then the gallery images most similar to it.
 
-    A right match has a green frame and a tick, a wrong one a red frame and a cross.
+    A correct match has a green frame and a tick, a wrong one a red frame and a cross.
 
     Args:
         path: the PNG file to write.
         query_images: Q images, (H, W, 3) uint8 RGB; sizes may differ.
-        gallery_images: Q rows of images, most similar first, junk left out; rows may be short.
+        gallery_images: Q rows of images, most similar first, without junk; rows may be short.
         correct: whether each gallery image shows the query's identity.
         query_pid: identity of each query.
         query_camid: camera of each query.
@@ -91,11 +90,11 @@ def rank_list(
     height, width = canvas.shape[:2]
     figure = Figure(figsize=(width / style.DPI, height / style.DPI), dpi=style.DPI)
     FigureCanvasAgg(figure)
-    figure.figimage(canvas, zorder=-1)  # under the text
+    figure.figimage(canvas, zorder=-1)  # below the text
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
-    queries = f"{grid.rows} {'query' if grid.rows == 1 else 'queries'}"
-    note = f"{queries}, and the gallery images most similar to each"
+    queries = "1 query" if grid.rows == 1 else f"{grid.rows} queries"
+    note = f"{queries}, each with the gallery images that are most similar to it"
     style.heading(figure, title, note, left=_MARGIN / style.DPI, top=0.17)
     _legend(axes, grid)
     for row in range(grid.rows):
@@ -113,33 +112,25 @@ def _compose(
     gallery_images: Sequence[Sequence[np.ndarray]],
     correct: Sequence[Sequence[bool]] | np.ndarray,
 ) -> np.ndarray:
-    """The grid's images and frames on white paper, (height, width, 3) uint8."""
-    width, height = grid.size
-    canvas = np.full((height, width, 3), 255, dtype=np.uint8)
+    """The images and frames of a grid on white, (height, width, 3) uint8."""
+    canvas = Image.new("RGB", grid.size, style.PAPER)
+
+    def paste(row: int, column: int, image: np.ndarray, colour: str) -> None:
+        # The whole image in its own shape, on grey where the cell is larger.
+        whole = ImageOps.pad(
+            Image.fromarray(image),
+            (grid.width, grid.height),
+            Image.Resampling.LANCZOS,
+            color=style.GRID,
+        )
+        left, top = grid.cell(row, column)
+        canvas.paste(ImageOps.expand(whole, FRAME, colour), (left - FRAME, top - FRAME))
+
     for row, query in enumerate(query_images):
-        _paste(canvas, grid, grid.cell(row, 0), query, style.INK)
+        paste(row, 0, query, style.INK)
         for column, image in enumerate(gallery_images[row]):
-            colour = RIGHT if correct[row][column] else WRONG
-            _paste(canvas, grid, grid.cell(row, column + 1), image, colour)
-    return canvas
-
-
-def _paste(
-    canvas: np.ndarray, grid: Layout, corner: tuple[int, int], image: np.ndarray, colour: str
-) -> None:
-    """Put a framed image into its cell, whole and in its own shape, on grey where it is smaller."""
-    left, top = corner
-    frame = canvas[
-        top - FRAME : top + grid.height + FRAME, left - FRAME : left + grid.width + FRAME
-    ]
-    frame[:] = np.round(255 * np.asarray(to_rgb(colour)))
-    cell = canvas[top : top + grid.height, left : left + grid.width]
-    cell[:] = np.round(255 * np.asarray(to_rgb(style.GRID)))
-    scale = min(grid.width / image.shape[1], grid.height / image.shape[0])
-    width, height = (max(1, round(scale * side)) for side in (image.shape[1], image.shape[0]))
-    small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
-    y, x = (grid.height - height) // 2, (grid.width - width) // 2
-    cell[y : y + height, x : x + width] = small
+            paste(row, column + 1, image, RIGHT if correct[row][column] else WRONG)
+    return np.asarray(canvas)
 
 
 def _legend(axes: Axes, grid: Layout) -> None:
@@ -195,7 +186,7 @@ def _marks(
 
 
 def _badges(axes: Axes, centres: Sequence[tuple[float, float]], colour: str, mark: Outline) -> None:
-    """Discs with a tick or a cross, for eyes and printers that do not tell green from red."""
+    """Draw discs with a tick or a cross, for readers and printers without green and red."""
     if not centres:
         return
     x, y = np.asarray(centres, dtype=float).T

@@ -1,14 +1,12 @@
-"""One look for every picture of a run: palette, type, axes, and how a file is written.
+"""The look of every picture: colours, type sizes, axes, and how a file is written.
 
-Figures are made through matplotlib's object API on an Agg canvas: no pyplot, no rcParams, so
-pictures can be drawn from any thread and leave no global state behind.
+Figures use matplotlib's object API on an Agg canvas, without pyplot or rcParams: so any thread can
+draw a picture, and no global state changes.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from scipy.optimize import isotonic_regression
+
+from data_shards.storage.atomic import replacing
 
 DPI = 144  # a 10 inch picture is 1440 pixels wide: sharp on a dense screen at half that size
 
@@ -42,7 +42,7 @@ def new_figure(width: float, height: float, title: str, note: str) -> Figure:
     """A blank figure of `width` × `height` inches with a heading in its top left corner."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
-    # The layout knows nothing of the heading: its room is cut off beforehand.
+    # The layout does not see the heading, so its room is taken off first.
     below_heading = (0, 0, 1, 1 - 0.66 / height)
     engine = ConstrainedLayoutEngine(
         w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.05, rect=below_heading
@@ -53,7 +53,7 @@ def new_figure(width: float, height: float, title: str, note: str) -> Figure:
 
 
 def heading(figure: Figure, title: str, note: str, left: float, top: float) -> None:
-    """Write a title and a line under it, `left` and `top` inches from the corner."""
+    """Write a title and a line under it, `left` and `top` inches from the top left corner."""
     width, height = figure.get_size_inches()
     x, y = left / width, 1 - top / height
     figure.text(x, y, title, va="top", size=TITLE, weight="bold", color=INK)
@@ -61,7 +61,7 @@ def heading(figure: Figure, title: str, note: str, left: float, top: float) -> N
 
 
 def panel(axes: Axes, title: str, note: str = "", x: str = "", y: str = "") -> None:
-    """Give axes the common look; `title` and `note` stand above, `x` and `y` name the axes."""
+    """Give axes the common look, with `title` and `note` above and `x` and `y` as axis labels."""
     axes.set_title(title, loc="left", size=PANEL, weight="bold", color=INK, pad=8)
     axes.set_title(note, loc="right", size=TEXT, color=MUTED, pad=8)
     axes.set_xlabel(x, size=TEXT, color=MUTED)
@@ -91,7 +91,7 @@ def plain(value: float, _: int | None = None) -> str:
 
 
 def number(value: float) -> str:
-    """0.0002 as 2·10⁻⁴, and numbers from 0.01 to 10,000 plainly, to three digits or four."""
+    """0.0002 as 2·10⁻⁴; numbers from 0.01 to 10,000 without a power; three or four digits."""
     if value == 0 or 0.01 <= abs(value) < 10_000:
         return f"{value:,.4g}".replace("-", "−")
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -110,17 +110,9 @@ def count(number: int, noun: str) -> str:
 
 
 def blank(axes: Axes, message: str) -> None:
-    """Say in the middle of empty axes why nothing is drawn."""
-    axes.text(
-        0.5,
-        0.5,
-        message,
-        transform=axes.transAxes,
-        ha="center",
-        va="center",
-        size=TEXT,
-        color=MUTED,
-    )
+    """Write in the middle of empty axes why nothing is drawn."""
+    middle = {"ha": "center", "va": "center", "transform": axes.transAxes}
+    axes.text(0.5, 0.5, message, size=TEXT, color=MUTED, **middle)
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -129,11 +121,11 @@ def blank(axes: Axes, message: str) -> None:
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
     """Move labels apart until neighbours are `gap` away, each as little as possible.
 
-    Least squares under an order with gaps is isotonic regression once the gaps are taken off.
+    Once the gaps are taken off, this is isotonic regression.
 
     Args:
         wanted: (N,) positions, in any order.
-        gap: smallest distance; made smaller where N labels would not fit otherwise.
+        gap: smallest distance; smaller if N labels do not fit otherwise.
         low: smallest position.
         high: largest position.
 
@@ -154,18 +146,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.n
 def save(figure: Figure, path: Path) -> None:
     """Render `figure` as a PNG file."""
     buffer = io.BytesIO()
-    # Without the version of matplotlib in it, the same data gives the same bytes.
+    # Without the version of matplotlib in the file, the same data gives the same bytes.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    write_file(path, buffer.getvalue())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the whole new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(buffer.getvalue())

@@ -16,9 +16,10 @@ from data_shards.dataset import Dataset
 from data_shards.decode import decode
 from data_shards.errors import StorageError
 from data_shards.storage import open_storage
-from reid_train import report
 from reid_train.config import TrainConfig
 from reid_train.registry.registry import SUMMARY, Registered, register
+from reid_train.report.page import Picture, write_page
+from reid_train.report.summary import Row, print_summary
 from reid_train.runs.ray_checkpoints import first_whole
 from reid_train.runs.run_dir import REPORT
 from reid_train.tracking.provenance import code_commit
@@ -49,7 +50,7 @@ class Summary:
 
 def publish(
     config: TrainConfig, result: ray.train.Result, dataset: Dataset, tracker: Tracker
-) -> tuple[Summary, list[report.Row]]:
+) -> tuple[Summary, list[Row]]:
     """Draw, store, track and register what a run came to.
 
     Args:
@@ -71,19 +72,19 @@ def publish(
         speed = float(np.median(history.steps["images_per_second"]))
         page = folder / REPORT
         page.mkdir()
-        rows = [report.Row(name, before.get(name), after.get(name)) for name in MEASURES if after]
-        rows.append(report.Row("training speed", None, speed, "images/s"))
+        rows = [Row(name, before.get(name), after.get(name)) for name in MEASURES if after]
+        rows.append(Row("training speed", None, speed, "images/s"))
         pictures = _pictures(config, dataset, best, history, page)
         commit = code_commit()
         facts = {
             "dataset": f"{dataset.manifest.name} ({dataset.url})",
             "manifest": dataset.manifest.digest[:12],
-            "best after": f"{best.progress.epoch} of {config.total_epochs} epochs",
+            "best epoch": f"{best.progress.epoch} of {config.total_epochs}",
             "workers": str(config.workers),
             **({"commit": commit[:12]} if commit else {}),
         }
         title = config.name or config.recipe
-        report.html(
+        write_page(
             page / "report.html",
             title,
             rows,
@@ -110,9 +111,9 @@ def publish(
     return summary, rows
 
 
-def show(summary: Summary, rows: list[report.Row], config: TrainConfig, console: Console) -> None:
+def show(summary: Summary, rows: list[Row], config: TrainConfig, console: Console) -> None:
     """Print the table, and where to look next."""
-    report.print_summary(console, rows, title=f"{summary.name}: before and after training")
+    print_summary(console, rows, title=f"{summary.name}: before and after training")
     console.print(f"report     {summary.report}", highlight=False, soft_wrap=True)
     if summary.model:
         note = "now the champion" if summary.champion else "the champion stays"
@@ -163,28 +164,33 @@ def _before_and_after(
 
 def _pictures(
     config: TrainConfig, dataset: Dataset, best: Checkpoint, history: History, folder: Path
-) -> list[report.Picture]:
+) -> list[Picture]:
+    from reid_train.report.curves import draw_curves  # matplotlib takes a second to import
+    from reid_train.report.factors import draw_factors, save_factors
+
     pictures = []
     with np.load(best.folder / RANK_LIST, allow_pickle=False) as rank_list:
         if "query" in rank_list:
             path = folder / "rank_list.png"
             _draw_rank_list(path, dataset, dict(rank_list), config.image)
-            caption = "From the query that was found best to the one that was found worst."
-            pictures.append(report.Picture(path, caption))
+            caption = "From the query with the best result to the one with the worst."
+            pictures.append(Picture(path, caption))
     path = folder / "curves.png"
-    report.curves(path, history.columns())
-    pictures.append(report.Picture(path, "Losses, retrieval, learning rate and speed."))
+    draw_curves(path, history.columns())
+    pictures.append(Picture(path, "Losses, accuracy, learning rate and speed during training."))
     steps, values = history.factors()
     if len(steps):
-        report.save_factors(folder / "factors.parquet", history.tensor_names, steps, values)
+        save_factors(folder / "factors.parquet", history.tensor_names, steps, values)
         path = folder / "factors.png"
         names, kinds = history.tensor_names, history.tensor_kinds
-        report.factors(path, names, steps, values, kinds=kinds)
-        pictures.append(report.Picture(path, "The regularization factor λ of every tensor."))
+        draw_factors(path, names, steps, values, kinds=kinds)
+        pictures.append(Picture(path, "The regularization factor λ of every tensor over time."))
     return pictures
 
 
 def _draw_rank_list(path: Path, dataset: Dataset, rank_list: dict, image) -> None:
+    from reid_train.report.ranks import draw_rank_list
+
     query, gallery = dataset.index("query"), dataset.index("gallery")
 
     def picture(split: str, row: int) -> np.ndarray:
@@ -194,7 +200,7 @@ def _draw_rank_list(path: Path, dataset: Dataset, rank_list: dict, image) -> Non
         return decode(data)
 
     rows, matches = rank_list["query"], rank_list["gallery"]
-    report.rank_list(
+    draw_rank_list(
         path,
         [picture("query", row) for row in rows],
         [[picture("gallery", match) for match in row] for row in matches],

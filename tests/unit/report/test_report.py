@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,11 +18,13 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from rich.console import Console
 
-from data_shards.errors import DataError
-from reid_train import report
+from data_shards.storage import atomic
 from reid_train.report import style
-from reid_train.report.factor_map import groups, kind_of
-from reid_train.report.ranks import FRAME, RIGHT, WRONG, layout
+from reid_train.report.curves import draw_curves
+from reid_train.report.factors import draw_factors, groups, save_factors, without_movement
+from reid_train.report.page import Picture, write_page
+from reid_train.report.ranks import FRAME, RIGHT, WRONG, draw_rank_list, layout
+from reid_train.report.summary import Row, print_summary
 
 NAMES = [
     "backbone.conv1.weight",
@@ -32,6 +35,7 @@ NAMES = [
     "head.weight",
     "head.bias",
 ]
+KINDS = ["kernel", "gamma", "beta", "kernel", "gamma", "kernel", "bias"]
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -44,7 +48,7 @@ def rgb(colour: str) -> np.ndarray:
 
 def draw_ranks(path: Path, shape: tuple[int, int], correct: list[list[bool]]) -> None:
     image = np.full((*shape, 3), 90, np.uint8)
-    report.rank_list(
+    draw_rank_list(
         path,
         [image] * len(correct),
         [[image] * len(row) for row in correct],
@@ -102,7 +106,7 @@ def test_image_of_another_shape_is_shown_whole(tmp_path):
     tall = np.zeros((80, 40, 3), np.uint8)
     scores = {"gallery_camid": [[1]], "similarity": [[0.1]]}
     path = tmp_path / "ranks.png"
-    report.rank_list(path, [tall], [[wide]], [[True]], query_pid=[1], query_camid=[1], **scores)
+    draw_rank_list(path, [tall], [[wide]], [[True]], query_pid=[1], query_camid=[1], **scores)
     grid = layout([tall], [[wide]])
     left, top = grid.cell(0, 1)
     middle = pixels(path)[top + grid.height // 2].astype(int)
@@ -118,7 +122,7 @@ def test_rows_may_be_short_and_queries_absent(tmp_path):
 
 @pytest.mark.parametrize(("steps", "epochs"), [(0, 0), (1, 1), (1, 0), (2, 1), (20, 4)])
 def test_curves_of_any_length_are_drawn(tmp_path, steps, epochs):
-    report.curves(tmp_path / "curves.png", history(steps, epochs))
+    draw_curves(tmp_path / "curves.png", history(steps, epochs))
     assert pixels(tmp_path / "curves.png").shape[1] == 1440
 
 
@@ -127,8 +131,8 @@ def test_curves_of_a_diverged_run_are_drawn(tmp_path):
     diverged["loss/triplet"][4:] = np.nan
     diverged["loss/penalty"][:] = 0
     diverged["loss/cross_entropy"][5] = np.inf
-    report.curves(tmp_path / "curves.png", diverged)
-    report.curves(tmp_path / "no_loss.png", {"step": np.arange(3)})
+    draw_curves(tmp_path / "curves.png", diverged)
+    draw_curves(tmp_path / "no_loss.png", {"step": np.arange(3)})
     assert pixels(tmp_path / "curves.png").std() > pixels(tmp_path / "no_loss.png").std() > 0
 
 
@@ -137,88 +141,96 @@ def test_smoothed_line_ignores_a_spike(tmp_path):
     steady["images_per_second"] = np.full(500, 400.0)
     spiked = {name: column.copy() for name, column in steady.items()}
     spiked["images_per_second"][250] = 1.0
-    report.curves(tmp_path / "steady.png", steady)
-    report.curves(tmp_path / "spiked.png", spiked)
+    draw_curves(tmp_path / "steady.png", steady)
+    draw_curves(tmp_path / "spiked.png", spiked)
     change = np.abs(pixels(tmp_path / "steady.png").astype(int) - pixels(tmp_path / "spiked.png"))
     assert 20 < change.max() < 80  # the faint raw line has moved, the strong one has not
 
 
+def draw(path: Path, values: np.ndarray, steps: np.ndarray | None = None) -> None:
+    steps = np.arange(len(values)) if steps is None else steps
+    draw_factors(path, NAMES, steps, values, kinds=KINDS)
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2, 20])
 def test_factors_over_any_number_of_steps_are_drawn(tmp_path, steps):
-    report.factors(tmp_path / "f.png", NAMES, np.arange(steps), decaying(steps, len(NAMES)))
+    draw(tmp_path / "f.png", decaying(steps, len(NAMES)))
     assert pixels(tmp_path / "f.png").shape[1] == 1440
 
 
 @pytest.mark.parametrize("fill", [0.0, 0.0025, np.nan])
 def test_factors_that_never_move_are_drawn(tmp_path, fill):
-    values = np.full((5, len(NAMES)), fill, np.float32)
-    report.factors(tmp_path / "f.png", NAMES, np.arange(5), values)
+    draw(tmp_path / "f.png", np.full((5, len(NAMES)), fill, np.float32))
     assert (tmp_path / "f.png").exists()
 
 
-def test_hardly_moving_factors_do_not_look_like_a_great_change(tmp_path):
-    def colours(decay: float) -> float:
-        fall = np.linspace(0, decay, 50, dtype=np.float32)[:, None]
-        values = np.repeat(np.float32(0.0025) * (1 - fall), len(NAMES), axis=1)
-        report.factors(tmp_path / "f.png", NAMES, np.arange(50), values)
-        the_map = pixels(tmp_path / "f.png")[300:800, 220:640].astype(float)
-        return float(np.abs(the_map[:, 0] - the_map[:, -1]).mean())
+def falling(decay: float, steps: int = 50) -> np.ndarray:
+    fall = np.linspace(0, decay, steps)[:, None]
+    return np.repeat(0.0025 * (1 - fall), len(NAMES), axis=1)
 
-    assert colours(1e-5) < 10 < 60 < colours(0.02)
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (np.zeros((0, 7)), "no λ was recorded"),
+        (falling(0.5)[:1], "λ was recorded at one step only, step 0: it is 2.5·10⁻³ for every"),
+        (falling(0.0), "λ did not change over 50 recorded steps: it is 2.5·10⁻³ for every tensor"),
+        (falling(2e-5), "λ changed by at most 2·10⁻³% over 50 recorded steps: it is 2.5·10⁻³"),
+        (decaying(1, 7) * np.arange(7), "step 0: it is between 0 and 0.015"),
+    ],
+)
+def test_factors_without_movement_are_a_sentence_instead_of_a_map(values, sentence):
+    assert sentence in (without_movement(np.arange(len(values)), values) or "")
+
+
+@pytest.mark.parametrize("decay", [3e-4, 0.01, 0.5])
+def test_factors_that_move_are_a_map_in_full_colour_even_if_they_move_little(tmp_path, decay):
+    assert without_movement(np.arange(50), falling(decay)) is None
+    draw(tmp_path / "f.png", falling(decay))
+    the_map = pixels(tmp_path / "f.png")[300:800, 220:640].astype(float)
+    assert np.abs(the_map[:, 0] - the_map[:, -1]).mean() > 60
+
+
+def test_factors_that_leave_zero_are_a_movement(tmp_path):
+    values = falling(0.0)
+    values[:10, 0] = 0
+    assert without_movement(np.arange(50), values) is None
+    draw(tmp_path / "f.png", values)
 
 
 def test_full_size_factors_are_drawn_in_seconds_and_a_small_file(tmp_path):
     names = [f"backbone.layer{1 + i // 50}.{i % 50 // 3}.conv{i % 3}.weight" for i in range(202)]
     began = time.perf_counter()
-    report.factors(tmp_path / "f.png", names, np.arange(5000), decaying(5000, 202))
+    values = decaying(5000, 202)
+    draw_factors(tmp_path / "f.png", names, np.arange(5000), values, kinds=["kernel"] * 202)
     assert time.perf_counter() - began < 6  # 0.4 s on an idle core
     assert (tmp_path / "f.png").stat().st_size < 1_500_000
 
 
-def test_factors_round_trip_exactly(tmp_path):
+def test_factors_are_stored_exactly(tmp_path):
     steps, values = np.array([0, 7, 40]), decaying(3, len(NAMES))
-    report.save_factors(tmp_path / "factors.parquet", NAMES, steps, values)
-    loaded = report.load_factors(tmp_path / "factors.parquet")
-    assert loaded.names == tuple(NAMES)
-    assert loaded.steps.dtype == np.int64
-    assert loaded.values.dtype == np.float32
-    np.testing.assert_array_equal(loaded.steps, steps)
-    np.testing.assert_array_equal(loaded.values, values)
-
-
-def test_factors_of_a_run_without_steps_round_trip(tmp_path):
-    report.save_factors(tmp_path / "factors.parquet", NAMES, [], np.zeros((0, 0), np.float32))
-    loaded = report.load_factors(tmp_path / "factors.parquet")
-    assert loaded.values.shape == (0, len(NAMES))
+    save_factors(tmp_path / "factors.parquet", NAMES, steps, values)
+    table = pq.read_table(tmp_path / "factors.parquet")
+    assert table.column_names == ["step", *NAMES]
+    assert table.schema.types == [pa.int64()] + [pa.float32()] * len(NAMES)
+    columns = [column.to_numpy() for column in table.columns]
+    np.testing.assert_array_equal(columns[0], steps)
+    np.testing.assert_array_equal(np.stack(columns[1:], axis=1), values)
 
 
 def test_slowly_moving_factors_take_less_room_than_their_floats(tmp_path):
     values = decaying(5000, 50)
     path = tmp_path / "factors.parquet"
-    report.save_factors(path, [f"t{i}" for i in range(50)], np.arange(5000), values)
+    save_factors(path, [f"t{i}" for i in range(50)], np.arange(5000), values)
     assert path.stat().st_size < 0.75 * values.nbytes
-
-
-@pytest.mark.parametrize("content", [b"", b"PAR1 and then nothing", None])
-def test_damaged_or_missing_factors_are_a_data_error(tmp_path, content):
-    path = tmp_path / "factors.parquet"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=re.escape(str(path))):
-        report.load_factors(path)
 
 
 def test_factors_of_the_wrong_shape_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\(3, 7\)"):
-        report.save_factors(tmp_path / "f", NAMES, range(3), np.zeros((3, 6), np.float32))
+        save_factors(tmp_path / "f", NAMES, np.arange(3), np.zeros((3, 6), np.float32))
     with pytest.raises(ValueError, match="kernel, bias, gamma, beta"):
-        report.factors(tmp_path / "f", ["a"], [0], np.zeros((1, 1)), kinds=["weight"])
+        draw_factors(tmp_path / "f", ["a"], np.zeros(1), np.zeros((1, 1)), kinds=["weight"])
     assert not list(tmp_path.iterdir())
-
-
-def test_kinds_are_told_from_names():
-    kinds = ["kernel", "gamma", "beta", "kernel", "gamma", "kernel", "bias"]
-    assert [kind_of(name) for name in NAMES] == kinds
 
 
 def test_tensors_are_grouped_by_stage_and_only_a_crowded_group_is_split():
@@ -269,13 +281,13 @@ class Sources(HTMLParser):
         self.text += data
 
 
-def write_page(folder: Path, text: str) -> Sources:
-    report.curves(folder / "curves.png", {})
-    report.html(
+def write_sample(folder: Path, text: str) -> Sources:
+    draw_curves(folder / "curves.png", {})
+    write_page(
         folder / "report.html",
         text,
-        [report.Row(text, 0.1, 0.5)],
-        [report.Picture(folder / "curves.png", text)],
+        [Row(text, 0.1, 0.5)],
+        [Picture(folder / "curves.png", text)],
         {text: [text, Path("x")]},
         facts={text: text},
     )
@@ -283,7 +295,7 @@ def write_page(folder: Path, text: str) -> Sources:
 
 
 def test_page_needs_nothing_from_outside(tmp_path):
-    page = write_page(tmp_path, "run")
+    page = write_sample(tmp_path, "run")
     assert len(page.sources) == 1
     assert page.sources[0].startswith("data:image/png;base64,")
     assert "url(" not in page.text
@@ -294,14 +306,14 @@ def test_page_needs_nothing_from_outside(tmp_path):
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=20))
 @pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", '"><img src=x onerror=y>'])
 def test_page_escapes_whatever_it_is_given(tmp_path_factory, hostile, text):
-    page = write_page(tmp_path_factory.mktemp("page"), text + hostile)
+    page = write_sample(tmp_path_factory.mktemp("page"), text + hostile)
     assert page.tags.count("img") == 1
     assert "script" not in page.tags
     assert hostile in page.text
 
 
 def test_page_shows_the_configuration_as_json(tmp_path):
-    page = write_page(tmp_path, "run")
+    page = write_sample(tmp_path, "run")
     start = page.text.index("Configuration") + len("Configuration")
     assert json.loads(page.text[start:]) == {"run": ["run", "x"]}
 
@@ -313,27 +325,27 @@ def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(style.os, "replace", fail)
+    monkeypatch.setattr(atomic.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        report.html(path, "run", [], [], {})
+        write_page(path, "run", [], [], {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
     assert path.read_text() == "old"
 
 
 def test_same_data_gives_the_same_picture(tmp_path):
     for name in ("a.png", "b.png"):
-        report.curves(tmp_path / name, history(20, 3))
+        draw_curves(tmp_path / name, history(20, 3))
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("row", "cells"),
     [
-        (report.Row("mAP", 0.021, 0.594), ("2.1%", "59.4%", "+57.3")),
-        (report.Row("mAP", 0.5, 0.4), ("50.0%", "40.0%", "−10.0")),
-        (report.Row("images/s", None, 1234.5, ""), ("–", "1,234", "–")),
-        (report.Row("mINP", float("nan"), 0.1), ("–", "10.0%", "–")),
-        (report.Row("time", 2.0, 2.0, "s"), ("2 s", "2 s", "±0 s")),
+        (Row("mAP", 0.021, 0.594), ("2.1%", "59.4%", "+57.3")),
+        (Row("mAP", 0.5, 0.4), ("50.0%", "40.0%", "−10.0")),
+        (Row("images/s", None, 1234.5, ""), ("–", "1,234", "–")),
+        (Row("mINP", float("nan"), 0.1), ("–", "10.0%", "–")),
+        (Row("time", 2.0, 2.0, "s"), ("2 s", "2 s", "±0 s")),
     ],
 )
 def test_row_is_printed_with_its_unit_and_change(row, cells):
@@ -341,8 +353,9 @@ def test_row_is_printed_with_its_unit_and_change(row, cells):
 
 
 def test_summary_prints_every_metric_and_no_markup(tmp_path):
-    console = Console(file=io.StringIO(), width=80)
-    report.print_summary(console, [report.Row("[red]mAP", 0.1, 0.5)], title="[bold]run")
-    printed = console.file.getvalue()
+    screen = io.StringIO()
+    console = Console(file=screen, width=80)
+    print_summary(console, [Row("[red]mAP", 0.1, 0.5)], title="[bold]run")
+    printed = screen.getvalue()
     for text in ("[bold]run", "[red]mAP", "10.0%", "50.0%", "+40.0"):
         assert text in printed
