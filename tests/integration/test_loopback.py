@@ -10,9 +10,9 @@ import sys
 START = """
 import json
 import psutil
-from reid_train.loopback import keep_ray_home
+from reid_train.ray_utils import keep_ray_home
 keep_ray_home()
-from reid_train.trainer import start_ray
+from reid_train.runs.ray_trainer import start_ray
 import ray
 start_ray(1)
 ray.get(ray.remote(lambda: None).remote())

@@ -168,7 +168,7 @@ def test_start_is_idempotent_and_stop_leaves_nothing_running(tmp_path):
 @pytest.mark.parametrize("victim", ["parent", "supervisor"])
 def test_servers_end_when_what_started_them_is_killed(tmp_path, victim):
     code = (
-        "import time; from cluster.s3 import S3Server; "
+        "import time; from cluster.local.s3_server import S3Server; "
         "S3Server(input()).start(); print('up', flush=True); time.sleep(600)"
     )
     pipe = subprocess.PIPE

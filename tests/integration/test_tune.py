@@ -245,7 +245,7 @@ SEED = 3
 DRIVER = """
 import sys
 from reid_train.config import TrainConfig
-from tune.settings import Sweep
+from tune.config import Sweep
 from tune.sweep import sweep
 sweep(Sweep.model_validate_json(sys.argv[1]), TrainConfig.from_json(sys.argv[2]))
 """
