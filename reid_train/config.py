@@ -242,11 +242,6 @@ class TrainConfig(Section):
             )
         if (self.min_workers or 1) > self.workers:
             raise ValueError(f"--min-workers {self.min_workers} is above --workers {self.workers}")
-        if self.compile and self.workers > 1 and self.model.batch_norm == "global":
-            raise ValueError(
-                "--compile finds nothing whole to compile between the exchanges of global batch "
-                "norm on several workers: leave it out, or take --model.batch-norm local"
-            )
         if self.batch.identities < 2:
             raise ValueError("--batch.identities must be at least 2, or no anchor has a negative")
         if self.optimizer.minimum_learning_rate > self.optimizer.learning_rate:

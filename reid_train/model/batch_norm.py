@@ -1,140 +1,200 @@
-"""Batch normalization whose statistics are those of the global batch.
+"""Batch normalization with the statistics of the global batch.
 
-With it, how many workers a batch is spread over changes no loss and no weight beyond rounding: in
-training each worker normalises by the mean and variance of all workers' images, and the running
-statistics are equal on all of them. In evaluation mode, as a frozen backbone is, or with one
-worker, it is plain batch normalization.
+In training, every worker normalizes by the mean and variance of all workers' images, and keeps the
+same running statistics. So the number of workers changes no loss and no weight beyond rounding. In
+evaluation mode, or with one worker, this is plain batch normalization.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid_train.model.collectives import world_size
 
-M = TypeVar("M", bound=nn.Module)
 
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch normalization over the images of all workers (Ioffe and Szegedy, ICML 2015).
 
-class GlobalBatchNorm(_BatchNorm):
-    """Batch normalization over the images of all workers, on CPU (gloo) and CUDA (NCCL).
+    It all-reduces once in the forward and once in the backward pass, never waits for the device,
+    and compiles without a graph break. Parameters and buffers are those of `nn.BatchNorm2d`. It
+    accepts inputs of shape (B, C) or (B, C, …); B may differ between workers.
 
-    Parameters, buffers and options are those of `nn.BatchNorm2d`, for inputs (B, C) or
-    (B, C, …). torch's own SyncBatchNorm does not run on the CPU. Ioffe and Szegedy, ICML 2015.
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of the batch in the running statistics.
     """
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected an input of 2 or more dimensions, got {input.dim()}")
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(num_features, eps, momentum)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised input, of its shape and dtype."""
-        if not self.training or world_size() == 1:
-            return super().forward(input)
-        self._check_input_dim(input)
-        return self._synchronized(input)
-
-    @torch.compiler.disable()
-    def _synchronized(self, input: Tensor) -> Tensor:
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.num_batches_tracked is not None:
+        """Return the normalized input, of the same shape and dtype."""
+        if input.dim() < 2:
+            raise ValueError(f"batch norm: input has {input.dim()} dimension(s), needs 2 or more")
+        if self.training:
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # a plain average of all batches so far
-                momentum = 1.0 / float(self.num_batches_tracked)
-        state = (self.weight, self.bias, self.running_mean, self.running_var, self.eps, momentum)
-        if input.is_cuda:
-            group = dist.group.WORLD
-            return SyncBatchNormFunction.apply(input, *state, group, world_size())  # type: ignore
-        return _GlobalBatchNorm.apply(input, *state)  # type: ignore[return-value]
+            if world_size() > 1:
+                return _Normalize.apply(  # type: ignore[return-value]
+                    *(input, self.weight, self.bias, self.running_mean, self.running_var),
+                    *(self.eps, self.momentum),
+                )
+        return F.batch_norm(
+            *(input, self.running_mean, self.running_var, self.weight, self.bias),
+            *(self.training, self.momentum, self.eps),
+        )
 
 
-def convert(model: M) -> M:
-    """Make every BatchNorm1d, 2d and 3d of a model a `GlobalBatchNorm`, in place; return it.
+class _Normalize(torch.autograd.Function):
+    """Batch norm over all ranks.
 
-    Names, parameters and buffers stay the same objects, so optimizers, regularizers and state
-    dicts made before or after fit.
-    """
-    for module in model.modules():
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            module.__class__ = GlobalBatchNorm  # the same state, another forward
-    return model
+    With N the images times pixels of all ranks and x̂ = (x − mean) σ⁻¹, the gradient is
 
+        ∂x = γ σ⁻¹ (∂y − Σ∂y / N − x̂ Σ(∂y x̂) / N)        ∂γ = Σ(∂y x̂)        ∂β = Σ∂y
 
-class _GlobalBatchNorm(torch.autograd.Function):
-    """Batch norm over a process group from the CPU's kernels for a single process.
-
-    Forward: each rank's mean and variance, combined as Chan, Golub and LeVeque (1983) do; then
-    the evaluation-mode kernel with the result. Backward: that kernel's gradient, which takes the
-    statistics for constants, plus what flows through them:
-    −γ σ⁻¹ (Σ dy + x̂ Σ dy x̂) / N, sums over all ranks, which is a batch norm of x once more.
+    In ∂x the sums run over all ranks. ∂γ and ∂β are this rank's: DDP averages them.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
         eps: float,
         momentum: float,
     ) -> Tensor:
         mean, var, count = _global_statistics(x, eps)
-        if running_mean is not None and running_var is not None:
-            unbiased = var * (count / (count - 1).clamp(min=1))
-            running_mean.lerp_(mean.to(running_mean), momentum)
-            running_var.lerp_(unbiased.to(running_var), momentum)
+        running_mean.lerp_(mean.to(running_mean), momentum)
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        running_var.lerp_(unbiased.to(running_var), momentum)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean, var = mean.to(dtype), var.to(dtype)
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps = eps
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var, count = ctx.saved_tensors
-        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        dy = gradients[0].contiguous(memory_format=layout)
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
-        )
-        if ctx.needs_input_grad[0]:
-            sums = torch.cat([dweight, dbias]).to(var.dtype)
-            dist.all_reduce(sums)
-            scale = (var + ctx.eps).rsqrt() / -count
-            if weight is not None:
-                scale = scale * weight
-            through_var, through_mean = sums.chunk(2)
-            dx += F.batch_norm(
-                x, mean, var, scale * through_var, scale * through_mean, training=False, eps=ctx.eps
-            )
-        wanted = ctx.needs_input_grad
-        return (
-            dx if wanted[0] else None,
-            dweight if wanted[1] else None,
-            dbias if wanted[2] else None,
-            *[None] * 4,
-        )
+        saved = _Saved(*ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[0])
+        if torch.compiler.is_compiling():
+            backward = _backward_compiled
+        else:
+            backward = _backward_cuda if saved.x.is_cuda else _backward_cpu
+        return (*backward(gradients[0], saved), *[None] * 4)
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    x: Tensor  # (B, C, …)
+    weight: Tensor  # γ, (C,)
+    mean: Tensor  # (C,), of all ranks, as `var`, biased, and `count`, (1,)
+    var: Tensor
+    count: Tensor
+    eps: float
+    needs_dx: bool
 
 
 def _global_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean (C,), biased variance (C,) and count () of x (B, C, …) over all ranks."""
+    """Return mean (C,), biased variance (C,) and count (1,), float64, of x (B, C, …) on all ranks.
+
+    The all-reduced sums of x and x² are float64, because float32 has no digits of the variance left
+    where the mean is a thousand times the standard deviation.
+    """
     channels = x.shape[1]
+    mean, var = (value.double() for value in _moments(x, eps))
+    own = torch.cat([mean, var + mean.square(), mean.new_ones(1)]) * (x.numel() // channels)
+    dist.all_reduce(own)
+    total, squares, count = own.split([channels, channels, 1])
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=0.0), count
+
+
+def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return this rank's mean and biased variance, (C,), float32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    unused = x.new_zeros(2, channels, dtype=dtype)
-    # In training mode this kernel is by far the fastest way to the statistics on a CPU.
-    _, mean, invstd = torch.native_batch_norm(x, None, None, unused[0], unused[1], True, 0.0, eps)
-    own = torch.cat([mean, invstd.pow(-2) - eps, mean.new_tensor([x.numel() / channels])])
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(parts, own)
-    means, variances, counts = torch.stack(parts).split([channels, channels, 1], dim=1)
-    count = counts.sum()
-    mean = (means * counts).sum(0) / count
-    var = ((variances + (means - mean).square()) * counts).sum(0) / count
-    return mean, var.clamp(min=0.0), count
+    if torch.compiler.is_compiling():  # one fused reduction: no float32 copy of x is stored
+        var, mean = torch.var_mean(x.to(dtype), [0, *range(2, x.dim())], correction=0)
+        return mean, var
+    if x.is_cuda:
+        mean, invstd = torch.batch_norm_stats(x, eps)
+    else:
+        # In training mode this kernel is by far the fastest way to the statistics on a CPU.
+        affine = x.new_zeros(2, x.shape[1], dtype=dtype)
+        _, mean, invstd = torch.native_batch_norm(x, *affine, None, None, True, 0.0, eps)
+    return mean, invstd.pow(-2) - eps
+
+
+def _backward_compiled(dy: Tensor, saved: _Saved) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return ∂x, ∂γ and ∂β from elementary operations, for the compiler to fuse."""
+    x, weight, mean, var, count, eps, needs_dx = saved
+    dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+    invstd = (var + eps).rsqrt()
+    gradient = dy.to(mean.dtype)
+    normalized = (x.to(mean.dtype) - mean.view(shape)) * invstd.view(shape)
+    dweight, dbias = (gradient * normalized).sum(dims), gradient.sum(dims)
+    if not needs_dx:
+        return None, dweight, dbias
+    sums = torch.cat([dbias, dweight])
+    dist.all_reduce(sums)
+    mean_dy, mean_dyx = (sums / count).to(mean.dtype).view(2, *shape)
+    dx = gradient - mean_dy - normalized * mean_dyx
+    return (dx * (weight * invstd).view(shape)).to(x.dtype), dweight, dbias
+
+
+def _backward_cuda(dy: Tensor, saved: _Saved) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return ∂x, ∂γ and ∂β by the kernels that PyTorch has for synchronized batch norm on CUDA."""
+    x, weight, mean, var, count, eps, needs_dx = saved
+    dy, invstd = _in_layout_of(x, dy), (var + eps).rsqrt()
+    total, total_xmu, dweight, dbias = torch.batch_norm_backward_reduce(
+        dy, x, mean, invstd, weight, True, True, True
+    )
+    if not needs_dx:
+        return None, dweight, dbias
+    sums = torch.cat([total, total_xmu])
+    dist.all_reduce(sums)
+    dx = torch.batch_norm_backward_elemt(
+        dy, x, mean, invstd, weight, *sums.chunk(2), count.to(torch.int32)
+    )
+    return dx, dweight, dbias
+
+
+def _backward_cpu(dy: Tensor, saved: _Saved) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return ∂x, ∂γ and ∂β by the CPU's kernels for one process.
+
+    The kernel for evaluation mode takes the statistics for constants. The rest of ∂x,
+    −γ σ⁻¹ (Σ∂y + x̂ Σ(∂y x̂)) / N, is a batch norm of x with other weights.
+    """
+    x, weight, mean, var, count, eps, needs_dx = saved
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        *(_in_layout_of(x, dy), x, weight, mean, var, None, None, False, eps, [True, True, True])
+    )
+    if not needs_dx:
+        return None, dweight, dbias
+    sums = torch.stack([dweight, dbias])
+    dist.all_reduce(sums)
+    scale = -weight * (var + eps).rsqrt() / count
+    through_var, through_mean = (scale * sums).to(mean.dtype)
+    dx += F.batch_norm(x, mean, var, through_var, through_mean, training=False, eps=eps)
+    return dx, dweight, dbias
+
+
+def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:
+    """Return dy with its values in the order of x's: kernels are slow, or wrong, otherwise."""
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return dy.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )

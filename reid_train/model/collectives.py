@@ -1,4 +1,4 @@
-"""The collective that gradients flow through, for losses over the global batch."""
+"""Communication between the data-parallel workers, for batch norm and losses."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Return the number of data-parallel workers; 1 outside a process group."""
+    """Return the number of data-parallel workers, 1 outside a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """Return all ranks' tensors, concatenated in rank order along the first dimension.
+    """Return the tensors of all ranks, concatenated in rank order; gradients flow through.
 
-    The gradient of a rank's part is the sum of what all ranks ask of it. So a loss that is a mean
-    over each rank's own anchors, with candidates gathered by this function, has after DDP's
-    averaging the gradient that one process has with the whole batch.
+    The gradient of a rank's part is the sum of the gradients from all ranks. So a loss that is a
+    mean over each rank's own anchors, with candidates from this function, has after DDP's averaging
+    the same gradient as one process with the whole batch.
 
     Args:
         tensor: (B, …), of the same shape and dtype on every rank.
 
     Returns:
-        (B · world size, …); the tensor itself when there is one process.
+        (B · world size, …); with one process, the tensor itself.
     """
     if world_size() == 1:
         return tensor
@@ -42,7 +42,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # gloo knows no reduce-scatter; embeddings are small.
+        # gloo has no reduce-scatter; the gathered tensors are small.
         gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from reid_train.config import TrainConfig
-from reid_train.model.batch_norm import convert
 from reid_train.model.network import ReidNet
 from reid_train.model.pretrained import load_backbone
 
@@ -22,7 +21,8 @@ def build_model(config: TrainConfig, identities: int) -> ReidNet:
         config.model.backbone,
         identities=identities,
         stripes=config.model.stripes,
+        batch_norm=config.model.batch_norm,
         seed=config.seed,
     )
     load_backbone(network, config.model.weights)
-    return convert(network) if config.model.batch_norm == "global" else network
+    return network

@@ -1,10 +1,9 @@
-"""The network: a ResNet whose last stage is doubled into a global and a regional branch.
+"""The network: a ResNet with two copies of its last stage, a global and a regional branch.
 
-Ni, Fang, Huttunen, arXiv 2007.07875, on torchvision's ResNet. That is "v1.5": the stride of a
-block sits in its 3×3 convolution, where the authors' Keras model has it in the first 1×1; and its
-convolutions carry no bias. So the weights fit torchvision's ImageNet checkpoints, and there are
-fewer tensors, hence fewer θ, than in the authors' model. Backbone batch norm keeps torchvision's
-ε = 1e-5 and momentum 0.1.
+Ni, Fang, Huttunen, arXiv 2007.07875, on torchvision's ResNet, so that torchvision's ImageNet
+weights fit. It differs from the authors' Keras model in three ways: a block's stride is in its 3×3
+convolution and not in its first 1×1 ("v1.5"); convolutions have no bias, so there are fewer tensors
+and fewer θ; batch norm in the backbone has ε = 1e-5 and momentum 0.1.
 """
 
 from __future__ import annotations
@@ -12,21 +11,22 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 
 from data_shards.errors import ConfigError
+from reid_train.model.batch_norm import GlobalBatchNorm
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 class Output(NamedTuple):
-    """What a training step sees of each objective head, in the order global, stripe 0, 1, …"""
+    """Each objective head's output in training, in the order global, stripe 0, stripe 1, …"""
 
-    pooled: list[Tensor]  # (B, D_i), within [0, 1]; the triplet loss's input
+    pooled: list[Tensor]  # (B, D_i), within [0, 1]: input of the triplet loss
     logits: list[Tensor]  # (B, C)
 
 
@@ -34,18 +34,19 @@ class ObjectiveHead(nn.Module):
     """Global average pooling, clip to [0, 1], batch norm, linear classifier without bias.
 
     Args:
-        channels: of the map.
-        identities: C, classes.
+        channels: channels of the feature map.
+        identities: C, classes of the classifier.
+        norm: class of the batch norm.
     """
 
-    def __init__(self, channels: int, identities: int) -> None:
+    def __init__(self, channels: int, identities: int, norm: type[nn.Module]) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(channels, eps=2e-5, momentum=0.01)
+        self.norm = norm(channels, eps=2e-5, momentum=0.01)
         self.classifier = nn.Linear(channels, identities, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the pooled feature (B, channels), float32, of a map (B, channels, H, W)."""
+        """Return the pooled feature (B, channels), float32, of a feature map (B, channels, H, W)."""
         return features.mean(dim=(2, 3), dtype=torch.float32).clamp(0.0, 1.0)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,22 +61,35 @@ class ReidNet(nn.Module):
     Args:
         backbone: one of `BACKBONES`.
         identities: C, number of training identities.
-        stripes: horizontal stripes of the regional branch; 0 for the global branch alone.
-        seed: decides the initial weights, whatever the global random state.
+        stripes: horizontal stripes of the regional branch; 0 leaves that branch out.
+        batch_norm: in training, "global" normalizes by the statistics of all workers' images,
+            "local" by those of each worker's own.
+        seed: decides the initial weights, independently of torch's global random state.
 
     Raises:
         ConfigError: the backbone is unknown or a number is out of range.
     """
 
-    def __init__(self, backbone: str, identities: int, *, stripes: int = 2, seed: int = 0) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        identities: int,
+        *,
+        stripes: int = 2,
+        batch_norm: Literal["global", "local"] = "local",
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
             raise ConfigError(f"model: no backbone {backbone!r}; there are {', '.join(BACKBONES)}")
         if identities < 2:
             raise ConfigError(f"model: {identities} identities; a classifier needs two or more")
+        is_global = batch_norm == "global"
+        norm = GlobalBatchNorm if is_global else nn.BatchNorm2d
+        head_norm = GlobalBatchNorm if is_global else nn.BatchNorm1d
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            source = getattr(resnet, backbone)(weights=None)
+            source = getattr(resnet, backbone)(weights=None, norm_layer=norm)
             channels = source.fc.in_features
             if not 0 <= stripes <= channels:
                 raise ConfigError(f"model: {stripes} stripes; 0 to {channels} are possible")
@@ -83,39 +97,43 @@ class ReidNet(nn.Module):
             shared = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
             self.trunk = nn.Sequential(OrderedDict((n, getattr(source, n)) for n in shared))
             self.global_layer4 = source.layer4
-            self.global_head = ObjectiveHead(channels, identities)
+            self.global_head = ObjectiveHead(channels, identities, head_norm)
             self.regional_layer4 = deepcopy(source.layer4) if stripes else None
             reduced = channels // max(stripes, 1)
             self.reductions = nn.ModuleList(
                 nn.Conv2d(channels, reduced, kernel_size=3, padding=1) for _ in range(stripes)
             )
-            for reduction in self.reductions:  # Keras's defaults, as in the authors' code
+            for reduction in self.reductions:  # the authors use Keras's defaults
                 nn.init.xavier_uniform_(reduction.get_parameter("weight"))
                 nn.init.zeros_(reduction.get_parameter("bias"))
             self.regional_heads = nn.ModuleList(
-                ObjectiveHead(reduced, identities) for _ in range(stripes)
+                ObjectiveHead(reduced, identities, head_norm) for _ in range(stripes)
             )
         self.backbone = backbone
         self.embedding_size = channels + stripes * reduced
         self._backbone_frozen = False
 
     def forward(self, image: Tensor) -> Output:
-        """Return what each head's losses need of images (B, 3, H, W), normalised."""
+        """Return each head's pooled features and logits.
+
+        Args:
+            image: (B, 3, H, W), as `transforms.normalize` returns it.
+        """
         pooled, logits = zip(*(head(x) for head, x in self._maps(image)), strict=True)
         return Output(list(pooled), list(logits))
 
     def embed(self, image: Tensor) -> Tensor:
-        """Return embeddings (B, D) float32: all heads' pooled features, concatenated.
+        """Return embeddings (B, D) float32: the pooled features of all heads, concatenated.
 
-        Not averaged with the mirror image's, not normalised.
+        They are neither averaged with the mirror image's nor scaled to unit length.
         """
         return torch.cat([head.pool(x) for head, x in self._maps(image)], dim=1)
 
     def load_backbone(self, state: Mapping[str, Tensor]) -> None:
-        """Set the backbone, both copies of its last stage included.
+        """Set the backbone's weights, including both copies of its last stage.
 
         Args:
-            state: exactly the tensors of `backbone_shapes`; `weights.load_backbone` reads them.
+            state: exactly the tensors of `backbone_shapes`; `pretrained.load_backbone` reads them.
         """
         last = {name: value for name, value in state.items() if name.startswith("layer4.")}
         self.trunk.load_state_dict({k: v for k, v in state.items() if k not in last})
@@ -138,10 +156,10 @@ class ReidNet(nn.Module):
         return [p for part in self.backbone_modules() for p in part.parameters()]
 
     def freeze_backbone(self, frozen: bool) -> None:
-        """Freeze or release the backbone.
+        """Freeze or unfreeze the backbone.
 
-        A frozen backbone's batch norm uses, and leaves alone, its running statistics, as a Keras
-        layer with `trainable = False` does.
+        A frozen backbone's batch norm normalizes by its running statistics and does not update
+        them, as in Keras where a layer has `trainable = False`.
         """
         self._backbone_frozen = frozen
         for parameter in self.backbone_parameters():
@@ -149,14 +167,14 @@ class ReidNet(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ReidNet:
-        """Set training mode; a frozen backbone stays in evaluation mode."""
+        """Set training or evaluation mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         for part in self.backbone_modules():
             part.train(mode and not self._backbone_frozen)
         return self
 
     def _maps(self, image: Tensor) -> Iterator[tuple[ObjectiveHead, Tensor]]:
-        """Yield each objective head with the map it looks at, (B, D_i, H, W)."""
+        """Yield each objective head with its input, a feature map (B, D_i, H, W)."""
         shared = self.trunk(image)
         yield self.global_head, self.global_layer4(shared)
         if self.regional_layer4 is None:
@@ -166,8 +184,8 @@ class ReidNet(nn.Module):
         height = regional.shape[2] // count
         if height == 0:
             raise ConfigError(
-                f"model: images {image.shape[2]} pixels high leave {regional.shape[2]} rows for "
-                f"{count} stripes: use higher images or fewer stripes"
+                f"model: images {image.shape[2]} pixels high give a feature map of "
+                f"{regional.shape[2]} rows for {count} stripes: use higher images or fewer stripes"
             )
         parts = zip(self.regional_heads, self.reductions, strict=True)
         for i, (head, reduction) in enumerate(parts):
@@ -177,7 +195,7 @@ class ReidNet(nn.Module):
 
 
 def _remove_stride(stage: nn.Module) -> None:
-    """Make a ResNet stage keep its input's resolution."""
+    """Set all strides of a ResNet stage to 1, so that its output has its input's resolution."""
     for module in stage.modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from data_shards.decode import decode_into
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
 from reid_train.config import ImageConfig, ModelConfig, TrainConfig
-from reid_train.model.batch_norm import convert
 from reid_train.model.embedder import Embedder, resize
 from reid_train.model.network import ReidNet
 from reid_train.registry.registry import list_models, load, register, should_promote
@@ -55,7 +54,7 @@ class Registry:
 
 def write_model(folder: Path, seed: int) -> Path:
     folder.mkdir()
-    network = convert(ReidNet("resnet18", identities=5, stripes=1, seed=seed))
+    network = ReidNet("resnet18", identities=5, stripes=1, batch_norm="global", seed=seed)
     save_file(
         {k: v.contiguous() for k, v in network.state_dict().items()}, folder / "model.safetensors"
     )

@@ -53,7 +53,6 @@ def test_workers_must_share_the_batch_equally(workers):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"compile": True, "workers": 2}, "--compile finds nothing whole"),
         ({"batch__identities": 1}, "no anchor has a negative"),
         ({"batch__images": 1}, "greater than or equal to 2"),
         ({"name": "../elsewhere"}, "usable as a folder's name"),

@@ -39,12 +39,14 @@ CONFIG = recipe("demo").replace(
 )
 
 
-def narrow_resnet18(weights: None = None) -> resnet.ResNet:
+def narrow_resnet18(
+    weights: None = None, norm_layer: type[nn.BatchNorm2d] = nn.BatchNorm2d
+) -> resnet.ResNet:
     """Stands in for torchvision's: an eighth of its width, so that checkpoints take 5 MB."""
-    network = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    network = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
     network.inplanes = 8
     network.conv1 = nn.Conv2d(3, 8, kernel_size=7, stride=2, padding=3, bias=False)
-    network.bn1 = nn.BatchNorm2d(8)
+    network.bn1 = norm_layer(8)
     for number, planes in enumerate((8, 16, 32, 64), 1):
         layer = network._make_layer(resnet.BasicBlock, planes, 2, stride=1 + (number > 1))
         setattr(network, f"layer{number}", layer)
