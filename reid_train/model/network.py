@@ -46,7 +46,7 @@ class ObjectiveHead(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.001)
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the pooled feature (B, channels), float32, of a feature map (B, channels, H, W)."""
+        """Return the pooled features (B, channels), float32, of a map (B, channels, H, W)."""
         return features.mean(dim=(2, 3), dtype=torch.float32).clamp(0.0, 1.0)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
