@@ -88,11 +88,12 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved = _Saved(*ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[0])
+        x, weight, mean, var, count = ctx.saved_tensors
+        saved = _Saved(x, weight, mean, var, count, ctx.eps, ctx.needs_input_grad[0])
         if torch.compiler.is_compiling():
             backward = _backward_compiled
         else:
-            backward = _backward_cuda if saved.x.is_cuda else _backward_cpu
+            backward = _backward_cuda if x.is_cuda else _backward_cpu
         return (*backward(gradients[0], saved), *[None] * 4)
 
 
@@ -133,8 +134,8 @@ def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         mean, invstd = torch.batch_norm_stats(x, eps)
     else:
         # In training mode this kernel is by far the fastest way to the statistics on a CPU.
-        affine = x.new_zeros(2, x.shape[1], dtype=dtype)
-        _, mean, invstd = torch.native_batch_norm(x, *affine, None, None, True, 0.0, eps)
+        zero = x.new_zeros(x.shape[1], dtype=dtype)
+        _, mean, invstd = torch.native_batch_norm(x, zero, zero, None, None, True, 0.0, eps)
     return mean, invstd.pow(-2) - eps
 
 
@@ -158,7 +159,7 @@ def _backward_compiled(dy: Tensor, saved: _Saved) -> tuple[Tensor | None, Tensor
 def _backward_cuda(dy: Tensor, saved: _Saved) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return ∂x, ∂γ and ∂β by the kernels that PyTorch has for synchronized batch norm on CUDA."""
     x, weight, mean, var, count, eps, needs_dx = saved
-    dy, invstd = _in_layout_of(x, dy), (var + eps).rsqrt()
+    channels, dy, invstd = len(mean), _in_layout_of(x, dy), (var + eps).rsqrt()
     total, total_xmu, dweight, dbias = torch.batch_norm_backward_reduce(
         dy, x, mean, invstd, weight, True, True, True
     )
@@ -167,7 +168,7 @@ def _backward_cuda(dy: Tensor, saved: _Saved) -> tuple[Tensor | None, Tensor, Te
     sums = torch.cat([total, total_xmu])
     dist.all_reduce(sums)
     dx = torch.batch_norm_backward_elemt(
-        dy, x, mean, invstd, weight, *sums.chunk(2), count.to(torch.int32)
+        dy, x, mean, invstd, weight, sums[:channels], sums[channels:], count.to(torch.int32)
     )
     return dx, dweight, dbias
 
