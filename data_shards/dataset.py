@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +19,8 @@ class Dataset:
 
     Attributes:
         url: where it is.
-        storage: what reads its shards; their names in the manifest are its keys.
-        manifest: what it is made of.
+        storage: reads its shards; their names in the manifest are its keys.
+        manifest: what it consists of.
     """
 
     url: str
@@ -32,8 +33,8 @@ class Dataset:
         """Read and check `manifest.json` and `index.parquet` at `url`.
 
         Raises:
-            DataError: no dataset there, or a damaged one.
-            StorageError: the storage cannot be reached or refuses.
+            DataError: there is no dataset, or it is damaged.
+            StorageError: the storage cannot be reached or denies access.
         """
         storage = open_storage(url)
         try:
@@ -49,7 +50,7 @@ class Dataset:
         return cls(url, storage, manifest, parts)
 
     def index(self, split: str) -> Index:
-        """One split's images, in shard order; empty where the dataset has none.
+        """One split's images, in shard order; empty if the dataset has none.
 
         Args:
             split: one of `SPLITS`.
@@ -60,3 +61,53 @@ class Dataset:
     def identities(self) -> np.ndarray:
         """The pid of each training label, (C,) int64: `identities[label] == pid`."""
         return np.unique(self._index["train"].pid)
+
+    def why_not_measurable(self) -> str | None:
+        """Why no query has a match in the gallery; None if there is one."""
+        query, gallery = (self._index[split] for split in ("query", "gallery"))
+        return why_not_measurable(
+            set(zip(query.pid.tolist(), query.camid.tolist(), strict=True)),
+            set(zip(gallery.pid.tolist(), gallery.camid.tolist(), strict=True)),
+        )
+
+
+def why_not_measurable(
+    query: Collection[tuple[int, int]], gallery: Collection[tuple[int, int]]
+) -> str | None:
+    """Why a model cannot be measured on these images; None if it can.
+
+    A match of a query is a gallery image of the same identity from another camera.
+
+    Args:
+        query: pid and camid of each query image.
+        gallery: pid and camid of each gallery image.
+    """
+    for split, images in (("query", query), ("gallery", gallery)):
+        if not images:
+            return f"there are no {split} images"
+    cameras = _cameras_of(gallery)
+    shared = [(pid, camid) for pid, camid in query if pid in cameras]
+    if not shared:
+        return (
+            "query and gallery share no identity; each query needs a gallery image of the same"
+            " person from another camera"
+        )
+    if any(cameras[pid] != {camid} for pid, camid in shared):
+        return None
+    seen = set().union(*_cameras_of(query).values(), *cameras.values())
+    if len(seen) == 1:
+        return (
+            f"all query and gallery images are from one camera ({min(seen)}); each query needs a"
+            " gallery image of the same person from another camera"
+        )
+    return (
+        "no query has a gallery image of the same person from another camera; give each camera its"
+        " own camid"
+    )
+
+
+def _cameras_of(images: Iterable[tuple[int, int]]) -> dict[int, set[int]]:
+    cameras: dict[int, set[int]] = {}
+    for pid, camid in images:
+        cameras.setdefault(pid, set()).add(camid)
+    return cameras

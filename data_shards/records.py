@@ -1,4 +1,4 @@
-"""One image of a dataset, before it is sharded."""
+"""One image of a dataset before it is sharded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class ImageRecord:
     """An image on disk and what its dataset says about it.
 
     Attributes:
-        path: where the file is on this machine.
-        relative: its path inside the dataset's root, with forward slashes; the same on every
-            machine, so it is what the shards and their order are made from.
-        pid: identity, >= 0. Train and test identities are separate number spaces.
+        path: the file on this machine.
+        relative: its path inside the dataset's root, with forward slashes. It is the same on every
+            machine, so shards and their order depend on it and not on `path`.
+        pid: identity, >= 0. Train and test identities are numbered separately.
         camid: camera, >= 0.
         split: one of `SPLITS`.
     """

@@ -1,4 +1,4 @@
-"""Reading a sharded dataset back in full, and comparing it with what its manifest promises."""
+"""Read a sharded dataset back in full and compare it with its manifest and index."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 
 from data_shards.building.parallel import cores, parallel_map
 from data_shards.dataset import Dataset
-from data_shards.decode import decode
 from data_shards.errors import DataError, ObjectMissing
 from data_shards.manifest import Index, ShardInfo
 from data_shards.progress import Progress, silent
@@ -35,41 +34,35 @@ def verify(
     jobs: int | None = None,
     progress: Progress = silent,
 ) -> tuple[Dataset, list[str]]:
-    """Check every shard's bytes and members, and on demand its images.
+    """Check every shard's bytes and members, and its images if asked to.
 
     Args:
         url: where the dataset is.
         decode_images: decode each image too.
-        jobs: processes; by default one a core.
-        progress: called with ("verifying", images done, images in all).
+        jobs: processes; by default one per core.
+        progress: called with the stage "verifying" and counts of images.
 
     Returns:
-        The dataset, and one line for each thing that is wrong with it, over all shards.
+        The dataset, and one line for each problem in any of its shards.
 
     Raises:
         DataError: the manifest or the index itself is wrong.
         StorageError: the storage cannot be reached.
     """
     dataset = Dataset.open(url)
-    tasks = _tasks(dataset)
+    tasks = []
+    for position, shard in enumerate(dataset.manifest.shards):
+        index = dataset.index(shard.split)
+        rows = index.select(np.flatnonzero(index.shard == position))
+        tasks.append(_Task(shard, dataset.manifest.name, rows))
     check = partial(_check_shard, dataset.storage, decode_images)
-    total = sum(len(task.rows) for task in tasks)
-    problems, done = list[str](), 0
+    problems, done, total = list[str](), 0, sum(len(task.rows) for task in tasks)
     progress("verifying", 0, total)
     for task, found in zip(tasks, parallel_map(check, tasks, jobs or cores()), strict=True):
         problems += found
         done += len(task.rows)
         progress("verifying", done, total)
     return dataset, problems
-
-
-def _tasks(dataset: Dataset) -> list[_Task]:
-    shards, tasks = dataset.manifest.shards, []
-    for position, shard in enumerate(shards):
-        index = dataset.index(shard.split)
-        rows = index.select(np.flatnonzero(index.shard == position))
-        tasks.append(_Task(shard, dataset.manifest.name, rows))
-    return tasks
 
 
 def _check_shard(storage: Storage, decode_images: bool, task: _Task) -> list[str]:
@@ -90,7 +83,7 @@ def _check_shard(storage: Storage, decode_images: bool, task: _Task) -> list[str
 
 
 def _problems(path: Path, task: _Task, decode_images: bool) -> Iterator[str]:
-    """Compare a tar with the index: the same images at the same places, said the same of."""
+    """Compare a tar with the index: the same images at the same places, described the same."""
     rows = task.rows
     try:
         with tarfile.open(path, "r:") as tar:
@@ -111,7 +104,7 @@ def _problems(path: Path, task: _Task, decode_images: bool) -> Iterator[str]:
             data = file.read(image.size)
             file.seek(description.offset_data)
             if _parsed(file.read(description.size)) != _expected(task, row):
-                yield f"{description.name} says other than the index"
+                yield f"{description.name} does not agree with the index"
             if decode_images:
                 yield from _undecodable(data, image.name, rows, row)
 
@@ -126,18 +119,17 @@ def _parsed(data: bytes) -> object:
 def _expected(task: _Task, row: int) -> dict[str, int | str]:
     rows = task.rows
     numbers = {c: int(getattr(rows, c)[row]) for c in ("pid", "label", "camid", "width", "height")}
-    return numbers | {
-        "dataset": task.dataset,
-        "split": task.shard.split,
-        "path": str(rows.path[row]),
-    }
+    texts = {"dataset": task.dataset, "split": task.shard.split, "path": str(rows.path[row])}
+    return numbers | texts
 
 
 def _undecodable(data: bytes, name: str, rows: Index, row: int) -> Iterator[str]:
+    from data_shards.decode import decode  # imports OpenCV, which --help does not need
+
     try:
         height, width = decode(data).shape[:2]
     except DataError as error:
         yield f"{name}: {error}"
         return
     if (width, height) != (rows.width[row], rows.height[row]):
-        yield f"{name} is {width} × {height} pixels, other than the index says"
+        yield f"{name} is {width} × {height} pixels, which does not agree with the index"

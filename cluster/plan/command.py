@@ -31,7 +31,7 @@ from data_shards.command_line import program
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError
 from data_shards.storage import open_storage
-from data_shards.storage.atomic import disk_errors, replacing
+from data_shards.storage.atomic import atomic_write, disk_errors
 from reid_train.config import TrainConfig
 from reid_train.model.precision import autocast
 from reid_train.recipes import parse_with_recipe
@@ -74,7 +74,7 @@ def plan(*arguments: str) -> None:
     show(planned, Console())
     if options.json is not None:
         text = json.dumps(to_json(planned), indent=2) + "\n"
-        with disk_errors(options.json), replacing(options.json) as file:
+        with disk_errors(options.json), atomic_write(options.json) as file:
             file.write(text.encode())
 
 

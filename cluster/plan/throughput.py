@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.plan.network import PhaseName
 from data_shards.errors import ConfigError, DataError
-from data_shards.storage.atomic import disk_errors, replacing
+from data_shards.storage.atomic import atomic_write, disk_errors
 from reid_train.config import TrainConfig, explain
 
 PACKAGED = Path(__file__).with_name("throughput.json")
@@ -96,7 +96,7 @@ def add_to_table(path: Path, entries: Iterable[Measurement]) -> None:
     fresh = {(entry.source, entry.phase) for entry in entries}
     kept = [entry for entry in read_table(path) if (entry.source, entry.phase) not in fresh]
     table = {"measurements": [entry.model_dump() for entry in (*kept, *entries)]}
-    with disk_errors(path), replacing(path) as file:
+    with disk_errors(path), atomic_write(path) as file:
         file.write((json.dumps(table, indent=2) + "\n").encode())
 
 

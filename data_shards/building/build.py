@@ -1,9 +1,9 @@
-"""From a folder of images to a sharded dataset, in four steps: read, survey, shard, seal.
+"""From a folder of images to a sharded dataset: read the source, scan, write shards, finish.
 
 Nothing is written before every image has been decoded. Each finished shard leaves a note under
-`build/`, so that an interrupted build goes on where it was; the index and the manifest are written
-last and once, and then the notes go. What identifies a build is a digest over all images and
-labels: a different one never touches what is there.
+`build/`, so that an interrupted build can resume; the index and the manifest are written last and
+once, and then the notes are removed. A digest over all images and labels identifies a build: one
+with another digest never changes what is at the destination.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import inspect
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,17 +22,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_shards.building.parallel import cores, parallel_map
-from data_shards.building.scan import SurveyedImage, survey
+from data_shards.building.scan import ScannedImage, scan
 from data_shards.building.state import (
     ShardNote,
-    begin,
-    clean,
+    claim,
+    find_finished,
     read_note,
-    standing,
+    remove_notes,
     write_note,
     write_once,
 )
 from data_shards.building.writer import ShardPlan, plan_shards, write_shard
+from data_shards.dataset import why_not_measurable
 from data_shards.errors import ConfigError, DataError, StorageError
 from data_shards.manifest import (
     COLUMNS,
@@ -38,7 +41,6 @@ from data_shards.manifest import (
     MANIFEST_NAME,
     FileInfo,
     Index,
-    LeftOut,
     Manifest,
     Split,
     SplitInfo,
@@ -52,13 +54,20 @@ from data_shards.sources.layout import difference
 from data_shards.storage import Storage, open_storage
 from data_shards.storage.atomic import disk_errors
 
+log = logging.getLogger(__name__)
+
 LOCK_NAME = "build.lock"
-"""In the folder for tars, while a build runs; the lock goes with the process, however it ends."""
+"""File in the work folder, locked while a build runs; the lock ends with the process."""
+
+# MLflow refuses / and : in registered models' names, and . % " and ' in logged models' names.
+_NOT_IN_NAMES = re.compile(r"""[/:.%"'\\\s]""")
+# Control characters, line ends, and bytes that are not UTF-8 (which Python reads as surrogates).
+_NOT_IN_PATHS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What stands at the destination, and whether this build made it."""
+    """The dataset at the destination, and whether it was complete before this build."""
 
     manifest: Manifest
     already_built: bool
@@ -83,45 +92,69 @@ def build(
     Args:
         source: a key of `SOURCES`.
         root: the dataset's folder (for `csv` its file; for `synthetic` where to render).
-        out: URL of an empty place, of an interrupted build of the same dataset, or of the same.
-        name: the dataset's name in its shards; by default the source's.
-        options: what the source's `read` takes.
-        shard_bytes: bytes of a tar, roughly.
-        allow_incomplete: go on with other than the published counts, and say so in the manifest.
+        out: URL of an empty place, of an interrupted build of this dataset, or of this dataset.
+        name: the dataset's name, which its models in MLflow are named after; by default the
+            source's name, for `csv` that of the file.
+        options: keyword arguments of the source's `read`.
+        shard_bytes: approximate bytes of a tar.
+        allow_incomplete: accept other than the published counts, and record that in the manifest.
         skip_unreadable: leave unreadable images out, and list them in the manifest.
-        jobs: processes; by default one a core.
-        work: folder for tars until they are uploaded; kept the same, it lets uploads resume.
-        progress: called with ("decoding" or "sharding", images done, images in all).
+        jobs: processes; by default one per core.
+        work: folder for tars until they are uploaded; keep it the same to resume uploads.
+        progress: called with the stages "scanning" and "writing" and counts of images.
 
     Raises:
-        ConfigError: an unknown source or option, or one that cannot be; or such a build runs.
+        ConfigError: an unknown source or option, a value out of range, or the same build runs.
         DataError: the images are not what they should be, or something else is at `out`.
         StorageError: `out` cannot be reached or written.
     """
     options, jobs = _all_options(source, options or {}), jobs or cores()
     if shard_bytes < 1:
-        raise ConfigError(f"shards of {shard_bytes} bytes cannot be; the default is {SHARD_BYTES}")
+        raise ConfigError(f"--shard-bytes must be positive, not {shard_bytes}")
+    name = _checked_name(name) if name is not None else _default_name(source, root)
     storage = open_storage(out)
-    storage.exists(MANIFEST_NAME)  # a wrong bucket or password shows now, not after the survey
+    storage.exists(MANIFEST_NAME)  # shows a wrong bucket or password now, not after the scan
     records = SOURCES[source].read(root, **options)
+    _check_records(records, root)
     shortfall = difference(SOURCES[source], records, root)
     if shortfall and not allow_incomplete:
         raise DataError(
             f"{shortfall}: is the archive complete? Pass --allow-incomplete to shard what is there"
         )
-    images, left_out = survey(records, jobs, progress)
+    images, left_out = scan(records, jobs, progress)
     if left_out and not skip_unreadable:
-        raise DataError(_unreadable(left_out, root))
-    _check([image.record for image in images], root)
-    draft = _draft(name or source, source, options, shard_bytes, shortfall is None, images)
-    with _work_folder(work, f"{draft['content']} {storage.url}") as folder:
-        manifest = standing(storage, draft["content"])
+        raise DataError(
+            f"{len(left_out):,} images under {root} cannot be read; repair them, or pass"
+            " --skip-unreadable to leave them out:"
+            + "".join(f"\n  {item.path}: {item.reason}" for item in left_out)
+        )
+    _check_identities([image.record for image in images], root)
+    # What the manifest says before there are shards. Nothing in it depends on this machine.
+    recorded = {key: value for key, value in options.items() if not isinstance(value, Path | None)}
+    recorded["shard_bytes"] = shard_bytes
+    draft = {"name": name, "source": source, "options": recorded, "complete": shortfall is None}
+    content = _content_digest(draft, images)
+    with _work_folder(work, f"{content} {storage.url}") as folder:
+        manifest = find_finished(storage, content)
         if manifest is not None:
             return BuildResult(manifest, already_built=True)
-        begin(storage, draft["content"])
+        claim(storage, content)
         plans = plan_shards(images, shard_bytes)
-        notes = _write_shards(storage, plans, draft["name"], jobs, folder, progress)
-        return BuildResult(_seal(storage, plans, notes, draft, left_out), already_built=False)
+        notes = _write_shards(storage, plans, name, jobs, folder, progress)
+        data = _index(plans, notes).to_parquet()
+        manifest = Manifest(
+            **draft,
+            content=content,
+            splits=_count(plans),
+            shards=tuple(note.info for note in notes),
+            index=FileInfo(name=INDEX_NAME, bytes=len(data), sha256=sha256(data)),
+            left_out=tuple(left_out),
+        )
+        Index.from_parquet(data, manifest)
+        write_once(storage, INDEX_NAME, data)
+        write_once(storage, MANIFEST_NAME, manifest.to_json())
+        remove_notes(storage)
+        return BuildResult(manifest, already_built=False)
 
 
 def _all_options(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,50 +169,59 @@ def _all_options(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | dict(options)
 
 
-def _unreadable(left_out: Sequence[LeftOut], root: Path) -> str:
-    lines = "".join(f"\n  {item.path}: {item.reason}" for item in left_out)
-    return (
-        f"{len(left_out):,} images under {root} cannot be read; mend them, or pass"
-        f" --skip-unreadable to go without:{lines}"
-    )
-
-
-def _check(records: Sequence[ImageRecord], root: Path) -> None:
-    if not records:
-        raise DataError(f"no images under {root}")
-    identities = {record.pid for record in records if record.split == "train"}
-    if len(identities) == 1:
-        raise DataError(
-            f"{root}: all train images are of one identity; to learn what tells people apart takes"
-            " at least two"
+def _checked_name(name: str) -> str:
+    if not name or not name.isprintable() or _NOT_IN_NAMES.search(name):
+        raise ConfigError(
+            f"--name {name!r} cannot be the name of a dataset, because MLflow names its models"
+            f" after it: use letters, digits, - and _, such as --name {_sanitized(name)}"
         )
+    return name
+
+
+def _default_name(source: str, root: Path) -> str:
+    return _sanitized(root.stem) if source == "csv" else source
+
+
+def _sanitized(name: str) -> str:
+    return re.sub(r"[^\w-]+", "-", name).strip("-") or "people"
+
+
+def _check_records(records: Sequence[ImageRecord], root: Path) -> None:
+    """Check what the source says, before the images are read."""
     for record in records:
         if not (0 <= record.pid < 1 << 63 and 0 <= record.camid < 1 << 31):
             raise DataError(
                 f"{record.path}: pid {record.pid} or camid {record.camid} is out of range"
             )
-        if not record.relative.isprintable():
-            raise DataError(f"{record.relative!r} under {root} is not a name in plain UTF-8")
+        if _NOT_IN_PATHS.search(record.relative):
+            raise DataError(
+                f"{record.relative!r} under {root}: rename this file; its name has control"
+                " characters or is not UTF-8"
+            )
 
 
-def _draft(
-    name: str,
-    source: str,
-    options: Mapping[str, Any],
-    shard_bytes: int,
-    complete: bool,
-    images: Sequence[SurveyedImage],
-) -> dict[str, Any]:
-    """What the manifest says before there are shards; nothing in it depends on this machine."""
-    recorded = {key: value for key, value in options.items() if not isinstance(value, Path | None)}
-    recorded["shard_bytes"] = shard_bytes
-    draft = {"name": name, "source": source, "options": recorded, "complete": complete}
+def _check_identities(records: Sequence[ImageRecord], root: Path) -> None:
+    """Check whether the readable images can be trained on, and warn if they cannot be measured."""
+    if not records:
+        raise DataError(f"no images under {root}")
+    if len({record.pid for record in records if record.split == "train"}) == 1:
+        raise DataError(
+            f"{root}: all train images are of one identity; training needs at least two"
+        )
+    query, gallery = (
+        [(r.pid, r.camid) for r in records if r.split == split] for split in ("query", "gallery")
+    )
+    if (reason := why_not_measurable(query, gallery)) is not None:
+        log.warning("%s: models cannot be measured on this dataset: %s", root, reason)
+
+
+def _content_digest(draft: Mapping[str, Any], images: Sequence[ScannedImage]) -> str:
     rows = [
         [r.relative, r.pid, r.camid, r.split, image.sha256]
         for image in images
         for r in [image.record]
     ]
-    return draft | {"content": json_digest([draft, sorted(rows)])}
+    return json_digest([draft, sorted(rows)])
 
 
 def _write_shards(
@@ -190,26 +232,27 @@ def _write_shards(
     folder: Path,
     progress: Progress,
 ) -> list[ShardNote]:
-    task = partial(_one_shard, storage, dataset, folder)
-    total, notes = sum(len(plan.images) for plan in plans), list[ShardNote]()
-    progress("sharding", 0, total)
+    task = partial(_write_and_upload, storage, dataset, folder)
+    total, done, notes = sum(len(plan.images) for plan in plans), 0, list[ShardNote]()
+    progress("writing", 0, total)
     for note in parallel_map(task, plans, jobs):
         notes.append(note)
-        progress("sharding", sum(note.info.images for note in notes), total)
+        done += note.info.images
+        progress("writing", done, total)
     return notes
 
 
-def _one_shard(storage: Storage, dataset: str, folder: Path, plan: ShardPlan) -> ShardNote:
-    """Write and upload one shard, unless an earlier try did."""
+def _write_and_upload(storage: Storage, dataset: str, folder: Path, plan: ShardPlan) -> ShardNote:
+    """Write and upload one shard, unless an earlier build did."""
     if (note := read_note(storage, plan)) is not None:
         return note
     path = folder / PurePosixPath(plan.name).name
     with disk_errors(path):
-        # A new file: a process of a killed build may still have the old one open.
+        # Write a new file: a process of a killed build may still have the old one open.
         path.unlink(missing_ok=True)
     try:
         info, offsets = write_shard(plan, dataset, path)
-    except BaseException:  # half a tar is of no use, and the disk may be full of it
+    except BaseException:  # half a tar is useless, and the disk may be full of it
         path.unlink(missing_ok=True)
         raise
     storage.upload(plan.name, path)
@@ -221,8 +264,8 @@ def _one_shard(storage: Storage, dataset: str, folder: Path, plan: ShardPlan) ->
 
 @contextlib.contextmanager
 def _work_folder(work: Path | None, build: str) -> Iterator[Path]:
-    """The folder for tars until they are uploaded; no other build's while the block runs."""
-    # The same for the same build, so that a cut-off upload finds its file again.
+    """Lock the folder for tars that are not uploaded yet; no other build uses it meanwhile."""
+    # The same name for the same build, so that an interrupted upload finds its file again.
     name = f"data-shards-{os.getuid()}-{sha256(build.encode())[:16]}"
     folder = work or Path(tempfile.gettempdir(), name)
     with disk_errors(folder):
@@ -231,18 +274,18 @@ def _work_folder(work: Path | None, build: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        with contextlib.suppress(OSError):  # a user's own folder may hold other things
+        with contextlib.suppress(OSError):  # the user's own folder may hold other files
             (folder / LOCK_NAME).unlink()
             folder.rmdir()
         os.close(lock)
 
 
 def _try_lock(folder: Path) -> int | None:
-    """Make a folder and lock it: a descriptor, or None if a build that ended has removed it."""
+    """Make and lock a folder: a descriptor, or None if a build that ended removed it meanwhile."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as on_failure, contextlib.suppress(FileNotFoundError):
         if folder.stat().st_uid != os.getuid():
-            raise StorageError(f"{folder} is another user's: name a folder with --work")
+            raise StorageError(f"{folder} belongs to another user: choose a folder with --work")
         lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
         on_failure.callback(os.close, lock)
         try:
@@ -250,7 +293,7 @@ def _try_lock(folder: Path) -> int | None:
         except BlockingIOError:
             raise ConfigError(
                 f"another build, of the same data or with the same --work, is running in {folder}:"
-                " let it end, or stop it and give this command again"
+                " wait for it, or stop it and run this command again"
             ) from None
         if os.path.samestat(os.fstat(lock), (folder / LOCK_NAME).stat()):
             on_failure.pop_all()
@@ -258,46 +301,14 @@ def _try_lock(folder: Path) -> int | None:
     return None
 
 
-def _seal(
-    storage: Storage,
-    plans: Sequence[ShardPlan],
-    notes: Sequence[ShardNote],
-    draft: Mapping[str, Any],
-    left_out: Sequence[LeftOut],
-) -> Manifest:
-    """Write the index and then the manifest, which makes the dataset be there."""
-    data = _index(plans, notes).to_parquet()
-    manifest = Manifest(
-        **draft,
-        splits=_count(plans),
-        shards=tuple(note.info for note in notes),
-        index=FileInfo(name=INDEX_NAME, bytes=len(data), sha256=sha256(data)),
-        left_out=tuple(left_out),
-    )
-    Index.from_parquet(data, manifest)
-    write_once(storage, INDEX_NAME, data)
-    write_once(storage, MANIFEST_NAME, manifest.to_json())
-    clean(storage)
-    return manifest
-
-
 def _index(plans: Sequence[ShardPlan], notes: Sequence[ShardNote]) -> Index:
-    rows = [
-        (
-            shard,
-            offset,
-            m.image.size,
-            r.pid,
-            m.label,
-            r.camid,
-            m.image.width,
-            m.image.height,
-            r.relative,
-        )
-        for shard, (plan, note) in enumerate(zip(plans, notes, strict=True))
-        for m, offset in zip(plan.images, note.offsets, strict=True)
-        for r in [m.image.record]
-    ]
+    rows = []
+    for shard, (plan, note) in enumerate(zip(plans, notes, strict=True)):
+        for member, offset in zip(plan.images, note.offsets, strict=True):
+            image, record = member.image, member.image.record
+            where = (shard, offset, image.size)
+            who = (record.pid, member.label, record.camid)
+            rows.append((*where, *who, image.width, image.height, record.relative))
     return Index.from_columns(dict(zip(COLUMNS, zip(*rows, strict=True), strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Work spread over processes, whose results do not depend on how many there are."""
+"""Map a function over processes; the results do not depend on how many there are."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def cores() -> int:
 
 
 def parallel_map(function: Callable[[T], R], items: Sequence[T], jobs: int) -> Iterator[R]:
-    """Results in the items' order, each as soon as it and those before it are done.
+    """Yield results in the order of the items, each as soon as it and those before it are done.
 
-    Processes are spawned, not forked: the caller may have threads. A script that calls this needs
-    the usual `if __name__ == "__main__":`.
+    Processes are spawned, not forked, because the caller may have threads. A script that calls
+    this needs the usual `if __name__ == "__main__":`.
 
     Args:
         function: a module's function, or a partial of one.
         items: what it is called with.
-        jobs: processes at most; with 1, everything happens in this one.
+        jobs: processes at most; with 1, everything happens in this process.
     """
     workers = min(jobs, len(items))
     if workers <= 1:
@@ -44,20 +44,20 @@ def parallel_map(function: Callable[[T], R], items: Sequence[T], jobs: int) -> I
         yield from pool.map(function, items)
     except BrokenProcessPool:
         raise ReidError(
-            "a process was killed, perhaps for want of memory: try again with fewer --jobs"
+            "a process was killed, perhaps because memory ran out: try again with fewer --jobs"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    # An interrupt goes to the whole group; the parent alone decides, and lets work in hand end.
+    # Ctrl-C reaches the whole process group. Only the parent reacts; started tasks may finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:  # a parent that is killed cannot stop its workers
+    def exit_with_parent() -> None:  # a parent that is killed cannot stop its workers
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

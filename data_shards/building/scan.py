@@ -1,4 +1,4 @@
-"""Reading and decoding every image of a dataset once, before anything is written."""
+"""Read and decode every image of a dataset once, before anything is written."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_shards.building.parallel import parallel_map
-from data_shards.decode import decode
 from data_shards.errors import DataError
 from data_shards.manifest import LeftOut, sha256
-from data_shards.progress import Progress
+from data_shards.progress import Progress, silent
 from data_shards.records import ImageRecord
 
-CHUNK = 64  # images a task
+CHUNK = 64  # images in a task
 
 
 @dataclass(frozen=True, slots=True)
-class SurveyedImage:
-    """A record whose image was read and decoded.
+class ScannedImage:
+    """A record with what was found in its file.
 
     Attributes:
-        record: what the source says of it.
+        record: what the source says about the image.
         size: bytes of the file.
         sha256: of the file, in hex.
         width: pixels.
@@ -34,34 +33,36 @@ class SurveyedImage:
     height: int
 
 
-def survey(
-    records: Sequence[ImageRecord], jobs: int, progress: Progress
-) -> tuple[list[SurveyedImage], list[LeftOut]]:
+def scan(
+    records: Sequence[ImageRecord], jobs: int, progress: Progress = silent
+) -> tuple[list[ScannedImage], list[LeftOut]]:
     """Decode all images in full.
 
     Args:
         records: the images.
         jobs: processes.
-        progress: called with ("decoding", images done, images in all).
+        progress: called with the stage "scanning" and counts of images.
 
     Returns:
-        The readable ones and the others, both in the records' order.
+        The readable images and the unreadable ones, both in the order of the records.
     """
     chunks = [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)]
-    good, bad = list[SurveyedImage](), list[LeftOut]()
-    progress("decoding", 0, len(records))
-    for results in parallel_map(_survey_chunk, chunks, jobs):
+    good, bad = list[ScannedImage](), list[LeftOut]()
+    progress("scanning", 0, len(records))
+    for results in parallel_map(_scan_chunk, chunks, jobs):
         for result in results:
-            (good if isinstance(result, SurveyedImage) else bad).append(result)  # type: ignore
-        progress("decoding", len(good) + len(bad), len(records))
+            (good if isinstance(result, ScannedImage) else bad).append(result)  # type: ignore
+        progress("scanning", len(good) + len(bad), len(records))
     return good, bad
 
 
-def _survey_chunk(records: Sequence[ImageRecord]) -> list[SurveyedImage | LeftOut]:
-    return [_survey_image(record) for record in records]
+def _scan_chunk(records: Sequence[ImageRecord]) -> list[ScannedImage | LeftOut]:
+    return [_scan_image(record) for record in records]
 
 
-def _survey_image(record: ImageRecord) -> SurveyedImage | LeftOut:
+def _scan_image(record: ImageRecord) -> ScannedImage | LeftOut:
+    from data_shards.decode import decode  # imports OpenCV, which --help does not need
+
     try:
         data = record.path.read_bytes()
         height, width = decode(data).shape[:2]
@@ -69,4 +70,4 @@ def _survey_image(record: ImageRecord) -> SurveyedImage | LeftOut:
         return LeftOut(path=record.relative, reason=str(error))
     except OSError as error:
         return LeftOut(path=record.relative, reason=error.strerror or str(error))
-    return SurveyedImage(record, len(data), sha256(data), width, height)
+    return ScannedImage(record, len(data), sha256(data), width, height)

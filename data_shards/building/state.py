@@ -1,7 +1,7 @@
-"""What an unfinished build leaves at its destination, and what it does with what it finds there.
+"""What a build finds at its destination, and the notes that let an interrupted build resume.
 
-`build/plan.json` says which dataset is being built; `build/<shard>.json` that a shard is finished.
-All of it goes when the manifest is written.
+`build/plan.json` says which dataset is being built; `build/<shard>.json` says that a shard is
+finished. All of them are removed when the manifest is written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAN = FOLDER + "plan.json"
 
 
 class ShardNote(BaseModel):
-    """A finished shard: what the manifest will say, and each image's offset in it."""
+    """A finished shard: its entry in the manifest, and the offset of each image."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,30 +32,31 @@ class ShardNote(BaseModel):
     offsets: tuple[int, ...]
 
 
-def standing(storage: Storage, content: str) -> Manifest | None:
-    """The finished dataset at the destination, if it is the one that would be built.
+def find_finished(storage: Storage, content: str) -> Manifest | None:
+    """Return the manifest at the destination if it is of the dataset to be built.
 
     Raises:
-        DataError: a different one is there.
+        DataError: a different dataset is there.
     """
     try:
         manifest = Manifest.from_json(storage.read(MANIFEST_NAME))
     except ObjectMissing:
         return None
     if manifest.content != content:
+        images = sum(info.images for info in manifest.splits.values())
         raise DataError(
-            f"{storage.url} holds another dataset ({manifest.name}, {_images(manifest)} images),"
-            " or the same with other options; it stays as it is: choose another --out"
+            f"{storage.url} holds another dataset ({manifest.name}, {images:,} images), or the same"
+            " one with other options; it was not changed: choose another --out"
         )
-    clean(storage)
+    remove_notes(storage)
     return manifest
 
 
-def begin(storage: Storage, content: str) -> None:
-    """Claim the destination for one dataset, or find it claimed for the same.
+def claim(storage: Storage, content: str) -> None:
+    """Reserve the destination for one dataset; an interrupted build of it resumes.
 
     Raises:
-        DataError: it is claimed for another, or holds shards that no build accounts for.
+        DataError: it is reserved for another dataset, or holds shards of an unknown build.
     """
     plan = json.dumps({"content": content}).encode()
     try:
@@ -63,20 +64,20 @@ def begin(storage: Storage, content: str) -> None:
     except ObjectMissing:
         if next(iter(storage.list("shards/")), None) is not None:
             raise DataError(
-                f"{storage.url}/shards holds something already; choose another --out, or empty it"
+                f"{storage.url}/shards is not empty: choose another --out, or delete what is there"
             ) from None
         storage.write(PLAN, plan, create_once=True)
         return
     if found != plan:
         raise DataError(
-            f"an unfinished build of another dataset is at {storage.url}: choose another --out, or"
+            f"{storage.url} holds an unfinished build of another dataset: choose another --out, or"
             " delete what is there"
         )
-    log.info("going on with the build at %s", storage.url)
+    log.info("resuming the build at %s", storage.url)
 
 
 def read_note(storage: Storage, plan: ShardPlan) -> ShardNote | None:
-    """The note of a shard, if an earlier try finished it and it is still there."""
+    """The note of a shard, if an earlier build finished it and it still exists."""
     try:
         note = ShardNote.model_validate_json(storage.read(_note_key(plan.name)))
         whole = storage.size(plan.name) == note.info.bytes
@@ -86,12 +87,12 @@ def read_note(storage: Storage, plan: ShardPlan) -> ShardNote | None:
 
 
 def write_note(storage: Storage, note: ShardNote) -> None:
-    """Note that a shard is finished."""
+    """Record that a shard is finished."""
     storage.write(_note_key(note.info.name), note.model_dump_json().encode())
 
 
 def write_once(storage: Storage, key: str, data: bytes) -> None:
-    """Write what no one may replace; the same bytes, from an earlier try, are fine."""
+    """Write an object that must not exist; the same bytes, of an earlier build, are accepted."""
     try:
         storage.write(key, data, create_once=True)
     except ObjectExists:
@@ -99,8 +100,8 @@ def write_once(storage: Storage, key: str, data: bytes) -> None:
             raise
 
 
-def clean(storage: Storage) -> None:
-    """Remove all notes, the plan last: without it, the rest would mean nothing."""
+def remove_notes(storage: Storage) -> None:
+    """Remove all notes; the plan last, because the others belong to it."""
     keys = [key for key, _ in storage.list(FOLDER)]
     for key in sorted(keys, key=lambda key: key == PLAN):
         storage.delete(key)
@@ -108,7 +109,3 @@ def clean(storage: Storage) -> None:
 
 def _note_key(shard: str) -> str:
     return f"{FOLDER}{PurePosixPath(shard).name}.json"
-
-
-def _images(manifest: Manifest) -> str:
-    return f"{sum(info.images for info in manifest.splits.values()):,}"

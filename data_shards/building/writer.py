@@ -1,7 +1,7 @@
-"""Images to WebDataset tars: the same images, the same bytes, on any machine.
+"""Write images to WebDataset tars: the same images give the same bytes on any machine.
 
-A shard holds, for each image, its file as it was and a JSON member with what is known of it. Keys
-are `<split>-<number>`, so that the stock `webdataset` reader pairs them.
+For each image, a shard holds the original file and a JSON member that describes it. Their keys are
+`<split>-<number>`, so that the stock `webdataset` reader pairs them.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
-from data_shards.building.scan import SurveyedImage
+from data_shards.building.scan import ScannedImage
 from data_shards.errors import DataError
 from data_shards.manifest import ShardInfo, sha256
 from data_shards.records import SPLITS
 from data_shards.storage.atomic import disk_errors, file_sha256
 
 _BLOCK = tarfile.BLOCKSIZE
-_JSON_BYTES = 512  # a member's, nearly always; the plan needs no more than a good estimate
+_JSON_BYTES = 512  # of nearly every JSON member; an estimate is enough for the plan
 
 
 @dataclass(frozen=True, slots=True)
 class ShardImage:
-    """An image with its sample's key in the dataset, and its label (-1 outside train)."""
+    """An image with its key in the dataset and its training label (-1 outside train)."""
 
-    image: SurveyedImage
+    image: ScannedImage
     key: str
     label: int
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """What a shard is to hold, in order."""
+    """The images of a shard, in order."""
 
     name: str
     split: str
     images: tuple[ShardImage, ...]
 
 
-def plan_shards(images: Iterable[SurveyedImage], shard_bytes: int) -> list[ShardPlan]:
-    """Deal images to shards: by split, then identity, then path.
+def plan_shards(images: Iterable[ScannedImage], shard_bytes: int) -> list[ShardPlan]:
+    """Assign images to shards: by split, then identity, then path.
 
-    An identity's images are contiguous in one shard; only one that is larger than a shard is cut.
+    An identity's images are contiguous in one shard, unless they are larger than a shard.
 
     Args:
         images: in any order.
-        shard_bytes: bytes of a tar, roughly, and at most but for one image larger than that.
+        shard_bytes: approximate bytes of a tar; exceeded only by a single larger image.
     """
     ordered = sorted(
         images, key=lambda i: (SPLITS.index(i.record.split), i.record.pid, i.record.relative)
@@ -73,16 +73,16 @@ def write_shard(plan: ShardPlan, dataset: str, path: Path) -> tuple[ShardInfo, l
     """Write one tar.
 
     Args:
-        plan: what goes in.
-        dataset: its name, for the JSON members.
+        plan: the images to write.
+        dataset: the dataset's name, for the JSON members.
         path: the file to write.
 
     Returns:
-        What the manifest says of it, and each image's offset in it.
+        Its entry in the manifest, and the offset of each image.
 
     Raises:
-        DataError: an image is no longer what it was when it was surveyed.
-        StorageError: the disk is full, or fails.
+        DataError: an image has changed since it was scanned.
+        StorageError: the disk is full or failed.
     """
     offsets = []
     with disk_errors(path), path.open("wb") as file:
@@ -147,19 +147,19 @@ def _extension(name: str) -> str:
     return suffix if plain and suffix != ".json" else ".image"
 
 
-def _reread(image: SurveyedImage) -> bytes:
+def _reread(image: ScannedImage) -> bytes:
     path = image.record.path
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} changed during the build: {error.strerror}") from None
     if sha256(data) != image.sha256:
-        raise DataError(f"{path} changed during the build: start it again")
+        raise DataError(f"{path} changed during the build: run the build again")
     return data
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its owner is no one, its time 1970: nothing of this machine
+    member = tarfile.TarInfo(name)  # without owner and time, which differ between machines
     member.size = len(data)
     member.mode = 0o444
     tar.addfile(member, io.BytesIO(data))

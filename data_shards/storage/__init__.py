@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from data_shards.errors import ConfigError
 from data_shards.storage.base import Storage
 from data_shards.storage.local import LocalStorage
 
-__all__ = ["LocalStorage", "Storage", "open_storage"]
+__all__ = ["LocalStorage", "Storage", "open_file", "open_storage"]
+
+_MISSPELT = re.compile(r"(s3|file):/*(.*)", re.IGNORECASE | re.DOTALL)
 
 
 def open_storage(url: str) -> Storage:
-    """The storage at `s3://bucket/prefix`, `file:///folder` or a folder's path.
+    """Open the storage at `s3://bucket/prefix`, `file:///folder` or a folder's path.
 
     S3 is reached as the environment says: `AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
     `AWS_SECRET_ACCESS_KEY`, `AWS_DEFAULT_REGION`. Nothing is contacted yet.
+
+    Raises:
+        ConfigError: the location has another form; the message gives the right one.
     """
-    if url.startswith("s3://"):
-        # Split by hand: to S3, # and ? are letters as others are.
-        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    scheme, _, rest = url.partition("://")
+    if scheme == "s3":
+        # Not urlsplit: in an S3 key, # and ? are ordinary letters.
+        bucket, _, prefix = rest.partition("/")
         if not bucket:
             raise ConfigError(f"{url!r} names no bucket: write s3://bucket/prefix")
         from data_shards.storage.s3 import S3Storage  # boto3 takes half a second to import
 
         return S3Storage(bucket, prefix.strip("/"))
-    parts = urlsplit(url)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        return LocalStorage(Path(unquote(parts.path)))
+    if scheme == "file" and rest.startswith(("/", "localhost/")):
+        return LocalStorage(Path(unquote(rest.removeprefix("localhost"))))
+    if match := _MISSPELT.fullmatch(url):
+        right = "s3://" if match[1].lower() == "s3" else "file:///"
+        raise ConfigError(f"cannot open {url!r}: did you mean {right}{match[2]}?")
     if "://" in url or not url:
         raise ConfigError(
             f"cannot open {url!r}: write s3://bucket/prefix, file:///folder or a path"
         )
     return LocalStorage(Path(url).expanduser().absolute())
+
+
+def open_file(url: str) -> tuple[Storage, str]:
+    """Open the storage that holds one file.
+
+    Args:
+        url: of the file, in any form that `open_storage` takes.
+
+    Returns:
+        The storage of the file's folder, and the file's key there.
+    """
+    folder, _, name = url.rpartition("/")
+    return open_storage(folder or ("/" if url.startswith("/") else ".")), name

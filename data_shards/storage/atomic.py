@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what a disk can say, in one line."""
+"""Files that appear whole or not at all, and disk errors in one line."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ TEMPORARY = ".tmp-"
 
 
 @contextlib.contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn an `OSError` inside the block into a `StorageError` about `where`."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` inside the block into a `StorageError` about `path`."""
     try:
         yield
     except FileNotFoundError:
-        raise ObjectMissing(f"{where} is not there") from None
+        raise ObjectMissing(f"{path} does not exist") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
-                f"disk full while writing {where}: free some space, or name another folder"
+                f"disk full while writing {path}: free some space, or choose another folder"
             ) from None
-        raise StorageError(f"{where}: {error.strerror or error}") from None
+        raise StorageError(f"{path}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, create_once: bool = False) -> Iterator[IO[bytes]]:
-    """A temporary file beside `path` that takes its place when the block succeeds.
+def atomic_write(path: Path, *, create_once: bool = False) -> Iterator[IO[bytes]]:
+    """Yield a temporary file beside `path` that replaces it when the block succeeds.
 
     Args:
-        path: the file to appear; its folder is made.
-        create_once: raise `ObjectExists` if `path` is there by then, and leave it as it is.
+        path: the file to write; its folder is made.
+        create_once: raise `ObjectExists` if `path` exists by then, and leave it as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
@@ -48,7 +48,7 @@ def replacing(path: Path, *, create_once: bool = False) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         if create_once:
-            os.link(name, path)  # unlike a rename, fails if the target is there
+            os.link(name, path)  # unlike a rename, fails if the target exists
             os.unlink(name)
         else:
             os.replace(name, path)
@@ -56,7 +56,7 @@ def replacing(path: Path, *, create_once: bool = False) -> Iterator[IO[bytes]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         if isinstance(error, FileExistsError):
-            raise ObjectExists(f"{path} is there already") from None
+            raise ObjectExists(f"{path} already exists") from None
         raise
 
 
@@ -67,6 +67,6 @@ def file_sha256(path: Path) -> str:
 
 
 def require_sha256(what: str, found: str, expected: str) -> None:
-    """Raise `DataError` where two digests differ."""
+    """Raise `DataError` if two digests differ."""
     if found != expected:
         raise DataError(f"{what} is damaged: its SHA-256 is {found[:12]}…, not {expected[:12]}…")

@@ -1,4 +1,4 @@
-"""What a local folder and an S3 prefix look like to the rest of the code."""
+"""What a local folder and an S3 prefix have in common."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Storage(Protocol):
         ...
 
     def upload(self, key: str, path: Path) -> None:
-        """Put a file; a large one in parts, continuing where an earlier try was cut off."""
+        """Put a file; a large one in parts, resuming an interrupted upload of the same file."""
         ...
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
@@ -36,11 +36,11 @@ class Storage(Protocol):
         ...
 
     def exists(self, key: str) -> bool:
-        """Whether there is such an object."""
+        """Whether the object exists."""
         ...
 
     def size(self, key: str) -> int:
-        """Its bytes. Raises `ObjectMissing`."""
+        """Bytes of the object. Raises `ObjectMissing`."""
         ...
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -48,9 +48,9 @@ class Storage(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Remove an object; nothing happens if it is not there."""
+        """Remove an object; do nothing if it does not exist."""
         ...
 
     def child(self, key: str) -> Storage:
-        """The storage rooted below this one."""
+        """The storage rooted at `key` below this one."""
         ...

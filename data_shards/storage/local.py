@@ -1,4 +1,4 @@
-"""A folder on a disk with the semantics of a bucket: a write is whole or not at all."""
+"""A folder on a disk that behaves like a bucket: a write is whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.errors import StorageError
-from data_shards.storage.atomic import TEMPORARY, disk_errors, replacing, require_sha256
+from data_shards.storage.atomic import TEMPORARY, atomic_write, disk_errors, require_sha256
 
 CHUNK = 1 << 20
 
@@ -48,7 +48,7 @@ class LocalStorage:
 
     def write(self, key: str, data: bytes, *, create_once: bool = False) -> None:
         path = self._path(key)
-        with disk_errors(path), replacing(path, create_once=create_once) as file:
+        with disk_errors(path), atomic_write(path, create_once=create_once) as file:
             file.write(data)
 
     def upload(self, key: str, path: Path) -> None:
@@ -81,7 +81,7 @@ class LocalStorage:
         with disk_errors(path):
             path.unlink(missing_ok=True)
         if path.parent != self.root:
-            with contextlib.suppress(OSError):  # a bucket has no empty folders either
+            with contextlib.suppress(OSError):  # like a bucket, keep no empty folders
                 path.parent.rmdir()
 
     def child(self, key: str) -> LocalStorage:
@@ -91,7 +91,7 @@ class LocalStorage:
 def _copy(source: Path, target: Path, sha256: str | None = None) -> None:
     with disk_errors(source):
         stream = source.open("rb")
-    with stream, disk_errors(target), replacing(target) as file:
+    with stream, disk_errors(target), atomic_write(target) as file:
         digest = hashlib.sha256()
         while chunk := stream.read(CHUNK):
             file.write(chunk)

@@ -1,4 +1,4 @@
-"""Which failures of an S3 server pass by themselves, and how long to wait for that."""
+"""Which failures of an S3 server pass by themselves, and how long to retry."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import urllib3.exceptions
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 90.0  # seconds without a byte of progress, before giving up: outlasts a restart
+RETRY_SECONDS = 90.0  # without a byte of progress, before giving up: longer than a restart takes
 PAUSE = 0.2  # seconds before the second attempt; doubles with jitter, up to PAUSE_MOST
 PAUSE_MOST = 5.0
 
-BROKEN = (
+CONNECTION_ERRORS = (
     boto.HTTPClientError,
     boto.ConnectionError,
     boto.IncompleteReadError,
@@ -23,10 +23,9 @@ BROKEN = (
     ConnectionError,
     TimeoutError,
 )
-"""What a connection that fails raises."""
 _BUSY = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling"}
 _BUSY |= {"ConditionalRequestConflict", "OperationAborted"}
-_BUSY |= {"XAmzContentSHA256Mismatch", "BadDigest", "IncompleteBody"}  # damaged on its way there
+_BUSY |= {"XAmzContentSHA256Mismatch", "BadDigest", "IncompleteBody"}  # damaged in transit
 
 
 def code_of(error: Exception) -> str:
@@ -36,33 +35,33 @@ def code_of(error: Exception) -> str:
     return type(error).__name__
 
 
-def transient(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     if isinstance(error, boto.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status == 429 or code_of(error) in _BUSY
-    return isinstance(error, BROKEN)
+    return isinstance(error, CONNECTION_ERRORS)
 
 
-class Patience:
-    """Whether to try again, and when: pauses double while there is no progress."""
+class Retry:
+    """Decide whether and when to retry: pauses double while there is no progress."""
 
     def __init__(self) -> None:
-        self.progress()
+        self.reset()
 
-    def progress(self) -> None:
-        """Begin to count anew: something came through."""
+    def reset(self) -> None:
+        """Start the clock again, because there was progress."""
         self.since, self.pause = time.monotonic(), PAUSE
 
     def wait(self, what: str, error: Exception) -> bool:
-        """Pause before the next attempt at `what`, and say so; False if there is to be none."""
-        left = self.since + PATIENCE - time.monotonic()
-        if left <= 0 or not transient(error):
+        """Log the failure of `what` and pause before the next attempt; False to give up."""
+        left = self.since + RETRY_SECONDS - time.monotonic()
+        if left <= 0 or not is_transient(error):
             return False
         seconds = self.pause * random.uniform(0.5, 1.0)
         self.pause = min(PAUSE_MOST, 2 * self.pause)
         log.warning(
-            "%s: %s; trying again in %.1f s, for %.0f s more", what, code_of(error), seconds, left
+            "%s: %s; trying again in %.1f s, for up to %.0f s", what, code_of(error), seconds, left
         )
         time.sleep(seconds)
         return True

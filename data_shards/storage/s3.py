@@ -1,10 +1,10 @@
-"""S3, or any server that speaks it, as a `Storage`.
+"""S3, or any compatible server, as a `Storage`.
 
-boto3's stream dies with its connection, so reads go through a loop of our own: each continues
-with a `Range` from the byte it reached, pinned to the object's version by its ETag. No ETag is
-taken for an MD5: what is checked is our own SHA-256, and what differs is fetched once more. What
-fails is tried again for as long as `patience.py` says. Messages carry the server's error code,
-never its free text, which could repeat a credential.
+boto3's stream ends with its connection, so `_stream` reads in a loop: each attempt resumes with a
+`Range` from the byte reached, pinned to the object's version by its ETag. ETags are not taken for
+MD5 sums: our own SHA-256 is checked, and data that differs is fetched once more. `retry.py` decides
+which failures are retried and for how long. Messages carry the server's error code, never its free
+text, which could repeat a credential.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ import botocore.exceptions as boto
 from botocore.config import Config
 
 from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing, StorageError
-from data_shards.storage.atomic import disk_errors, file_sha256, replacing, require_sha256
-from data_shards.storage.retry import BROKEN, Patience, code_of
+from data_shards.storage.atomic import atomic_write, disk_errors, file_sha256, require_sha256
+from data_shards.storage.retry import CONNECTION_ERRORS, Retry, code_of
 
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
-READ_SECONDS = 20.0  # without a byte, after which a connection counts as broken
+READ_SECONDS = 20.0  # without a byte, before a connection counts as broken
 CHUNK = 1 << 20
-PART_BYTES = 16 << 20  # of a multipart upload, which is used for anything larger
+PART_BYTES = 16 << 20  # of a multipart upload, used for files larger than this
 PART_THREADS = 4
-PARTS_MOST = 10_000  # S3's limit
+MAX_PARTS = 10_000  # S3's limit
 
 T = TypeVar("T")
 
@@ -46,29 +46,29 @@ _MISSING = {"NoSuchKey", "NotFound", "404"}
 
 
 class _CutOff(ConnectionError):
-    """The server closed an answer before its announced end."""
+    """The server closed an answer before the end it announced."""
 
 
 @lru_cache(maxsize=8)
 def _client_of(process: int, environment: tuple[str | None, ...]) -> Any:
-    # A client must not cross a fork, so its process is part of the key; making a session of one's
-    # own, rather than sharing boto3's default one, is what makes this safe among threads.
+    # The process is part of the key because a client must not cross a fork. Each client has its own
+    # session because boto3's default one is not safe among threads.
     config = Config(
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,
-        retries={"total_max_attempts": 1},  # ours are the only ones, bounded and logged
+        retries={"total_max_attempts": 1},  # `retry.py` bounds and logs them instead
         max_pool_connections=16,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    # An instance profile's keys come from a service on the node, asked once if nobody says more.
+    # An instance profile's keys come from a service on the node, which boto3 asks only once.
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "5")
     try:
         return boto3.session.Session().client("s3", config=config)
     except (ValueError, boto.BotoCoreError) as error:
         raise ConfigError(
-            f"S3 cannot be reached as the environment says ({error}): check AWS_ENDPOINT_URL, such "
-            "as http://host:port, AWS_DEFAULT_REGION and AWS_PROFILE"
+            f"the S3 settings in the environment are wrong ({error}): check AWS_ENDPOINT_URL (such"
+            " as http://host:port), AWS_DEFAULT_REGION and AWS_PROFILE"
         ) from None
 
 
@@ -80,7 +80,7 @@ def _client() -> Any:
 
 @dataclass(frozen=True)
 class S3Storage:
-    """A bucket, or what lies below a prefix in one. Cheap to copy, pickle and fork."""
+    """A bucket, or everything below a prefix in one. Cheap to copy, pickle and fork."""
 
     bucket: str
     prefix: str
@@ -95,7 +95,7 @@ class S3Storage:
         return {"Bucket": self.bucket, "Key": f"{self.prefix}/{key}" if self.prefix else key}
 
     def _fail(self, key: str, error: Exception) -> NoReturn:
-        """Say what went wrong, and what to do, in one line."""
+        """Raise what went wrong, and what to do, as one line."""
         code, where = code_of(error), f"{self.url}/{key}"
         if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
             raise StorageError(
@@ -107,35 +107,35 @@ class S3Storage:
                 f"no bucket {self.bucket!r} on {_endpoint()}: create it, or check the name"
             ) from None
         if code in _MISSING:
-            raise ObjectMissing(f"{where} is not there") from None
+            raise ObjectMissing(f"{where} does not exist") from None
         if code in _DENIED:
             raise StorageError(
                 f"{_endpoint()} denies access to {where} ({code}): check AWS_ACCESS_KEY_ID,"
                 " AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and the bucket's permissions"
             ) from None
-        if isinstance(error, BROKEN):
+        if isinstance(error, CONNECTION_ERRORS):
             raise StorageError(
-                f"cannot reach {_endpoint()} for {where} ({code}, again and again):"
-                " is AWS_ENDPOINT_URL right, and the server up?"
+                f"cannot reach {_endpoint()} for {where} ({code} on every attempt):"
+                " is AWS_ENDPOINT_URL right, and is the server running?"
             ) from None
         if isinstance(error, boto.ClientError | boto.BotoCoreError):
-            raise StorageError(f"{_endpoint()} refuses {where} ({code})") from None
+            raise StorageError(f"{_endpoint()} refuses access to {where} ({code})") from None
         raise error
 
     def _try(self, key: str, request: Callable[[Any], T]) -> T:
-        patience = Patience()
+        retry = Retry()
         while True:
             try:
                 return request(_client())
-            except (boto.ClientError, boto.BotoCoreError, *BROKEN) as error:
-                if not patience.wait(f"{self.url}/{key} on {_endpoint()}", error):
+            except (boto.ClientError, boto.BotoCoreError, *CONNECTION_ERRORS) as error:
+                if not retry.wait(f"{self.url}/{key} on {_endpoint()}", error):
                     self._fail(key, error)
 
     def _stream(
         self, key: str, sink: Callable[[bytes], object], start: int = 0, stop: int | None = None
     ) -> None:
-        """Give bytes [start, stop) to `sink`, each once, over as many connections as it takes."""
-        where, etag, position, patience = self._where(key), None, start, Patience()
+        """Pass bytes [start, stop) to `sink`, each once, over as many connections as needed."""
+        where, etag, position, retry = self._where(key), None, start, Retry()
         while stop is None or position < stop:
             request: dict[str, Any] = dict(where)
             if position or stop is not None:
@@ -146,29 +146,29 @@ class S3Storage:
                 response = _client().get_object(**request)
                 if etag not in (None, response["ETag"]):  # a server that ignores If-Match
                     raise StorageError(
-                        f"{self.url}/{key} was replaced while it was read; try again"
+                        f"{self.url}/{key} was replaced while it was read: try again"
                     )
                 etag = response["ETag"]
                 length = response["ContentLength"]
                 if "Range" in request and not response.get("ContentRange"):
-                    raise StorageError(f"{_endpoint()} does not honour Range: cannot read {key}")
+                    raise StorageError(f"cannot read {key}: {_endpoint()} ignores Range requests")
                 end = stop = position + length if stop is None else stop
                 for chunk in response["Body"].iter_chunks(CHUNK):
                     sink(chunk)
                     position += len(chunk)
-                    patience.progress()
+                    retry.reset()
                 if position < end:
                     raise _CutOff
-            except (boto.ClientError, boto.BotoCoreError, *BROKEN) as error:
+            except (boto.ClientError, boto.BotoCoreError, *CONNECTION_ERRORS) as error:
                 if code_of(error) in ("PreconditionFailed", "412"):
                     raise StorageError(
-                        f"{self.url}/{key} was replaced while it was read; try again"
+                        f"{self.url}/{key} was replaced while it was read: try again"
                     ) from None
                 if code_of(error) in ("InvalidRange", "416"):
                     raise StorageError(
                         f"{self.url}/{key} ends before byte {stop}: is it truncated?"
                     ) from None
-                if not patience.wait(f"{self.url}/{key} on {_endpoint()}, byte {position}", error):
+                if not retry.wait(f"{self.url}/{key} on {_endpoint()}, byte {position}", error):
                     self._fail(key, error)
 
     def read(self, key: str, *, sha256: str | None = None) -> bytes:
@@ -189,7 +189,7 @@ class S3Storage:
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
         def get() -> None:
             digest = hashlib.sha256()
-            with replacing(path) as file:
+            with atomic_write(path) as file:
 
                 def sink(chunk: bytes) -> None:
                     file.write(chunk)
@@ -214,9 +214,9 @@ class S3Storage:
             except boto.ClientError as error:
                 if code_of(error) not in ("PreconditionFailed", "412"):
                     raise
-                # An earlier try of ours may have been stored though its answer was lost.
+                # Our earlier attempt may have been stored although its answer was lost.
                 if tries == 1 or self.read(key) != data:
-                    raise ObjectExists(f"{self.url}/{key} is there already") from None
+                    raise ObjectExists(f"{self.url}/{key} already exists") from None
 
         self._try(key, put)
 
@@ -264,7 +264,7 @@ class S3Storage:
 
 
 def _twice(get: Callable[[], T]) -> T:
-    """Get something anew if it arrived damaged: it may have been whole where it came from."""
+    """Get something again if it arrived damaged: the original may be whole."""
     try:
         return get()
     except DataError as error:
@@ -273,17 +273,17 @@ def _twice(get: Callable[[], T]) -> T:
 
 
 def _endpoint() -> str:
-    """The server's address, without any password in it."""
+    """The server's address, without a password."""
     parts = urlsplit(_client().meta.endpoint_url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 @dataclass
 class _MultipartUpload:
-    """One file's upload in parts, resumed by a note that is kept beside the file.
+    """One file's upload in parts, resumed with the help of a note beside the file.
 
-    The server's parts are trusted only if the note says that they belong to an upload of these
-    very bytes; a part's ETag says nothing about its content.
+    A part's ETag does not identify its content. So the server's parts are used only if the note
+    says that they belong to an upload of a file with the same SHA-256.
     """
 
     storage: S3Storage
@@ -293,7 +293,7 @@ class _MultipartUpload:
 
     def run(self) -> None:
         storage, where = self.storage, self.storage._where(self.key)
-        part_bytes = max(PART_BYTES, -(-self.size // PARTS_MOST))
+        part_bytes = max(PART_BYTES, -(-self.size // MAX_PARTS))
         note = self.path.with_name(self.path.name + ".upload.json")
         identity = {"url": f"{storage.url}/{self.key}", "endpoint": _endpoint()}
         identity |= {"sha256": file_sha256(self.path), "part_bytes": part_bytes}
@@ -301,7 +301,7 @@ class _MultipartUpload:
         if upload_id is None:
             created = storage._try(self.key, lambda c: c.create_multipart_upload(**where))
             upload_id = created["UploadId"]
-            with replacing(note) as file:
+            with atomic_write(note) as file:
                 file.write(json.dumps(identity | {"upload_id": upload_id}).encode())
 
         def put(number: int) -> tuple[int, str]:
@@ -323,7 +323,7 @@ class _MultipartUpload:
         return min(part_bytes, self.size - (number - 1) * part_bytes)
 
     def _resume(self, note: Path, identity: dict[str, Any]) -> tuple[str | None, dict[int, str]]:
-        """The upload that was cut off, if there is one, and its finished parts' ETags."""
+        """The interrupted upload, if there is one, and its finished parts' ETags."""
         try:
             known = json.loads(note.read_bytes())
             upload_id = str(known.pop("upload_id"))
@@ -339,7 +339,7 @@ class _MultipartUpload:
             try:
                 page = self.storage._try(self.key, lambda c: c.list_parts(**request))  # noqa: B023
             except StorageError as error:
-                log.info("starting the upload of %s afresh: %s", self.key, error)
+                log.info("starting the upload of %s again: %s", self.key, error)
                 return None, {}
             for part in page.get("Parts", ()):
                 number = part["PartNumber"]
@@ -348,16 +348,16 @@ class _MultipartUpload:
             if not page.get("IsTruncated"):
                 break
             marker = page["NextPartNumberMarker"]
-        log.info("resuming the upload of %s: %d parts are there", self.key, len(done))
+        log.info("resuming the upload of %s: %d parts are done", self.key, len(done))
         return upload_id, done
 
     def _abort(self, upload_id: str) -> None:
-        """Let the server forget the parts of another file, which would cost room for ever."""
+        """Have the server delete the parts of another file, which it would keep for ever."""
         request = {"UploadId": upload_id, **self.storage._where(self.key)}
         try:
             self.storage._try(self.key, lambda c: c.abort_multipart_upload(**request))
         except StorageError as error:
-            log.info("an old upload of %s was not there to abort: %s", self.key, error)
+            log.info("could not abort an old upload of %s: %s", self.key, error)
 
     def _complete(self, upload_id: str, parts: list[tuple[int, str]]) -> None:
         storage = self.storage
@@ -371,10 +371,10 @@ class _MultipartUpload:
             try:
                 client.complete_multipart_upload(**request)
             except boto.ClientError as error:
-                # An earlier try of ours may have completed it though its answer was lost.
+                # Our earlier attempt may have completed it although its answer was lost.
                 if code_of(error) != "NoSuchUpload" or tries == 1:
                     raise
 
         storage._try(self.key, complete)
         if storage.size(self.key) != self.size:
-            raise StorageError(f"{storage.url}/{self.key} arrived with another size; try again")
+            raise StorageError(f"{storage.url}/{self.key} arrived with another size: try again")

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_shards.errors import DataError, ObjectMissing, ReidError
-from data_shards.storage import Storage, open_storage
+from data_shards.storage import Storage, open_file, open_storage
 from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.similarity import checked_side
 
@@ -255,7 +255,7 @@ def read_embeddings(url: str) -> tuple[np.ndarray, np.ndarray, Labels]:
         files = EmbeddingFiles.open(url)
         labels = files.labels
         return files.read("query"), files.read("gallery"), labels
-    storage, key = _split(url)
+    storage, key = open_file(url)
     try:
         with np.load(io.BytesIO(storage.read(key)), allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
@@ -274,14 +274,9 @@ def read_embeddings(url: str) -> tuple[np.ndarray, np.ndarray, Labels]:
     return query, gallery, Labels(query_pid, query_camid, gallery_pid, gallery_camid)
 
 
-def _split(url: str) -> tuple[Storage, str]:
-    folder, _, key = url.rpartition("/")
-    return open_storage(folder or ("/" if url.startswith("/") else ".")), key
-
-
 def _parts(url: str) -> tuple[Storage, list[str]]:
     if url.endswith(SUFFIX):
-        storage, key = _split(url)
+        storage, key = open_file(url)
         if storage.exists(key):
             return storage, [key]
     storage = open_storage(url)

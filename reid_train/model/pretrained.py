@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision import models
 
 from data_shards.errors import ConfigError, DataError, ObjectMissing
-from data_shards.storage import open_storage
+from data_shards.storage import open_file
 from reid_train.model.network import ReidNet
 
 logger = logging.getLogger(__name__)
@@ -49,14 +49,15 @@ def load_backbone(network: ReidNet, source: str) -> None:
 
 def read_state(source: str) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors, .pt or .pth file, at a path or an s3:// URL."""
-    folder, _, name = source.rpartition("/")
+    name = source.rpartition("/")[2]
     if not name.endswith((".safetensors", ".pt", ".pth")):
         raise ConfigError(
             f"weights: {source!r} is neither 'imagenet', 'none', nor a path or s3:// URL that ends "
             "in .safetensors, .pt or .pth"
         )
     try:
-        content = open_storage(folder or ("/" if source.startswith("/") else ".")).read(name)
+        storage, key = open_file(source)
+        content = storage.read(key)
     except ObjectMissing:
         raise ObjectMissing(
             f"weights: {source} is not there; --model.weights is 'imagenet', 'none', or a path or "

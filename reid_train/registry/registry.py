@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
-from data_shards.storage import open_storage
+from data_shards.storage import LocalStorage, open_storage
 from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
 from reid_train.registry.packaging import log_model
 from reid_train.tracking.tracker import connect
@@ -212,9 +212,9 @@ def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Pat
         return _download(location, registry_uri(tracking_uri), folder)
     if not open_storage(location).exists(CONFIG):
         location = best_checkpoint(location)
-    if "://" not in location:
-        return Path(location)
     storage = open_storage(location)
+    if isinstance(storage, LocalStorage):
+        return storage.root
     for file in (WEIGHTS, CONFIG):
         storage.download(file, folder / file)
     return folder

@@ -52,7 +52,7 @@ def _place(url: str, claim: Claim | None = None) -> tuple[str, PyFileSystem]:
     path = storage.url
     if isinstance(storage, S3Storage):
         root = S3Storage(storage.bucket, "")
-        path = path.removeprefix("s3://")
+        path = f"{storage.bucket}/{storage.prefix}".rstrip("/")
     return path, PyFileSystem(_Handler(root, claim))
 
 

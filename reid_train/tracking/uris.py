@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from data_shards.errors import ConfigError
+from data_shards.storage import LocalStorage, open_storage
 
 _SQLITE = "sqlite:///"
 _USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
@@ -26,7 +27,8 @@ def training_uri(given: str | None, output: str) -> str:
     chosen = given or os.environ.get("MLFLOW_TRACKING_URI")
     if chosen:
         return without_password(chosen)
-    return local_tracking(Path() if "://" in output else Path(output))
+    storage = open_storage(output)
+    return local_tracking(storage.root if isinstance(storage, LocalStorage) else Path())
 
 
 def registry_uri(given: str | None) -> str:

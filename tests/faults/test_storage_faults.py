@@ -248,7 +248,7 @@ def say(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
     ],
 )
 def test_what_does_not_pass_is_one_line(proxy, there, capsys, monkeypatch, fault, said):
-    monkeypatch.setattr(retry, "PATIENCE", 0.3)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.3)
     proxy.add(refuse, method="GET|HEAD", times=None, **fault)
     code, line = say(capsys, "info", DATA)
     assert code == 4
@@ -258,7 +258,7 @@ def test_what_does_not_pass_is_one_line(proxy, there, capsys, monkeypatch, fault
 def test_missing_objects_are_named(proxy, there, tmp_path):
     proxy.add(refuse, path="shards/train-000000", times=None, status=404, code="NoSuchKey")
     cache = ShardCache(there.storage, tmp_path / "cache", 10**9)
-    with pytest.raises(ObjectMissing, match=r"people/shards/train-000000\.tar is not there"):
+    with pytest.raises(ObjectMissing, match=r"people/shards/train-000000\.tar does not exist"):
         cache.path(there.manifest.shards[0])
     proxy.add(refuse, path="people/index.parquet", times=None, status=404, code="NoSuchKey")
     with pytest.raises(DataError, match=r"no dataset at s3://places/people: .*index\.parquet"):
@@ -266,7 +266,7 @@ def test_missing_objects_are_named(proxy, there, tmp_path):
 
 
 def test_server_that_stays_down_is_named_and_leaves_nothing(proxy, there, tmp_path, monkeypatch):
-    monkeypatch.setattr(retry, "PATIENCE", 0.5)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.5)
     cache = ShardCache(there.storage, tmp_path / "cache", 10**9)
     with proxy.down(), pytest.raises(StorageError, match=r"cannot reach .* server up"):
         cache.path(there.manifest.shards[0])

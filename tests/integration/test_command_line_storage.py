@@ -65,7 +65,7 @@ def test_bucket_that_is_not_there_is_named(say, s3, pictures, dataset):
 
 
 def test_server_that_does_not_answer_is_named_at_once_and_given_up_later(say, monkeypatch, caplog):
-    monkeypatch.setattr(retry, "PATIENCE", 3.0)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 3.0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")

@@ -195,7 +195,7 @@ def test_shards_of_unknown_origin_are_left_alone(root, tmp_path):
     shard = tmp_path / "out/shards/train-000000.tar"
     shard.parent.mkdir(parents=True)
     shard.write_bytes(b"someone's")
-    with pytest.raises(DataError, match="holds something already"):
+    with pytest.raises(DataError, match="shards is not empty"):
         build("csv", root, str(tmp_path / "out"), **SMALL)
     assert shard.read_bytes() == b"someone's"
 
@@ -322,7 +322,7 @@ def test_wrong_source_and_options_are_named(root, tmp_path):
         build("imagenet", root, str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="no option 'val': its options are images"):
         build("csv", root, str(tmp_path / "out"), options={"val": "merge"})
-    with pytest.raises(ConfigError, match="shards of 0 bytes"):
+    with pytest.raises(ConfigError, match="shard-bytes must be positive, not 0"):
         build("csv", root, str(tmp_path / "out"), shard_bytes=0)
 
 
@@ -366,7 +366,7 @@ def test_shard_that_disagrees_with_the_index_is_found(built):
     (built / "manifest.json").write_text(json.dumps(manifest))
     problems = verify(str(built), jobs=1)[1]
     assert len(problems) == 1
-    assert "train-00000000.json says other than the index" in problems[0]
+    assert "train-00000000.json does not agree with the index" in problems[0]
 
 
 def test_commands_from_images_to_a_table(root, tmp_path, capsys):
@@ -431,6 +431,6 @@ def test_s3_and_a_folder_hold_the_same(root, tmp_path, s3_out):
 
 
 def test_missing_bucket_is_said_before_the_images_are_decoded(root, s3_out, monkeypatch):
-    monkeypatch.setattr(building, "survey", None)
+    monkeypatch.setattr(building, "scan", None)
     with pytest.raises(StorageError, match="no bucket 'nowhere'"):
         build("csv", root, "s3://nowhere/people", **SMALL)

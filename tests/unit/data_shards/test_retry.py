@@ -8,7 +8,7 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
 from data_shards.storage import retry
-from data_shards.storage.retry import PATIENCE, PAUSE_MOST, Patience, transient
+from data_shards.storage.retry import PAUSE_MOST, RETRY_SECONDS, Retry, is_transient
 
 REFUSED = EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
 
@@ -37,14 +37,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_refused_connections_are_tried_for_more_than_a_minute_and_not_for_ever(clock):
-    waiting = Patience()
+    waiting = Retry()
     while waiting.wait("k", REFUSED):
-        assert clock.now < 2 * PATIENCE
-    assert 60 < PATIENCE <= clock.now <= PATIENCE + PAUSE_MOST
+        assert clock.now < 2 * RETRY_SECONDS
+    assert 60 < RETRY_SECONDS <= clock.now <= RETRY_SECONDS + PAUSE_MOST
 
 
 def test_pauses_grow_but_stay_short(clock):
-    waiting = Patience()
+    waiting = Retry()
     while waiting.wait("k", REFUSED):
         pass
     assert clock.pauses[0] <= 0.2
@@ -53,17 +53,17 @@ def test_pauses_grow_but_stay_short(clock):
 
 
 def test_progress_starts_the_count_anew(clock):
-    waiting = Patience()
+    waiting = Retry()
     for _ in range(5):
-        clock.now += PATIENCE - 1
+        clock.now += RETRY_SECONDS - 1
         assert waiting.wait("k", REFUSED)
-        waiting.progress()
-    assert clock.now > 4 * PATIENCE
+        waiting.reset()
+    assert clock.now > 4 * RETRY_SECONDS
 
 
 def test_every_pause_is_logged_with_the_reason(clock, caplog):
     caplog.set_level(logging.WARNING)
-    Patience().wait("s3://b/k", answered("SlowDown", 503))
+    Retry().wait("s3://b/k", answered("SlowDown", 503))
     assert "s3://b/k: SlowDown; trying again in" in caplog.text
 
 
@@ -85,5 +85,5 @@ def test_every_pause_is_logged_with_the_reason(clock, caplog):
 )
 def test_what_passes_by_itself_is_told_from_what_does_not(clock, code, status, passes):
     error = answered(code, status)
-    assert transient(error) == passes
-    assert Patience().wait("k", error) == passes
+    assert is_transient(error) == passes
+    assert Retry().wait("k", error) == passes

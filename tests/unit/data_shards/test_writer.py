@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_shards.building.scan import SurveyedImage, survey
+from data_shards.building.scan import ScannedImage, scan
 from data_shards.building.writer import plan_shards, write_shard
 from data_shards.errors import DataError
-from data_shards.progress import silent
 from data_shards.records import SPLITS, ImageRecord
 from data_shards.storage.atomic import file_sha256
 
@@ -30,7 +29,7 @@ def picture(seed: int, kind: str = "JPEG") -> bytes:
 
 
 @pytest.fixture
-def images(tmp_path) -> list[SurveyedImage]:
+def images(tmp_path) -> list[ScannedImage]:
     records = []
     for n in range(12):
         relative = f"im.ages/a/{n:02d}.{'PNG' if n == 5 else 'jpg'}"
@@ -39,7 +38,7 @@ def images(tmp_path) -> list[SurveyedImage]:
         path.write_bytes(picture(n, "PNG" if n == 5 else "JPEG"))
         split = ("train", "query", "gallery")[n // 4]
         records.append(ImageRecord(path, relative, 40 - n // 2, n % 3 + 1, split))
-    good, bad = survey(records, 1, silent)
+    good, bad = scan(records, 1)
     assert not bad
     return good
 
@@ -108,9 +107,9 @@ def test_image_that_changes_during_the_build_stops_it(images, tmp_path):
         list(write_all(images, tmp_path / "out"))
 
 
-def surveyed(entries: list[tuple[int, int, str]]) -> list[SurveyedImage]:
+def scanned(entries: list[tuple[int, int, str]]) -> list[ScannedImage]:
     return [
-        SurveyedImage(ImageRecord(Path("x"), f"{n}.jpg", pid, 0, split), size, "0" * 64, 8, 8)
+        ScannedImage(ImageRecord(Path("x"), f"{n}.jpg", pid, 0, split), size, "0" * 64, 8, 8)
         for n, (pid, size, split) in enumerate(entries)
     ]
 
@@ -123,7 +122,7 @@ entries = st.lists(
 @settings(deadline=None)
 @given(entries, st.integers(1, 120_000))
 def test_plan_holds_each_image_once_in_shards_of_one_split(entries, shard_bytes):
-    images = surveyed(entries)
+    images = scanned(entries)
     plans = plan_shards(images, shard_bytes)
     placed = [m.image.record.relative for plan in plans for m in plan.images]
     assert sorted(placed) == sorted(i.record.relative for i in images)
@@ -136,7 +135,7 @@ def test_plan_holds_each_image_once_in_shards_of_one_split(entries, shard_bytes)
 @settings(deadline=None)
 @given(entries, st.integers(1, 120_000))
 def test_identity_is_cut_only_when_larger_than_a_shard(entries, shard_bytes):
-    plans = plan_shards(surveyed(entries), shard_bytes)
+    plans = plan_shards(scanned(entries), shard_bytes)
     for split in SPLITS:
         shards = [plan for plan in plans if plan.split == split]
         runs = [m.image.record.pid for plan in shards for m in plan.images]
@@ -151,7 +150,7 @@ def test_identity_is_cut_only_when_larger_than_a_shard(entries, shard_bytes):
 @settings(deadline=None)
 @given(entries)
 def test_labels_number_the_train_identities(entries):
-    plans = plan_shards(surveyed(entries), 50_000)
+    plans = plan_shards(scanned(entries), 50_000)
     found = {(m.image.record.pid, m.label) for p in plans for m in p.images if p.split == "train"}
     pids = sorted({pid for pid, _, split in entries if split == "train"})
     assert found == {(pid, n) for n, pid in enumerate(pids)}
