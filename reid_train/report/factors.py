@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from data_shards.storage.atomic import replacing
+from data_shards.storage.atomic import atomic_write
 from reid_train.report import style
 
 KINDS = {"kernel": style.BLUE, "bias": style.ORANGE, "gamma": style.GREEN, "beta": style.PURPLE}
@@ -53,7 +53,7 @@ def save_factors(path: Path, names: Sequence[str], steps: np.ndarray, values: np
         use_byte_stream_split=True,
         write_statistics=False,
     )
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(buffer.getvalue())
 
 

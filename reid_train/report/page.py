@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_shards.storage.atomic import replacing
+from data_shards.storage.atomic import atomic_write
 from reid_train.report.summary import Row
 
 
@@ -50,7 +50,7 @@ def write_page(
         pictures="".join(_figure(picture) for picture in pictures),
         config=escape(json.dumps(config, indent=2, ensure_ascii=False, default=str)),
     )
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(document.encode())
 
 

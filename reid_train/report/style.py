@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from scipy.optimize import isotonic_regression
 
-from data_shards.storage.atomic import replacing
+from data_shards.storage.atomic import atomic_write
 
 DPI = 144  # a 10 inch picture is 1440 pixels wide: sharp on a dense screen at half that size
 
@@ -148,5 +148,5 @@ def save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     # Without the version of matplotlib in the file, the same data gives the same bytes.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(buffer.getvalue())
