@@ -63,7 +63,7 @@ def plan(arguments: list[str]) -> None:
 
 def measure(arguments: list[str]) -> None:
     """Add the speed of a finished run to the table that plan reads."""
-    from cluster.plan.command import measure
+    from cluster.measure import measure
 
     parse(measure, arguments, f"{PROGRAM} measure")
 

@@ -1,5 +1,1 @@
-"""What a run will take before it is paid for: see docs/PLAN.md for the model.
-
-`network` and `downloads` count, `throughput` looks up, `estimate` computes, `command` and `show`
-are what a person meets. Nothing here starts Ray or reads a shard.
-"""
+"""What a run will take: time, S3, cache, memory, cost, and what limits it; see docs/PLAN.md."""

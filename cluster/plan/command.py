@@ -1,81 +1,75 @@
-"""`python -m cluster plan` and `python -m cluster measure`."""
+"""`python -m cluster plan`: what a run will take before it is paid for."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from dataclasses import dataclass
-from datetime import date
+import shlex
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Annotated, Any
 
-import numpy as np
 import tyro
-from rich.console import Console
 
-from cluster.plan.estimate import Estimate, estimate
-from cluster.plan.memory import Memory, memory
-from cluster.plan.network import PHASES, Network, PhaseName, describe
-from cluster.plan.options import Plan
-from cluster.plan.throughput import (
-    OWN,
-    PACKAGED,
-    Measurement,
-    Origin,
-    Speed,
-    add_to_table,
-    read_table,
-    speed_of,
-)
-from cluster.plan.workload import Layout, workloads
+from cluster.measure import OWN, PACKAGED, Measurement, read_table, steps_needed
 from data_shards.command_line import program
-from data_shards.dataset import Dataset
-from data_shards.errors import ConfigError, DataError
-from data_shards.storage import open_storage
+from data_shards.errors import ConfigError
 from data_shards.storage.atomic import atomic_write, disk_errors
 from reid_train.config import TrainConfig
-from reid_train.model.precision import autocast
 from reid_train.recipes import parse_with_recipe
-from reid_train.runs.run_dir import Run
-from reid_train.training.checkpoint import HISTORY
-from reid_train.training.history import History
-from reid_train.training.loop import epoch_plan, train_index
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A plan's outcome.
+class Plan:
+    """What a run will take: time, S3, cache, memory, cost, and what limits it.
 
-    Attributes:
-        options: what was asked.
-        network: of the recipe.
-        estimates: by number of workers, all that can share the batch.
-        memory: of the workers asked for.
-        facts: figures that the estimate rests on, in words, and where each is from.
+    Takes the flags of `python -m reid_train train`; `--gpus` stands for `--workers`. Reads the
+    manifest, the index and a table of measured speeds; starts nothing. The package has the speed of
+    an H100. For any other device, 'cpu' included, measure a run or give --images-per-second.
     """
 
-    options: Plan
-    network: Network
-    estimates: dict[int, Estimate]
-    memory: Memory
-    facts: dict[str, tuple[str, Origin]]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    gpus: int
+    """Workers, one GPU each ('cpu': one core each). They must share the global batch equally."""
+    gpu_type: str
+    """H100, or a name that you gave to `python -m cluster measure`; 'cpu' for no GPUs."""
+    gpus_per_node: int = 8
+    """Workers of a full node."""
+    network_gbit: float = 10.0
+    """Of each node, to the others and to S3."""
+    s3_gbit: float = float("inf")
+    """Of S3, to all nodes together; by default no limit of its own."""
+    interconnect_gbit: float = 100.0
+    """Between the workers of a node; about 6 for 'cpu'."""
+    collective_microseconds: float = 50.0
+    """Of a small exchange between two workers; about 500 for 'cpu'."""
+    images_per_second: float | None = None
+    """Of one worker with its share of the batch, instead of a measured speed."""
+    price_per_gpu_hour: float = 0.0
+    """In your currency, as the other prices."""
+    price_per_get: float = 0.0
+    """For one GET request to S3."""
+    price_per_gb: float = 0.0
+    """For a gigabyte (10^9 bytes) that leaves S3."""
+    table: Path = OWN
+    """Speeds that you measured; they come before those of the package."""
+    json: Path | None = None
+    """Write everything to this file, too, in seconds and bytes."""
 
-    @property
-    def chosen(self) -> Estimate:
-        """The estimate for the workers asked for."""
-        return self.estimates[self.options.gpus]
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and value < (0 if name.startswith("price") else 1e-9):
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} is {value}: give a number above 0")
 
 
 def plan(*arguments: str) -> None:
-    """What a run will take before it is paid for: time, S3, cache, memory, cost, limits."""
-    from cluster.plan.show import show, to_json
-
+    """Print what a run will take."""
     options = parse(list(arguments))
-    planned = make(options)
-    show(planned, Console())
+    show(options, values := make(options))
     if options.json is not None:
-        text = json.dumps(to_json(planned), indent=2) + "\n"
         with disk_errors(options.json), atomic_write(options.json) as file:
-            file.write(text.encode())
+            file.write((json.dumps(values, indent=2) + "\n").encode())
 
 
 def parse(arguments: list[str]) -> Plan:
@@ -89,166 +83,114 @@ def parse(arguments: list[str]) -> Plan:
         arguments,
         program("cluster", "reid-cluster") + " plan",
     )
-    if not options.config.replace(workers=options.gpus).data:
+    options = replace(options, config=options.config.replace(workers=options.gpus))
+    if not options.config.data:
         raise ConfigError("--data is missing: give a folder or an s3://bucket/prefix")
     return options
 
 
-def make(options: Plan, dataset: Dataset | None = None) -> Planned:
-    """Count, look up, estimate, for every number of workers that can share the batch.
+def make(options: Plan) -> dict[str, Any]:
+    """What a run takes, in seconds and bytes, on `options.gpus` and on other numbers of workers.
 
     Raises:
-        ReidError: the dataset cannot be read, or nothing was measured to conclude from.
+        ReidError: the dataset cannot be read, or no speed is known.
     """
+    from cluster.plan import estimate as plan
+    from data_shards.dataset import Dataset
+
     config = options.config
-    dataset = dataset or Dataset.open(config.data)
-    network = describe(config, len(dataset.identities))
-    machine, facts = options.machine()
-    host, more = options.host(dataset)
-    speeds = {}
-    counts = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
-    for workers in counts:
-        try:
-            speeds[workers] = _speeds(options, network, workers)
-        except ConfigError:
-            if workers == options.gpus:
-                raise
-    layouts = [Layout(workers, options.per_node()) for workers in speeds]
-    estimates = {
-        work.layout.workers: estimate(
-            work,
-            network,
-            machine,
-            host,
-            speeds[work.layout.workers],
-            loaders=config.loader.workers,
-            accumulate=config.batch.accumulate,
-            mirror=config.evaluation.mirror,
-        )
-        for work in workloads(config, dataset, layouts)
-    }
-    used = {
-        f"speed, {phase}": (f"{speed.seconds:.3g} s a worker's batch: {speed.note}", speed.origin)
-        for phase, speed in speeds[options.gpus].items()
-    }
-    work = estimates[options.gpus].workload
-    needed = memory(config, dataset, work, network, bf16=_bf16(options))
-    return Planned(options, network, estimates, needed, used | more | facts)
-
-
-def _speeds(options: Plan, network: Network, workers: int) -> dict[PhaseName, Speed]:
-    """Of the phases that the run has."""
-    config = options.config
-    gigaflops: dict[PhaseName, float] = {p: network.phases[p].flops / 1e9 for p in PHASES}
-    frozen = config.optimizer.frozen_epochs > 0
-    phases: list[PhaseName] = [phase for phase in PHASES if phase == "all" or frozen]
-    if options.images_per_second is None:
-        table = [*read_table(options.table.expanduser()), *read_table(PACKAGED)]
-        return {
-            phase: speed_of(table, options.gpu_type, config, phase, workers, gigaflops)
-            for phase in phases
-        }
-    speeds: dict[PhaseName, Speed] = {}
-    for phase in phases:
-        ratio = gigaflops[phase] / gigaflops["all"]
-        seconds = config.batch_size / workers / options.images_per_second * ratio
-        as_given = workers == options.gpus and phase == "all"
-        note = "--images-per-second" + ("" if as_given else f", × {ratio:.2f} by operations")
-        speeds[phase] = Speed(seconds, "given" if as_given else "estimated", note)
-    return speeds
-
-
-def _bf16(options: Plan) -> bool:
-    """Whether the network runs in bfloat16; GPUs that have no bfloat16 are not told apart."""
-    import torch
-
-    if not options.on_cpu:
-        return options.config.precision != "float32"
-    return "autocast" in repr(autocast(options.config, torch.device("cpu")))
-
-
-def measure(run: tyro.conf.Positional[str], gpu_type: str, table: Path = OWN) -> None:
-    """Add what a finished run showed to your table of measured speeds.
-
-    Args:
-        run: The run's folder or s3:// URL, `<output>/<name>`.
-        gpu_type: What its workers had, in your words; 'cpu' for none.
-        table: Where to add it.
-    """
-    entries = measured(run, gpu_type)
-    path = table.expanduser()
-    add_to_table(path, entries)
-    for entry in entries:
-        print(
-            f"{entry.device}  {entry.backbone} {entry.height} × {entry.width}  {entry.phase}  "
-            f"{entry.workers} × {entry.batch}  {entry.images_per_second:,.1f} images/s  → {path}"
-        )
-
-
-def measured(run: str, device: str) -> list[Measurement]:
-    """What a run's last checkpoint tells of its speed, a measurement for each phase.
-
-    Raises:
-        ConfigError: there is no such run.
-        DataError: it has no checkpoint, or was too short.
-    """
-    output, _, name = run.rstrip("/").rpartition("/")
-    config = Run.read(output or ".", name).config
-    steps = _history(run).steps
     dataset = Dataset.open(config.data)
-    network = describe(config, len(dataset.identities))
-    frozen = sum(
-        len(epoch_plan(config, train_index(dataset), epoch)) // config.batch.accumulate
-        for epoch in range(config.optimizer.frozen_epochs)
+    epochs = plan.plans(config, dataset)
+    counts = plan.count(config, dataset, epochs)
+    network = plan.describe(config, len(dataset.identities))
+    table = [*read_table(options.table.expanduser()), *read_table(PACKAGED)]
+    rows, notes = {}, {}
+    for workers in (n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0):
+        here = replace(options, config=config.replace(workers=workers), gpus=workers)
+        if options.images_per_second is None:
+            speed = plan.speed_of(table, here.config, options.gpu_type, network)
+        else:
+            share = config.batch_size / workers
+            speed = plan.Speed(share / options.images_per_second, "--images-per-second")
+        if speed is not None:
+            read = plan.download(here, dataset, epochs, counts.evaluations)
+            rows[workers] = plan.estimate(here, counts, network, read, speed)
+            notes[workers] = f"{speed.seconds:.3g} s for a worker's share, from {speed.note}"
+    if options.gpus not in rows:
+        raise ConfigError(unmeasured(table, options))
+    return {
+        **{"recipe": config.recipe, "data": config.data, "gpu_type": options.gpu_type},
+        "plan": rows[options.gpus],
+        "scaling": list(rows.values()),
+        "speed": notes[options.gpus],
+        "checkpoint": network.weights + network.state,
+        "memory": plan.memory(options, dataset, network),
+    }
+
+
+def unmeasured(table: list[Measurement], options: Plan) -> str:
+    """Say which speeds are known, and how to measure another."""
+    config = options.config
+    known = sorted({f"{entry.device} ({entry.precision})" for entry in table})
+    words = ["--recipe", config.recipe, "--data", config.data, "--output", "OUTPUT"]
+    probe = f"--workers 1 --batch.steps-per-epoch {steps_needed(config)}"
+    return (
+        f"no speed of {options.gpu_type} with precision {config.precision} is known, only of "
+        f"{', '.join(known)}. Give --images-per-second of one worker, or measure it: `python -m "
+        f"reid_train train {shlex.join(words)} --name probe {probe} --optimizer.frozen-epochs 0 "
+        "--optimizer.epochs 1 --tracking.model-name off`, then `python -m cluster measure "
+        f"OUTPUT/probe --gpu-type {shlex.quote(options.gpu_type)}`"
     )
-    at, speed = np.array(steps["step"]), np.array(steps["images_per_second"])
-    entries = []
-    for phase, here in (("heads", at <= frozen), ("all", at > frozen)):
-        # Rows of one look share its speed. The first look of a phase has the warm-up in it.
-        looks = speed[here][np.flatnonzero(np.diff(speed[here], prepend=np.nan))]
-        if len(looks) >= 3:
-            entries.append(_measurement(config, network, device, phase, looks[1:], run))  # type: ignore[arg-type]
-    if not entries:
-        raise DataError(
-            f"{run} is too short to measure: it needs three looks at the losses in a phase; train "
-            "more steps, or lower --tracking.every-steps"
-        )
-    return entries
 
 
-def _history(run: str) -> History:
-    storage = open_storage(run)
-    found = [key for key, _ in storage.list("checkpoint_") if key.endswith(f"/{HISTORY}")]
-    if not found:
-        raise DataError(f"{run} has no checkpoint yet: wait for its first evaluation")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / HISTORY
-        storage.download(max(found), path)
-        return History.load(path)
+def show(options: Plan, values: dict[str, Any]) -> None:
+    """Print a plan as a person reads it."""
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
 
+    def duration(seconds: float) -> str:
+        return str(timedelta(seconds=round(seconds)))
 
-def _measurement(
-    config: TrainConfig,
-    network: Network,
-    device: str,
-    phase: PhaseName,
-    looks: np.ndarray,
-    run: str,
-) -> Measurement:
-    return Measurement(
-        device=device,
-        backbone=config.model.backbone,
-        stripes=config.model.stripes,
-        height=config.image.height,
-        width=config.image.width,
-        phase=phase,
-        precision=config.precision,
-        compile=config.compile,
-        workers=config.workers,
-        batch=config.batch_size // config.workers,
-        images_per_second=round(float(np.median(looks)), 3),
-        gigaflops=network.phases[phase].flops / 1e9,
-        decoding="beside" if config.loader.workers else "inside",
-        date=date.today().isoformat(),
-        source=run.rstrip("/").rpartition("/")[2],
-    )
+    config, row, needed = options.config, values["plan"], values["memory"]
+    most = "" if row["exact"] else "at most, if the cache holds two windows of shards, "
+    parts = (f"{name} {duration(took)}" for name, took in row["parts"].items() if took >= 1)
+    lines = {
+        "time": f"{duration(row['seconds'])}: {', '.join(parts)}",
+        "training": f"{row['steps']:,} steps of {row['images'] // row['steps']} images",
+        "evaluation": f"{row['evaluations']} × {row['queries']:,} queries and {row['gallery']:,} "
+        "gallery images",
+        "from S3": f"{most}{decimal(row['bytes'])} in {row['gets']:,} GETs: "
+        f"{row['shards']:,} shards on {row['nodes']} node{'s' * (row['nodes'] > 1)}",
+        "cache": f"{decimal(needed['cache'])} a node hold the dataset; "
+        f"{decimal(config.loader.cache_bytes)} are allowed",
+        "checkpoints": f"{row['checkpoints']} of {decimal(values['checkpoint'])}; three are kept",
+        "memory": f"{decimal(needed['device'])} of a worker's device in float32, "
+        f"{decimal(needed['shm'])} of a node's /dev/shm",
+        "speed": values["speed"],
+    }
+    if not row["gets"]:
+        lines["from S3"] = "nothing: the dataset is a folder, read in place"
+    priced = ["cost"] if row["cost"] else []
+    if priced:
+        lines["cost"] = f"{row['cost']:,.2f} in your prices"
+    title = f"{config.recipe} on {options.gpus} × {options.gpu_type}"
+    table = Table(title=title, show_header=False, box=None, pad_edge=False)
+    for name, text in lines.items():
+        table.add_row(name, text)
+    columns = ["workers", "nodes", "images/s", "efficiency", "time", "limit", *priced]
+    scaling = Table(*columns, box=None, pad_edge=False)
+    first = values["scaling"][0]
+    for other in values["scaling"]:
+        workers, speed = other["workers"], other["images_per_second"]
+        efficiency = speed / workers / (first["images_per_second"] / first["workers"])
+        cells = [f"{workers}", f"{other['nodes']}", f"{speed:,.1f}", f"{efficiency:.0%}"]
+        cells += [duration(other["seconds"]), other["limit"]]
+        cells += [f"{other['cost']:,.2f}"] * len(priced)
+        scaling.add_row(*cells, style="bold" if workers == options.gpus else None)
+    best = min(values["scaling"], key=lambda other: other["seconds"])["workers"]
+    advice = f"The limit is {row['limit']}."
+    if best < options.gpus:
+        advice += f" {options.gpus} GPUs are slower than {best}: use {best} GPU{'s' * (best > 1)}."
+    for part in (table, scaling, advice):
+        Console().print(part, highlight=False)

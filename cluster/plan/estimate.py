@@ -1,292 +1,294 @@
-"""The model: how long a run takes and what limits it. Pure arithmetic; docs/PLAN.md derives it.
+"""What a run takes: the arithmetic of docs/PLAN.md.
 
-A step is as slow as the slowest of what happens side by side: the workers computing and telling
-each other, the loaders decoding. An epoch is as slow as its steps or its downloads.
+Steps, evaluations and downloads are counted from the sampler's own plan; the network on PyTorch's
+meta device, where it runs without memory or arithmetic; time follows from measured speeds.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cluster.plan.network import PHASES, Network, Phase, PhaseName
-from cluster.plan.throughput import Speed
-from cluster.plan.workload import Pass, Workload
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-NAMES = {
-    "compute": "computing",
-    "talk": "all-reduce and global batch norm",
-    "decode": "decoding cores",
-    "network": "the nodes' network",
-    "s3": "S3",
-}
-"""What can be the limit."""
+from cluster.measure import Measurement
+from data_shards.cache import ShardCache
+from data_shards.dataset import Dataset
+from data_shards.errors import ConfigError
+from data_shards.loader import AHEAD, HELD
+from data_shards.manifest import MANIFEST_NAME
+from reid_train.config import TrainConfig
+from reid_train.model.network import ReidNet
+from reid_train.training.loop import epoch_plan, train_index
+from reid_train.training.validation import MATCHES, QUERIES
 
-OVERLAP = 2 / 3
-"""Part of a GPU's step, the backward pass, behind which gradients are averaged."""
+if TYPE_CHECKING:
+    from cluster.plan.command import Plan
+
+GIGABIT = 1e9 / 8
+START, FINISH = 30.0, 20.0  # seconds before the first step and after the last
+OVERLAP = 2 / 3  # of computing, the backward pass, during which gradients are averaged
+RANKING = 147e9  # operations of ranking in a core-second
+WRITING = 400e6  # bytes of a checkpoint in a second
+
+EpochPlan = Callable[[int], np.ndarray]
 
 
-@dataclass(frozen=True)
-class Machine:
-    """A node, and what connects it; see the flags of `python -m cluster plan`.
+class Counts(NamedTuple):
+    """What a run does, however many workers it has."""
 
-    Attributes:
-        cores: of a node.
-        on_cpu: whether the workers compute on these cores, one each, or on GPUs.
-        network: bytes a second, of each node, to others and to S3.
-        s3: bytes a second that S3 gives all nodes together.
-        interconnect: bytes a second between the workers of a node.
-        latency: seconds of a small exchange between two workers.
+    steps: int
+    frozen_steps: int  # of these, with the backbone frozen
+    evaluations: int
+    queries: int  # embedded in each evaluation
+    gallery: int  # embedded in each evaluation
+    checkpoints: int
+
+
+class Downloads(NamedTuple):
+    """What all nodes read from S3."""
+
+    exact: bool = True  # or an upper bound, if the cache holds two windows of shards
+    shards: int = 0
+    bytes: int = 0
+    busiest_bytes: int = 0  # of the node that downloads most
+    gets: int = 0
+
+
+class Network(NamedTuple):
+    """A network of which all weights are trained."""
+
+    weights: int  # bytes of parameters and buffers
+    gradients: int  # bytes that the workers average in each step
+    state: int  # bytes of a checkpoint beside the weights: Adam's moments, θ, counters
+    activations: int  # bytes of an image that are kept for backward, in float32
+    exchanges: int  # small exchanges between workers in each batch
+    embedding: int  # D, numbers in an embedding
+    forward: float  # floating point operations of an image's forward pass
+    flops: float  # of an image, forward and backward
+
+
+class Speed(NamedTuple):
+    """How long a worker takes for its share of a global batch."""
+
+    seconds: float
+    note: str  # where that is from
+    exchanged: bool = False  # whether the exchange between workers is included
+
+
+def plans(config: TrainConfig, dataset: Dataset) -> EpochPlan:
+    """The sampler's plans by epoch: rows of the train index for each batch. Each is made once."""
+    return cache(partial(epoch_plan, config, train_index(dataset)))
+
+
+def count(config: TrainConfig, dataset: Dataset, plan: EpochPlan) -> Counts:
+    """Go through the epochs as the training loop does.
+
+    Raises:
+        ConfigError: a batch cannot be made, or an epoch is shorter than an optimizer step.
     """
-
-    cores: int
-    on_cpu: bool
-    network: float
-    s3: float
-    interconnect: float
-    latency: float
-
-
-@dataclass(frozen=True)
-class Host:
-    """What a core and a disk do; measured where docs/PLAN.md says.
-
-    Attributes:
-        decode: core-seconds of an image, from bytes to the network's input size.
-        multiply: floating point operations a core-second of ranking, all of ranking's work in it.
-        crowding: how much longer CPU workers compute for each doubling of those on a node, beyond
-            what its cores account for.
-        write: bytes a second of writing and sealing a checkpoint.
-        start: seconds from the command to the first pass: Ray, workers, the network.
-        finish: seconds after the last pass: report, pictures, registry.
-    """
-
-    decode: float
-    multiply: float = 147e9
-    crowding: float = 0.35
-    write: float = 400e6
-    start: float = 30.0
-    finish: float = 20.0
-
-
-@dataclass(frozen=True)
-class Step:
-    """An optimizer step's parts in seconds; those in `beside` run at the same time.
-
-    Attributes:
-        compute: forward, backward and update, other workers of the node competing for its cores.
-        talk: exchanges between workers that nothing hides.
-        decode: what the loaders need for the step's images.
-    """
-
-    compute: float
-    talk: float
-    decode: float
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole step."""
-        return max(self.compute + self.talk, self.decode)
-
-    @property
-    def limit(self) -> str:
-        """The longest part, as in `NAMES`."""
-        parts = {"decode": self.decode, "compute": self.compute, "talk": self.talk}
-        if self.decode > self.compute + self.talk:
-            return "decode"
-        return max(("compute", "talk"), key=parts.__getitem__)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run takes.
-
-    Attributes:
-        workload: what was estimated.
-        steps: one step of each phase.
-        start, train, evaluate, checkpoint, wait, finish: seconds; `wait` is for shards alone.
-        limit: what the run waits for most, as in `NAMES`.
-    """
-
-    workload: Workload
-    steps: dict[PhaseName, Step]
-    start: float
-    train: float
-    evaluate: float
-    checkpoint: float
-    wait: float
-    finish: float
-    limit: str
-
-    @property
-    def seconds(self) -> float:
-        """From the command to its end."""
-        parts = (self.start, self.train, self.evaluate, self.checkpoint, self.wait, self.finish)
-        return sum(parts)
-
-    def images_per_second(self, phase: PhaseName = "all") -> float:
-        """Images trained a second by all workers together, evaluations left out."""
-        return self.workload.images / self.steps[phase].seconds
-
-
-@dataclass(frozen=True)
-class Prices:
-    """The user's: for an hour of a GPU, a GET, and a gigabyte that leaves S3."""
-
-    gpu_hour: float = 0.0
-    get: float = 0.0
-    gigabyte: float = 0.0
-
-    def cost(self, estimate: Estimate) -> float:
-        """Of a run, in the prices' currency; GPUs are paid for from start to end."""
-        work = estimate.workload
-        hours = work.layout.workers * estimate.seconds / 3600
-        return hours * self.gpu_hour + work.gets * self.get + work.bytes / 1e9 * self.gigabyte
-
-
-def estimate(
-    work: Workload,
-    network: Network,
-    machine: Machine,
-    host: Host,
-    speeds: dict[PhaseName, Speed],
-    *,
-    loaders: int,
-    accumulate: int = 1,
-    mirror: bool = True,
-) -> Estimate:
-    """Estimate a run.
-
-    Args:
-        work: what it does.
-        network: what it trains.
-        machine: what it runs on.
-        host: what its cores and disks do.
-        speeds: of a worker by phase, at its share of the batch.
-        loaders: loader processes of each worker; 0 decodes in the worker itself.
-        accumulate: global batches to an optimizer step.
-        mirror: whether evaluation embeds mirror images, too.
-    """
-    steps: dict[PhaseName, Step] = {
-        phase: step(work, network.phases[phase], machine, host, speed, loaders, accumulate)
-        for phase, speed in speeds.items()
-    }
-    evaluation = evaluate(work, network, machine, host, speeds["all"], loaders, mirror)
-    train = measured = wait = 0.0
-    bound = dict.fromkeys(NAMES, 0.0)
-    for part in work.passes:
-        if part.phase is None:
-            seconds, limit = evaluation, "compute"
-            measured += seconds
-        else:
-            seconds, limit = part.steps * steps[part.phase].seconds, steps[part.phase].limit
-            train += seconds
-        link, load = downloading(part, machine)
-        wait += max(0.0, load - seconds)
-        bound[link if load > seconds else limit] += max(load, seconds)
-    written = sum(work.checkpoints[phase] * network.checkpoint(phase) for phase in PHASES)
-    return Estimate(
-        workload=work,
-        steps=steps,
-        start=host.start,
-        train=train,
-        evaluate=measured,
-        checkpoint=written / host.write,
-        wait=wait,
-        finish=host.finish,
-        limit=max(bound, key=bound.__getitem__),
+    batch, total, every = config.batch, config.total_epochs, config.checkpoint.every_steps
+    plan(0)  # shows whether a batch can be made
+    steps = [batch.steps_per_epoch or len(plan(e)) // batch.accumulate for e in range(total)]
+    if 0 in steps:
+        raise ConfigError(
+            f"epoch {steps.index(0)} has fewer batches than --batch.accumulate {batch.accumulate}: "
+            "lower it, or give --batch.steps-per-epoch"
+        )
+    ends = np.cumsum(steps).tolist()
+    evaluated = {*ends[config.evaluation.every - 1 :: config.evaluation.every], ends[-1]}
+    saved = evaluated | set(range(every, ends[-1] + 1, every) if every else ())
+    queries, gallery = (len(dataset.index(split)) for split in ("query", "gallery"))
+    return Counts(
+        steps=ends[-1],
+        frozen_steps=sum(steps[: config.optimizer.frozen_epochs]),
+        evaluations=len(evaluated) + config.evaluation.initial if queries and gallery else 0,
+        queries=queries,
+        gallery=gallery,
+        checkpoints=len(saved),
     )
 
 
-def step(
-    work: Workload,
-    phase: Phase,
-    machine: Machine,
-    host: Host,
-    speed: Speed,
-    loaders: int,
-    accumulate: int,
-) -> Step:
-    """One optimizer step: `accumulate` batches, one exchange of gradients."""
-    mates = work.layout.busiest
-    share = work.images // accumulate // work.layout.workers
-    decode = 0.0 if speed.decoding and loaders == 0 else share * host.decode
-    alone = speed.seconds + (decode if loaders == 0 else 0.0)
-    if machine.on_cpu:
-        beside = decode if loaders else 0.0
-        compute = max(alone, mates * (alone + beside) / machine.cores)
-        if not speed.talk:  # measured alone
-            compute *= 1 + host.crowding * math.log2(mates)
-        free = machine.cores
-    else:
-        compute, free = alone, max(machine.cores - mates, 1)
-    waiting = 0.0
-    if loaders:
-        waiting = mates * decode / min(mates * loaders, free)
-    talk = 0.0 if speed.talk else talking(work, phase, machine, compute, share, accumulate)
-    return Step(accumulate * compute, talk, accumulate * waiting)
+def download(options: Plan, dataset: Dataset, plan: EpochPlan, evaluations: int) -> Downloads:
+    """Count what the nodes download, their caches empty at first.
 
-
-def talking(
-    work: Workload, phase: Phase, machine: Machine, compute: float, share: int, accumulate: int
-) -> float:
-    """Seconds of a step in which workers wait for each other's numbers.
-
-    Gradients go round a ring: each worker sends and receives 2(n − 1)/n of them. On GPUs that
-    hides behind the backward pass; on the CPU it takes the same cores.
+    Raises:
+        ConfigError: the cache is too small for a window of shards.
     """
-    workers = work.layout.workers
-    if workers == 1:
-        return 0.0
-    link = bandwidth(work, machine)
-    ring = 2 * (workers - 1) / workers * phase.gradients / link
-    hidden = 0.0 if machine.on_cpu else OVERLAP * compute
-    small = phase.collectives * machine.latency * math.log2(workers)
-    return max(0.0, ring - hidden) + accumulate * small
+    config, workers, shards = options.config, options.gpus, dataset.manifest.shards
+    files = ShardCache(dataset.storage, config.loader.cache, config.loader.cache_bytes)
+    files.require([shard for shard in shards if shard.split == "train"], config.batch.window)
+    if files.in_place:
+        return Downloads()
+    exact = sum(s.bytes for s in shards if s.split != "val") <= config.loader.cache_bytes
+    node = np.arange(workers) // options.gpus_per_node  # of each rank
+    times = np.zeros((node[-1] + 1, len(shards)), np.int64)
+    index = dataset.index("train")
+    one_pass = len(epoch_plan(config.replace(batch__steps_per_epoch=None), index, 0))
+    for epoch in range(config.total_epochs):
+        rows = plan(epoch)
+        read = np.zeros_like(times, bool)
+        read[np.repeat(node, rows.shape[1] // workers), index.shard[rows]] = True
+        # An epoch of a given length may go through the data several times.
+        times += read * (1 + len(rows) // one_pass if config.batch.steps_per_epoch else 1)
+    for split in ("query", "gallery") if evaluations else ():
+        shard = dataset.index(split).shard
+        for rank in range(workers):
+            mine = shard[len(shard) * rank // workers : len(shard) * (rank + 1) // workers]
+            times[node[rank], np.unique(mine)] += evaluations
+    times = np.minimum(times, 1) if exact else times
+    read_bytes = times @ np.array([shard.bytes for shard in shards])
+    openings = workers + 1  # of manifest and index, by each worker and the driver
+    opened = len(dataset.storage.read(MANIFEST_NAME)) + dataset.manifest.index.bytes
+    pictures = QUERIES * (1 + MATCHES) if evaluations else 0  # of the report, at most
+    return Downloads(
+        exact=exact,
+        shards=int(times.sum()),
+        bytes=int(read_bytes.sum()) + openings * opened,
+        busiest_bytes=int(read_bytes.max()),
+        gets=int(times.sum()) + 2 * openings + pictures,
+    )
 
 
-def bandwidth(work: Workload, machine: Machine) -> float:
-    """Bytes a second that a worker's ring neighbour gets: its slowest link's."""
-    if work.layout.nodes == 1:
-        return machine.interconnect
-    return min(machine.interconnect, machine.network)
+def describe(config: TrainConfig, identities: int) -> Network:
+    """Count what a configuration's network takes for a number of training identities."""
+    images = 2  # batch norm needs two
+    with torch.device("meta"):
+        model = ReidNet(config.model.backbone, identities, stripes=config.model.stripes)
+        image = torch.empty(images, 3, config.image.height, config.image.width)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(image)
+        forward = counter.get_total_flops()
+        torch.stack([part.sum() for part in (*output.pooled, *output.logits)]).sum().backward()
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        kept.pop(id(parameter.untyped_storage()), None)
+    state = 8 + sum(2 * parameter.nbytes + 4 for parameter in parameters)
+    if config.regularization.mode == "adaptive":  # θ and its moments, and one counter
+        state += 3 * 4 * len(parameters) + 4
+    norms = sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in model.modules())
+    synchronized = 2 * norms if config.model.batch_norm == "global" else 0
+    return Network(
+        weights=sum(tensor.nbytes for tensor in model.state_dict().values()),
+        gradients=sum(parameter.nbytes for parameter in parameters),
+        state=state,
+        activations=sum(storage.nbytes() for storage in kept.values()) // images,
+        # Each norm and each head's gathered features, forward and backward; the labels.
+        exchanges=synchronized + 2 * (1 + config.model.stripes) + 1,
+        embedding=model.embedding_size,
+        forward=forward / images,
+        flops=counter.get_total_flops() / images,
+    )
 
 
-def evaluate(
-    work: Workload,
-    network: Network,
-    machine: Machine,
-    host: Host,
-    speed: Speed,
-    loaders: int,
-    mirror: bool,
-) -> float:
-    """Seconds of one evaluation: embedding on all workers, ranking on the first."""
-    images = work.queries + work.gallery
-    if images == 0:
-        return 0.0
-    layout = work.layout
-    share = math.ceil(images / layout.workers)
-    batch = work.images / layout.workers
-    forward = speed.seconds / batch * network.flops / network.phases["all"].flops
-    alone = share * (1 + mirror) * forward
-    decode = share * host.decode
-    if machine.on_cpu:
-        embed = max(
-            alone + (decode if loaders == 0 else 0.0),
-            decode / max(loaders, 1),  # a loader's process has one core, however many there are
-            layout.busiest * (alone + decode) / machine.cores,
-        )
-    else:
-        free = min(layout.busiest * max(loaders, 1), max(machine.cores - layout.busiest, 1))
-        embed = max(alone, layout.busiest * decode / free)
-    gathered = 4 * network.embedding * images / bandwidth(work, machine)
-    products = 2.0 * work.queries * work.gallery * network.embedding
-    cores = 1 if machine.on_cpu else machine.cores
-    return embed + gathered * (layout.workers > 1) + products / host.multiply / cores
+def speed_of(
+    table: list[Measurement], config: TrainConfig, device: str, network: Network
+) -> Speed | None:
+    """How long a worker takes for its share of a batch, or None if nothing near was measured.
+
+    As measured, or in proportion to images and operations from one worker's nearest measurement.
+    """
+    share, gigaflops = config.batch_size // config.workers, network.flops / 1e9
+    model, image = config.model, config.image
+    shape = (model.backbone, model.stripes, image.height, image.width)
+
+    def fits(entry: Measurement) -> bool:
+        found = (entry.device, entry.precision, entry.compile, entry.phase)
+        same = (entry.shape, entry.workers, entry.batch) == (shape, config.workers, share)
+        wanted = (device, config.precision, config.compile, "all")
+        return found == wanted and (entry.workers == 1 or same)
+
+    known = [entry for entry in table if fits(entry)]
+    if not known:
+        return None
+    near = min(
+        known,
+        key=lambda entry: (
+            entry.shape != shape,
+            abs(math.log(entry.gigaflops / gigaflops)),
+            abs(math.log(entry.batch / share)),
+            -entry.workers,
+        ),
+    )
+    note, operations = near.source, gigaflops / near.gigaflops
+    if near.batch != share:
+        note += f", × {share}/{near.batch} for the images"
+    if near.shape != shape:
+        note += f", × {operations:.2f} for the operations of an image"
+    seconds = near.workers * share / near.images_per_second * operations
+    return Speed(seconds, note, exchanged=near.workers > 1)
 
 
-def downloading(part: Pass, machine: Machine) -> tuple[str, float]:
-    """The slower of a node's network and S3, and the seconds that a pass's shards take on it."""
-    network, s3 = part.busiest_bytes / machine.network, part.bytes / machine.s3
-    return ("network", network) if network >= s3 else ("s3", s3)
+def estimate(
+    options: Plan, counts: Counts, network: Network, read: Downloads, speed: Speed
+) -> dict[str, Any]:
+    """Estimate a run; frozen epochs count as if all was trained.
+
+    Returns:
+        Counts, seconds and their parts, images trained a second, cost, and the limit, by name.
+    """
+    config, workers = options.config, options.gpus
+    nodes, accumulate = math.ceil(workers / options.gpus_per_node), config.batch.accumulate
+    computing, exchange = accumulate * speed.seconds, 0.0
+    if not speed.exchanged:
+        link = GIGABIT * (options.network_gbit if nodes > 1 else options.interconnect_gbit)
+        small = network.exchanges * options.collective_microseconds / 1e6 * math.log2(workers)
+        ring = 2 * (workers - 1) / workers * network.gradients / link
+        exchange = accumulate * small + max(0.0, ring - OVERLAP * speed.seconds)
+    train = counts.steps * (computing + exchange)
+    share = config.batch_size / workers
+    embedded = (counts.queries + counts.gallery) * (2 if config.evaluation.mirror else 1)
+    embed = embedded / workers * speed.seconds / share * network.forward / network.flops
+    rank = 2 * counts.queries * counts.gallery * network.embedding / RANKING
+    evaluate = counts.evaluations * (embed + rank)
+    from_s3 = max(read.busiest_bytes / options.network_gbit, read.bytes / options.s3_gbit) / GIGABIT
+    limits = {"computing": counts.steps * computing + evaluate, "download from S3": from_s3}
+    limits["exchange between workers"] = counts.steps * exchange
+    parts = {
+        "start": START,
+        "train": train,
+        "evaluate": evaluate,
+        "checkpoint": counts.checkpoints * (network.weights + network.state) / WRITING,
+        "wait": max(0.0, from_s3 - train - evaluate),
+        "finish": FINISH,
+    }
+    seconds = sum(parts.values())
+    cost = workers * seconds / 3600 * options.price_per_gpu_hour
+    cost += read.gets * options.price_per_get + read.bytes / 1e9 * options.price_per_gb
+    return {
+        "workers": workers,
+        "nodes": nodes,
+        "limit": max(limits, key=limits.__getitem__),
+        "seconds": seconds,
+        "parts": parts,
+        "images_per_second": config.batch_size * accumulate / (computing + exchange),
+        "images": counts.steps * accumulate * config.batch_size,
+        "cost": cost,
+        **counts._asdict(),
+        **read._asdict(),
+    }
+
+
+def memory(options: Plan, dataset: Dataset, network: Network) -> dict[str, int]:
+    """Bytes of a worker's device in float32, of a node's /dev/shm, and of the whole dataset."""
+    config, mates = options.config, min(options.gpus, options.gpus_per_node)
+    share, loaders = config.batch_size // options.gpus, config.loader.workers
+    batch = max(share, config.evaluation.batch) * config.image.height * config.image.width * 3
+    states = network.weights + network.gradients + network.state
+    return {
+        "device": states + share * network.activations,
+        "shm": (AHEAD * loaders + HELD) * batch * mates if loaders else 0,
+        "cache": sum(shard.bytes for shard in dataset.manifest.shards if shard.split != "val"),
+    }

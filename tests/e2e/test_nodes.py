@@ -15,7 +15,8 @@ import pytest
 from nodes import Nodes, nodes
 
 from cluster.local.s3_server import S3Server
-from cluster.plan.workload import Layout, workloads
+from cluster.plan.command import Plan
+from cluster.plan.estimate import count, download, plans
 from data_shards.building.build import build
 from data_shards.dataset import Dataset
 from data_shards.storage import open_storage
@@ -94,8 +95,11 @@ def said(cluster: Nodes) -> str:
 def test_a_node_downloads_a_shard_at_most_once_and_no_other_than_planned(cluster, said):
     found = Counter(CACHED.findall(said))
     config = Run.read(OUTPUT, "both").config
-    (work,) = workloads(config, Dataset.open(DATA), [Layout(workers=4, per_node=2)])
-    assert sum(found.values()) == sum(part.downloads for part in work.passes)
+    dataset = Dataset.open(DATA)
+    plan = plans(config, dataset)
+    options = Plan(config, gpus=4, gpu_type="cpu", gpus_per_node=2)
+    evaluations = count(config, dataset, plan).evaluations
+    assert sum(found.values()) == download(options, dataset, plan, evaluations).shards
     if cluster.separate:
         assert len({ip for ip, _ in found}) == 2
         assert set(found.values()) == {1}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from cluster.cli import main
-from cluster.plan.network import describe
-from cluster.plan.throughput import Measurement, add_to_table, read_table, speed_of
-from data_shards.errors import ConfigError, DataError
+from cluster.measure import PACKAGED, Measurement, add_to_table, read_table, steps_needed
+from cluster.plan.command import Plan
+from cluster.plan.estimate import Network, Speed, describe, speed_of
+from data_shards.errors import DataError
 from reid_train.recipes import recipe
 from reid_train.runs.run_dir import Run
 from reid_train.training.history import History
@@ -36,9 +37,12 @@ def entry(**changes) -> Measurement:
     return Measurement.model_validate(values | changes)
 
 
-def speed(table, workers=1, phase="all", **changes):
-    config = recipe("demo").replace(**changes)
-    return speed_of(table, "X1", config, phase, workers, {"heads": 2.0, "all": 4.0})
+NETWORK = Network(0, 0, 0, 0, 0, 0, forward=1.0, flops=4e9)
+
+
+def speed(table, workers=1, **changes) -> Speed | None:
+    config = recipe("demo").replace(workers=workers, **changes)
+    return speed_of(table, config, "X1", NETWORK)
 
 
 @pytest.fixture
@@ -50,19 +54,17 @@ def plan(tiny_dataset, tmp_path):
     return run
 
 
-def test_plan_says_time_limit_cost_and_where_figures_are_from(plan, tmp_path, capsys):
+def test_plan_says_time_limit_cost_and_where_the_speed_is_from(plan, tmp_path, capsys):
     path = tmp_path / "plan.json"
     prices = ["--price-per-gpu-hour", "7200", "--images-per-second", "500"]
-    assert plan(*prices, "--network-gbit", "25", "--json", str(path)) == 0
-    said, found = capsys.readouterr().out, json.loads(path.read_text())
-    assert "the limit is" in said
-    assert "25 Gbit/s" in said
-    assert "assumed" in said
+    assert plan(*prices, "--json", str(path)) == 0
+    shown, found = capsys.readouterr().out, json.loads(path.read_text())
+    assert "The limit is" in shown
+    assert "--images-per-second" in shown
     chosen = found["plan"]
     assert (chosen["workers"], chosen["steps"], chosen["images"]) == (2, 160, 160 * 16)
     assert chosen["cost"] == pytest.approx(2 * chosen["seconds"] / 3600 * 7200)
     assert [row["workers"] for row in found["scaling"]] == [1, 2, 4, 8, 16]
-    assert found["facts"]["network_gbit"]["origin"] == "given"
 
 
 def test_without_prices_there_is_no_cost(plan, capsys):
@@ -70,12 +72,26 @@ def test_without_prices_there_is_no_cost(plan, capsys):
     assert "cost" not in capsys.readouterr().out
 
 
-def test_unmeasured_gpu_is_no_guess_but_says_how_to_measure(plan, capsys):
-    assert plan(gpu_type="Z9") == 2
-    said = capsys.readouterr().err
-    assert "nothing was measured on 'Z9'" in said
-    assert "python -m cluster measure RUN --gpu-type Z9" in said
-    assert "--images-per-second" in said
+def test_where_more_gpus_are_slower_fewer_are_advised(plan, capsys):
+    slow = ("--images-per-second", "500", "--collective-microseconds", "100000")
+    assert plan(*slow) == 0
+    assert "2 GPUs are slower than 1: use 1 GPU." in capsys.readouterr().out
+    assert plan(*slow, gpus="1") == 0
+    assert "slower" not in capsys.readouterr().out
+
+
+def test_unmeasured_gpu_is_no_guess_but_says_what_is_known_and_how_to_measure(plan, capsys):
+    assert plan(gpu_type="my gpu") == 2
+    error = capsys.readouterr().err
+    assert "no speed of my gpu with precision auto is known, only of H100" in error
+    assert "--batch.steps-per-epoch 30" in error
+    assert "python -m cluster measure OUTPUT/probe --gpu-type 'my gpu'" in error
+    assert "--images-per-second" in error
+
+
+def test_help_says_of_which_gpus_a_speed_is_packaged():
+    for entry in read_table(PACKAGED):
+        assert entry.device in (Plan.__doc__ or "")
 
 
 @pytest.mark.parametrize(
@@ -98,45 +114,37 @@ def test_bad_input_is_one_line_and_a_code(plan, capsys, more, code, message):
 
 
 def test_measured_speed_is_taken_as_it_is():
-    found = speed([entry()])
-    assert (found.seconds, found.origin, found.note) == (0.32, "measured", "run")
+    assert speed([entry()]) == (0.32, "run", False)
 
 
-def test_other_batches_lie_on_the_line_between_measured_ones():
-    table = [entry(), entry(batch=8, images_per_second=50.0, source="small")]
+def test_another_batch_is_in_proportion_to_the_nearest_and_says_so():
+    table = [entry(batch=64), entry(batch=8, images_per_second=50.0, source="small")]
     found = speed(table, workers=2)
-    assert found.seconds == pytest.approx(0.16 + (0.32 - 0.16) * (16 - 8) / (32 - 8))
-    assert found.origin == "estimated"
-
-
-def test_one_measured_batch_is_scaled_in_proportion():
-    found = speed([entry()], workers=4)
-    assert found.seconds == pytest.approx(0.08)
-    assert found.origin == "estimated"
+    assert found == (pytest.approx(0.32), "small, × 16/8 for the images", False)
 
 
 def test_another_backbone_is_scaled_by_operations_and_says_so():
     found = speed([entry(backbone="resnet50", gigaflops=16.0)])
-    assert found.seconds == pytest.approx(0.32 / 4)
-    assert (found.origin, "by operations" in found.note) == ("estimated", True)
+    assert found == (0.08, "run, × 0.25 for the operations of an image", False)
 
 
-def test_same_number_of_workers_measured_includes_what_they_tell_each_other():
+def test_same_number_of_workers_measured_includes_their_exchange():
     table = [entry(), entry(workers=4, batch=8, images_per_second=200.0, source="four")]
-    found = speed(table, workers=4)
-    assert (found.seconds, found.talk, found.origin) == (0.16, True, "measured")
-    assert not speed(table, workers=2).talk
+    assert speed(table, workers=4) == (0.16, "four", True)
+    assert speed(table, workers=2) == (pytest.approx(0.16), "run, × 16/32 for the images", False)
 
 
-def test_another_precision_is_not_concluded_from():
-    with pytest.raises(ConfigError, match="was measured with precision auto only"):
-        speed([entry()], precision="float32")
+@pytest.mark.parametrize(
+    "changes", [{"precision": "float32"}, {"compile": True}, {"phase": "heads"}, {"device": "X2"}]
+)
+def test_nothing_is_concluded_from_another_kind_of_run(changes):
+    assert speed([entry(**changes)]) is None
 
 
 def test_own_table_comes_first_and_a_run_replaces_itself(tmp_path):
     path = tmp_path / "folder" / "own.json"
-    add_to_table(path, [entry(), entry(source="other")])
-    add_to_table(path, [entry(images_per_second=400.0)])
+    for one in (entry(), entry(source="other"), entry(images_per_second=400.0)):
+        add_to_table(path, one)
     table = read_table(path)
     assert [(e.source, e.images_per_second) for e in table] == [("other", 100.0), ("run", 400.0)]
     assert read_table(tmp_path / "none.json") == []
@@ -150,7 +158,7 @@ def test_damaged_table_is_refused_with_its_name(tmp_path, text):
         read_table(path)
 
 
-def finished(folder, data: str, looks: int) -> str:
+def finished(folder, data: str, looks: int, every: int = 1) -> str:
     """A run's folder as far as `measure` reads it: 20 frozen steps, then more, twice as slow."""
     config = recipe("demo").replace(
         name="done", data=data, output=str(folder), batch__steps_per_epoch=20,
@@ -159,7 +167,8 @@ def finished(folder, data: str, looks: int) -> str:
     )  # fmt: skip
     history = History()
     for step in range(1, looks + 1):
-        rate = 10.0 if step == 1 else (200.0 if step <= 20 else 100.0) + step % 3
+        window = (step - 1) // every
+        rate = 10.0 if step == 1 else (200.0 if step <= 20 else 100.0) + window % 3
         history.add_step(step, {"images_per_second": rate})
     (folder / "done" / "checkpoint_1").mkdir(parents=True)
     history.save(folder / "done" / "checkpoint_1" / "history.safetensors")
@@ -167,27 +176,37 @@ def finished(folder, data: str, looks: int) -> str:
     return str(folder / "done")
 
 
-def test_measure_adds_both_phases_of_a_run_and_plan_uses_them(tiny_dataset, tmp_path, capsys, plan):
+def test_measure_adds_the_speed_of_a_run_and_plan_uses_it(tiny_dataset, tmp_path, capsys, plan):
     run = finished(tmp_path / "runs", tiny_dataset.url, looks=40)
     own = tmp_path / "own.json"
     assert main(["measure", run, "--gpu-type", "X1", "--table", str(own)]) == 0
-    heads, everything = read_table(own)
-    assert (heads.phase, heads.images_per_second) == ("heads", pytest.approx(201, abs=1))
-    assert (everything.phase, everything.images_per_second) == ("all", pytest.approx(101, abs=1))
-    assert (everything.batch, everything.decoding, everything.source) == (16, "beside", "done")
-    flops = describe(recipe("demo").replace(image__height=32, image__width=32), 6).phases
-    assert np.isclose(everything.gigaflops, flops["all"].flops / 1e9)
+    (found,) = read_table(own)
+    assert (found.phase, found.images_per_second) == ("all", pytest.approx(101, abs=1))
+    assert (found.batch, found.decoding, found.source) == (16, "beside", "done")
+    config = recipe("demo").replace(image__height=32, image__width=32)
+    assert np.isclose(found.gigaflops, describe(config, 6).flops / 1e9)
     assert plan(gpus="1") == 0
-    assert "done" in capsys.readouterr().out
+    assert "from done" in capsys.readouterr().out
 
 
-def test_measure_refuses_what_is_no_run_or_too_short(tiny_dataset, tmp_path, capsys):
-    def measure(run: str) -> int:
-        own = str(tmp_path / "own.json")
-        return main(["measure", run, "--gpu-type", "X1", "--table", own])
+def test_measure_takes_a_run_of_the_steps_that_plan_advises(tiny_dataset, tmp_path, capsys):
+    config = recipe("demo")
+    steps = steps_needed(config)
 
-    assert measure(str(tmp_path / "nothing")) == 2
+    def measure(steps: int) -> int:
+        folder = tmp_path / str(steps)
+        run = finished(folder, tiny_dataset.url, looks=20 + steps, every=10)
+        return main(["measure", run, "--gpu-type", "X1", "--table", str(tmp_path / "own.json")])
+
+    assert measure(steps) == 0
+    assert measure(20) == 3
+    assert f"it has 20 steps with everything trained and needs {steps}" in capsys.readouterr().err
+
+
+def test_measure_refuses_what_is_no_run(tmp_path, capsys):
+    own = tmp_path / "own.json"
+    assert (
+        main(["measure", str(tmp_path / "nothing"), "--gpu-type", "X1", "--table", str(own)]) == 2
+    )
     assert "run.json is not there" in capsys.readouterr().err
-    assert measure(finished(tmp_path / "runs", tiny_dataset.url, looks=2)) == 3
-    assert "too short to measure" in capsys.readouterr().err
-    assert not (tmp_path / "own.json").exists()
+    assert not own.exists()
