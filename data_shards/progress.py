@@ -67,6 +67,8 @@ class Stage:
         total: how many there are.
         began: `time.monotonic()` of the first report.
         done: how many are done.
+        note: what is shown after the figures.
+        later: seconds that the whole takes beside this stage's own, such as evaluations.
     """
 
     name: str
@@ -75,12 +77,14 @@ class Stage:
     began: float
     done: int = 0
     note: str = ""
+    later: float = 0.0
     seen: float = field(init=False)
+    reported: float = field(init=False)
     _amount: float = 0.0
     _seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.seen = self.began
+        self.seen = self.reported = self.began
 
     def update(self, done: int, total: int, now: float) -> None:
         """Take a report."""
@@ -90,7 +94,7 @@ class Stage:
             self._amount = self._amount * keep + done - self.done
             self._seconds = self._seconds * keep + seconds
             self.done, self.seen = done, now
-        self.total = total
+        self.total, self.reported = total, now
 
     def per_second(self) -> float | None:
         """The pace; None before there is one."""
@@ -99,7 +103,9 @@ class Stage:
     def left(self, now: float) -> float | None:
         """Seconds to the end, if the pace is known."""
         pace = self.per_second()
-        return None if pace is None else max((self.total - self.done) / pace - (now - self.seen), 0)
+        if pace is None:
+            return None
+        return self.later + max((self.total - self.done) / pace - (now - self.seen), 0)
 
     def figures(self, now: float) -> str:
         """`3,200 of 19,732 images, 410/s, 0:00:40 left`; of a phase the time since its start."""
@@ -135,8 +141,10 @@ class Display:
         self._bars = _bars(console) if console.is_terminal else None
         self._tasks: dict[str, Any] = {}
 
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Take a report, from any thread; `note` is shown after the figures."""
+    def __call__(
+        self, stage: str, done: int, total: int, note: str = "", later: float = 0.0
+    ) -> None:
+        """Take a report, from any thread; for `note` and `later` see `Stage`."""
         with self._lock:
             now = time.monotonic()
             shown = self._stages.get(stage)
@@ -145,7 +153,11 @@ class Display:
                 unit = self._units.get(stage, self._unit) if total > 1 else ""
                 shown = self._stages[stage] = Stage(stage, unit, total, now, done)
                 self._begin(shown)
-            shown.note = note
+            shown.note, shown.later = note, later
+            # A stage within another, such as an evaluation, does not slow that one's pace down.
+            for outer in self._stages.values():
+                if outer.began < shown.began:
+                    outer.seen += now - shown.reported
             shown.update(done, total, now)
             if done >= total:
                 self._remove(stage)

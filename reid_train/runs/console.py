@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, a line now and then elsewhere."""
+"""What a person sees while a run trains: its progress on the console, and a line per evaluation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from typing import Any
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_shards.progress import Display, Progress
+from reid_train.config import TrainConfig
 from reid_train.runs.process import Stop
 
-LINE_EVERY = 15.0
-"""Seconds between lines where there is no terminal."""
+UNITS = {"training": "steps", "ranking": "pairs"}
+"""What the stages of a run count; all others count images."""
+REPORT_EVERY = 0.5
+"""Seconds between two reports of a stage from a worker, and between two looks of the driver."""
+
+State = dict[str, Any]
 
 
 def beside_driver(actor: Any) -> Any:
@@ -28,111 +32,142 @@ def beside_driver(actor: Any) -> Any:
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Holds the newest state of a run, written by rank 0 and read by the driver."""
+    """Holds the newest state of a run, written by rank 0 and read by the driver.
+
+    A sweep has one board. Its trials write their states under their names.
+    """
 
     def __init__(self):
-        self._state: dict[str, object] = {}
-        self._evaluations: list[dict[str, object]] = []
+        self._states: dict[str, State] = {}
+        self._stages: dict[str, tuple[int, int]] = {}
+        self._evaluations: list[State] = []
         self._stop = False
 
-    def show(self, state: dict[str, object]) -> None:
-        """Take a state; evaluations are kept in order until they are read."""
-        if "metrics" in state:
+    def show(self, state: State, trial: str = "") -> None:
+        """Take a state; evaluations of a run are kept in order until they are read."""
+        if "metrics" not in state:
+            self._states[trial] = state
+        elif not trial:
             self._evaluations.append(state)
-        else:
-            self._state = state
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Take the progress of a stage, such as embedding."""
+        self._stages[stage] = (done, total)
 
     def read(
         self, seen: int, stop: bool = False
-    ) -> tuple[dict[str, object], list[dict[str, object]]]:
-        """The newest state, and the evaluations after the first `seen`; `stop` asks to end."""
+    ) -> tuple[State, dict[str, tuple[int, int]], list[State]]:
+        """The state, the stages, and the evaluations after `seen` of them; `stop` asks to end."""
         self._stop |= stop
-        return self._state, self._evaluations[seen:]
+        return self._states.get("", {}), self._stages, self._evaluations[seen:]
+
+    def states(self) -> dict[str, State]:
+        """The newest states of a sweep's trials, by name."""
+        return self._states
 
     def stopping(self) -> bool:
         """Whether the driver asked the run to end."""
         return self._stop
 
 
+def reporter(board: Any) -> Progress:
+    """A `Progress` for a worker: passes reports on to a board, at most two a second per stage."""
+    sent: dict[str, float] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if 0 < done < total and now - sent.get(stage, 0.0) < REPORT_EVERY:
+            return
+        sent[stage] = now
+        board.progress.remote(stage, done, total)
+
+    return report
+
+
 @contextlib.contextmanager
-def watch(board, console: Console, asked: Stop) -> Iterator[None]:
-    """Show a board's state on the console until the block ends, and pass on that it shall."""
-    stop = threading.Event()
-    thread = threading.Thread(target=_follow, args=(board, console, asked, stop), daemon=True)
+def watch(board: Any, display: Display, config: TrainConfig, stop: Stop) -> Iterator[None]:
+    """Show a run while the block lasts, and tell the board when the run is asked to stop."""
+    ended = threading.Event()
+    follower = Follower(display, config.evaluation.every)
+    arguments = (board, follower, stop, ended)
+    thread = threading.Thread(target=_follow, args=arguments, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        stop.set()
+        ended.set()
         thread.join(timeout=10)
 
 
-def _follow(board, console: Console, asked: Stop, stop: threading.Event) -> None:
-    bar = Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task("starting", total=None, figures="")
-    clock = _Clock()
-    seen, told, last_line = 0, False, time.monotonic()
-    with bar:
-        while True:
-            finished = stop.wait(0.5)
-            try:
-                ending = asked.signal is not None
-                state, evaluations = ray.get(board.read.remote(seen, ending), timeout=5)
-            except ray.exceptions.RayError:
-                # Ray may answer late, and a stop has to be passed on whenever it does again.
-                if finished:
-                    return
-                continue
-            if ending and not told:
-                told = True
-                console.print("stopping: a checkpoint first", highlight=False)
-            for evaluation in evaluations:
-                seen += 1
-                console.print(_evaluation_line(evaluation), highlight=False)
-            if state:
-                done, total = _steps(state)
-                figures = f"loss {state['loss']:.3f}  {state['images_per_second']:,.0f} images/s"
-                epoch = f"epoch {int(state['epoch']) + 1}/{state['epochs']}"  # type: ignore[call-overload]
-                bar.update(task, description=epoch, completed=done, total=total, figures=figures)
-                if not console.is_terminal and time.monotonic() - last_line > LINE_EVERY:
-                    last_line = time.monotonic()
-                    step = f"step {state['step']}/{state['steps']}"
-                    left = clock.left(done, total)
-                    console.print(f"{epoch}  {step}  {figures}  {left} left", highlight=False)
+def _follow(board: Any, follower: Follower, stop: Stop, ended: threading.Event) -> None:
+    told = False
+    while True:
+        finished = ended.wait(REPORT_EVERY)
+        stopping = stop.signal is not None
+        try:
+            read = ray.get(board.read.remote(follower.evaluated, stopping), timeout=5)
+        except ray.exceptions.RayError:
+            # Ray may answer late, and a stop has to be passed on whenever it does again.
             if finished:
                 return
+            continue
+        if stopping and not told:
+            told = True
+            follower.display.print("stopping: a checkpoint is written first")
+        follower.look(*read)
+        if finished:
+            return
 
 
-class _Clock:
-    """Time left by the pace since the first look, as `TimeRemainingColumn` does on a terminal."""
+class Follower:
+    """Shows what a board holds.
 
-    def __init__(self):
-        self._start: tuple[float, int] | None = None
+    Args:
+        display: where.
+        every: epochs between evaluations.
+    """
 
-    def left(self, done: int, total: int) -> str:
-        now = time.monotonic()
-        if self._start is None or done <= self._start[1]:
-            self._start = (now, done)
-            return "?"
-        seconds = (total - done) * (now - self._start[0]) / (done - self._start[1])
-        return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+    def __init__(self, display: Display, every: int) -> None:
+        self.display, self.evaluated = display, 0
+        self._every = every
+        self._stages: dict[str, tuple[int, int]] = {}
+        self._shown: State = {}
+        self._began: float | None = None
+        self._evaluation_seconds = 0.0
+        display("starting the workers", 0, 1)
 
+    def look(
+        self, state: State, stages: dict[str, tuple[int, int]], evaluations: list[State]
+    ) -> None:
+        """Show what is new."""
+        if state or stages:
+            self.display("starting the workers", 1, 1)
+        passed = [e for e in evaluations if state and e["epoch"] <= state["epoch"]]
+        self._print(passed)
+        if state and state != self._shown:
+            self._shown = state
+            self._step(state)
+        for stage, (done, total) in stages.items():
+            if self._stages.get(stage) != (done, total):
+                self._began = self._began or time.monotonic()
+                self.display(stage, done, total)
+        self._stages = stages
+        self._print(evaluations[len(passed) :])
 
-def _steps(state: dict) -> tuple[int, int]:
-    steps = state["steps"]
-    return state["epoch"] * steps + state["step"], state["epochs"] * steps
+    def _step(self, state: State) -> None:
+        epoch, epochs, steps = state["epoch"], state["epochs"], state["steps"]
+        evaluations = epochs // self._every - epoch // self._every + (epochs % self._every > 0)
+        note = f"epoch {epoch + 1} of {epochs}, loss {state['loss']:.3f}"
+        note += f", {state['images_per_second']:,.0f} images/s"
+        later = evaluations * self._evaluation_seconds
+        self.display("training", epoch * steps + state["step"], epochs * steps, note, later)
 
-
-def _evaluation_line(state: dict) -> str:
-    metrics = state["metrics"]
-    figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("mAP", "rank-1", "mINP"))
-    when = f"after {state['epoch']} epochs" if state["epoch"] else "untrained"
-    return f"{when}: {figures}"
+    def _print(self, evaluations: list[State]) -> None:
+        for evaluation in evaluations:
+            self.evaluated += 1
+            if self._began is not None:
+                self._evaluation_seconds, self._began = time.monotonic() - self._began, None
+            metrics = evaluation["metrics"]
+            figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("mAP", "rank-1", "mINP"))
+            epoch = evaluation["epoch"]
+            self.display.print(f"{f'after {epoch} epochs' if epoch else 'untrained'}: {figures}")

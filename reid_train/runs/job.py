@@ -7,9 +7,12 @@ from pathlib import PurePosixPath
 from rich.console import Console
 
 from data_shards.dataset import Dataset
+from data_shards.progress import Display, display, make_console, phase
 from data_shards.storage import open_storage
+from reid_train import report
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
+from reid_train.runs.console import UNITS
 from reid_train.runs.publish import Summary, publish, show
 from reid_train.runs.ray_trainer import fit
 from reid_train.runs.run_dir import Run, claim, prepare, record, tidy
@@ -32,25 +35,37 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     Raises:
         ReidError: anything that the person can mend; nothing that was there is lost.
     """
-    console = console or Console()
+    console = console or make_console()
+    with display(console, units=UNITS) as progress:
+        summary, rows, config = _run(config, resume, progress)
+    show(summary, rows, config, console)
+    return summary
+
+
+def _run(
+    config: TrainConfig, resume: bool, progress: Display
+) -> tuple[Summary, list[report.Row], TrainConfig]:
+    """Check the settings, take the run's name, and train."""
     config = prepare(config)
-    dataset = Dataset.open(config.data)
-    saved = Run.read(config.output, config.name or "") if resume else None
-    preflight.check(config, dataset, saved)
+    with phase(progress, "opening the dataset"):
+        dataset = Dataset.open(config.data)
+        saved = Run.read(config.output, config.name or "") if resume else None
+        preflight.check(config, dataset, saved)
     config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
     claim(config, dataset, saved)
     folder = open_storage(config.output).child(str(config.name))
     with run_lock.held(folder, str(config.name)) as own:
-        return _run(config, dataset, saved, own, console)
+        summary, rows = _train(config, dataset, saved, own, progress)
+    return summary, rows, config
 
 
-def _run(
+def _train(
     config: TrainConfig,
     dataset: Dataset,
     saved: Run | None,
     own: run_lock.Claim,
-    console: Console,
-) -> Summary:
+    progress: Display,
+) -> tuple[Summary, list[report.Row]]:
     """The run itself, its name and its lease taken."""
     with Tracker.start(
         None if config.tracking.uri == "off" else config.tracking.uri,
@@ -70,9 +85,8 @@ def _run(
                 "ray_job": submitted_job(),
             }
         )
-        result = fit(config, dataset, tracker.run_id, own, console=console)
+        result = fit(config, dataset, tracker.run_id, own, progress=progress)
         kept = [result.checkpoint, *(best for best, _ in result.best_checkpoints or ())]
         tidy(config, {PurePosixPath(checkpoint.path).name for checkpoint in kept if checkpoint})
-        summary, rows = publish(config, result, dataset, tracker)
-    show(summary, rows, config, console)
-    return summary
+        with phase(progress, "drawing the report and registering the model"):
+            return publish(config, result, dataset, tracker)

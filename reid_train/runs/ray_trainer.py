@@ -31,11 +31,11 @@ from ray.train.v2._internal.constants import (
 )
 from ray.train.v2._internal.execution import context as train_context
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
-from rich.console import Console
 
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, Interrupted, ReidError
+from data_shards.progress import Display, phase
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import gpu_out_of_memory, out_of_memory
 from reid_train.runs.console import Board, beside_driver, watch
@@ -63,7 +63,7 @@ RESIZE_SECONDS = 30.0
 
 
 def fit(
-    config: TrainConfig, dataset: Dataset, run_id: str | None, claim: Claim, *, console: Console
+    config: TrainConfig, dataset: Dataset, run_id: str | None, claim: Claim, *, progress: Display
 ) -> ray.train.Result:
     """Train on a Ray cluster (the one at hand, or a local one that this starts).
 
@@ -74,7 +74,7 @@ def fit(
         dataset: what it trains on; every worker checks that it opens the same.
         run_id: MLflow run to log to, if any.
         claim: the driver's lease on the run.
-        console: where progress is shown.
+        progress: where the run is shown.
 
     Returns:
         Ray Train's result: checkpoints and their metrics.
@@ -86,10 +86,11 @@ def fit(
     run = f"{config.output}/{config.name}"
     forget_missing(run)
     start = unlisted(run)
-    start_ray(config.workers)
+    with phase(progress, "starting Ray"):
+        start_ray(config.workers)
     board = beside_driver(Board).remote()
     trainer = make_trainer(config, dataset, run_id, claim=claim, board=board, start=start)
-    with stop_signals() as stop, watch(board, console, stop):
+    with stop_signals() as stop, watch(board, progress, config, stop):
         try:
             result = trainer.fit()
         except (TrainingFailedError, OutOfMemoryError) as error:
