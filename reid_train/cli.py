@@ -32,13 +32,15 @@ class Train:
 
 def train(arguments: list[str]) -> None:
     """Train on a sharded dataset; measure, track and register the model."""
-    from reid_train.runs.run_dir import Run
-
     known = peek(arguments, "name", "output", flags=("resume", "resume-or-start"))
     if (known.resume or known.resume_or_start) and not (known.name and known.output):
         raise ConfigError("--resume needs the run's --name and --output")
-    resume = known.resume or (known.resume_or_start and Run.exists(known.output, known.name))
-    base = Run.read(known.output, known.name).config if resume else None
+    resume, base = known.resume, None
+    if resume or known.resume_or_start:
+        from reid_train.runs.run_dir import Run
+
+        resume = resume or Run.exists(known.output, known.name)
+        base = Run.read(known.output, known.name).config if resume else None
     parsed = parse_with_recipe(Train, arguments, f"{PROGRAM} train", base)
     from reid_train.runs.job import run
 

@@ -1,4 +1,4 @@
-"""What a training run is told: frozen, validated, the same in JSON, in flags and in MLflow.
+"""The settings of a training run: frozen, validated, the same in JSON, as flags and in MLflow.
 
 The defaults are the paper's (Ni, Fang, Huttunen, ICPR 2020). A recipe (`recipes.py`) is a named
 `TrainConfig`; every field is a flag, such as `--optimizer.learning-rate 3e-4`.
@@ -29,30 +29,30 @@ class BatchConfig(Section):
     """The global batch: P identities × K images, whatever the number of workers."""
 
     identities: Count = 16
-    """P, identities in a global batch."""
+    """P, people in a global batch; the training split must have as many."""
     images: Annotated[int, Field(ge=2)] = 4
-    """K, images of each identity; at least 2, or no anchor has a positive."""
+    """K, images of each person; at least 2, so that every anchor has a positive."""
     steps_per_epoch: Count | None = 200
-    """Optimizer steps an epoch; None uses every group of K images once."""
+    """Optimizer steps per epoch; None uses every group of K images once."""
     small_identities: Literal["replace", "drop"] = "replace"
-    """Identities with fewer than K images: drawn with replacement, or dropped as the authors do."""
+    """People with fewer than K images: draw with replacement, or drop them as the authors do."""
     window: Count = 16
-    """Shards that are mixed at a time; two windows are held in the node's cache."""
+    """Shards that are shuffled together; the node's cache must hold two windows."""
     accumulate: Count = 1
-    """Global batches whose gradients are averaged in one optimizer step."""
+    """Global batches per optimizer step; their gradients are averaged."""
 
 
 class ImageConfig(Section):
     """Size of the network's input."""
 
     height: Count = 384
-    """Pixels."""
+    """Height in pixels."""
     width: Count = 128
-    """Pixels."""
+    """Width in pixels."""
 
 
 class AugmentConfig(Section):
-    """Augmentation of training images, on the device, for the whole batch."""
+    """Augmentation of training images, on the device, a batch at a time."""
 
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
@@ -63,25 +63,29 @@ class AugmentConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network (METHOD: shared stages, a doubled last stage, a global and a regional branch)."""
+    """The network: shared stages, then a global and a regional branch with a last stage each."""
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
     """torchvision's ResNet (v1.5), with stride 1 in the last stage."""
     weights: str = "imagenet"
     """Backbone weights: 'imagenet', 'none', or a path or s3:// URL of a state dict."""
     stripes: Annotated[int, Field(ge=0)] = 2
-    """Horizontal stripes of the regional branch; 0 leaves the branch out."""
+    """Horizontal stripes of the regional branch; 0 removes the branch."""
     batch_norm: Literal["global", "local"] = "global"
-    """Statistics of the global batch, whatever the number of workers, or of each worker's part."""
+    """Batch norm over the global batch, or over each worker's part of it."""
 
 
 class AmplitudeConfig(Section):
-    """Amplitude by kind of tensor; None takes `regularization.amplitude`."""
+    """Amplitude by kind of tensor; None uses --regularization.amplitude."""
 
     kernel: NonNegative | None = None
+    """Amplitude of convolution and linear weights."""
     bias: NonNegative | None = None
+    """Amplitude of convolution and linear biases."""
     gamma: NonNegative | None = None
+    """Amplitude of batch norm weights."""
     beta: NonNegative | None = None
+    """Amplitude of batch norm biases."""
 
     def given(self) -> dict[str, float]:
         """The kinds whose amplitude is set."""
@@ -89,29 +93,29 @@ class AmplitudeConfig(Section):
 
 
 class RegularizationConfig(Section):
-    """L2 regularization in the loss: λ learnt per tensor, one constant λ, or none."""
+    """L2 regularization in the loss: a learnt λ per tensor, one constant λ, or none."""
 
     mode: Literal["adaptive", "constant", "none"] = "adaptive"
-    """Which of the three."""
+    """How λ is set."""
     amplitude: NonNegative = 0.005
-    """A in λ = A·hardsigmoid(θ)."""
+    """A in λ = A·hardsigmoid(θ), the largest λ (adaptive)."""
     amplitudes: AmplitudeConfig = AmplitudeConfig()
-    """Amplitudes by kind of tensor."""
+    """Amplitudes by kind of tensor (adaptive)."""
     saturation: Positive = 2.5
-    """c in hardsigmoid(θ) = clip(θ / 2c + 1/2, 0, 1)."""
+    """c in hardsigmoid(θ) = clip(θ / 2c + 1/2, 0, 1) (adaptive)."""
     theta_lr_multiplier: NonNegative = 1.0
-    """Learning rate of θ as a multiple of the weights'; 1 as published."""
+    """Learning rate of θ, as a multiple of the weights'; the paper uses 1 (adaptive)."""
     factor: NonNegative = 0.0005
-    """λ of every tensor in the constant mode."""
+    """λ of every tensor (constant)."""
     exclude: tuple[str, ...] = ()
-    """Patterns (fnmatch) of tensor names to leave out."""
+    """Patterns (fnmatch) of tensor names to leave unregularized."""
 
 
 class LossConfig(Section):
-    """Cross-entropy and batch-hard triplet loss on every head."""
+    """Cross-entropy and batch-hard triplet loss of every head."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Label smoothing of the cross-entropy."""
+    """Label smoothing of the cross-entropy, in [0, 1)."""
     cross_entropy_weight: NonNegative = 1.0
     """Weight of each head's cross-entropy."""
     triplet_weight: NonNegative = 1.0
@@ -119,40 +123,43 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Adam, and the two phases' learning rate by epoch."""
+    """Adam, the two training phases, and the learning rate by epoch."""
 
     learning_rate: Positive = 2e-4
     """Learning rate after the warm-up."""
     minimum_learning_rate: NonNegative = 2e-6
-    """Where the warm-up starts, and the floor of the decay."""
+    """Learning rate at the start of the warm-up, and the floor of the decay."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """Decay after the warm-up."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 10
     """Epochs of linear warm-up (step schedule)."""
     decay_every: Count = 30
-    """Epochs between divisions by 10 (step schedule)."""
+    """Epochs between divisions of the learning rate by 10 (step schedule)."""
     frozen_epochs: Annotated[int, Field(ge=0)] = 20
-    """Epochs of the first phase, the backbone frozen."""
+    """Epochs of the first phase, with the backbone frozen."""
     epochs: Count = 200
-    """Epochs of the second phase, everything trained."""
+    """Epochs of the second phase, with all weights trained."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Adam's decay rate of the gradient's mean."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Adam's decay rate of the squared gradient's mean."""
     epsilon: Positive = 1e-7
+    """Adam's ε."""
     clip_norm: Positive | None = None
-    """Largest norm of the whole gradient, the regularizer's part included; None does not clip."""
+    """Largest norm of the whole gradient, with the regularizer's part; None does not clip."""
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
-    """Steps of a run that are skipped where the gradient is not finite; one more ends the run."""
+    """Steps with a gradient that is not finite that a run may skip; one more ends the run."""
 
 
 class EvaluationConfig(Section):
-    """Retrieval on the query and gallery splits while training."""
+    """Evaluation on the query and gallery splits during training."""
 
     every: Count = 10
     """Epochs between evaluations; the last epoch is always evaluated."""
     initial: bool = True
-    """Evaluate before the first step, so that the summary shows before and after."""
+    """Evaluate before the first step, to show metrics before and after."""
     batch: Count = 128
-    """Images a worker embeds at a time."""
+    """Images that a worker embeds at a time."""
     mirror: bool = True
     """Average the embeddings of an image and of its mirror image."""
     metric: Literal["cosine", "euclidean"] = "cosine"
@@ -160,66 +167,65 @@ class EvaluationConfig(Section):
 
 
 class LoaderConfig(Section):
-    """How images reach a worker."""
+    """How a worker reads its images."""
 
     workers: Annotated[int, Field(ge=0)] = 4
-    """Decoding processes of each training worker; 0 decodes in the worker itself."""
+    """Decoding processes of each training worker; 0 decodes in the worker's own process."""
     cache: Path = Path("~/.cache/reid/shards")
-    """The node's shard cache."""
+    """Folder of the node's shard cache."""
     cache_bytes: Count = 200 * 10**9
-    """Bound of the cache, in bytes."""
+    """Largest size of the cache, in bytes."""
 
 
 class CheckpointConfig(Section):
-    """When a checkpoint is written; the two best by mAP and the last are kept."""
+    """When to write checkpoints (the two best by mAP and the last are kept), and failures."""
 
     every_steps: Count | None = 500
-    """Optimizer steps between checkpoints; None writes one after each evaluation only."""
+    """Optimizer steps between checkpoints; None writes them only after evaluations."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Failures of workers to recover from before the run is given up; -1 for no bound."""
+    """Failures of workers before the run gives up; -1 for no limit."""
     hang_seconds: Annotated[int, Field(ge=10)] = 600
-    """How long a worker may be silent, or wait for another, until all start again from the last
-    checkpoint; more than the first rank takes to rank the gallery."""
+    """Seconds without an answer after which all workers restart; ranking must take less."""
 
 
 class TrackingConfig(Section):
-    """MLflow: where runs are tracked and models registered."""
+    """MLflow: where to track runs and register models."""
 
     uri: str | None = None
-    """MLflow; None takes MLFLOW_TRACKING_URI, or SQLite beside the output; 'off' is none."""
+    """MLflow server; None: MLFLOW_TRACKING_URI, or SQLite beside the output; 'off': none."""
     experiment: str = "reid"
     """MLflow experiment."""
     model_name: str | None = None
-    """Name in the model registry; None is 'reid-<dataset>'; 'off' registers nothing."""
+    """Name in the model registry; None: reid-<dataset>; 'off': do not register."""
     every_steps: Count = 10
-    """Optimizer steps between looks at the losses (each waits for the device)."""
+    """Optimizer steps between two logged losses (reading them waits for the device)."""
 
 
 class TrainConfig(Section):
-    """Everything that decides a run, apart from the data itself."""
+    """All settings of a run; with the data, they decide its result."""
 
     recipe: str = "msmt17_resnet50"
-    """Name of the recipe that the other values started from."""
+    """Recipe that gives all other defaults: see `recipes`."""
     data: str = ""
-    """Sharded dataset: s3://bucket/prefix or a folder."""
+    """Sharded dataset: s3://bucket/prefix or a folder (needed)."""
     output: str = ""
-    """Where runs are kept: s3://bucket/prefix or a folder."""
+    """Where runs are kept: s3://bucket/prefix or a folder (needed)."""
     name: str | None = None
-    """Name of the run, a folder under the output; None makes one from the recipe and the time."""
+    """Name of the run, a folder under the output; None: recipe and time."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of weights, batches and augmentation."""
     workers: Count = 1
-    """Training workers (one GPU each where there are GPUs); they share the global batch."""
+    """Training workers, with a GPU each if there are GPUs; they share the global batch."""
     min_workers: Count | None = None
-    """Fewest workers to go on with where nodes come and go; None waits for all `workers`."""
+    """Fewest workers to continue with when nodes leave; None waits for all workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes GPUs if the Ray cluster has enough for all workers."""
+    """auto uses GPUs if the Ray cluster has enough for all workers."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    """auto runs the network in bfloat16 where the device has it."""
+    """auto runs the network in bfloat16 on devices that support it."""
     compile: bool = False
     """Compile the network with torch.compile."""
     deterministic: bool = False
-    """Only deterministic kernels (on CUDA slower; the CPU's are so anyway)."""
+    """Use deterministic kernels only; slower on CUDA, no difference on CPUs."""
     batch: BatchConfig = BatchConfig()
     image: ImageConfig = ImageConfig()
     augment: AugmentConfig = AugmentConfig()
