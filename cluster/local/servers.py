@@ -15,12 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import boto3
-import boto3.session
-import botocore.exceptions
 import psutil
 import tyro
-from botocore.config import Config
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -217,9 +213,13 @@ def _print(folder: Path, addresses: Addresses, console: Console) -> list[str]:
 
 def _s3_answers(folder: Path) -> bool:
     """Whether a signed request is answered."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
     try:
         known = environment(folder)
-        client = boto3.session.Session().client(
+        client = boto3.client(
             "s3",
             endpoint_url=known["AWS_ENDPOINT_URL"],
             aws_access_key_id=known["AWS_ACCESS_KEY_ID"],
@@ -230,6 +230,6 @@ def _s3_answers(folder: Path) -> bool:
             ),
         )
         client.list_buckets()
-    except (OSError, KeyError, botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+    except (OSError, KeyError, BotoCoreError, ClientError):
         return False
     return True
