@@ -9,8 +9,8 @@ from rich.console import Console
 from data_shards.dataset import Dataset
 from data_shards.progress import Display, display, make_console, phase
 from data_shards.storage import open_storage
-from reid_train import report
 from reid_train.config import TrainConfig
+from reid_train.report.summary import Row
 from reid_train.runs import preflight, run_lock
 from reid_train.runs.console import UNITS
 from reid_train.runs.publish import Summary, publish, show
@@ -44,7 +44,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
 
 def _run(
     config: TrainConfig, resume: bool, progress: Display
-) -> tuple[Summary, list[report.Row], TrainConfig]:
+) -> tuple[Summary, list[Row], TrainConfig]:
     """Check the settings, take the run's name, and train."""
     config = prepare(config)
     with phase(progress, "opening the dataset"):
@@ -65,7 +65,7 @@ def _train(
     saved: Run | None,
     own: run_lock.Claim,
     progress: Display,
-) -> tuple[Summary, list[report.Row]]:
+) -> tuple[Summary, list[Row]]:
     """The run itself, its name and its lease taken."""
     with Tracker.start(
         None if config.tracking.uri == "off" else config.tracking.uri,
