@@ -91,7 +91,7 @@ def evaluate(arguments: list[str]) -> None:
 
 def embed(arguments: list[str]) -> None:
     """Write the embeddings of a dataset."""
-    from reid_train.commands import evaluate as commands
+    from reid_train.commands import embed as commands
 
     commands.embed(parse(commands.Embed, arguments, f"{PROGRAM} embed"), make_console())
 

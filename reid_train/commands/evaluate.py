@@ -1,63 +1,27 @@
-"""`python -m reid_train evaluate` and `embed`: what they are told, and what they do in turn."""
+"""`reid_train evaluate`: what it is told, and what it does in turn."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import ray
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError
-from reid_train.commands.measure import (
-    evaluate_embeddings,
-    progress_bars,
-    say_needed,
-    show,
-    write_measurement,
-)
+from data_shards.progress import display
+from reid_train.commands.embed import Embed, embed
 from reid_train.config import LoaderConfig
-from reid_train.evaluation.distributed import measure_distributed
-from reid_train.evaluation.embedding_job import embed_dataset
-from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles
-from reid_train.evaluation.evaluate import Measurement, Measures
-from reid_train.runs.ray_trainer import start_ray
-from reid_train.tracking.tracker import Tracker
-from reid_train.tracking.uris import registry_uri
+from reid_train.evaluation.measures import Measures
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-@dataclass(frozen=True)
-class Embed:
-    """Embed a dataset with a model; write Parquet parts, and go on where an earlier try ended.
-
-    python -m reid_train embed --model models:/reid-msmt17@champion --data s3://bucket/msmt17
-        --out s3://bucket/embeddings
-    """
-
-    model: str
-    """models:/name@champion, models:/name/3, or a checkpoint's or run's folder or s3:// URL."""
-    data: str
-    """Sharded dataset: s3://bucket/prefix or a folder."""
-    out: str
-    """Where the parts go: s3://bucket/prefix or a folder."""
-    splits: tuple[str, ...] = ("query", "gallery")
-    """Which splits."""
-    workers: int = 1
-    """Ray workers, each with a copy of the model."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cuda gives each worker a GPU; auto does where enough are free."""
-    batch: int | None = None
-    """Images that a worker embeds at a time; None takes the model's own."""
-    tracking_uri: str | None = None
-    """MLflow, for models:/…; by default MLFLOW_TRACKING_URI."""
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    from data_shards.dataset import Dataset
+    from reid_train.evaluation.evaluate import Measurement
 
 
 @dataclass(frozen=True)
@@ -74,15 +38,15 @@ class Evaluate:
     model: str | None = None
     """models:/name@champion, models:/name/3, or a checkpoint's or run's folder or s3:// URL."""
     data: str | None = None
-    """Sharded dataset whose query and gallery the model is measured on."""
+    """Sharded dataset; the model is measured on its query and gallery."""
     output: str | None = None
-    """Where to write the measurement as JSON; a path or s3://…"""
+    """Where to write the measurement as JSON: a path or s3://…"""
     workers: int = 1
-    """Ray workers that embed; more than one also share the measuring of Parquet embeddings."""
+    """Ray workers that embed; if more than one, they also measure Parquet embeddings."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cuda gives each embedding worker a GPU; auto does where enough are free."""
+    """cuda gives each embedding worker a GPU; auto does if enough are free."""
     batch: int | None = None
-    """Images that a worker embeds at a time; None takes the model's own."""
+    """Images that a worker embeds at a time; by default the model's evaluation.batch."""
     tracking_uri: str | None = None
     """MLflow, for models:/… and to log to; by default MLFLOW_TRACKING_URI."""
     experiment: str = "reid-evaluation"
@@ -90,109 +54,211 @@ class Evaluate:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     measures: Annotated[Measures, tyro.conf.arg(name="")] = field(default_factory=Measures)
 
-
-def embed(settings: Embed, console: Console) -> int:
-    """Run `embed`; return the number of images."""
-    images = _embed(settings, console)
-    console.print(f"{images:,} embeddings at {settings.out}", highlight=False, soft_wrap=True)
-    return images
-
-
-def _embed(settings: Embed, console: Console) -> int:
-    start_ray(settings.workers)
-    with _bar(console) as progress:
-        return embed_dataset(
-            settings.model,
-            settings.data,
-            settings.out,
-            splits=settings.splits,
-            workers=settings.workers,
-            device=settings.device,
-            tracking_uri=settings.tracking_uri,
-            loader=settings.loader,
-            batch=settings.batch,
-            progress=progress,
+    def embedding(self, out: str) -> Embed:
+        """The settings of embedding the model's images."""
+        assert self.model is not None
+        assert self.data is not None
+        return Embed(
+            model=self.model,
+            data=self.data,
+            out=out,
+            workers=self.workers,
+            device=self.device,
+            batch=self.batch,
+            tracking_uri=self.tracking_uri,
+            loader=self.loader,
         )
+
+    def check(self) -> None:
+        """Raise `ConfigError` for what does not go together or is out of range."""
+        self.measures.check()
+        if self.workers < 1:
+            raise ConfigError(f"--workers must be at least 1, not {self.workers}")
+        if self.model is None:
+            if self.embeddings is None:
+                raise ConfigError("give --embeddings FILE, or --model and --data")
+            if self.data or self.tracking_uri:
+                raise ConfigError(
+                    "--data and --tracking-uri go with --model: --embeddings are measured as they "
+                    "are"
+                )
+            return
+        if self.data is None:
+            raise ConfigError("--model needs --data: the sharded dataset to measure it on")
+        if (self.embeddings or "").endswith(".npz"):
+            raise ConfigError(
+                "a model's embeddings are kept as Parquet: --embeddings is a folder here"
+            )
+        self.embedding("").check()
 
 
 def evaluate(settings: Evaluate, console: Console) -> Measurement:
-    """Run `evaluate`: embed if a model is given, measure, show, write, and log."""
-    measures = settings.measures
-    measures.check()
+    """Run the command: embed if a model is given, measure, show, write, and log."""
+    settings.check()
     if settings.model is None:
-        if settings.embeddings is None:
-            raise ConfigError("give --embeddings FILE, or --model and --data")
-        if settings.data or settings.tracking_uri:
-            raise ConfigError(
-                "--data and --tracking-uri go with --model: --embeddings are measured as they are"
-            )
+        assert settings.embeddings is not None
         found = _measure(settings.embeddings, settings, console)
         _write(settings, found, settings.embeddings, console)
         return found
-    if settings.data is None:
-        raise ConfigError("--model needs --data: the sharded dataset to measure it on")
-    if (settings.embeddings or "").endswith(".npz"):
-        raise ConfigError("a model's embeddings are kept as Parquet: --embeddings is a folder here")
+    import ray
+
+    from data_shards.dataset import Dataset
+    from reid_train.runs.ray_trainer import start_ray
+
+    assert settings.data is not None
     dataset = Dataset.open(settings.data)
-    measures.check_sizes(len(dataset.index("query")), len(dataset.index("gallery")))
+    settings.measures.check(len(dataset.index("query")), len(dataset.index("gallery")))
     start_ray(settings.workers)
     if settings.embeddings is None and len(ray.nodes()) > 1:
         raise ConfigError(
-            "on several nodes, say where they can all write: --embeddings s3://bucket/prefix"
+            "on several nodes, give a place that all can write to: --embeddings s3://bucket/prefix"
         )
-    place = nullcontext(settings.embeddings) if settings.embeddings else _temporary()
+    place = nullcontext(settings.embeddings)
+    if settings.embeddings is None:
+        place = tempfile.TemporaryDirectory(prefix="reid-embeddings-")
     with place as out:
         assert out is not None
-        loader, uri = settings.loader, settings.tracking_uri
-        _embed(
-            Embed(
-                model=settings.model,
-                data=settings.data,
-                out=out,
-                workers=settings.workers,
-                device=settings.device,
-                batch=settings.batch,
-                tracking_uri=uri,
-                loader=loader,
-            ),
-            console,
-        )
+        embed(settings.embedding(out), console)
         found = _measure(out, settings, console)
     _write(settings, found, f"{settings.model} on {settings.data}", console)
-    _log(settings, found, dataset)
+    _log(settings, found, dataset, console)
     return found
 
 
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a line as it is: brackets in names are no markup, and addresses are not broken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+
+
 def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
+    """Read embeddings, print what measuring them takes, measure, and show the outcome."""
+    from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, read_embeddings
+    from reid_train.evaluation.evaluate import UNITS, evaluate, evaluate_files
+
     measures, workers = settings.measures, settings.workers
-    if url.endswith(".npz") and workers > 1:
-        console.print("an npz file is measured in one process; Parquet is what workers share")
-    if url.endswith(".npz") or workers == 1:
-        return evaluate_embeddings(url, measures, console)
+    if url.endswith(".npz"):
+        if workers > 1:
+            _say(console, "npz files are measured in one process; Parquet files by all workers")
+        query, gallery, labels = read_embeddings(url)
+        measures.check(len(query), len(gallery))
+        say_needed(len(query), len(gallery), query.shape[1], measures, console)
+        with display(console, units=UNITS) as progress:
+            found = evaluate(query, gallery, labels, measures, progress=progress)
+        show(found, console)
+        return found
     files = EmbeddingFiles.open(url)
-    longest = max((piece.rows for piece in files.pieces), default=0)
-    if longest > 4 * ROWS:
-        console.print(
-            f"{url} has row groups of {longest:,} rows, and one worker reads a whole one: "
-            f"write it with row_group_size={ROWS} to share it better"
-        )
     labels = files.labels
-    sizes = len(labels.query_pid), len(labels.gallery_pid), files.dimensions
-    start_ray(workers)
-    say_needed(*sizes, measures, console, workers=workers)
-    with progress_bars(console) as progress:
-        found = measure_distributed(files, measures, workers=workers, progress=progress)
+    sizes = len(labels.query_pid), len(labels.gallery_pid)
+    measures.check(*sizes)
+    longest = max((group.rows for group in files.groups), default=0)
+    if workers > 1 and longest > 4 * ROWS:
+        _say(
+            console,
+            f"{url} has row groups of {longest:,} rows, and a worker reads a whole one: "
+            f"write it with row_group_size={ROWS} to divide it better",
+        )
+    if workers > 1:
+        from reid_train.runs.ray_trainer import start_ray
+
+        start_ray(workers)
+    say_needed(*sizes, files.dimensions, measures, console, workers=workers)
+    with display(console, units=UNITS) as progress:
+        found = evaluate_files(files, measures, workers=workers, progress=progress)
     show(found, console)
     return found
 
 
+def say_needed(
+    queries: int,
+    gallery: int,
+    dimensions: int,
+    measures: Measures,
+    console: Console,
+    *,
+    workers: int = 1,
+) -> None:
+    """Print how much there is to measure, and the memory that it takes here and in workers."""
+    import psutil
+
+    from reid_train.evaluation.memory import cluster_memory, memory_needed
+
+    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    memory = "memory with re-ranking" if measures.rerank else "memory"
+    if workers == 1:
+        needed = memory_needed(queries, gallery, dimensions, measures)
+        text = f"{needed / 1e9:.1f} GB of {memory}, {available / 1e9:.1f} GB available"
+    else:
+        parts = cluster_memory(queries, gallery, dimensions, measures, workers)
+        needed = parts.driver + workers * parts.worker + parts.node
+        text = (
+            f"{parts.driver / 1e9:.1f} GB of {memory} in the driver, {parts.worker / 1e9:.1f} GB "
+            f"in each of {workers} workers, and {parts.node / 1e9:.1f} GB shared by the workers of "
+            f"a node; {available / 1e9:.1f} GB available here"
+        )
+    _say(
+        console,
+        f"{queries:,} queries × {gallery:,} gallery images × {dimensions:,} dimensions: at most "
+        f"about {text}",
+    )
+    if needed > available:
+        where = " on one machine" if workers > 1 else ""
+        text = f"this may not fit{where}; the machine will swap or stop the program"
+        _say(console, text, style="yellow")
+
+
+def show(found: Measurement, console: Console) -> None:
+    """Print a measurement as a table, and another one of camera pairs if there are any."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    result, measures = found.result, found.measures
+    steps = [measures.metric]
+    steps += [f"query expansion {measures.expand}"] if measures.expand else []
+    steps += [f"database augmentation {measures.augment}"] if measures.augment else []
+    _say(console, ", ".join(steps))
+    table, rows = Table(), {"": result}
+    if found.plain is not None:
+        settings = f"k1 {measures.k1}, k2 {measures.k2}, λ {measures.weight:g}"
+        rows = {"plain": found.plain, f"re-ranked ({settings})": result}
+        table.add_column("ranking")
+    for name in result.summary():
+        table.add_column(name, justify="right")
+    for name, part in rows.items():
+        values = [f"{100 * value:.2f} %" for value in part.summary().values()]
+        table.add_row(*([name] if name else []), *values)
+    console.print(table)
+    if result.valid < found.queries:
+        _say(console, f"{found.queries - result.valid:,} queries without a match were left out")
+    if found.pairs:
+        _say(console, "by camera pair, in %")
+        # Narrow: nine columns fit a terminal.
+        pairs = Table("query", "gallery", "queries", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in next(iter(found.pairs.values())).summary():
+            pairs.add_column(name, justify="right")
+        for (a, b), part in found.pairs.items():
+            values = [f"{100 * value:.2f}" for value in part.summary().values()]
+            pairs.add_row(str(a), str(b), f"{part.valid:,}", *values)
+        console.print(pairs)
+
+
 def _write(settings: Evaluate, found: Measurement, source: str, console: Console) -> None:
-    if settings.output:
-        write_measurement(settings.output, found, source)
-        console.print(f"written to {settings.output}", highlight=False, soft_wrap=True)
+    """Write a measurement as JSON, whole or not at all, if --output is given."""
+    from data_shards.storage import open_storage
+
+    if not settings.output:
+        return
+    folder, _, key = settings.output.rpartition("/")
+    text = json.dumps({"embeddings": source, **found.to_json()}, indent=2, ensure_ascii=False)
+    storage = open_storage(folder or ("/" if settings.output.startswith("/") else "."))
+    storage.write(key, text.encode() + b"\n")
+    _say(console, f"written to {settings.output}")
 
 
-def _log(settings: Evaluate, found: Measurement, dataset: Dataset) -> None:
+def _log(settings: Evaluate, found: Measurement, dataset: Dataset, console: Console) -> None:
+    """Log a model's measurement to MLflow, if one is named."""
+    from reid_train.tracking.tracker import Tracker
+    from reid_train.tracking.uris import registry_uri
+
     assert settings.model is not None
     given = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not given and not settings.model.startswith("models:/"):
@@ -208,20 +274,8 @@ def _log(settings: Evaluate, found: Measurement, dataset: Dataset) -> None:
                 "evaluation_digest": dataset.manifest.evaluation_digest,
             }
         )
-        # MLflow takes neither @ nor = in a name.
-        summary = found.result.summary().items()
-        tracker.log({k.replace("@", " at ").replace("=", " "): v for k, v in summary}, 0)
-
-
-@contextmanager
-def _temporary():
-    with tempfile.TemporaryDirectory(prefix="reid-embeddings-") as folder:
-        yield str(Path(folder))
-
-
-@contextmanager
-def _bar(console: Console):
-    columns = TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("embedding", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        summary = dict(found.result.summary())
+        if found.plain is not None:
+            summary |= {f"plain {k}": v for k, v in found.plain.summary().items()}
+        # MLflow accepts neither @ nor = in a name.
+        tracker.log({k.replace("@", " at ").replace("=", " "): v for k, v in summary.items()}, 0)

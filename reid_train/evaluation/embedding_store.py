@@ -1,9 +1,9 @@
-"""Files of embeddings: written in parts, read by stretches, local or on S3.
+"""Files of embeddings: written in parts, read in blocks, local or on S3.
 
 A Parquet row is an image: `embedding` (a list of float32), `pid`, `camid`, `split` ("query",
-"gallery", …) and, if known, `path`. A folder of parts is read in the order of their names. An
-npz file holds `query_embedding`, `query_pid`, `query_camid`, and the same for the gallery. So
-features of any other system can be measured.
+"gallery", …) and, if known, `path`. A folder of parts is read in the order of their names. An npz
+file holds `query_embedding`, `query_pid`, `query_camid`, and the same for the gallery. So features
+of any other system can be measured.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 from data_shards.errors import DataError, ObjectMissing, ReidError
 from data_shards.storage import Storage, open_file, open_storage
 from reid_train.evaluation.ground_truth import Labels
-from reid_train.evaluation.similarity import checked_side
+from reid_train.evaluation.similarity import check_features, check_shapes
 
 SUFFIX = ".parquet"
-JOB = "job.json"  # in a folder of parts: of what they are, and how many
-ROWS = 8192  # rows of a row group: what a reader holds at a time
+JOB = "job.json"  # in a folder of parts: what they were made from, and how many there are
+ROWS = 8192  # rows of a row group, which a reader holds at a time
 _LABELS = ("pid", "camid", "split")
 
 
@@ -56,9 +56,9 @@ def part_key(number: int) -> str:
 def write_part(storage: Storage, key: str, table: EmbeddingTable) -> None:
     """Write embeddings as one Parquet file, whole or not at all.
 
-    Raises `DataError` if an embedding is NaN or infinite: a file of those would be of no use.
+    Raises `DataError` if an embedding is NaN or infinite: such a file cannot be measured.
     """
-    embedding = checked_side("computed", table.embedding).embedding
+    embedding = check_features("computed", table.embedding).embedding
     values = pa.FixedSizeListArray.from_arrays(pa.array(embedding.reshape(-1)), embedding.shape[1])
     columns = {
         "embedding": values,
@@ -69,7 +69,7 @@ def write_part(storage: Storage, key: str, table: EmbeddingTable) -> None:
     if len(table.path):
         columns["path"] = pa.array(list(table.path), pa.string())
     sink = io.BytesIO()
-    # Embeddings are noise to a compressor and to a dictionary.
+    # Compression and dictionaries do not make embeddings smaller.
     pq.write_table(
         pa.table(columns), sink, row_group_size=ROWS, compression="none", use_dictionary=False
     )
@@ -105,13 +105,13 @@ class _Ranges(io.RawIOBase):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A row group of a part: what one worker reads at a time.
+class RowGroup:
+    """What a task reads at a time.
 
     Args:
         key: the part.
-        group: number of the row group.
-        first: number of its first row in the whole.
+        group: number of the row group in the part.
+        first: number of its first row among the rows of all parts.
         rows: how many it has.
     """
 
@@ -129,14 +129,14 @@ class EmbeddingFiles:
         url: what was opened.
         storage: where the parts are.
         dimensions: D.
-        pieces: all row groups, in order.
+        groups: all row groups, in order.
         pid, camid, split: (N,) of all rows.
     """
 
     url: str
     storage: Storage
     dimensions: int
-    pieces: tuple[Piece, ...]
+    groups: tuple[RowGroup, ...]
     pid: np.ndarray
     camid: np.ndarray
     split: np.ndarray
@@ -149,8 +149,7 @@ class EmbeddingFiles:
             DataError: no such file, missing columns, or parts of different dimensions.
         """
         storage, keys = _parts(url)
-        pieces, labels, dimensions = [], [], 0
-        first = 0
+        groups, labels, dimensions, first = [], [], 0, 0
         for key in keys:
             file = _open_part(storage, key)
             width = _dimensions(file, f"{storage.url}/{key}")
@@ -162,17 +161,14 @@ class EmbeddingFiles:
             dimensions = dimensions or width
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
-                pieces.append(Piece(key, group, first, rows))
+                groups.append(RowGroup(key, group, first, rows))
                 first += rows
             with _readable(f"{storage.url}/{key}"):
                 labels.append(file.read(columns=list(_LABELS)))
-        table = pa.concat_tables(labels, promote_options="permissive")
-        for name in _LABELS:
-            if table[name].null_count:
-                raise DataError(f"{url}: column {name} has missing values")
-        pid, camid = (_integers(table[name], f"{url}: column {name}") for name in ("pid", "camid"))
-        split = table["split"].to_numpy()
-        return cls(url, storage, dimensions, tuple(pieces), pid, camid, split)
+        with _readable(url):
+            table = pa.concat_tables(labels, promote_options="permissive")
+        columns = [_label_column(table, name, url) for name in _LABELS]
+        return cls(url, storage, dimensions, tuple(groups), *columns)
 
     @property
     def labels(self) -> Labels:
@@ -180,68 +176,61 @@ class EmbeddingFiles:
         query, gallery = self.split == "query", self.split == "gallery"
         return Labels(self.pid[query], self.camid[query], self.pid[gallery], self.camid[gallery])
 
+    def edges(self, split: str) -> list[tuple[int, int]]:
+        """Each row group's images of a split: number of the first, and one past the last."""
+        before = np.concatenate([[0], np.cumsum(self.split == split)])
+        return [(int(before[g.first]), int(before[g.first + g.rows])) for g in self.groups]
+
     def blocks(
-        self, split: str, pieces: tuple[Piece, ...] | None = None
+        self, split: str, first: int, stop: int, size: int
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """A split's embeddings by stretches: number of the first in the split, (n, D) float32.
+        """A split's images from `first` up to `stop`, `size` at a time; the last may be fewer.
+
+        Blocks do not depend on where row groups end.
+
+        Yields:
+            Number of the first image in the split, and (n, D) float32.
 
         Raises:
             DataError: embeddings of another length, NaN or infinite; says which row.
         """
-        before = np.concatenate([[0], np.cumsum(self.split == split)])
-        for piece in self.pieces if pieces is None else pieces:
-            wanted = self.split[piece.first : piece.first + piece.rows] == split
-            if not wanted.any():
-                continue
-            file, done = _open_part(self.storage, piece.key), 0
-            for batch in _batches(file, piece.group, f"{self.storage.url}/{piece.key}"):
-                first = piece.first + done
-                matrix = _matrix(batch.column(0), self.dimensions, f"{self.url}, row {first}")
-                checked_side(f"{self.url}:", matrix, first)
-                chosen = matrix[wanted[done : done + len(matrix)]]
-                if len(chosen):
-                    yield int(before[first]), chosen
-                done += len(matrix)
-
-    def stretches(
-        self, split: str, first: int, stop: int, size: int
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """As `blocks`, from image `first` of the split up to `stop`, `size` of them at a time.
-
-        Only the last may be shorter, so that where row groups end makes no difference.
-        """
-        touched = [
-            piece
-            for piece, (a, b) in zip(self.pieces, self.edges(split), strict=True)
-            if max(a, first) < min(b, stop)
-        ]
         at, filled = first, 0
         out = np.empty((min(size, stop - at), self.dimensions), np.float32)
-        for start, block in self.blocks(split, tuple(touched)):
-            rest = block[max(first - start, 0) : max(stop - start, 0)]
-            while len(rest):
-                taken = rest[: len(out) - filled]
-                out[filled : filled + len(taken)] = taken
-                filled, rest = filled + len(taken), rest[len(taken) :]
-                if filled == len(out):
-                    yield at, out
-                    at, filled = at + filled, 0
-                    out = np.empty((min(size, stop - at), self.dimensions), np.float32)
+        for group, (start, end) in zip(self.groups, self.edges(split), strict=True):
+            if max(start, first) >= min(end, stop):
+                continue
+            for rows in self._rows(split, group):
+                rest = rows[max(first - start, 0) : max(stop - start, 0)]
+                start += len(rows)
+                while len(rest):
+                    taken = rest[: len(out) - filled]
+                    out[filled : filled + len(taken)] = taken
+                    filled, rest = filled + len(taken), rest[len(taken) :]
+                    if filled == len(out):
+                        yield at, out
+                        at, filled = at + filled, 0
+                        out = np.empty((min(size, stop - at), self.dimensions), np.float32)
 
-    def edges(self, split: str) -> list[tuple[int, int]]:
-        """Each piece's images of a split: number of the first, and of the one past the last."""
-        before = np.concatenate([[0], np.cumsum(self.split == split)])
-        return [(int(before[p.first]), int(before[p.first + p.rows])) for p in self.pieces]
+    def _rows(self, split: str, group: RowGroup) -> Iterator[np.ndarray]:
+        """A row group's embeddings of a split, at most ROWS at a time."""
+        wanted = self.split[group.first : group.first + group.rows] == split
+        file, done = _open_part(self.storage, group.key), 0
+        for batch in _batches(file, group.group, f"{self.storage.url}/{group.key}"):
+            first = group.first + done
+            matrix = _matrix(batch.column(0), self.dimensions, f"{self.url}, row {first}")
+            check_features(f"{self.url}:", matrix, first)
+            yield matrix[wanted[done : done + len(matrix)]]
+            done += len(matrix)
 
     def read(self, *splits: str) -> np.ndarray:
         """All embeddings of splits, one after another, (n, D) float32."""
-        out = np.empty((np.count_nonzero(np.isin(self.split, splits)), self.dimensions), np.float32)
-        start = 0
-        for split in splits:
-            for first, block in self.blocks(split):
+        counts = [int(np.count_nonzero(self.split == split)) for split in splits]
+        out, start = np.empty((sum(counts), self.dimensions), np.float32), 0
+        for split, count in zip(splits, counts, strict=True):
+            for first, block in self.blocks(split, 0, count, ROWS):
                 out[start + first : start + first + len(block)] = block
-            start += np.count_nonzero(self.split == split)
-        pa.default_memory_pool().release_unused()  # which else keeps some row groups' memory
+            start += count
+        pa.default_memory_pool().release_unused()  # it would keep some row groups' memory
         return out
 
 
@@ -261,17 +250,23 @@ def read_embeddings(url: str) -> tuple[np.ndarray, np.ndarray, Labels]:
             found = {name: arrays[name] for name in arrays.files}
     except ReidError:
         raise
-    except Exception as error:  # what a damaged archive makes NumPy raise has no other base
+    except Exception as error:  # a damaged archive makes NumPy raise errors without a common base
         raise DataError(f"{url} cannot be read as npz ({error}): is it complete?") from error
     names = [
-        f"{side}_{name}" for name in ("embedding", "pid", "camid") for side in ("query", "gallery")
+        f"{split}_{name}"
+        for name in ("embedding", "pid", "camid")
+        for split in ("query", "gallery")
     ]
     if missing := [name for name in names if name not in found]:
         raise DataError(f"{url} has no {', '.join(missing)}; it must have {', '.join(names)}")
     query, gallery, query_pid, gallery_pid, query_camid, gallery_camid = (
         found[name] for name in names
     )
-    return query, gallery, Labels(query_pid, query_camid, gallery_pid, gallery_camid)
+    try:
+        labels = Labels(query_pid, query_camid, gallery_pid, gallery_camid)
+        return *check_shapes(query, gallery, labels), labels
+    except DataError as error:
+        raise DataError(f"{url}: {error}") from None
 
 
 def _parts(url: str) -> tuple[Storage, list[str]]:
@@ -289,8 +284,8 @@ def _parts(url: str) -> tuple[Storage, list[str]]:
         wanted = [part_key(number) for number in range(_parts_of_job(storage))]
         if missing := sorted(set(wanted) - set(keys)):
             raise DataError(
-                f"{url} has {len(wanted) - len(missing)} of {len(wanted)} parts: embed again with "
-                "the same command, which goes on with what is missing"
+                f"{url} has {len(wanted) - len(missing)} of {len(wanted)} parts: run `embed` again "
+                "with the same settings to add the missing ones"
             )
         return storage, wanted
     return storage, keys
@@ -301,7 +296,7 @@ def _parts_of_job(storage: Storage) -> int:
     try:
         return int(json.loads(storage.read(JOB))["parts"])
     except (ValueError, LookupError, TypeError):
-        raise DataError(f"{where} does not say how many parts there are: embed again") from None
+        raise DataError(f"{where} does not have the number of parts: embed again") from None
 
 
 def _open_part(storage: Storage, key: str) -> pq.ParquetFile:
@@ -309,21 +304,35 @@ def _open_part(storage: Storage, key: str) -> pq.ParquetFile:
     with _readable(where):
         file = pq.ParquetFile(pa.PythonFile(_Ranges(storage, key), mode="r"))
     names = file.schema_arrow.names
-    if missing := [name for name in ("embedding", *_LABELS) if name not in names]:
-        raise DataError(f"{where} has no column {', '.join(missing)}; it has {', '.join(names)}")
+    if missing := [name for name in ("embedding", *_LABELS) if names.count(name) != 1]:
+        raise DataError(
+            f"{where} must have one column {', one '.join(missing)}; it has {', '.join(names)}"
+        )
     return file
 
 
 def _dimensions(file: pq.ParquetFile, where: str) -> int:
+    """D of a part's embeddings; 0 if it has no rows."""
     kind = file.schema_arrow.field("embedding").type
-    if pa.types.is_fixed_size_list(kind):
-        return kind.list_size
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    lists = lists or pa.types.is_fixed_size_list(kind)
+    if not lists or not _numeric(kind.value_type):
         raise DataError(f"{where}: column embedding must hold lists of float32, not {kind}")
-    with _readable(where):
-        for batch in file.iter_batches(1, columns=["embedding"]):
-            return len(batch.column(0)[0])
-    return 0
+    if pa.types.is_fixed_size_list(kind):
+        width = kind.list_size
+    else:
+        with _readable(where):
+            batch = next(file.iter_batches(1, columns=["embedding"]), None)
+        if batch is None:
+            return 0
+        width = len(batch.column(0)[0]) if batch.column(0)[0].is_valid else 0
+    if width == 0:
+        raise DataError(f"{where}: the first embedding is empty; it must have numbers")
+    return width
+
+
+def _numeric(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
 def _batches(file: pq.ParquetFile, group: int, where: str) -> Iterator[pa.RecordBatch]:
@@ -338,7 +347,7 @@ def _batches(file: pq.ParquetFile, group: int, where: str) -> Iterator[pa.Record
 
 @contextmanager
 def _readable(where: str) -> Iterator[None]:
-    """Turn what Arrow says of damaged bytes into a `DataError`."""
+    """Turn Arrow's errors of damaged files into a `DataError`."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
@@ -346,19 +355,29 @@ def _readable(where: str) -> Iterator[None]:
 
 
 def _matrix(column: pa.Array, dimensions: int, where: str) -> np.ndarray:
-    """Lists as (n, D) float32; rows are counted from `where` in an error."""
-    lengths = pc.call_function("list_value_length", [column]).to_numpy(zero_copy_only=False)
+    """Lists as (n, D) float32; an error counts rows from `where`."""
+    lengths = pc.call_function("list_value_length", [column]).fill_null(0).to_numpy()
     wrong = np.flatnonzero(lengths != dimensions)
     if len(wrong):
         raise DataError(
-            f"{where} + {wrong[0]}: an embedding of {lengths[wrong[0]]} dimensions "
-            f"where others have {dimensions}"
+            f"{where} + {wrong[0]}: an embedding of {lengths[wrong[0]]} dimensions, "
+            f"but others have {dimensions}"
         )
     values = column.flatten().to_numpy(zero_copy_only=False)
-    return np.ascontiguousarray(values, np.float32).reshape(-1, dimensions)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, np.float32).reshape(-1, dimensions)
 
 
-def _integers(column: pa.ChunkedArray, what: str) -> np.ndarray:
-    if not pa.types.is_integer(column.type):
-        raise DataError(f"{what} must hold integers, not {column.type}")
-    return column.to_numpy().astype(np.int64)
+def _label_column(table: pa.Table, name: str, url: str) -> np.ndarray:
+    """A column of labels, checked."""
+    column = table[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if column.null_count:
+        raise DataError(f"{url}: column {name} has missing values")
+    kind = column.type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (text if name == "split" else pa.types.is_integer(kind)):
+        wanted = "strings" if name == "split" else "integers"
+        raise DataError(f"{url}: column {name} must hold {wanted}, not {kind}")
+    return column.to_numpy()

@@ -1,101 +1,98 @@
-"""From embeddings and what to measure of them, to a measurement that travels as JSON."""
+"""Evaluate embeddings: from what to measure to a measurement that is written as JSON.
+
+There is one way for one process and for a cluster. The work of each stage is divided into tasks
+over blocks of the gallery, or of the product of all images with all. A pool runs the tasks, here or
+on Ray's workers, and their results are combined. To rank Parquet embeddings on a cluster, tasks
+stream the gallery from storage. Re-ranking, expansion and augmentation compare all images with all:
+one task reads all embeddings, and each node holds them once in Ray's shared memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from typing import Any
 
 import numpy as np
 
-from data_shards.errors import ConfigError
-from reid_train.evaluation.camera_pairs import rank_by_camera_pair
-from reid_train.evaluation.distance_ranking import rank_distances
-from reid_train.evaluation.expansion import augment_gallery, check_expansion, expand_queries
-from reid_train.evaluation.ground_truth import Labels
-from reid_train.evaluation.metrics import RankingResult
-from reid_train.evaluation.ranking import rank
-from reid_train.evaluation.reranking import ReRanking, rerank
-from reid_train.evaluation.similarity import Metric
+from data_shards.progress import Progress, silent
+from reid_train.evaluation.embedding_store import EmbeddingFiles
+from reid_train.evaluation.ground_truth import (
+    Labels,
+    find_ground_truth,
+    split_by_camera,
+)
+from reid_train.evaluation.kernels.rank_counts import COSINE
+from reid_train.evaluation.measures import Measures
+from reid_train.evaluation.metrics import RankingResult, metrics_by_query_camera, metrics_of
+from reid_train.evaluation.neighbours import (
+    Block,
+    Neighbours,
+    Range,
+    all_pairs,
+    blocks_across,
+    merge,
+    query_gallery_pairs,
+    ranges,
+)
+from reid_train.evaluation.ranking import BLOCK, ranks_of
+from reid_train.evaluation.reranking import room_for_scores
+from reid_train.evaluation.similarity import Features, check_inputs, metric_code
+from reid_train.evaluation.task_pool import LocalPool, Pool, RayPool
+from reid_train.evaluation.tasks import (
+    Joined,
+    Separate,
+    Streamed,
+    accept_task,
+    camera_task,
+    count_task,
+    distance_task,
+    encode_all,
+    gallery_neighbour_task,
+    longest_task,
+    match_task,
+    neighbour_task,
+    read_all,
+    replaced,
+)
+from reid_train.evaluation.verification import BLOCK as ACCEPT_BLOCK
+from reid_train.evaluation.verification import rates_of
 
-Progress = Callable[[str, int, int], object]
-"""Told the stage's name, how much of it is done, and how much there is."""
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What to measure."""
-
-    metric: Metric = "cosine"
-    """Distance of the ranking."""
-    rerank: bool = False
-    """Re-rank by k-reciprocal encoding."""
-    k1: int = 20
-    """Re-ranking: neighbours looked at for reciprocity."""
-    k2: int = 6
-    """Re-ranking: neighbours averaged over; 1 leaves that out."""
-    weight: float = 0.3
-    """Re-ranking: λ, the share of the original distance."""
-    expand: int = 0
-    """Query expansion: gallery images that join each query; 0 is off."""
-    augment: int = 0
-    """Database augmentation: gallery images averaged over; 0 is off."""
-    alpha: float = 3.0
-    """The power of the similarity by which expansion and augmentation weigh."""
-    max_rank: int = 50
-    """Length of the CMC."""
-    false_accept_rates: tuple[float, ...] = ()
-    """Give the true accept rate at these false accept rates, too."""
-    camera_pairs: bool = False
-    """Break the metrics down by the query's and the gallery's camera, too."""
-
-    @property
-    def reranking(self) -> ReRanking:
-        """The settings of re-ranking."""
-        return ReRanking(self.k1, self.k2, self.weight)
-
-    def check(self) -> None:
-        """Raise `ConfigError` for what cannot be measured together."""
-        if self.rerank and (self.camera_pairs or self.false_accept_rates):
-            raise ConfigError(
-                "camera pairs and false accept rates are measured without re-ranking: "
-                "leave out one of the two"
-            )
-        if self.rerank:
-            self.reranking.check()
-        for name, k in (("--expand", self.expand), ("--augment", self.augment)):
-            if k < 0:
-                raise ConfigError(f"{name} takes a number of images, or 0 for none, not {k}")
-            if k:
-                check_expansion(k, self.alpha)
-        if self.max_rank < 1:
-            raise ConfigError(f"the CMC must have a rank at least, not {self.max_rank}")
-        if any(not 0 < rate < 1 for rate in self.false_accept_rates):
-            raise ConfigError(f"false accept rates lie in (0, 1), not {self.false_accept_rates}")
-
-    def check_sizes(self, queries: int, gallery: int) -> None:
-        """Raise `ConfigError` for what cannot be measured of so few images."""
-        if self.rerank:
-            self.reranking.check(queries + gallery)
-        for k in (self.expand, self.augment):
-            if k:
-                check_expansion(k, self.alpha, gallery)
+UNITS = {
+    "neighbours": "pairs",
+    "expansion": "pairs",
+    "augmentation": "pairs",
+    "distances": "queries",
+}
+"""What the stages count in progress; the others count images."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured, of how much."""
+    """What was measured, and of how much.
+
+    Args:
+        result: the metrics; of the re-ranked gallery if that was asked for.
+        queries, gallery, dimensions: sizes.
+        measures: the settings.
+        plain: the metrics before re-ranking, if there was one.
+        pairs: metrics by (query camera, gallery camera), as if there were only these two.
+    """
 
     result: RankingResult
     queries: int
     gallery: int
     dimensions: int
     measures: Measures
+    plain: RankingResult | None = None
     pairs: dict[tuple[int, int], RankingResult] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         """Metrics, CMC, sizes and settings, as JSON has them."""
-        return {
-            "metrics": self.result.summary(),
+        found: dict[str, object] = {"metrics": self.result.summary()}
+        if self.plain is not None:
+            found["metrics_before_reranking"] = self.plain.summary()
+        return found | {
             "cmc": self.result.cmc.tolist(),
             "queries": self.queries,
             "queries_with_match": self.result.valid,
@@ -109,49 +106,162 @@ class Measurement:
         }
 
 
-def measure(
+def evaluate(
     query: np.ndarray,
     gallery: np.ndarray,
     labels: Labels,
     measures: Measures,
-    progress: Progress = lambda stage, done, total: None,
+    *,
+    progress: Progress = silent,
 ) -> Measurement:
     """Measure how well the gallery answers the queries.
 
     Args:
         query, gallery: (Q, D), (G, D) float32 embeddings.
         labels: identities and cameras.
+        measures: what to measure.
+        progress: called with each stage.
 
     Raises:
-        DataError, ConfigError: as `rank`, `rerank` and the expansions.
+        DataError: NaN or infinite embeddings, other shapes or types, or no query with a match.
+        ConfigError: settings out of range, or too large for so few images.
     """
     measures.check()
-    if measures.expand:
-        query = expand_queries(query, gallery, k=measures.expand, alpha=measures.alpha)
-    if measures.augment:
-        gallery = augment_gallery(gallery, k=measures.augment, alpha=measures.alpha)
-    sizes = len(query), len(gallery), query.shape[1]
-    if measures.rerank:
-        blocks = rerank(
-            query, gallery, measures.reranking, metric=measures.metric, progress=progress
-        )
-        result = rank_distances(blocks, labels, max_rank=measures.max_rank)
-        return Measurement(result, *sizes, measures)
-    done = 0
+    features = check_inputs(query, gallery, labels)
+    measures.check(len(query), len(gallery))
+    source = Separate(*features)
+    if measures.compares_all:
+        source = Joined(Features.joined(*features), len(query))
+    edges = ranges(len(gallery), BLOCK)
+    return _Evaluation(LocalPool(progress), labels, measures).run(
+        source, edges, features[0].embedding.shape[1]
+    )
 
-    def compared(pairs: int) -> None:
-        nonlocal done
-        done += pairs
-        progress("ranking", done, len(query) * len(gallery))
 
-    result = rank(
-        query, gallery, labels.query_pid, labels.query_camid, labels.gallery_pid,
-        labels.gallery_camid, metric=measures.metric, max_rank=measures.max_rank,
-        false_accept_rates=measures.false_accept_rates, progress=compared,
-    )  # fmt: skip
-    pairs = {}
-    if measures.camera_pairs:
-        pairs = rank_by_camera_pair(
-            query, gallery, labels, metric=measures.metric, max_rank=measures.max_rank
+def evaluate_files(
+    files: EmbeddingFiles, measures: Measures, *, workers: int = 1, progress: Progress = silent
+) -> Measurement:
+    """`evaluate` embeddings in Parquet files, to the same bits.
+
+    Args:
+        files: query and gallery, on storage that every worker reaches.
+        workers: Ray tasks that run at a time; 1 does without Ray.
+    """
+    measures.check()
+    labels = files.labels
+    find_ground_truth(labels)
+    measures.check(len(labels.query_pid), len(labels.gallery_pid))
+    pool = RayPool(workers, progress) if workers > 1 else LocalPool(progress)
+    if workers > 1 and not measures.compares_all:
+        source = pool.put(Streamed(Features.of(files.read("query")), files))
+        edges = [(a, b) for a, b in files.edges("gallery") if a < b]
+    else:
+        source, edges = pool.one("reading", read_all, files), ranges(len(labels.gallery_pid), BLOCK)
+    return _Evaluation(pool, labels, measures).run(source, edges, files.dimensions)
+
+
+class _Evaluation:
+    """The stages of one evaluation. A source is a `tasks.Source`, or what a pool makes of it."""
+
+    def __init__(self, pool: Pool, labels: Labels, measures: Measures) -> None:
+        self.pool, self.labels, self.measures = pool, labels, measures
+        self.queries, self.gallery = len(labels.query_pid), len(labels.gallery_pid)
+        self.truth = find_ground_truth(labels)
+        self.shared_truth = pool.put(self.truth)
+
+    def run(self, source: Any, edges: list[Range], dimensions: int) -> Measurement:
+        """All stages.
+
+        Args:
+            edges: the ranges of the gallery that are read at a time.
+        """
+        measures = self.measures
+        if measures.expand or measures.augment:
+            source = self._replace(source)
+        result, pairs = self._rank(source, edges)
+        plain = None
+        if measures.rerank:
+            plain, result = result, self._rerank(source)
+        sizes = self.queries, self.gallery, dimensions
+        return Measurement(result, *sizes, measures, plain, pairs)
+
+    def _rank(
+        self, source: Any, edges: list[Range]
+    ) -> tuple[RankingResult, dict[tuple[int, int], RankingResult]]:
+        """Metrics, and those of camera pairs if they are asked for."""
+        metric, max_rank = self.measures.metric, self.measures.max_rank
+        given = source, self.shared_truth, metric
+        # Each entry is scored by the one task that has its gallery image.
+        scores = reduce(np.fmax, self.pool.map("matches", match_task, given, edges, _length))
+        shared_scores = self.pool.put(scores)
+        given = *given, shared_scores
+        before = reduce(np.add, self.pool.map("ranking", count_task, given, edges, _length))
+        result = metrics_of(self.truth.positives(), ranks_of(self.truth, before), max_rank)
+        if self.measures.false_accept_rates:
+            result = replace(result, tar_at_far=self._accept(source, edges))
+        pairs = {}
+        if self.measures.camera_pairs:
+            labels = self.pool.put(self.labels)
+            given = source, labels, self.shared_truth, metric, shared_scores
+            counts = self.pool.map("camera pairs", camera_task, given, edges, _length)
+            for (camera, _, part), *parts in zip(
+                split_by_camera(self.labels), *counts, strict=True
+            ):
+                own = find_ground_truth(part)
+                ranks = ranks_of(own, reduce(np.add, parts))
+                found = metrics_by_query_camera(part.query_camid, own.positives(), ranks, max_rank)
+                pairs |= {(asked, camera): metrics for asked, metrics in found.items()}
+        return result, dict(sorted(pairs.items()))
+
+    def _accept(self, source: Any, edges: list[Range]) -> dict[float, float]:
+        """True accept rate by false accept rate."""
+        metric, longest = self.measures.metric, 0.0
+        if metric == "euclidean":
+            longest = max(self.pool.map("lengths", longest_task, (source,), edges, _length))
+        given = source, self.shared_truth, metric, longest
+        blocks = ranges(self.gallery, ACCEPT_BLOCK)
+        counts = self.pool.map("false accept rates", accept_task, given, blocks, _length)
+        return rates_of(reduce(np.add, counts), self.measures.false_accept_rates)
+
+    def _replace(self, source: Any) -> Any:
+        """Expand queries, augment the gallery, or both."""
+        measures, near = self.measures, [None, None]
+        total = self.queries + self.gallery
+        if k := measures.expand:
+            blocks = query_gallery_pairs(self.queries, total)
+            given = source, k, COSINE, None
+            found = self._neighbours("expansion", neighbour_task, given, blocks)
+            near[0] = self.pool.put(found.rows(0, self.queries))
+        if k := measures.augment:
+            blocks = all_pairs(self.gallery)
+            found = self._neighbours(
+                "augmentation", gallery_neighbour_task, (source, k, COSINE), blocks
+            )
+            near[1] = self.pool.put(found)
+        return self.pool.one("averaging", replaced, source, *near, measures.alpha)
+
+    def _rerank(self, source: Any) -> RankingResult:
+        settings, code = self.measures.reranking, metric_code(self.measures.metric)
+        total = self.queries + self.gallery
+        local = isinstance(self.pool, LocalPool)
+        kept = room_for_scores(self.queries, self.gallery) if local else None
+        given = source, settings.needed, code, kept
+        near = self._neighbours("neighbours", neighbour_task, given, all_pairs(total))
+        # One task: it takes a hundredth of the time of the products.
+        encoding = self.pool.one(
+            "encoding", encode_all, source, self.pool.put(near), settings, code
         )
-    return Measurement(result, *sizes, measures, pairs)
+        given = source, encoding, settings, code, self.shared_truth, kept
+        across = blocks_across(self.queries, total)
+        ranks = reduce(np.add, self.pool.map("distances", distance_task, given, across, self._rows))
+        return metrics_of(self.truth.positives(), ranks, self.measures.max_rank)
+
+    def _neighbours(self, stage: str, task: Any, given: tuple, blocks: list[Block]) -> Neighbours:
+        return reduce(merge, self.pool.map(stage, task, given, blocks, lambda block: block.pairs))
+
+    def _rows(self, blocks: list[Block]) -> int:
+        return min(blocks[0].rows[1], self.queries) - blocks[0].rows[0]
+
+
+def _length(edge: Range) -> int:
+    return edge[1] - edge[0]

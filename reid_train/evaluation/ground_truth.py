@@ -1,7 +1,8 @@
-"""Who is whose match: positives and junk of every query, from identities and cameras alone."""
+"""Ground truth: which gallery images match each query, by identity and camera."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,14 @@ from data_shards.errors import DataError
 
 @dataclass(frozen=True)
 class Labels:
-    """Identity and camera of every query and every gallery item.
+    """Identity and camera of every query and every gallery image.
 
     Args:
-        query_pid, query_camid: (Q,) integers.
-        gallery_pid, gallery_camid: (G,) integers.
+        query_pid, query_camid: (Q,) integers ≥ 0.
+        gallery_pid, gallery_camid: (G,) integers ≥ 0.
+
+    Raises:
+        DataError: another shape, type or range.
     """
 
     query_pid: np.ndarray
@@ -24,24 +28,45 @@ class Labels:
     gallery_camid: np.ndarray
 
     def __post_init__(self) -> None:
-        for side in ("query", "gallery"):
-            for name in (f"{side}_pid", f"{side}_camid"):
-                values = np.asarray(getattr(self, name))
-                if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-                    raise DataError(f"{name} must be one integer an image, not {values.dtype}")
-                object.__setattr__(self, name, values.astype(np.int64, copy=False))
-            pid, camid = getattr(self, f"{side}_pid"), getattr(self, f"{side}_camid")
+        for split in ("query", "gallery"):
+            for name in (f"{split}_pid", f"{split}_camid"):
+                object.__setattr__(self, name, check_labels(name, getattr(self, name)))
+            pid, camid = getattr(self, f"{split}_pid"), getattr(self, f"{split}_camid")
             if len(pid) != len(camid):
-                raise DataError(f"{side}: {len(pid)} identities but {len(camid)} cameras")
+                raise DataError(
+                    f"{split}_pid has {len(pid)} identities but {split}_camid {len(camid)} cameras"
+                )
             if len(pid) == 0:
-                raise DataError(f"the {side} is empty: nothing can be measured")
+                raise DataError(f"the {split} is empty: nothing can be measured")
+
+
+def check_labels(name: str, values: object) -> np.ndarray:
+    """Labels as (N,) int64. Raises `DataError` that names the array and what is wanted."""
+    try:
+        labels = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"{name} must be an array of shape (N,): {error}") from None
+    if labels.ndim != 1 or (len(labels) and labels.dtype.kind not in "iu"):
+        raise DataError(
+            f"{name} must be integers of shape (N,), one an image, "
+            f"not {labels.dtype} of shape {labels.shape}"
+        )
+    if len(labels) == 0:
+        return np.zeros(0, np.int64)
+    wrong = np.flatnonzero((labels < 0) | (labels > np.iinfo(np.int64).max))
+    if len(wrong):
+        raise DataError(
+            f"{name} must be integers from 0 up, but entry {wrong[0]} of {len(labels)} is "
+            f"{labels[wrong[0]]}: leave out images without a label, such as junk marked −1"
+        )
+    return labels.astype(np.int64, copy=False)
 
 
 def read_only(owner: object, *names: str) -> None:
     """Replace arrays of a frozen dataclass by views that cannot be written.
 
-    Another process gets them that way from shared memory, and what cannot be written is another
-    type to the compiled loops: so they are compiled for that one only.
+    Ray shares arrays between processes as read-only ones, which are another type to the compiled
+    loops: with all of them read-only, each loop is compiled once.
     """
     for name in names:
         view = getattr(owner, name).view()
@@ -50,10 +75,10 @@ def read_only(owner: object, *names: str) -> None:
 
 
 @dataclass(frozen=True)
-class Matches:
-    """Gallery items of each query's own identity, as rows of a compressed sparse matrix.
+class GroundTruth:
+    """Gallery images of each query's own identity, as rows of a compressed sparse matrix.
 
-    Those seen by another camera are its positives, the others junk: neither right nor wrong.
+    Those of another camera are the query's positives. The others are junk and not counted.
 
     Args:
         start: (Q + 1,) int64; query q has the entries `start[q]:start[q + 1]`.
@@ -79,7 +104,7 @@ class Matches:
         return counted[self.start]
 
 
-def find_matches(labels: Labels) -> Matches:
+def find_ground_truth(labels: Labels) -> GroundTruth:
     """Positives and junk of every query (METHOD §6). Raises `DataError` if no query has any."""
     by_pid = np.argsort(labels.gallery_pid, kind="stable")
     pids = labels.gallery_pid[by_pid]
@@ -94,4 +119,13 @@ def find_matches(labels: Labels) -> Matches:
             "no valid query: none has an image of its identity from another camera in the "
             "gallery; are query and gallery of the same dataset, and are the camera ids right?"
         )
-    return Matches(start, index, positive)
+    return GroundTruth(start, index, positive)
+
+
+def split_by_camera(labels: Labels) -> Iterator[tuple[int, np.ndarray, Labels]]:
+    """Each gallery camera with a match: its id, its images (n,) int64, labels with only those."""
+    for camera in np.unique(labels.gallery_camid):
+        images = np.flatnonzero(labels.gallery_camid == camera)
+        pid, camid = labels.gallery_pid[images], labels.gallery_camid[images]
+        if np.isin(labels.query_pid[labels.query_camid != camera], pid).any():
+            yield int(camera), images, Labels(labels.query_pid, labels.query_camid, pid, camid)

@@ -11,7 +11,7 @@ RANKS = (1, 5, 10, 20)
 
 @dataclass(frozen=True)
 class RankingResult:
-    """How well a gallery answers its queries. Queries without a match count nowhere.
+    """How well a gallery answers its queries. Queries without a match are left out.
 
     Args:
         cmc: (R,) float64; at r - 1 the share of queries with a match among the first r.
@@ -21,7 +21,7 @@ class RankingResult:
         inverse_negative_penalty: (Q,) float64, matches over the rank of the last one, or NaN.
         first_match_rank: (Q,) int64, from 1; 0 for a query without a match.
         valid: how many queries have a match.
-        tar_at_far: true accept rate by false accept rate, where it was asked for.
+        tar_at_far: true accept rate by false accept rate, if it was measured.
     """
 
     cmc: np.ndarray
@@ -34,7 +34,7 @@ class RankingResult:
     tar_at_far: dict[float, float] | None = None
 
     def summary(self) -> dict[str, float]:
-        """The metrics by name: mAP, mINP, rank-1, rank-5, …, as far as the CMC reaches."""
+        """The metrics by name: mAP, mINP, rank-1, rank-5, … up to the length of the CMC."""
         found = {"mAP": self.mAP, "mINP": self.mINP}
         found |= {f"rank-{r}": float(self.cmc[r - 1]) for r in RANKS if r <= len(self.cmc)}
         for far, tar in (self.tar_at_far or {}).items():
@@ -43,7 +43,7 @@ class RankingResult:
 
 
 def metrics_of(start: np.ndarray, rank: np.ndarray, max_rank: int) -> RankingResult:
-    """Metrics of the ranks at which each query's positives stand.
+    """Metrics of the ranks of each query's positives.
 
     Args:
         start: (Q + 1,) where each query's positives start in `rank`.
@@ -68,3 +68,18 @@ def metrics_of(start: np.ndarray, rank: np.ndarray, max_rank: int) -> RankingRes
         first_match_rank=first,
         valid=len(valid),
     )
+
+
+def metrics_by_query_camera(
+    query_camid: np.ndarray, start: np.ndarray, rank: np.ndarray, max_rank: int
+) -> dict[int, RankingResult]:
+    """`metrics_of` for each query camera of which some query has a match."""
+    found = {}
+    for camera in np.unique(query_camid):
+        rows = np.flatnonzero(query_camid == camera)
+        counts = np.diff(start)[rows]
+        if counts.sum():
+            kept = np.concatenate([rank[start[r] : start[r + 1]] for r in rows])
+            ends = np.concatenate([[0], np.cumsum(counts)])
+            found[int(camera)] = metrics_of(ends, kept, max_rank)
+    return found

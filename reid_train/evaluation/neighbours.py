@@ -1,18 +1,19 @@
-"""The k nearest neighbours of everything among everything, exact, without an N × N matrix."""
+"""The k nearest neighbours of all images among all, exact, without an N × N matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from reid_train.evaluation.kernels import rank_counts as counting
-from reid_train.evaluation.kernels import topk as nearest
+from reid_train.evaluation.kernels import topk
+from reid_train.evaluation.kernels.rank_counts import EUCLIDEAN
 from reid_train.evaluation.similarity import (
-    Side,
+    Features,
     full_precision,
     in_threads,
     left_operand,
@@ -22,17 +23,23 @@ from reid_train.evaluation.similarity import (
     tolerance,
 )
 
-TILE = 1536
-"""Rows and columns of a product. Fixed, so that a tile is the same whoever computes it."""
+BLOCK = 1536
+"""Rows and columns of a product. Fixed, so that a block's scores are the same in every task."""
+
+Range = tuple[int, int]
+"""Consecutive images: the first, and the one past the last."""
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """The nearest of each item, itself included.
+def ranges(count: int, size: int, first: int = 0) -> list[Range]:
+    """Consecutive ranges of `size` images from `first` to `count`; the last may be shorter."""
+    return [(a, min(a + size, count)) for a in range(first, count, size)]
+
+
+class Neighbours(NamedTuple):
+    """The nearest of each image, itself included.
 
     Args:
-        index: (N, k) int32, by ascending exact score, equal ones by index; −1 where fewer are
-            known.
+        index: (N, k) int32, by ascending exact score, then by index; −1 where fewer are known.
         score: (N, k) float64, ∞ where fewer are known.
         furthest: (N,) float32, the greatest score.
     """
@@ -42,98 +49,93 @@ class Neighbours:
     furthest: np.ndarray
 
     def rows(self, first: int, stop: int) -> Neighbours:
-        """Those of consecutive items, as views."""
-        part = slice(first, stop)
-        return Neighbours(self.index[part], self.score[part], self.furthest[part])
+        """Those of consecutive images, as views."""
+        return Neighbours(*(values[first:stop] for values in self))
 
-    @classmethod
-    def merge(cls, parts: list[Neighbours]) -> Neighbours:
-        """What `nearest_neighbours` gives for all the tiles of the parts together."""
-        index = np.concatenate([part.index for part in parts], axis=1)
-        score = np.concatenate([part.score for part in parts], axis=1)
-        order = np.lexsort((index, score), axis=1)[:, : parts[0].index.shape[1]]
-        return cls(
-            np.take_along_axis(index, order, axis=1),
-            np.take_along_axis(score, order, axis=1),
-            np.max([part.furthest for part in parts], axis=0),
-        )
+
+def merge(a: Neighbours, b: Neighbours) -> Neighbours:
+    """What `nearest_neighbours` gives for the blocks of both."""
+    index = np.concatenate([a.index, b.index], axis=1)
+    score = np.concatenate([a.score, b.score], axis=1)
+    order = np.lexsort((index, score), axis=1)[:, : a.index.shape[1]]
+    return Neighbours(
+        np.take_along_axis(index, order, axis=1),
+        np.take_along_axis(score, order, axis=1),
+        np.maximum(a.furthest, b.furthest),
+    )
 
 
 @dataclass(frozen=True)
-class Tile:
-    """Pairs of consecutive rows and columns, by the first of each and the one past the last.
+class Block:
+    """Pairs of consecutive rows and columns.
 
-    Above the diagonal it is `mirrored`: it also tells its columns about its rows.
+    A block above the diagonal is `mirrored`: it also gives its columns' scores with its rows.
     """
 
-    rows: tuple[int, int]
-    columns: tuple[int, int]
+    rows: Range
+    columns: Range
     mirrored: bool
 
     @property
     def pairs(self) -> int:
-        """How many distances it stands for."""
+        """How many distances it gives."""
         height, width = self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
         return height * width * (1 + self.mirrored)
 
 
-def _stretches(first: int, stop: int) -> list[tuple[int, int]]:
-    return [(a, min(a + TILE, stop)) for a in range(first, stop, TILE)]
+def all_pairs(count: int) -> list[Block]:
+    """All images with all: half of the products are enough.
 
-
-def all_pairs(count: int) -> list[Tile]:
-    """Everything with everything: half the products are enough.
-
-    The diagonal comes first: after it every row knows how close its nearest are at least, and
-    few of the others need a second look.
+    The diagonal comes first. After it every row has a limit on how far its nearest are, and few of
+    the other blocks need a second look.
     """
-    edges = _stretches(0, count)
-    diagonal = [Tile(a, a, mirrored=False) for a in edges]
-    return diagonal + [Tile(a, b, mirrored=True) for a in edges for b in edges if a < b]
+    edges = ranges(count, BLOCK)
+    diagonal = [Block(a, a, mirrored=False) for a in edges]
+    return diagonal + [Block(a, b, mirrored=True) for a in edges for b in edges if a < b]
 
 
-def tiles_across(queries: int, count: int) -> list[list[Tile]]:
-    """Those tiles of `all_pairs` that hold the queries' scores with the others, by their rows.
+def blocks_across(queries: int, count: int) -> list[list[Block]]:
+    """Those blocks of `all_pairs` that have the queries' scores with the gallery, by their rows.
 
-    As tiles are fixed, these scores are the same to the bit.
+    As blocks are fixed, these scores are the same to the bit.
     """
-    edges = _stretches(0, count)
+    edges = ranges(count, BLOCK)
     return [
-        [Tile(a, b, mirrored=a != b) for b in edges if a <= b and b[1] > queries]
+        [Block(a, b, mirrored=a != b) for b in edges if a <= b and b[1] > queries]
         for a in edges
         if a[0] < queries
     ]
 
 
-def query_gallery_pairs(queries: int, count: int) -> list[Tile]:
-    """The first `queries` items with all the others."""
-    across = _stretches(queries, count)
-    return [Tile(a, b, mirrored=False) for a in _stretches(0, queries) for b in across]
+def query_gallery_pairs(queries: int, count: int) -> list[Block]:
+    """The first `queries` images with all others."""
+    columns = ranges(count, BLOCK, first=queries)
+    return [Block(a, b, mirrored=False) for a in ranges(queries, BLOCK) for b in columns]
 
 
-def tile_scores(side: Side, metric: int) -> Callable[[Tile], np.ndarray]:
-    """A function from a tile to its quick scores (height, width) float32.
+def block_scores(features: Features, metric: int) -> Callable[[Block], np.ndarray]:
+    """A function from a block to its quick scores (height, width) float32.
 
-    Threads may call it at once, within `full_precision`. It remembers operands: those of all
-    columns, and those of the last rows, as many as there are threads.
+    Threads may call it at once, within `full_precision`. It keeps operands: those of all columns,
+    and those of the last rows, as many as there are threads.
     """
     cpu, lock, threads = torch.device("cpu"), Lock(), torch.get_num_threads()
-    rights: dict[tuple[int, int], torch.Tensor] = {}
-    lefts: dict[tuple[int, int], torch.Tensor] = {}
+    rights: dict[Range, torch.Tensor] = {}
+    lefts: dict[Range, torch.Tensor] = {}
 
-    def scores_of(tile: Tile) -> np.ndarray:
-        rows, columns = side.rows(*tile.rows), side.rows(*tile.columns)
-        # Made outside of the lock: twice now and then, but no thread waits for another's.
-        if (left := lefts.get(tile.rows)) is None:
+    def scores_of(block: Block) -> np.ndarray:
+        rows, columns = features.rows(*block.rows), features.rows(*block.columns)
+        # Made outside the lock: sometimes twice, but no thread waits for another's.
+        if (left := lefts.get(block.rows)) is None:
             left = left_operand(rows, metric, cpu)
             with lock:
-                lefts[tile.rows] = left
+                lefts[block.rows] = left
                 if len(lefts) > threads:
                     del lefts[next(iter(lefts))]
-        if (right := rights.get(tile.columns)) is None:
-            right = rights[tile.columns] = right_operand(columns, metric, cpu)
+        if (right := rights.get(block.columns)) is None:
+            right = rights[block.columns] = right_operand(columns, metric, cpu)
         scores = quick_scores(left, right, columns, metric).numpy()
-        if metric == counting.EUCLIDEAN:
+        if metric == EUCLIDEAN:
             scores += (rows.norm[:, None] ** 2).astype(np.float32)
         return scores
 
@@ -141,53 +143,52 @@ def tile_scores(side: Side, metric: int) -> Callable[[Tile], np.ndarray]:
 
 
 def nearest_neighbours(
-    side: Side,
+    features: Features,
     k: int,
     metric: int,
-    tiles: Iterable[Tile],
+    blocks: Iterable[Block],
     *,
-    seen: Callable[[Tile, np.ndarray], object] = lambda tile, scores: None,
+    seen: Callable[[Block, np.ndarray], object] = lambda block, scores: None,
     progress: Callable[[int], object] = lambda pairs: None,
 ) -> Neighbours:
-    """The k nearest neighbours, as far as the tiles tell.
+    """The k nearest neighbours, as far as the blocks tell.
 
     Args:
-        side: all N embeddings.
+        features: all N embeddings.
         k: how many, at most N.
         metric: code of the metric.
-        tiles: what to compare with what; those of the same rows one after another.
-        seen: told each tile's scores (height, width) float32, by several threads at once.
-        progress: told each tile's pairs.
+        blocks: what to compare with what; those of the same rows one after another.
+        seen: called with each block's scores (height, width) float32, by several threads at once.
+        progress: called with each block's pairs.
     """
-    count, capacity = len(side.norm), 4 * k
-    buffers = (
-        np.empty((count, capacity), np.float32),  # scores
-        np.empty((count, capacity), np.int32),  # items
-        np.zeros(count, np.int64),  # how many
-        np.full(count, np.inf, np.float32),  # up to which score they are taken
-        np.full(count, -np.inf, np.float32),  # the greatest score
+    count, capacity = len(features), 4 * k
+    found = topk.Candidates(
+        score=np.empty((count, capacity), np.float32),
+        item=np.empty((count, capacity), np.int32),
+        count=np.zeros(count, np.int64),
+        limit=np.full(count, np.inf, np.float32),
+        furthest=np.full(count, -np.inf, np.float32),
     )
-    # An error that always holds: what is dropped does not come back for a second look, as it does
-    # in `ranking`. For embeddings that are not nearly one constant this costs next to nothing.
-    slack = tolerance(side, side, metric, certain=True)
-    rest = (slack, k, metric, side.embedding, side.scale)
-    scores_of, tiles = tile_scores(side, metric), list(tiles)
-    locks = {stretch: Lock() for tile in tiles for stretch in (tile.rows, tile.columns)}
+    # An error that always holds: unlike in `ranking`, what is dropped is never looked at again. For
+    # embeddings that are not nearly one constant this costs next to nothing.
+    slack = tolerance(features, features, metric, certain=True)
+    search = topk.Search(k, metric, features.vectors, slack)
+    scores_of, blocks = block_scores(features, metric), list(blocks)
+    locks = {edge: Lock() for block in blocks for edge in (block.rows, block.columns)}
 
-    def offer(tile: Tile) -> int:
-        scores, place = scores_of(tile), (tile.rows[0], tile.columns[0])
-        seen(tile, scores)
-        with locks[tile.rows]:
-            nearest.offer_columns(scores, *place, *buffers, *rest)
-        if tile.mirrored:
-            with locks[tile.columns]:
-                nearest.offer_rows(scores, *place, *buffers, *rest)
-        return tile.pairs
+    def offer(block: Block) -> int:
+        scores, place = scores_of(block), (block.rows[0], block.columns[0])
+        seen(block, scores)
+        with locks[block.rows]:
+            topk.offer_columns(scores, *place, found, search)
+        if block.mirrored:
+            with locks[block.columns]:
+                topk.offer_rows(scores, *place, found, search)
+        return block.pairs
 
     with full_precision(), single_threaded_pool() as pool:
-        for pairs in pool.map(offer, tiles):
+        for pairs in pool.map(offer, blocks):
             progress(pairs)
     index, score = np.empty((count, k), np.int32), np.empty((count, k))
-
-    in_threads(lambda a, b: nearest.settle(*buffers[:4], *rest, a, index[a:b], score[a:b]), count)
-    return Neighbours(index, score, buffers[4])
+    in_threads(lambda a, b: topk.settle(found, search, a, index[a:b], score[a:b]), count)
+    return Neighbours(index, score, found.furthest)

@@ -1,36 +1,41 @@
-"""Retrieval metrics without sorting: every positive's rank is counted, exactly.
+"""Rank the gallery for every query without sorting: count who comes before each positive, exactly.
 
-The order of a query's gallery is that of scores in float64, equal scores by gallery index, as a
-stable sort would put them. Nobody computes all those scores. A float32 matrix product gives
-nearly all comparisons for sure, and the few pairs within its error of a positive are scored
-again in float64, always summed in the same order. So ranks do not depend on the device, the
-chunks or the workers that the gallery is split over: counts of parts just add up.
+The order of a query's gallery is that of scores in float64, then of the gallery index, as a stable
+sort gives it. But few of these scores are computed. A float32 matrix product settles nearly all
+comparisons. The few pairs that lie within its error of a positive are scored again in float64,
+always summed in the same order. So ranks do not depend on the device, on chunks, or on the tasks
+among which the gallery is divided: the counts of blocks add up.
 
-Two passes over the gallery, in blocks: `score_own` finds the positives' scores, `count_before`
-counts who comes before them. `rank` runs both in one process, `distributed` over many.
+Two passes over the blocks of the gallery: `score_matches` computes the positives' exact scores,
+`count_before` counts the images before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data_shards.errors import DataError
-from reid_train.evaluation.ground_truth import Labels, Matches, find_matches
-from reid_train.evaluation.kernels import rank_counts as counting
-from reid_train.evaluation.kernels.device_rank_counts import count_block_on_device
+from data_shards.errors import ConfigError, DataError
+from data_shards.progress import Progress, silent
+from reid_train.evaluation.ground_truth import GroundTruth, Labels, find_ground_truth
+from reid_train.evaluation.kernels.rank_counts import (
+    EUCLIDEAN,
+    GIVEN,
+    Positives,
+    count_block,
+    count_scores,
+    score_pairs,
+)
+from reid_train.evaluation.measures import Metric
 from reid_train.evaluation.metrics import RankingResult, metrics_of
 from reid_train.evaluation.similarity import (
-    Metric,
-    Side,
-    check_dimensions,
-    checked_side,
+    Features,
+    check_inputs,
     full_precision,
     in_threads,
     left_operand,
@@ -41,14 +46,13 @@ from reid_train.evaluation.similarity import (
     tolerance,
     tolerance_at,
 )
-from reid_train.evaluation.verification import tar_at_far
 
-BLOCK = 2048  # gallery items a product; they and their scores stay in the cache meanwhile
-CHUNK = 256  # queries a product: more, and threads wait longer for the last one of a block
+BLOCK = 2048  # gallery images in a product; they and their scores fit the cache
+CHUNK = 256  # queries in a product: with more, threads wait longer for a block's last one
 PROBES = 32  # scores of a product that are checked at least
 
-Blocks = Iterable[tuple[int, Side]]
-"""Stretches of the gallery: index of the first item, and W of them."""
+Blocks = Iterable[tuple[int, Features]]
+"""Blocks of the gallery: index of the first image, and W of them."""
 
 
 def rank(
@@ -61,182 +65,168 @@ def rank(
     *,
     metric: Metric = "cosine",
     max_rank: int = 50,
-    false_accept_rates: Sequence[float] = (),
     chunk: int = CHUNK,
     device: str | torch.device = "cpu",
-    progress: Callable[[int], object] = lambda pairs: None,
+    progress: Progress = silent,
 ) -> RankingResult:
     """Measure how well the gallery answers the queries (METHOD §6).
 
     Args:
-        query: (Q, D) float32 embeddings, of any length for the cosine.
+        query: (Q, D) float32 embeddings; the cosine does not depend on their lengths.
         gallery: (G, D) float32.
-        query_pid, query_camid, gallery_pid, gallery_camid: (Q,) and (G,) integers.
+        query_pid, query_camid, gallery_pid, gallery_camid: (Q,) and (G,) integers ≥ 0.
         metric: "cosine" or "euclidean".
         max_rank: length of the CMC.
-        false_accept_rates: give the true accept rate at these, at the price of a second product.
         chunk: queries at a time; memory grows with it, results do not change.
         device: where the product and the counting run.
-        progress: told how many pairs of query and gallery item have been compared since.
+        progress: called with "ranking" and gallery images.
 
     Raises:
-        DataError: NaN or infinite embeddings, differing dimensions, an empty side, or no query
-            with a match.
+        DataError: NaN or infinite embeddings, other shapes or types, or no query with a match.
+        ConfigError: an unknown metric, or `max_rank` or `chunk` below 1.
     """
+    metric_code(metric)
+    if chunk < 1 or max_rank < 1:
+        raise ConfigError(f"chunk and max_rank must be at least 1, not {chunk} and {max_rank}")
     labels = Labels(query_pid, query_camid, gallery_pid, gallery_camid)
-    start, ranks = ranks_within(query, gallery, labels, metric, chunk, device, progress)
-    result = metrics_of(start, ranks, max_rank)
-    if not false_accept_rates:
-        return result
-    sides = (
-        Side.of(np.ascontiguousarray(query, np.float32)),
-        Side.of(np.ascontiguousarray(gallery, np.float32)),
+    queries, base = check_inputs(query, gallery, labels)
+    truth = find_ground_truth(labels)
+    scores = score_matches(queries, [(0, base)], truth, metric)
+    done = 0
+
+    def count(images: int) -> None:
+        nonlocal done
+        done += images
+        progress("ranking", done, len(base))
+
+    blocks = ((first, base.rows(first, first + BLOCK)) for first in range(0, len(base), BLOCK))
+    before = count_before(
+        queries, blocks, truth, scores, metric, chunk=chunk, device=device, progress=count
     )
-    rates = tar_at_far(*sides, find_matches(labels), metric, false_accept_rates, chunk)
-    return replace(result, tar_at_far=rates)
+    return metrics_of(truth.positives(), ranks_of(truth, before), max_rank)
 
 
-def ranks_within(
-    query: np.ndarray,
-    gallery: np.ndarray,
-    labels: Labels,
-    metric: Metric,
-    chunk: int = CHUNK,
-    device: str | torch.device = "cpu",
-    progress: Callable[[int], object] = lambda pairs: None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks of all positives; arguments and errors as for `rank`.
-
-    Returns:
-        (Q + 1,) where each query's positives start, and their ranks (P,) from 1, ascending.
-    """
-    side, base = checked_side("query", query), checked_side("gallery", gallery)
-    check_agreement(labels, side, base)
-    matches = find_matches(labels)
-    scores = score_own(side, [(0, base)], matches, metric)
-    blocks = ((first, base.rows(first, first + BLOCK)) for first in range(0, len(gallery), BLOCK))
-    before = count_before(side, blocks, matches, scores, metric, chunk, device, progress)
-    return matches.positives(), ranks_of(matches, before)
-
-
-def check_agreement(labels: Labels, query: Side, gallery: Side) -> None:
-    """Raise `DataError` where labels and embeddings, or both sides' dimensions, differ."""
-    for name, side, pid in (
-        ("query", query, labels.query_pid),
-        ("gallery", gallery, labels.gallery_pid),
-    ):
-        if len(side.norm) != len(pid):
-            raise DataError(f"{name}: {len(side.norm)} embeddings but {len(pid)} labels")
-    check_dimensions(query, gallery)
-
-
-def score_own(query: Side, blocks: Blocks, matches: Matches, metric: Metric) -> np.ndarray:
-    """First pass: the exact scores (M,) float64 of all `matches` that lie in the blocks.
+def score_matches(
+    query: Features, blocks: Blocks, truth: GroundTruth, metric: Metric
+) -> np.ndarray:
+    """First pass: the exact scores (M,) float64 of all entries of `truth` in the blocks.
 
     Entries of other blocks stay NaN.
     """
-    code, row = metric_code(metric), matches.row
+    code, row = metric_code(metric), truth.row
     scores = np.full(len(row), np.nan)
     for first, block in blocks:
-        here = np.flatnonzero((matches.index >= first) & (matches.index < first + len(block.norm)))
-        rows, columns, found = row[here], matches.index[here] - first, np.empty(len(here))
-
-        def score(a: int, b: int, block=block, rows=rows, columns=columns, found=found) -> None:
-            counting.score_pairs(
-                code, query.embedding, block.embedding, query.scale, block.scale,
-                rows[a:b], columns[a:b], found[a:b],
-            )  # fmt: skip
-
-        in_threads(score, len(here))
-        scores[here] = found
+        here = np.flatnonzero((truth.index >= first) & (truth.index < first + len(block)))
+        scores[here] = _exact_scores(query, block, code, row[here], truth.index[here] - first)
     return scores
 
 
-def ordered_positives(matches: Matches, scores: np.ndarray) -> np.ndarray:
-    """Entries of `matches` that are positives, for each query from the closest to the furthest."""
-    kept = np.flatnonzero(matches.positive)  # equal scores stay as they are: by index
-    return kept[np.lexsort((scores[kept], matches.row[kept]))]
+def _exact_scores(
+    query: Features, block: Features, code: int, rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """Exact scores (M,) float64 of listed pairs."""
+    out = np.empty(len(rows))
+
+    def score(a: int, b: int) -> None:
+        score_pairs(code, query.vectors, block.vectors, rows[a:b], columns[a:b], out[a:b])
+
+    in_threads(score, len(rows))
+    return out
+
+
+def ordered_positives(truth: GroundTruth, scores: np.ndarray) -> np.ndarray:
+    """Entries of `truth` that are positives, each query's from the closest to the furthest."""
+    kept = np.flatnonzero(truth.positive)  # equal scores stay in the order of the index
+    return kept[np.lexsort((scores[kept], truth.row[kept]))]
 
 
 def count_before(
-    query: Side,
+    query: Features,
     blocks: Blocks,
-    matches: Matches,
+    truth: GroundTruth,
     scores: np.ndarray,
     metric: Metric,
+    *,
     chunk: int = CHUNK,
     device: str | torch.device = "cpu",
-    progress: Callable[[int], object] = lambda pairs: None,
+    progress: Callable[[int], object] = lambda images: None,
 ) -> np.ndarray:
-    """Second pass: how many items of other identities come before each positive.
+    """Second pass: how many images of other identities come before each positive.
 
     Args:
-        scores: (M,) float64, from `score_own`, of the whole gallery.
+        scores: (M,) float64, from `score_matches`, of the whole gallery.
+        progress: called with each block's images.
 
     Returns:
         (P,) int64 counts within these blocks, in the order of `ordered_positives`.
     """
     code, target = metric_code(metric), torch.empty(0, device=device).device  # with its index
-    # In the product's terms, which leave out ‖q‖².
-    own_row = matches.row
-    own_quick = scores - query.norm[own_row] ** 2 if code == counting.EUCLIDEAN else scores
-    order = ordered_positives(matches, scores)
-    key, index, start = scores[order], matches.index[order], matches.positives()
-    quick_key, row = own_quick[order], own_row[order]
+    order, row = ordered_positives(truth, scores), truth.row
+    # Quick Euclidean scores leave out ‖q‖².
+    quick_keys = scores - query.norm[row] ** 2 if code == EUCLIDEAN else scores
+    key, key_row, start = quick_keys[order], row[order], truth.positives()
+    exact = scores[order], truth.index[order]
     before = np.zeros(len(order), np.int64)
     on_host = target.type == "cpu"
-    count = count_on_host if on_host else count_block_on_device
-    chunk = _even(len(query.norm), chunk, torch.get_num_threads() if on_host else 1)
-    parts = [query.rows(q, q + chunk) for q in range(0, len(query.norm), chunk)]
+    chunk = _even(len(query), chunk, torch.get_num_threads() if on_host else 1)
+    chunks = [query.rows(q, q + chunk) for q in range(0, len(query), chunk)]
 
-    def prepare(numbered: tuple[int, Side]) -> _Block:
-        first, side = numbered
-        slack = tolerance(query, side, code)
-        bounds = _window(quick_key, tolerance_at(quick_key, slack[row], code))
-        own = np.flatnonzero((matches.index >= first) & (matches.index < first + len(side.norm)))
-        ends = np.searchsorted(own_row[own], range(0, len(query.norm) + chunk, chunk))
-        return _Block(first, side, right_operand(side, code, target), slack, *bounds, own, ends)
+    def window(slack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Quick scores outside of it surely compare as exact ones do: (P,) float32 each."""
+        slack = tolerance_at(key, slack[key_row], code)
+        return (key - slack).astype(np.float32), (key + slack).astype(np.float32)
+
+    def prepare(numbered: tuple[int, Features]) -> _Block:
+        first, block = numbered
+        slack = tolerance(query, block, code)
+        own = np.flatnonzero((truth.index >= first) & (truth.index < first + len(block)))
+        ends = np.searchsorted(row[own], range(0, len(query) + chunk, chunk))
+        operand = right_operand(block, code, target)
+        return _Block(first, block, operand, slack, *window(slack), own, ends)
 
     with full_precision(), single_threaded_pool() if on_host else nullcontext() as pool:
-        lefts = [left_operand(part, code, target) for part in parts]
+        lefts = [left_operand(part, code, target) for part in chunks]
         for block in _one_ahead(prepare, blocks):
 
-            def compare(i: int, block: _Block = block) -> int:
-                part, mine = parts[i], block.own[block.ends[i] : block.ends[i + 1]]
-                quick = quick_scores(lefts[i], block.right, block.side, code)
-                rows, columns = own_row[mine] - i * chunk, matches.index[mine] - block.first
-                checked, exact, error = _check(
-                    quick, rows, columns, own_quick[mine], part, block.side, code
+            def compare(i: int, block: _Block = block) -> None:
+                part, own, first = (
+                    chunks[i],
+                    block.own[block.ends[i] : block.ends[i + 1]],
+                    i * chunk,
+                )
+                quick = quick_scores(lefts[i], block.operand, block.features, code)
+                rows, columns = row[own] - first, truth.index[own] - block.first
+                checked, known, error = _errors(
+                    quick, rows, columns, quick_keys[own], part, block.features, code
                 )
                 low, high = block.low, block.high
-                expected = tolerance_at(exact, block.slack[checked + i * chunk], code)
-                if not np.all(error <= expected / 2):  # NaN, too
-                    slack = tolerance(query, block.side, code, certain=True)
-                    low, high = _window(quick_key, tolerance_at(quick_key, slack[row], code))
-                    _require(error, slack[checked + i * chunk])
-                _take_out(quick, rows, columns)
-                count(
-                    quick, block.first, start[i * chunk : i * chunk + len(part.norm) + 1],
-                    key, index, low, high, code, part.embedding, block.side.embedding,
-                    part.scale, block.side.scale, before,
+                expected = tolerance_at(known, block.slack[checked + first], code)
+                if not np.all(error <= expected / 2):  # also if it is NaN
+                    slack = tolerance(query, block.features, code, certain=True)
+                    low, high = window(slack)
+                    _require(error, slack[checked + first])
+                _exclude(quick, rows, columns)
+                starts = start[first : first + len(part) + 1]
+                count_scores(
+                    quick, block.first, Positives(starts, *exact, low, high), code,
+                    part.vectors, block.features.vectors, before,
                 )  # fmt: skip
-                return len(part.norm) * len(block.side.norm)
 
-            for pairs in (pool.map if pool else map)(compare, range(len(parts))):
-                progress(pairs)
+            list((pool.map if pool else map)(compare, range(len(chunks))))
+            progress(len(block.features))
     return before
 
 
 class _Block(NamedTuple):
-    """A stretch of the gallery, ready to be compared with every chunk of the queries.
+    """A block of the gallery, ready to be compared with every chunk of the queries.
 
-    `low` and `high` are of all positives, as in `counting.count_block`; `own` are those entries of
-    the matches that lie in the block, chunk i's from `ends[i]` on.
+    `low` and `high` are those of `Positives`, for all queries; `own` are the entries of the ground
+    truth that lie in the block, those of chunk i from `ends[i]` on.
     """
 
     first: int
-    side: Side
-    right: torch.Tensor
+    features: Features
+    operand: torch.Tensor
     slack: np.ndarray
     low: np.ndarray
     high: np.ndarray
@@ -244,10 +234,12 @@ class _Block(NamedTuple):
     ends: np.ndarray
 
 
-def _one_ahead(prepare: Callable[[tuple[int, Side]], _Block], blocks: Blocks) -> Iterator[_Block]:
-    """The next block is read and laid out in a thread while one is compared.
+def _one_ahead(
+    prepare: Callable[[tuple[int, Features]], _Block], blocks: Blocks
+) -> Iterator[_Block]:
+    """Read and prepare the next block in a thread while one is compared.
 
-    Done in between, it would keep all cores but one waiting.
+    Without it, all cores but one wait in between.
     """
     prepared = map(prepare, blocks)
     with ThreadPoolExecutor(1) as thread:
@@ -257,33 +249,26 @@ def _one_ahead(prepare: Callable[[tuple[int, Side]], _Block], blocks: Blocks) ->
             yield block
 
 
-def _window(score: np.ndarray, slack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quick scores outside of it compare with the exact `score` for sure: (P,) float32, twice."""
-    return (score - slack).astype(np.float32), (score + slack).astype(np.float32)
-
-
 def _even(queries: int, chunk: int, threads: int) -> int:
-    """The greatest chunk up to `chunk` of which each thread gets as many."""
+    """The greatest size up to `chunk` that gives each thread as many chunks."""
     rounds = -(-queries // (chunk * threads))
     return -(-queries // (rounds * threads))
 
 
-def _check(
+def _errors(
     quick: torch.Tensor, rows: np.ndarray, columns: np.ndarray, exact: np.ndarray,
-    part: Side, block: Side, code: int,
+    part: Features, block: Features, code: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """How good the product is: rows and exact scores (n,) of some of its pairs, and their errors.
+    """The product's errors: rows and exact scores (n,) of some of its pairs, and their errors.
 
-    Those given are known; where they are few, some more are found out. What breaks the tight bound,
-    embeddings that are nearly one constant, breaks it everywhere.
+    The given exact scores are known; if they are few, some more are computed. Embeddings that
+    break the tight bound, being nearly one constant, break it everywhere.
     """
     if len(rows) < PROBES:
-        more = np.arange(0, len(part.norm), -(-len(part.norm) // PROBES))
-        across, found = more % len(block.norm), np.empty(len(more))
-        counting.score_pairs(
-            code, part.embedding, block.embedding, part.scale, block.scale, more, across, found
-        )
-        if code == counting.EUCLIDEAN:
+        more = np.arange(0, len(part), -(-len(part) // PROBES))
+        across, found = more % len(block), np.empty(len(more))
+        score_pairs(code, part.vectors, block.vectors, more, across, found)
+        if code == EUCLIDEAN:
             found -= part.norm[more] ** 2
         rows, columns = np.concatenate([rows, more]), np.concatenate([columns, across])
         exact = np.concatenate([exact, found])
@@ -293,10 +278,10 @@ def _check(
     return rows, exact, np.abs(quick[where].cpu().numpy() - exact)
 
 
-def _take_out(quick: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> None:
-    """Make the scores of items of the query's own identity infinite: those are not counted."""
+def _exclude(quick: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> None:
+    """Make the scores of images of the query's own identity infinite: they are not counted."""
     if quick.device.type == "cpu":
-        quick.numpy()[rows, columns] = np.inf  # a fifth of the time that PyTorch takes for it
+        quick.numpy()[rows, columns] = np.inf  # takes a fifth of the time that PyTorch takes
         return
     where = torch.from_numpy(rows).to(quick.device), torch.from_numpy(columns).to(quick.device)
     quick[where] = torch.inf
@@ -307,33 +292,74 @@ def _require(error: np.ndarray, slack: np.ndarray) -> None:
     wrong = np.flatnonzero(~(error <= slack))
     if len(wrong):
         raise RuntimeError(
-            f"the matrix product is off by {error[wrong[0]]:.1e}, where float32 allows "
-            f"{slack[wrong[0]]:.1e}: is a lower precision forced on it, or are lengths extreme?"
+            f"the matrix product is off by {error[wrong[0]]:.1e}, but float32 allows only "
+            f"{slack[wrong[0]]:.1e}: is a lower precision forced on it?"
         )
 
 
-def count_on_host(
-    scores: torch.Tensor, first: int, start: np.ndarray, key: np.ndarray, index: np.ndarray,
-    low: np.ndarray, high: np.ndarray, metric: int, query: np.ndarray, block: np.ndarray,
-    query_scale: np.ndarray, block_scale: np.ndarray, before: np.ndarray,
-) -> None:  # fmt: skip
-    """`counting.count_block` in threads, a stretch of the queries each."""
-    host = scores.numpy()
-
-    def count(a: int, b: int) -> None:
-        counting.count_block(
-            host[a:b], first, start[a : b + 1], key, index, low, high, metric, query[a:b], block,
-            query_scale[a:b], block_scale, before,
-        )  # fmt: skip
-
-    in_threads(count, len(host))
+def ranks_of(truth: GroundTruth, before: np.ndarray) -> np.ndarray:
+    """Ranks (P,) from 1 of `ordered_positives`, from the images of others before each."""
+    return before + _nth(truth.positives())
 
 
-def ranks_of(matches: Matches, before: np.ndarray) -> np.ndarray:
-    """Ranks (P,) from 1 of `ordered_positives`: those before it, its fellows included, and 1."""
-    start = matches.positives()
-    fellows = np.arange(start[-1]) - np.repeat(start[:-1], np.diff(start))
-    return before + fellows + 1
+def _nth(start: np.ndarray) -> np.ndarray:
+    """1, 2, … for each query's positives, which start at `start`."""
+    return np.arange(1, start[-1] + 1) - np.repeat(start[:-1], np.diff(start))
+
+
+NOTHING = Features(np.empty((0, 0), np.float32), np.empty(0), np.empty(0)).vectors
+"""For counts that need no embeddings."""
+
+Distances = Iterable[tuple[int, np.ndarray]]
+"""Number of the first query, and distances (B, G) float32 of B queries to the whole gallery."""
+
+
+def rank_distances(blocks: Distances, labels: Labels, *, max_rank: int = 50) -> RankingResult:
+    """Measure given distances as `rank` measures embeddings; equal ones in order of the index.
+
+    Args:
+        blocks: every query once; overwritten.
+        labels: identities and cameras.
+
+    Raises:
+        DataError: NaN distances, a missing query, or no query with a match.
+    """
+    truth = find_ground_truth(labels)
+    ranks = positive_ranks(blocks, truth)
+    if left := truth.row[truth.positive][ranks == 0].tolist():
+        raise DataError(f"no distances of query {left[0]}")
+    return metrics_of(truth.positives(), ranks, max_rank)
+
+
+def positive_ranks(
+    blocks: Distances,
+    truth: GroundTruth,
+    progress: Callable[[int], object] = lambda queries: None,
+) -> np.ndarray:
+    """Ranks (P,) from 1 of each query's positives, ascending; 0 for queries not in the blocks."""
+    row, starts = truth.row, truth.positives()
+    ranks = np.zeros(starts[-1], np.int64)
+    for q, distance in blocks:
+        stop = q + len(distance)
+        if np.isnan(distance).any():
+            raise DataError(f"distances of queries {q} to {stop - 1} contain NaN")
+        own = np.arange(truth.start[q], truth.start[stop])
+        kept = own[truth.positive[own]]
+        index, key = truth.index[kept], distance[row[kept] - q, truth.index[kept]]
+        distance[row[own] - q, truth.index[own]] = np.inf
+        order = np.lexsort((index, key, row[kept]))
+        index, key = index[order], key[order]
+        before, start = np.zeros(len(kept), np.int64), starts[q : stop + 1] - starts[q]
+
+        def count(a: int, b: int, distance=distance, start=start, given=(key, index), out=before):
+            key, index = given
+            positives = Positives(start[a : b + 1], key.astype(np.float64), index, key, key)
+            count_block(distance[a:b], 0, positives, GIVEN, NOTHING, NOTHING, out)
+
+        in_threads(count, len(distance))
+        ranks[starts[q] : starts[stop]] = before + _nth(start)
+        progress(len(distance))
+    return ranks
 
 
 def top_matches(
@@ -347,34 +373,27 @@ def top_matches(
     k: int = 10,
     metric: Metric = "cosine",
 ) -> np.ndarray:
-    """Gallery indices (Q, k) closest to each query, junk left out, in the order `rank` counts.
+    """Gallery indices (Q, k) closest to each query, without junk, in the order that `rank` counts.
 
-    Fewer columns where a query has fewer than k items left.
+    Fewer columns if a query has fewer than k images left.
     """
-    labels = Labels(query_pid, query_camid, gallery_pid, gallery_camid)
-    code = metric_code(metric)
-    side, base = checked_side("query", query), checked_side("gallery", gallery)
-    check_agreement(labels, side, base)
+    code, labels = metric_code(metric), Labels(query_pid, query_camid, gallery_pid, gallery_camid)
+    queries, base = check_inputs(query, gallery, labels)
     cpu = torch.device("cpu")
-    right = right_operand(base, code, cpu)
-    slack = tolerance(side, base, code, certain=True)
+    right, slack = right_operand(base, code, cpu), tolerance(queries, base, code, certain=True)
     chosen = []
     with full_precision():
-        for q in range(len(side.norm)):
+        for q in range(len(queries)):
             valid = np.flatnonzero(
                 (labels.gallery_pid != labels.query_pid[q])
                 | (labels.gallery_camid != labels.query_camid[q])
             )
-            left = left_operand(side.rows(q, q + 1), code, cpu)
+            left = left_operand(queries.rows(q, q + 1), code, cpu)
             near = quick_scores(left, right, base, code)[0].numpy()[valid].astype(np.float64)
             if len(valid) > k:
                 kth = np.partition(near, k - 1)[k - 1]
                 valid = valid[near <= kth + 2 * slack[q]]
-            exact = np.empty(len(valid))
-            counting.score_pairs(
-                code, side.embedding, base.embedding, side.scale, base.scale,
-                np.full(len(valid), q), valid, exact,
-            )  # fmt: skip
+            exact = _exact_scores(queries, base, code, np.full(len(valid), q), valid)
             chosen.append(valid[np.argsort(exact, kind="stable")[:k]])
     width = min(map(len, chosen))
     return np.stack([row[:width] for row in chosen])

@@ -1,8 +1,8 @@
-"""Embeddings to scores: quick ones by a float32 matrix product, exact ones in float64.
+"""Similarity of embeddings: quick scores from a float32 product, exact ones in float64.
 
 A score orders the gallery of a query; smaller is closer. Cosine: −q·g / ‖q‖‖g‖. Euclidean: the
-squared distance. The product gives the cosine's score, and ‖g‖² − 2 q·g for the Euclidean one,
-whose missing ‖q‖² is the same for the whole gallery of a query.
+squared distance. The product gives the cosine's score, and ‖g‖² − 2 q·g for the Euclidean one: the
+missing ‖q‖² is the same for the whole gallery of a query.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
 from data_shards.errors import ConfigError, DataError
-from reid_train.evaluation.ground_truth import read_only
-from reid_train.evaluation.kernels import rank_counts as counting
+from reid_train.evaluation.ground_truth import Labels, read_only
+from reid_train.evaluation.kernels.rank_counts import COSINE, EUCLIDEAN, Vectors, norms
 
-Metric = Literal["cosine", "euclidean"]
-METRICS: dict[str, int] = {"cosine": counting.COSINE, "euclidean": counting.EUCLIDEAN}
+METRICS: dict[str, int] = {"cosine": COSINE, "euclidean": EUCLIDEAN}
+SHORTEST, LONGEST = 1e-30, 1e18  # lengths that float32 can invert and square
 _UNIT = float(np.finfo(np.float32).eps) / 2
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 def metric_code(metric: str) -> int:
@@ -34,36 +34,9 @@ def metric_code(metric: str) -> int:
     return METRICS[metric]
 
 
-def checked_side(name: str, embedding: np.ndarray, first: int = 0) -> Side:
-    """`embedding` as (N, D) float32 in one piece of memory, with its lengths.
-
-    Args:
-        name: what to call it in an error.
-        first: number of its first row, for an error in a part of something larger.
-
-    Raises:
-        DataError: not a matrix of numbers, or NaN or infinite (the first such row is named).
-    """
-    embedding = np.asarray(embedding)
-    if embedding.ndim != 2 or embedding.dtype.kind not in "fiu":
-        raise DataError(
-            f"{name} embeddings must be a matrix of numbers, one row an image, "
-            f"not {embedding.dtype} of shape {embedding.shape}"
-        )
-    side = Side.of(np.ascontiguousarray(embedding, np.float32))
-    # A row's length shows what is in it: no sum of squares of float32 is too great for float64.
-    wrong = np.flatnonzero(~np.isfinite(side.norm))
-    if len(wrong):
-        raise DataError(
-            f"{name} embedding {first + wrong[0]} has NaN or infinite values ({len(wrong)} such "
-            "rows): was the training unstable, or half precision used?"
-        )
-    return side
-
-
 @dataclass(frozen=True)
-class Side:
-    """Embeddings with what scores need beside them: 1/‖x‖ (0 for a zero vector) and ‖x‖."""
+class Features:
+    """Embeddings (N, D) float32, with 1/‖x‖ (0 for a zero vector) and ‖x‖ of each, float64."""
 
     embedding: np.ndarray
     scale: np.ndarray
@@ -73,48 +46,129 @@ class Side:
         read_only(self, "embedding", "scale", "norm")
 
     @classmethod
-    def of(cls, embedding: np.ndarray) -> Side:
+    def of(cls, embedding: np.ndarray) -> Features:
         norm = np.empty(len(embedding))
-        in_threads(lambda a, b: counting.norms(embedding[a:b], norm[a:b]), len(embedding))
+        in_threads(lambda a, b: norms(embedding[a:b], norm[a:b]), len(embedding))
         return cls(embedding, np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0), norm)
 
     @classmethod
-    def joined(cls, *sides: Side) -> Side:
+    def joined(cls, *parts: Features) -> Features:
         """One after another, copied."""
         return cls(
-            np.concatenate([side.embedding for side in sides]),
-            np.concatenate([side.scale for side in sides]),
-            np.concatenate([side.norm for side in sides]),
+            np.concatenate([part.embedding for part in parts]),
+            np.concatenate([part.scale for part in parts]),
+            np.concatenate([part.norm for part in parts]),
         )
 
-    def rows(self, first: int, stop: int) -> Side:
-        """A stretch of it, as views."""
-        return Side(self.embedding[first:stop], self.scale[first:stop], self.norm[first:stop])
+    def __len__(self) -> int:
+        return len(self.norm)
 
-    def only(self, wanted: np.ndarray) -> Side:
-        """Those of a mask (N,), copied."""
-        return Side(self.embedding[wanted], self.scale[wanted], self.norm[wanted])
+    @property
+    def vectors(self) -> Vectors:
+        """What the compiled loops need for exact scores."""
+        return Vectors(self.embedding, self.scale)
+
+    def rows(self, first: int, stop: int) -> Features:
+        """Consecutive rows, as views."""
+        return Features(self.embedding[first:stop], self.scale[first:stop], self.norm[first:stop])
+
+    def only(self, wanted: np.ndarray) -> Features:
+        """The rows of a mask (N,), copied."""
+        return Features(self.embedding[wanted], self.scale[wanted], self.norm[wanted])
 
 
-def check_dimensions(query: Side, gallery: Side) -> None:
-    """Raise `DataError` where the two have different dimensions."""
-    dimensions = query.embedding.shape[1], gallery.embedding.shape[1]
-    if dimensions[0] != dimensions[1]:
+def check_inputs(
+    query: object, gallery: object, labels: Labels | None = None
+) -> tuple[Features, Features]:
+    """Check all arrays that are measured together, before anything is computed.
+
+    Args:
+        query, gallery: (Q, D), (G, D) real numbers; lengths are 0 or from 1e-30 to 1e18.
+        labels: of Q queries and G gallery images, if they matter.
+
+    Raises:
+        DataError: names the array, its shape, and what is wanted.
+    """
+    rows = check_shapes(query, gallery, labels)
+    return check_features("query", rows[0]), check_features("gallery", rows[1])
+
+
+def check_shapes(
+    query: object, gallery: object, labels: Labels | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The part of `check_inputs` that does not look at values."""
+    found = _matrix("query", query), _matrix("gallery", gallery)
+    if found[0].shape[1] != found[1].shape[1]:
         raise DataError(
-            f"query embeddings have {dimensions[0]} dimensions, those of the gallery "
-            f"{dimensions[1]}: are they of the same model?"
+            f"query embeddings have {found[0].shape[1]} dimensions, those of the gallery "
+            f"{found[1].shape[1]}: are they of the same model?"
         )
+    if labels is not None:
+        pids = labels.query_pid, labels.gallery_pid
+        for name, rows, pid in zip(("query", "gallery"), found, pids, strict=True):
+            if len(rows) != len(pid):
+                raise DataError(
+                    f"{name}: {len(rows)} embeddings but {len(pid)} labels: give embeddings of "
+                    f"shape (N, D), here {rows.shape}, and one label for each"
+                )
+    return found
 
 
-def left_operand(query: Side, metric: int, device: torch.device) -> torch.Tensor:
-    """A few queries as `quick_scores` wants them: −q/‖q‖ for the cosine, −2q for Euclidean."""
-    factor = -query.scale if metric == counting.COSINE else np.full(len(query.norm), -2.0)
+def _matrix(name: str, embedding: object) -> np.ndarray:
+    """`embedding` as an (N, D) array of real numbers, N and D at least 1."""
+    try:
+        rows = np.asarray(embedding)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"{name} embeddings must be an array of shape (N, D): {error}") from None
+    if rows.ndim != 2 or 0 in rows.shape or rows.dtype.kind not in "fiu":
+        raise DataError(
+            f"{name} embeddings must be a matrix of numbers of shape (N, D), one row an image, N "
+            f"and D at least 1, not {rows.dtype} of shape {rows.shape}"
+        )
+    return rows
+
+
+def check_features(name: str, embedding: object, first: int = 0) -> Features:
+    """`embedding` as `Features` in one piece of memory.
+
+    Args:
+        name: what to call it in an error.
+        first: number of its first row, for an error in a part of something larger.
+
+    Raises:
+        DataError: not a matrix of numbers; or a row with NaN, with infinite values, or with a
+            length that float32 cannot square or invert (the first such row is named).
+    """
+    rows = _matrix(name, embedding)
+    with np.errstate(over="ignore"):
+        features = Features.of(np.ascontiguousarray(rows, np.float32))
+    # A row's length shows what is in it: the squares of float32 values never overflow float64.
+    norm = features.norm
+    wrong = np.flatnonzero(~np.isfinite(norm))
+    if len(wrong):
+        raise DataError(
+            f"{name} embedding {first + wrong[0]} has NaN or infinite values ({len(wrong)} such "
+            "rows): was the training unstable, or half precision used?"
+        )
+    wrong = np.flatnonzero(((norm < SHORTEST) & (norm > 0)) | (norm > LONGEST))
+    if len(wrong):
+        raise DataError(
+            f"{name} embedding {first + wrong[0]} has length {norm[wrong[0]]:.1e} ({len(wrong)} "
+            f"such rows): lengths must be 0, or from {SHORTEST:.0e} to {LONGEST:.0e}; scale the "
+            "embeddings"
+        )
+    return features
+
+
+def left_operand(query: Features, metric: int, device: torch.device) -> torch.Tensor:
+    """Queries as `quick_scores` takes them: −q/‖q‖ for the cosine, −2q for Euclidean."""
+    factor = -query.scale if metric == COSINE else np.full(len(query), -2.0)
     return _operand(query.embedding, factor, device)
 
 
-def right_operand(block: Side, metric: int, device: torch.device) -> torch.Tensor:
-    """A stretch of the gallery as `quick_scores` wants it: g/‖g‖ for the cosine, else g."""
-    return _operand(block.embedding, block.scale if metric == counting.COSINE else None, device)
+def right_operand(block: Features, metric: int, device: torch.device) -> torch.Tensor:
+    """A block of the gallery as `quick_scores` takes it: g/‖g‖ for the cosine, else g."""
+    return _operand(block.embedding, block.scale if metric == COSINE else None, device)
 
 
 def _operand(
@@ -131,63 +185,65 @@ def _operand(
     return operand
 
 
-def quick_scores(left: torch.Tensor, right: torch.Tensor, block: Side, metric: int) -> torch.Tensor:
+def quick_scores(
+    left: torch.Tensor, right: torch.Tensor, block: Features, metric: int
+) -> torch.Tensor:
     """Scores (B, W) float32, of operands made from (B, D) queries and this (W, D) block."""
     if left.is_mkldnn:
         scores = torch.nn.functional.linear(left, right).to_dense()
     else:
         scores = torch.mm(left, right.T)
-    if metric == counting.EUCLIDEAN:
+    if metric == EUCLIDEAN:
         scores += torch.from_numpy(block.norm**2).float().to(scores.device)
     return scores
 
 
-def tolerance(query: Side, block: Side, metric: int, *, certain: bool = False) -> np.ndarray:
+def tolerance(
+    query: Features, block: Features, metric: int, *, certain: bool = False
+) -> np.ndarray:
     """How far a quick score may be from the exact one, for each query: (B,) float64.
 
     √D u ‖q‖‖g‖ is the probabilistic bound for a product in precision u that adds its terms one
     after another (Higham and Mary, SIAM J. Sci. Comput. 41, 2019). It holds for roundings without
-    bias: of embeddings that all point much the same way, as pooled features do, 1.4 times as much
-    was seen, so four times is allowed, plus the rounding of operands and result. More only means
-    that more pairs are scored again.
+    bias. Embeddings that all point much the same way, as pooled features do, were seen to exceed it
+    1.4 times. So four times is allowed, plus the rounding of operands and result. A larger
+    tolerance only means that more pairs are scored again.
 
     Embeddings that are nearly one constant, as of a network that has just begun to learn, add equal
-    terms, whose roundings are equal too: `certain` gives D u ‖q‖‖g‖, which always holds.
+    terms with equal roundings: `certain` gives D u ‖q‖‖g‖, which always holds.
     """
     dimension = query.embedding.shape[1]
     product = ((dimension if certain else 4 * np.sqrt(dimension)) + 8) * _UNIT
-    if metric == counting.COSINE:
-        return np.full(len(query.norm), product)
+    if metric == COSINE:
+        return np.full(len(query), product)
     furthest = block.norm.max(initial=0.0)
-    exact = (
-        16 * np.finfo(np.float64).eps * (query.norm + furthest) ** 2
-    )  # of what it is compared to
+    # The exact score that it is compared with has an error, too; short embeddings underflow.
+    exact = 16 * np.finfo(np.float64).eps * (query.norm + furthest) ** 2 + 4 * dimension * _TINY
     return 2 * product * query.norm * furthest + 16 * _UNIT * furthest**2 + exact
 
 
 def tolerance_at(score: np.ndarray, tolerance: np.ndarray, metric: int) -> np.ndarray:
-    """What is left of a pair's `tolerance` where its score is known, or what it is compared to.
+    """The part of a pair's `tolerance` that is left if one of the two compared scores is known.
 
-    A rounding is no greater than the partial sum S that it happens in allows. If s is the whole
-    sum, then by Cauchy and Schwarz |S| ≤ p and |s − S| ≤ ‖q‖‖g‖ − p for some p, so that
-    |S| ≤ (‖q‖‖g‖ + |s|) / 2. Of two scores, that of the one is enough to compare them: the
-    tolerance grows less than the score does.
+    A rounding is bounded by the partial sum S in which it happens. If s is the whole sum, then by
+    Cauchy and Schwarz |S| ≤ p and |s − S| ≤ ‖q‖‖g‖ − p for some p, so |S| ≤ (‖q‖‖g‖ + |s|) / 2.
+    To compare two scores, knowing either is enough: the tolerance grows more slowly than the score.
     """
-    if metric == counting.COSINE:
+    if metric == COSINE:
         return tolerance * (1 + np.abs(score)) / 2
-    return tolerance  # whose ‖g‖ is not known from the score
+    return tolerance  # the score does not tell ‖g‖
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products in float32 proper, whatever the training around has allowed."""
+    """Matrix products in full float32, whatever precision training has set."""
     mkldnn = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     backends = torch.backends.cuda.matmul, mkldnn
     before = [backend.fp32_precision for backend in backends]
     try:
         older = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # Set by backend, which is PyTorch's newer way: the older setting has no say then.
+        # Precision was set by backend, PyTorch's newer way; the older setting has no effect then.
         older = "highest"
     torch.set_float32_matmul_precision("highest")
     try:
@@ -200,10 +256,10 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def single_threaded_pool() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as products take, in each of which products take one.
+    """As many threads as products use, each with single-threaded products.
 
-    A thread that shares its products waits for the others by spinning, on a core that the loops
-    after them would need.
+    Threads that share one product wait for each other by spinning, on cores that the loops after
+    it need.
     """
     before = torch.get_num_threads()
     with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -214,9 +270,9 @@ def single_threaded_pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def in_threads(function: Callable[[int, int], object], count: int) -> None:
-    """Call `function(first, stop)` on consecutive pieces of `range(count)`, a thread each.
+    """Call `function(first, stop)` on consecutive parts of `range(count)`, one thread each.
 
-    For compiled loops that let go of the interpreter's lock.
+    For compiled loops that release the interpreter's lock.
     """
     threads = min(torch.get_num_threads(), os.cpu_count() or 1, max(count, 1))
     edges = [count * i // threads for i in range(threads + 1)]

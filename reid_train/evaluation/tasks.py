@@ -1,184 +1,221 @@
-"""What a worker does with its share of a measurement: arrays in, arrays out, no Ray.
+"""What a task does with its blocks: arrays in, arrays out.
 
-`distributed` puts the shares together. A share is a list of consecutive stretches of the gallery,
-or of tiles of the product of everything with everything.
+`evaluate` combines the results. A task gets consecutive ranges of the gallery, or blocks of the
+product of all images with all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from reid_train.evaluation.camera_pairs import split_by_camera
-from reid_train.evaluation.distance_ranking import positive_ranks
 from reid_train.evaluation.embedding_store import EmbeddingFiles
 from reid_train.evaluation.expansion import mean_with_nearest
-from reid_train.evaluation.ground_truth import Labels, Matches, find_matches
-from reid_train.evaluation.neighbours import Neighbours, Tile, nearest_neighbours
-from reid_train.evaluation.ranking import BLOCK, count_before, score_own
+from reid_train.evaluation.ground_truth import (
+    GroundTruth,
+    Labels,
+    find_ground_truth,
+    split_by_camera,
+)
+from reid_train.evaluation.measures import Metric, ReRanking
+from reid_train.evaluation.neighbours import Block, Neighbours, Range, nearest_neighbours
+from reid_train.evaluation.ranking import BLOCK, count_before, positive_ranks, score_matches
 from reid_train.evaluation.reranking import (
     Encoding,
-    ReRanking,
     distances,
     encode,
+    find_neighbours,
     scores_across,
 )
-from reid_train.evaluation.similarity import Metric, Side
+from reid_train.evaluation.similarity import Features
 from reid_train.evaluation.verification import count_distances
 
-Stretch = tuple[int, int]
-"""Consecutive gallery items: number of the first, and of the one past the last."""
+Count = Callable[[int], object]
+"""Called with how much more is done."""
 
 
 @dataclass(frozen=True)
 class Streamed:
     """Queries in memory, and a gallery that stays on storage."""
 
-    query: Side
+    query: Features
     files: EmbeddingFiles
 
-    def blocks(self, share: list[Stretch], size: int) -> Iterator[tuple[int, Side]]:
-        """The gallery's items of a share, `size` at a time."""
-        for first, embedding in self.files.stretches("gallery", share[0][0], share[-1][1], size):
-            yield first, Side.of(embedding)
+    def blocks(self, own: Sequence[Range], size: int) -> Iterator[tuple[int, Features]]:
+        """The images of consecutive gallery ranges, `size` at a time."""
+        for first, embedding in self.files.blocks("gallery", own[0][0], own[-1][1], size):
+            yield first, Features.of(embedding)
 
 
 @dataclass(frozen=True)
-class Held:
-    """Everything in memory, queries first."""
+class Separate:
+    """Queries and gallery in memory, each in an array of its own."""
 
-    side: Side
+    query: Features
+    gallery: Features
+
+    def blocks(self, own: Sequence[Range], size: int) -> Iterator[tuple[int, Features]]:
+        """The images of consecutive gallery ranges, `size` at a time."""
+        for first in range(own[0][0], own[-1][1], size):
+            yield first, self.gallery.rows(first, min(first + size, own[-1][1]))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Queries and gallery in memory in one array, queries first."""
+
+    both: Features
     queries: int
 
     @property
-    def query(self) -> Side:
-        """The queries alone."""
-        return self.side.rows(0, self.queries)
+    def query(self) -> Features:
+        """Only the queries."""
+        return self.both.rows(0, self.queries)
 
     @property
-    def gallery(self) -> Side:
-        """The gallery alone."""
-        return self.side.rows(self.queries, len(self.side.norm))
+    def gallery(self) -> Features:
+        """Only the gallery."""
+        return self.both.rows(self.queries, len(self.both))
 
-    def blocks(self, share: list[Stretch], size: int) -> Iterator[tuple[int, Side]]:
-        """The gallery's items of a share, `size` at a time."""
-        for first in range(share[0][0], share[-1][1], size):
-            yield first, self.gallery.rows(first, min(first + size, share[-1][1]))
-
-
-Source = Streamed | Held
+    def blocks(self, own: Sequence[Range], size: int) -> Iterator[tuple[int, Features]]:
+        """The images of consecutive gallery ranges, `size` at a time."""
+        return Separate(self.query, self.gallery).blocks(own, size)
 
 
-def hold(files: EmbeddingFiles) -> Held:
-    """Read everything."""
-    everything = Side.of(files.read("query", "gallery"))
-    return Held(everything, int(np.count_nonzero(files.split == "query")))
+Source = Streamed | Separate | Joined
 
 
-def join(held: Held, expanded: int, *stretches: np.ndarray) -> Held:
-    """New queries, a new gallery, or both, in place of those that are held.
-
-    Args:
-        expanded: how many of the stretches are queries'; the others are the gallery's.
-    """
-    query = stretches[:expanded] or [held.query.embedding]
-    gallery = stretches[expanded:] or [held.gallery.embedding]
-    return Held(Side.of(np.concatenate([*query, *gallery])), held.queries)
+def read_all(files: EmbeddingFiles) -> Joined:
+    """Read all embeddings into memory."""
+    both = Features.of(files.read("query", "gallery"))
+    return Joined(both, int(np.count_nonzero(files.split == "query")))
 
 
-def score_share(
-    source: Source, matches: Matches, metric: Metric, share: list[Stretch]
+def match_task(
+    source: Source, truth: GroundTruth, metric: Metric, own: Sequence[Range], count: Count
 ) -> np.ndarray:
-    """Scores (M,) float64 of the matches in a share of the gallery, NaN elsewhere."""
-    return score_own(source.query, source.blocks(share, BLOCK), matches, metric)
+    """Exact scores (M,) of the ground truth in a task's gallery ranges, NaN elsewhere."""
+    scores = score_matches(source.query, source.blocks(own, BLOCK), truth, metric)
+    count(own[-1][1] - own[0][0])
+    return scores
 
 
-def count_share(
-    source: Source, matches: Matches, metric: Metric, scores: np.ndarray, share: list[Stretch]
-) -> np.ndarray:
-    """How many of a share of the gallery come before each positive, (P,) int64."""
-    return count_before(source.query, source.blocks(share, BLOCK), matches, scores, metric)
-
-
-def count_pairs_share(
+def count_task(
     source: Source,
-    labels: Labels,
-    matches: Matches,
+    truth: GroundTruth,
     metric: Metric,
     scores: np.ndarray,
-    share: list[Stretch],
+    own: Sequence[Range],
+    count: Count,
+) -> np.ndarray:
+    """How many images of a task's gallery ranges come before each positive, (P,) int64."""
+    blocks = source.blocks(own, BLOCK)
+    return count_before(source.query, blocks, truth, scores, metric, progress=count)
+
+
+def camera_task(
+    source: Source,
+    labels: Labels,
+    truth: GroundTruth,
+    metric: Metric,
+    scores: np.ndarray,
+    own: Sequence[Range],
+    count: Count,
 ) -> list[np.ndarray]:
-    """How many of a share and of one camera come before each positive of that camera.
+    """How many images of one camera, in a task's ranges, come before that camera's positives.
 
     Returns:
         (P,) int64 for each camera of `split_by_camera`.
     """
-    # Held in memory, as every camera needs a part of each block.
-    blocks, counts = list(source.blocks(share, BLOCK)), []
-    for seen_by, there, part in split_by_camera(labels):
-        own = scores[labels.gallery_camid[matches.index] == seen_by]
-        seen = _of_camera(blocks, labels.gallery_camid == seen_by, there)
-        counts.append(count_before(source.query, seen, find_matches(part), own, metric))
+    # Held in memory: every camera needs a part of each block.
+    blocks, counts = list(source.blocks(own, BLOCK)), []
+    for camera, images, part in split_by_camera(labels):
+        known = scores[labels.gallery_camid[truth.index] == camera]
+        seen = _of_camera(blocks, labels.gallery_camid == camera, images)
+        counts.append(count_before(source.query, seen, find_ground_truth(part), known, metric))
+    count(own[-1][1] - own[0][0])
     return counts
 
 
 def _of_camera(
-    blocks: list[tuple[int, Side]], seen: np.ndarray, there: np.ndarray
-) -> Iterator[tuple[int, Side]]:
-    """One camera's items of each block, and which of that camera's items is the first."""
+    blocks: Sequence[tuple[int, Features]], seen: np.ndarray, images: np.ndarray
+) -> Iterator[tuple[int, Features]]:
+    """One camera's images of each block, and the number of the first among that camera's."""
     for first, block in blocks:
-        inside = seen[first : first + len(block.norm)]
+        inside = seen[first : first + len(block)]
         if inside.any():
-            yield int(np.searchsorted(there, first)), block.only(inside)
+            yield int(np.searchsorted(images, first)), block.only(inside)
 
 
-def longest_share(source: Source, share: list[Stretch]) -> float:
-    """The greatest norm in a share of the gallery."""
-    return max(float(block.norm.max()) for _, block in source.blocks(share, BLOCK))
+def longest_task(source: Source, own: Sequence[Range], count: Count) -> float:
+    """The greatest norm in a task's gallery ranges."""
+    longest = max(float(block.norm.max()) for _, block in source.blocks(own, BLOCK))
+    count(own[-1][1] - own[0][0])
+    return longest
 
 
-def distances_share(
-    source: Source, matches: Matches, metric: Metric, longest: float, share: list[Stretch]
+def accept_task(
+    source: Source,
+    truth: GroundTruth,
+    metric: Metric,
+    longest: float,
+    own: Sequence[Range],
+    count: Count,
 ) -> np.ndarray:
-    """Counts (2, BINS) of `roc.count_distances`, each stretch in one piece."""
-    blocks = source.blocks(share, share[0][1] - share[0][0])
-    return count_distances(source.query, blocks, matches, metric, longest)
+    """Counts (2, BINS) of `count_distances`, each range in one product."""
+    blocks = source.blocks(own, own[0][1] - own[0][0])
+    return count_distances(source.query, blocks, truth, metric, longest, count)
 
 
-def nearest_share(held: Held, k: int, metric: int, share: list[Tile]) -> Neighbours:
-    """The nearest neighbours of everything, as far as a share of the tiles tells."""
-    return nearest_neighbours(held.side, k, metric, share)
+def neighbour_task(
+    source: Joined,
+    k: int,
+    metric: int,
+    kept: np.ndarray | None,
+    own: Sequence[Block],
+    count: Count,
+) -> Neighbours:
+    """The nearest of all images among all, as far as a task's blocks tell."""
+    return find_neighbours(source.both, k, metric, own, kept, count)
 
 
-def nearest_gallery_share(held: Held, k: int, metric: int, share: list[Tile]) -> Neighbours:
-    """The nearest neighbours within the gallery, as far as a share of its tiles tells."""
-    return nearest_neighbours(held.gallery, k, metric, share)
+def gallery_neighbour_task(
+    source: Joined, k: int, metric: int, own: Sequence[Block], count: Count
+) -> Neighbours:
+    """The nearest of the gallery within the gallery, as far as a task's blocks tell."""
+    return nearest_neighbours(source.gallery, k, metric, own, progress=count)
 
 
-def mean_share(
-    held: Held, near: Neighbours, alpha: float, expand: bool, share: list[Stretch]
-) -> np.ndarray:
-    """A stretch of the expanded queries or of the augmented gallery, (n, D) float32."""
-    first, stop = share[0][0], share[-1][1]
-    side = held.side if expand else held.gallery
-    return mean_with_nearest(side, near.rows(first, stop), alpha, with_self=expand, first=first)
+def replaced(
+    source: Joined, query_near: Neighbours | None, gallery_near: Neighbours | None, alpha: float
+) -> Joined:
+    """Queries, gallery or both, replaced by means with their nearest; None keeps them."""
+    query, gallery = source.query.embedding, source.gallery.embedding
+    if query_near is not None:
+        query = mean_with_nearest(source.both, query_near, alpha, with_self=True)
+    if gallery_near is not None:
+        gallery = mean_with_nearest(source.gallery, gallery_near, alpha, with_self=False)
+    return Joined(Features.of(np.concatenate([query, gallery])), source.queries)
 
 
-def encode_held(held: Held, near: Neighbours, settings: ReRanking, metric: int) -> Encoding:
-    """Everything's sparse row."""
-    return encode(held.side, near, settings, metric)
+def encode_all(source: Joined, near: Neighbours, settings: ReRanking, metric: int) -> Encoding:
+    """The sparse rows of all images."""
+    return encode(source.both, near, settings, metric)
 
 
-def distance_share(
-    held: Held,
+def distance_task(
+    source: Joined,
     encoding: Encoding,
     settings: ReRanking,
     metric: int,
-    matches: Matches,
-    share: list[list[Tile]],
+    truth: GroundTruth,
+    kept: np.ndarray | None,
+    own: Sequence[Sequence[Block]],
+    count: Count,
 ) -> np.ndarray:
-    """Ranks of the re-ranked positives of a share of the queries, 0 elsewhere."""
-    scores = scores_across(held.side, held.queries, metric, share)
-    return positive_ranks(distances(held.queries, encoding, settings, metric, scores), matches)
+    """Re-ranked ranks of the positives of a task's queries, 0 elsewhere."""
+    scores = scores_across(source.both, source.queries, metric, own, kept)
+    found = distances(source.queries, encoding, settings, metric, scores)
+    return positive_ranks(found, truth, count)

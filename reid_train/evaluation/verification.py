@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 
-from reid_train.evaluation.ground_truth import Matches
-from reid_train.evaluation.kernels import rank_counts as counting
+from reid_train.evaluation.ground_truth import GroundTruth
+from reid_train.evaluation.kernels.rank_counts import EUCLIDEAN, histogram
+from reid_train.evaluation.measures import Metric
 from reid_train.evaluation.similarity import (
-    Metric,
-    Side,
+    Features,
     full_precision,
     left_operand,
     metric_code,
@@ -20,74 +20,59 @@ from reid_train.evaluation.similarity import (
 )
 
 BINS = 1 << 18
-STRETCH = 8192
-"""Gallery items of a product. Fixed, so that a pair's score is the same whoever computes it."""
-
-
-def tar_at_far(
-    query: Side,
-    gallery: Side,
-    matches: Matches,
-    metric: Metric,
-    rates: Sequence[float],
-    chunk: int = 512,
-) -> dict[float, float]:
-    """True accept rate at given false accept rates, over all pairs but junk.
-
-    A pair is accepted below a distance. Distances are told apart to 1 / 262,144 of their range,
-    and a bin is accepted whole or not at all, so a false accept rate is never exceeded.
-    """
-    starts = range(0, len(gallery.norm), STRETCH)
-    blocks = ((first, gallery.rows(first, first + STRETCH)) for first in starts)
-    longest = float(gallery.norm.max())
-    return rates_of(count_distances(query, blocks, matches, metric, longest, chunk), rates)
+BLOCK = 8192
+"""Gallery images in a product. Fixed, so that a pair's score is the same in every task."""
+CHUNK = 512  # queries in a product
 
 
 def count_distances(
-    query: Side,
-    blocks: Iterable[tuple[int, Side]],
-    matches: Matches,
+    query: Features,
+    blocks: Iterable[tuple[int, Features]],
+    truth: GroundTruth,
     metric: Metric,
     longest: float,
-    chunk: int = 512,
+    progress: Callable[[int], object] = lambda images: None,
 ) -> np.ndarray:
     """How many true and false pairs lie in each bin of distance: (2, BINS) int64.
 
     Args:
-        blocks: whole stretches of the gallery of STRETCH items (the last one of what is left).
+        blocks: whole blocks of the gallery of BLOCK images (the last may be shorter).
         longest: the greatest norm in the whole gallery.
+        progress: called with each block's images.
     """
     code = metric_code(metric)
-    # The Euclidean score lacks ‖q‖², so distances to different queries need it back.
+    # The Euclidean score lacks ‖q‖², which distances of different queries need.
     lowest, span = -1.0, 2.0
-    if code == counting.EUCLIDEAN:
+    if code == EUCLIDEAN:
         lowest, span = 0.0, float((query.norm.max() + longest) ** 2) or 1.0
-    cpu = torch.device("cpu")
+    cpu, row = torch.device("cpu"), truth.row
     genuine, impostor = found = np.zeros((2, BINS), np.int64)
-    row = matches.row
-    starts = range(0, len(query.norm), chunk)
+    starts = range(0, len(query), CHUNK)
     with full_precision():
-        lefts = [left_operand(query.rows(q, q + chunk), code, cpu) for q in starts]
+        lefts = [left_operand(query.rows(q, q + CHUNK), code, cpu) for q in starts]
         for first, block in blocks:
             right = right_operand(block, code, cpu)
             for q, left in zip(starts, lefts, strict=True):
                 scores = quick_scores(left, right, block, code).numpy()
-                if code == counting.EUCLIDEAN:
-                    scores += np.float32(query.norm[q : q + chunk, None] ** 2)
-                own = slice(matches.start[q], matches.start[q + len(scores)])
-                inside = (matches.index[own] >= first) & (
-                    matches.index[own] < first + scores.shape[1]
-                )
-                rows, columns = row[own][inside] - q, matches.index[own][inside] - first
-                positive = matches.positive[own][inside]
-                counting.histogram(scores[rows[positive], columns[positive]], lowest, span, genuine)
+                if code == EUCLIDEAN:
+                    scores += np.float32(query.norm[q : q + CHUNK, None] ** 2)
+                own = np.arange(truth.start[q], truth.start[q + len(scores)])
+                own = own[(truth.index[own] >= first) & (truth.index[own] < first + len(block))]
+                rows, columns = row[own] - q, truth.index[own] - first
+                positive = truth.positive[own]
+                histogram(scores[rows[positive], columns[positive]], lowest, span, genuine)
                 scores[rows, columns] = np.inf
-                counting.histogram(scores.reshape(-1), lowest, span, impostor)
+                histogram(scores.reshape(-1), lowest, span, impostor)
+            progress(len(block))
     return found
 
 
 def rates_of(counts: np.ndarray, rates: Sequence[float]) -> dict[float, float]:
-    """True accept rate by false accept rate, of what `count_distances` gives for all pairs."""
+    """True accept rate by false accept rate, from `count_distances` of all pairs but junk.
+
+    A pair is accepted below a distance. Distances are told apart to 1 / 262,144 of their range,
+    and a bin is accepted as a whole or not at all, so a false accept rate is never exceeded.
+    """
     genuine, impostor = counts
     accepted, total = np.cumsum(impostor), impostor.sum()
     found = np.concatenate([[0], np.cumsum(genuine)])

@@ -227,14 +227,22 @@ def best_checkpoint(run: str) -> str:
         run: the run's folder or s3:// URL, or that of anything else.
 
     Raises:
-        DataError: there is a summary, but it names no checkpoint.
+        DataError: there is a summary, but it names no checkpoint; or there is none, but checkpoints
+            are there, as in the folder of a run that was stopped. The message names them.
     """
     folder = open_storage(run)
     try:
         name = json.loads(folder.read(SUMMARY))["checkpoint"]
         return folder.child(PurePosixPath(name).name).url
     except ObjectMissing:
-        return run
+        found = [key.rpartition("/")[0] for key, _ in folder.list() if key.endswith(f"/{WEIGHTS}")]
+        if not found:
+            return run
+        places = ", ".join(folder.child(name).url for name in sorted(found))
+        raise DataError(
+            f"{run} is a run that has not finished, so its best checkpoint is not known: give one "
+            f"of its checkpoints: {places}"
+        ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"{run} is a run whose {SUMMARY} names no checkpoint ({error!r}): give the folder of a "

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from data_shards.building.build import build as build_shards
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ReidError
-from reid_train.commands import evaluate as commands
+from data_shards.progress import silent
+from reid_train.commands import embed as job
+from reid_train.commands.embed import Embed
+from reid_train.commands.evaluate import Evaluate, evaluate
 from reid_train.config import LoaderConfig
-from reid_train.evaluation import embedding_job
 from reid_train.evaluation.embedding_store import EmbeddingFiles
-from reid_train.evaluation.evaluate import Measures
+from reid_train.evaluation.measures import Measures
 from reid_train.model.embedder import CONFIG, WEIGHTS
 from reid_train.model.factory import build_model
 from reid_train.recipes import recipe
@@ -31,7 +33,7 @@ from reid_train.tracking.uris import local_tracking
 def small_parts():
     """Parts of 5 images, so that there are several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding_job, "PART", 5)
+        patch.setattr(job, "PART", 5)
         ray.init(num_cpus=2, logging_level="ERROR", log_to_driver=False)
         yield
         ray.shutdown()
@@ -57,8 +59,9 @@ def model(folder: Path, seed: int) -> str:
 
 def embed(model: str, data: str, out: Path, **arguments) -> int:
     loader = LoaderConfig(workers=0, cache=out.parent / "cache")
+    progress = arguments.pop("progress", silent)
     arguments = {"workers": 2, "loader": loader} | arguments
-    return embedding_job.embed_dataset(model, data, str(out), **arguments)
+    return job.embed_dataset(Embed(model, data, str(out), **arguments), progress)
 
 
 def test_every_image_is_embedded_once_and_a_second_try_does_what_is_missing(data, tmp_path):
@@ -79,8 +82,8 @@ def test_every_image_is_embedded_once_and_a_second_try_does_what_is_missing(data
         EmbeddingFiles.open(str(out))
 
     seen = []
-    embed(network, data, out, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(total - 5, total), (total, total)]
+    embed(network, data, out, progress=lambda *report: seen.append(report))
+    assert seen == [("embedding", total - 5, total), ("embedding", total, total)]
     assert {path.name: path.read_bytes() for path in out.glob("part-*")} == before
     kept = {name for name, time in times.items() if (out / name).stat().st_mtime_ns == time}
     assert kept == before.keys() - {"part-000003.parquet"}
@@ -102,29 +105,29 @@ def test_parts_of_another_device_are_not_mixed_in(data, tmp_path):
     assert embed(network, data, out, device="cpu") == total  # nothing is left to be embedded
     (out / "part-000003.parquet").unlink()
     for device in ("cpu", "auto"):
-        with pytest.raises(DataError, match="begun with --device cuda"):
+        with pytest.raises(DataError, match="started with --device cuda"):
             embed(network, data, out, device=device)
 
 
 def test_evaluate_embeds_as_many_images_at_a_time_as_it_is_told(data, tmp_path, monkeypatch):
-    told = {}
+    told = []
 
-    def embedded(*arguments, **settings):
-        told.update(settings)
+    def embedded(settings, progress):
+        told.append(settings.batch)
         raise DataError("not now")
 
-    monkeypatch.setattr(commands, "embed_dataset", embedded)
-    settings = commands.Evaluate(model=model(tmp_path / "model", 0), data=data, batch=3)
+    monkeypatch.setattr(job, "embed_dataset", embedded)
+    settings = Evaluate(model=model(tmp_path / "model", 0), data=data, batch=3)
     with pytest.raises(DataError, match="not now"):
-        commands.evaluate(settings, Console(quiet=True))
-    assert told["batch"] == 3
+        evaluate(settings, Console(quiet=True))
+    assert told == [3]
 
 
 def test_parts_of_unknown_origin_are_not_mixed_in(data, tmp_path):
     out = tmp_path / "embeddings"
     out.mkdir()
     (out / "part-000000.parquet").touch()
-    with pytest.raises(DataError, match=r"no job\.json that says of what"):
+    with pytest.raises(DataError, match=r"no job\.json that describes them"):
         embed(model(tmp_path / "model", 0), data, out)
 
 
@@ -143,7 +146,7 @@ def test_a_model_measures_the_same_on_one_worker_and_on_two(data, tmp_path, monk
     network, console = model(tmp_path / "model", 0), Console(quiet=True)
     loader = LoaderConfig(workers=0, cache=tmp_path / "cache")
     embeddings, output = str(tmp_path / "embeddings"), str(tmp_path / "measured.json")
-    both = commands.Evaluate(
+    both = Evaluate(
         model=network,
         data=data,
         embeddings=embeddings,
@@ -151,22 +154,22 @@ def test_a_model_measures_the_same_on_one_worker_and_on_two(data, tmp_path, monk
         workers=2,
         loader=loader,
     )
-    spread = commands.evaluate(both, console)
-    alone = commands.evaluate(commands.Evaluate(embeddings=embeddings), console)
+    spread = evaluate(both, console)
+    alone = evaluate(Evaluate(embeddings=embeddings), console)
     assert spread.result.summary() == alone.result.summary()
     assert json.loads(Path(output).read_text())["metrics"] == alone.result.summary()
 
 
 def test_measures_of_a_model_are_tracked_under_names_that_mlflow_takes(data, tmp_path):
     uri = local_tracking(tmp_path)
-    settings = commands.Evaluate(
+    settings = Evaluate(
         model=model(tmp_path / "model", 0),
         data=data,
         tracking_uri=uri,
         measures=Measures(false_accept_rates=(0.1,)),
         loader=LoaderConfig(workers=0, cache=tmp_path / "cache"),
     )
-    found = commands.evaluate(settings, Console(quiet=True)).result.summary()
+    found = evaluate(settings, Console(quiet=True)).result.summary()
     client = connect(uri)
     experiment = client.get_experiment_by_name(settings.experiment)
     (run,) = client.search_runs([experiment.experiment_id])
@@ -179,33 +182,31 @@ def test_worker_that_is_lost_for_good_ends_the_job_in_one_line(data):
         def ready(self) -> None:
             pass
 
-        def embed(self, part) -> int:
+        def embed(self, task) -> int:
             os._exit(1)
 
-    parts = embedding_job.parts_of(Dataset.open(data), ("query",))
+    tasks = job.tasks_of(Dataset.open(data), ("query",))
     actor = ray.remote(Doomed).options(max_restarts=0).remote()
-    with pytest.raises(ReidError, match=r"an embedding worker was lost: .*same command goes on"):
-        list(embedding_job._results([actor], parts))
+    with pytest.raises(ReidError, match=r"worker was lost: .*same command to continue"):
+        list(job._results([actor], tasks))
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (commands.Evaluate(), "give --embeddings FILE, or --model and --data"),
-        (commands.Evaluate(model="somewhere"), "--model needs --data"),
-        (commands.Evaluate(embeddings="a", data="b"), "--data and --tracking-uri go with --model"),
-        (commands.Evaluate(embeddings="a.npz", model="b", data="c"), "is a folder here"),
-        (commands.Evaluate(embeddings="a", measures=Measures(rerank=True, k1=0)), "k1 ≥ 1"),
-        (commands.Evaluate(embeddings="a", measures=Measures(expand=-1)), "--expand takes"),
-        (commands.Evaluate(embeddings="a", measures=Measures(expand=1, alpha=-1)), "α ≥ 0"),
+        (Evaluate(), "give --embeddings FILE, or --model and --data"),
+        (Evaluate(model="somewhere"), "--model needs --data"),
+        (Evaluate(embeddings="a", data="b"), "--data and --tracking-uri go with --model"),
+        (Evaluate(embeddings="a.npz", model="b", data="c"), "is a folder here"),
+        (Evaluate(embeddings="a", measures=Measures(rerank=True, k1=0)), "k1 ≥ 1"),
+        (Evaluate(embeddings="a", measures=Measures(expand=-1)), "--expand takes"),
+        (Evaluate(embeddings="a", measures=Measures(expand=1, alpha=-1)), "α ≥ 0"),
         (
-            commands.Evaluate(
-                embeddings="a.npz", measures=Measures(rerank=True, camera_pairs=True)
-            ),
+            Evaluate(embeddings="a.npz", measures=Measures(rerank=True, camera_pairs=True)),
             "without re-ranking",
         ),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_starts(settings, words):
     with pytest.raises(ConfigError, match=words):
-        commands.evaluate(settings, Console(quiet=True))
+        evaluate(settings, Console(quiet=True))

@@ -1,4 +1,4 @@
-"""Measuring on three real Ray workers and a real S3 server, against one process."""
+"""Evaluate on three real Ray workers and a real S3 server, against one process."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import ray
 from cluster.local.s3_server import S3Server
 from data_shards.errors import ConfigError, DataError
 from data_shards.storage import open_storage
-from reid_train.evaluation import distributed, neighbours
 from reid_train.evaluation import embedding_store as embeddings
-from reid_train.evaluation import verification as roc
-from reid_train.evaluation.distributed import measure_distributed
+from reid_train.evaluation import evaluate as stages
+from reid_train.evaluation import neighbours
 from reid_train.evaluation.embedding_store import (
     EmbeddingFiles,
     EmbeddingTable,
     part_key,
     write_part,
 )
-from reid_train.evaluation.evaluate import Measurement, Measures, measure
+from reid_train.evaluation.evaluate import Measurement, evaluate, evaluate_files
+from reid_train.evaluation.measures import Measures
 from reid_train.evaluation.metrics import RankingResult
-from reid_train.evaluation.task_pool import shares_of
+from reid_train.evaluation.task_pool import divided
 
 QUERIES, GALLERY, DIMENSIONS = 60, 1500, 64
 
@@ -75,18 +75,17 @@ def assert_same_bits(found: RankingResult, expected: RankingResult) -> None:
 def spread_and_alone(files: EmbeddingFiles, measures: Measures) -> tuple[Measurement, Measurement]:
     """On three workers, and in this process."""
     return (
-        measure_distributed(files, measures, workers=3),
-        measure(files.read("query"), files.read("gallery"), files.labels, measures),
+        evaluate_files(files, measures, workers=3),
+        evaluate(files.read("query"), files.read("gallery"), files.labels, measures),
     )
 
 
 @pytest.fixture(autouse=True)
-def small_shares(monkeypatch):
-    """Small enough that each of the three workers has several."""
-    monkeypatch.setattr(neighbours, "TILE", 128)
-    monkeypatch.setattr(distributed, "BLOCK", 100)
-    for module in (roc, distributed):
-        monkeypatch.setattr(module, "STRETCH", 128)
+def small_blocks(monkeypatch):
+    """Small enough that each of the three workers has several tasks."""
+    monkeypatch.setattr(neighbours, "BLOCK", 128)
+    monkeypatch.setattr(stages, "BLOCK", 100)
+    monkeypatch.setattr(stages, "ACCEPT_BLOCK", 128)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +120,9 @@ def test_three_workers_count_false_accepts_as_one_process_does(files, metric):
     assert spread.result.tar_at_far == alone.result.tar_at_far
 
 
-def test_progress_advances_by_shares_to_its_end(files):
+def test_progress_advances_by_tasks_to_its_end(files):
     seen = []
-    measure_distributed(files, Measures(), workers=3, progress=lambda *told: seen.append(told))
+    evaluate_files(files, Measures(), workers=3, progress=lambda *told: seen.append(told))
     ranking = [(done, total) for stage, done, total in seen if stage == "ranking"]
     assert ranking[0] == (0, GALLERY)
     assert ranking[-1] == (GALLERY, GALLERY)
@@ -132,7 +131,7 @@ def test_progress_advances_by_shares_to_its_end(files):
 
 def test_more_neighbours_than_images_are_an_error(files):
     with pytest.raises(ConfigError, match="1 ≤ k ≤ 1500"):
-        measure_distributed(files, Measures(expand=2000), workers=3)
+        evaluate_files(files, Measures(expand=2000), workers=3)
 
 
 @pytest.mark.parametrize("measures", [Measures(), Measures(rerank=True)], ids=["rank", "rerank"])
@@ -142,10 +141,10 @@ def test_an_error_in_a_worker_comes_out_as_itself(files, tmp_path, measures):
     broken = EmbeddingFiles.open(str(tmp_path))
     (tmp_path / part_key(3)).write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match="part-000003"):
-        measure_distributed(broken, measures, workers=3)
+        evaluate_files(broken, measures, workers=3)
 
 
-def test_shares_are_consecutive_complete_and_even():
-    shares = shares_of(list(range(100)), 3, lambda item: 1)
-    assert list(itertools.chain(*shares)) == list(range(100))
-    assert [len(share) for share in shares] == [33, 34, 33]
+def test_tasks_have_consecutive_blocks_all_and_evenly():
+    tasks = divided(list(range(100)), 3, lambda block: 1)
+    assert list(itertools.chain(*tasks)) == list(range(100))
+    assert [len(task) for task in tasks] == [33, 34, 33]

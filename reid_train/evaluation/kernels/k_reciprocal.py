@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
-from reid_train.evaluation.kernels.rank_counts import COSINE, exact_score
+from reid_train.evaluation.kernels.rank_counts import COSINE, score_pair
+
+
+class Sets(NamedTuple):
+    """Reciprocal neighbours R(i, k) of all N items: (N, k + 1) int32, and how many (N,)."""
+
+    item: np.ndarray
+    count: np.ndarray
+
+
+class Rows(NamedTuple):
+    """Sparse rows to fill: (B,) lengths, (B, C) int32 items, ascending, and float32 weights."""
+
+    length: np.ndarray
+    item: np.ndarray
+    value: np.ndarray
+
+
+class Compressed(NamedTuple):
+    """Sparse rows as SciPy holds them: (B + 1,) where each row starts, its items and weights."""
+
+    start: np.ndarray
+    item: np.ndarray
+    value: np.ndarray
 
 
 @njit(nogil=True, cache=True)
@@ -15,96 +40,94 @@ def distance_of(metric: int, score: float) -> float:
 
 
 @njit(nogil=True, cache=True)
-def reciprocal_neighbours(neighbours, k, first, out, count):
-    """R(i, k): those of i's k + 1 nearest that have i among theirs, in order, into `out`."""
-    for r in range(out.shape[0]):
+def reciprocal_neighbours(neighbours, k, first, out):
+    """R(i, k): those of i's k + 1 nearest that have i among theirs, in order, into `Sets`."""
+    for r in range(out.item.shape[0]):
         i, kept = first + r, 0
         for j in neighbours[i, : k + 1]:
             mutual = False
             for back in neighbours[j, : k + 1]:
                 mutual |= back == i
             if mutual:
-                out[r, kept] = j
+                out.item[r, kept] = j
                 kept += 1
-        count[r] = kept
+        out.count[r] = kept
 
 
 @njit(nogil=True, cache=True)
-def encode(
-    neighbours, scores, full, full_count, half, half_count, furthest, metric, embedding, scale,
-    first, length, items, values,
-):  # fmt: skip
-    """Expanded reciprocal sets R*(i, k) as rows of weights exp(−d) that add up to 1.
+def encode(neighbours, full, half, furthest, metric, vectors, first, out):
+    """Expanded reciprocal sets R*(i, k1) as rows of weights exp(−d) that sum to 1.
 
     Args:
-        neighbours, scores: (N, k) the nearest of all items, and their exact scores.
-        full, full_count: R(·, k1) of all items, and how many.
-        half, half_count: R(·, k1 / 2).
+        neighbours: `Neighbours` of all items.
+        full, half: `Sets` R(·, k1) and R(·, k1 / 2) of all items.
         furthest: (N,) each item's greatest distance, to divide by.
-        metric, embedding, scale: what `exact_score` needs.
+        metric, vectors: metric and `Vectors` of exact scores.
         first: the item of the first row.
-        length: (B,) how many entries each row gets.
-        items, values: (B, C) int32 ascending, and float32.
+        out: `Rows`.
     """
-    member = np.full(full.shape[0], -1, np.int64)  # of R(i, k1)
-    chosen = np.full(full.shape[0], -1, np.int64)  # of R*(i, k1)
-    near = np.full(full.shape[0], -1, np.int64)  # of the nearest, whose scores are known
-    known = np.empty(full.shape[0])
-    for r in range(length.shape[0]):
-        i, count = first + r, full_count[first + r]
+    count_of_all = full.item.shape[0]
+    member = np.full(count_of_all, -1, np.int64)  # of R(i, k1)
+    chosen = np.full(count_of_all, -1, np.int64)  # of R*(i, k1)
+    near = np.full(count_of_all, -1, np.int64)  # of the nearest, which have known scores
+    known = np.empty(count_of_all)
+    for r in range(out.length.shape[0]):
+        i, items, values = first + r, out.item[r], out.value[r]
+        count = full.count[i]
         for m in range(count):
-            j = full[i, m]
-            member[j], chosen[j], items[r, m] = i, i, j
-        for c in full[i, : full_count[i]]:
+            j = full.item[i, m]
+            member[j], chosen[j], items[m] = i, i, j
+        for c in full.item[i, : full.count[i]]:
             shared = 0
-            for j in half[c, : half_count[c]]:
+            for j in half.item[c, : half.count[c]]:
                 shared += member[j] == i
-            if 3 * shared <= 2 * half_count[c]:
+            if 3 * shared <= 2 * half.count[c]:
                 continue
-            for j in half[c, : half_count[c]]:
+            for j in half.item[c, : half.count[c]]:
                 if chosen[j] != i:
-                    chosen[j], items[r, count] = i, j
+                    chosen[j], items[count] = i, j
                     count += 1
-        items[r, :count].sort()
-        for m in range(neighbours.shape[1]):
-            near[neighbours[i, m]], known[neighbours[i, m]] = i, scores[i, m]
+        items[:count].sort()
+        for m in range(neighbours.index.shape[1]):
+            j = neighbours.index[i, m]
+            near[j], known[j] = i, neighbours.score[i, m]
         total = 0.0
         for m in range(count):
-            j = items[r, m]
+            j = items[m]
             if near[j] != i:
-                known[j] = exact_score(metric, embedding[i], embedding[j], scale[i] * scale[j])
+                known[j] = score_pair(metric, vectors, i, vectors, j)
             weight = np.exp(-distance_of(metric, float(known[j])) / furthest[i])
-            values[r, m] = weight
+            values[m] = weight
             total += weight
         for m in range(count):
-            values[r, m] /= total
-        length[r] = count
+            values[m] /= total
+        out.length[r] = count
 
 
 @njit(nogil=True, cache=True)
-def average(neighbours, start, item, value, first, length, items, values):
-    """Local query expansion: each row the mean of its neighbours' rows, itself included.
+def average(neighbours, rows, first, out):
+    """Local query expansion: each row becomes the mean of its neighbours' rows, its own included.
 
     Args:
         neighbours: (N, k2).
-        start, item, value: all rows, compressed.
-        first, length, items, values: as in `encode`.
+        rows: all rows, `Compressed`.
+        first, out: as in `encode`.
     """
-    total = np.zeros(start.shape[0])
-    seen = np.full(start.shape[0], -1, np.int64)
-    for r in range(length.shape[0]):
-        i, count = first + r, 0
+    total = np.zeros(neighbours.shape[0])
+    seen = np.full(neighbours.shape[0], -1, np.int64)
+    for r in range(out.length.shape[0]):
+        i, count, items = first + r, 0, out.item[r]
         for j in neighbours[i]:
-            for p in range(start[j], start[j + 1]):
-                g = item[p]
+            for p in range(rows.start[j], rows.start[j + 1]):
+                g = rows.item[p]
                 if seen[g] != i:
-                    seen[g], total[g], items[r, count] = i, 0.0, g
+                    seen[g], total[g], items[count] = i, 0.0, g
                     count += 1
-                total[g] += value[p]
-        items[r, :count].sort()
+                total[g] += rows.value[p]
+        items[:count].sort()
         for m in range(count):
-            values[r, m] = total[items[r, m]] / neighbours.shape[1]
-        length[r] = count
+            out.value[r, m] = total[items[m]] / neighbours.shape[1]
+        out.length[r] = count
 
 
 @njit(nogil=True, cache=True, fastmath={"nsz", "arcp", "contract"})
@@ -117,24 +140,23 @@ def _blend(score, overlap, metric, furthest, weight):
 
 
 @njit(nogil=True, cache=True)
-def blend_jaccard(
-    scores, start, item, value, column_start, column_row, column_value, metric, furthest, weight
-):
+def blend_jaccard(scores, rows, columns, metric, furthest, weight):
     """Turn scores into re-ranked distances, in place.
 
     Args:
         scores: (B, G) float32 of queries and gallery.
-        start, item, value: the queries' rows, compressed.
-        column_start, column_row, column_value: the gallery's rows by column: which of them have
-            an item in their set, and its weight.
+        rows: the B queries' rows, `Compressed`.
+        columns: the gallery's rows, `Compressed` by column: for each item the gallery images that
+            have it in their set, with its weight.
         furthest: (B,) each query's greatest distance.
         weight: λ, the share of the original distance.
     """
     overlap = np.empty(scores.shape[1], np.float32)
     for q in range(scores.shape[0]):
         overlap[:] = 0
-        for p in range(start[q], start[q + 1]):
-            for c in range(column_start[item[p]], column_start[item[p] + 1]):
-                overlap[column_row[c]] += min(value[p], column_value[c])
+        for p in range(rows.start[q], rows.start[q + 1]):
+            value, item = rows.value[p], rows.item[p]
+            for c in range(columns.start[item], columns.start[item + 1]):
+                overlap[columns.item[c]] += min(value, columns.value[c])
         inverse = np.float32(1.0 / furthest[q])
         _blend(scores[q], overlap, metric, inverse, np.float32(weight))

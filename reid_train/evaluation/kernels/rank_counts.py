@@ -1,13 +1,16 @@
-"""The counting under `ranking`: compiled loops over one block of scores.
+"""Count the gallery items before each positive: compiled loops over one block of scores.
 
-A block holds, for a few queries and a stretch of the gallery, approximate scores in float32 (a
-matrix product's). Smaller is closer. An item further from a positive's score than the product
-can be wrong is counted by comparing; the few others are scored again, in float64.
+A block holds the scores of a few queries with a block of the gallery: float32, from a matrix
+product, smaller is closer. If a score differs from a positive's by more than the product's error,
+comparing the two is enough. The few other pairs are scored again in float64.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+import torch
 from numba import njit
 
 COSINE, EUCLIDEAN, GIVEN = 0, 1, 2
@@ -17,6 +20,30 @@ _LEAST_SPAN = np.float32(1e-30)  # of a histogram, to divide by
 
 # Sums may be reordered (that is what lets them use SIMD), always in the same way for one length.
 _SUM = {"reassoc", "contract"}
+
+
+class Vectors(NamedTuple):
+    """What exact scores need: (N, D) float32 embeddings, and 1/‖x‖ of each, (N,) float64."""
+
+    embedding: np.ndarray
+    scale: np.ndarray
+
+
+class Positives(NamedTuple):
+    """The positives of some queries, each query's from the closest to the furthest.
+
+    Args:
+        start: (B + 1,) where each query's positives begin in the (P,) arrays.
+        score, index: (P,) exact scores, float64, and gallery indices, int64.
+        low, high: (P,) float32; an item scored below `low` surely comes before the positive, one
+            above `high` surely after it.
+    """
+
+    start: np.ndarray
+    score: np.ndarray
+    index: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 @njit(nogil=True, cache=True, fastmath=_SUM)
@@ -44,19 +71,19 @@ def norms(embedding, out):
 
 
 @njit(nogil=True, cache=True)
-def exact_score(metric: int, query: np.ndarray, item: np.ndarray, scale: float) -> float:
-    """A pair's score in float64; `scale` is 1/‖query‖‖item‖ and only the cosine uses it."""
+def score_pair(metric, query, q, block, g):
+    """Exact score, float64, of row q of the query `Vectors` and row g of the block's."""
     if metric == COSINE:
-        return -_dot(query, item) * scale
-    return _squared_distance(query, item)
+        scale = query.scale[q] * block.scale[g]
+        return -_dot(query.embedding[q], block.embedding[g]) * scale
+    return _squared_distance(query.embedding[q], block.embedding[g])
 
 
 @njit(nogil=True, cache=True)
-def score_pairs(metric, query, block, query_scale, block_scale, rows, columns, out):
+def score_pairs(metric, query, block, rows, columns, out):
     """Exact scores of listed (query row, block column) pairs into `out` (M,) float64."""
     for m in range(rows.shape[0]):
-        q, g = rows[m], columns[m]
-        out[m] = exact_score(metric, query[q], block[g], query_scale[q] * block_scale[g])
+        out[m] = score_pair(metric, query, rows[m], block, columns[m])
 
 
 @njit(nogil=True, cache=True)
@@ -129,27 +156,24 @@ def _first_above(ascending, first, stop, value):
 
 
 @njit(nogil=True, cache=True)
-def count_block(
-    scores, first, start, key, index, low, high,
-    metric, query, block, query_scale, block_scale, below,
-):  # fmt: skip
-    """Add to `below` how many of a block's gallery items come before each positive.
+def count_block(scores, first, positives, metric, query, block, before):
+    """Add to `before` how many of a block's gallery items come before each positive.
 
-    A histogram of each row's scores tells nearly all. Only items in the bins around a positive's
-    score are looked at one by one.
+    A histogram of each row's scores gives nearly all counts. Only items in the bins around a
+    positive's score are compared one by one.
 
     Args:
         scores: (B, W) float32, infinite for items of the query's own identity.
         first: gallery index of the block's first column.
-        start: (B + 1,) where each row's positives begin in the arrays that follow.
-        key, index: (P,) the positives' exact scores, ascending per row, and gallery indices.
-        low, high: (P,) float32; scores below `low` are surely closer, above `high` surely not.
-        metric, query, block, query_scale, block_scale: what `exact_score` needs.
-        below: (P,) int64, added to.
+        positives: `Positives` of the B queries.
+        metric: COSINE, EUCLIDEAN, or GIVEN if the scores are exact.
+        query, block: `Vectors` of the rows and of the columns.
+        before: (P,) int64.
     """
     counts = np.empty(_BINS + _LANES, np.int32)
     doubtful = np.empty(_BINS + _LANES, np.uint8)
     bins, suspects = np.empty(_STRIP, np.int32), np.empty(_STRIP + 1, np.int32)
+    start, low, high = positives.start, positives.low, positives.high
     arrivals = np.empty(np.diff(start).max() + 1, np.int64)
     zero = np.float32(0)
     for q in range(scores.shape[0]):
@@ -159,7 +183,7 @@ def count_block(
         lowest, greatest = low[a], high[b - 1]
         inverse = np.float32(_BINS - _LANES - 2) / max(greatest - lowest, _LEAST_SPAN)
         counts[:] = 0
-        doubtful[:] = not greatest - lowest < np.inf  # all, where float32 cannot tell how far
+        doubtful[:] = not greatest - lowest < np.inf  # all, if the span overflows float32
         for j in range(a, b):
             last = _bin(high[j], lowest, inverse, zero)
             for i in range(_bin(low[j], lowest, inverse, zero), last + 1):
@@ -180,30 +204,89 @@ def count_block(
                     continue
                 score = np.float64(row[g])
                 if metric != GIVEN:
-                    score = exact_score(metric, query[q], block[g], query_scale[q] * block_scale[g])
+                    score = score_pair(metric, query, q, block, g)
                 for j in range(certain - 1, a - 1, -1):
                     if row[g] > high[j]:
                         break
-                    below[j] += _precedes(score, first + g, key[j], index[j])
+                    before[j] += _precedes(score, first + g, positives.score[j], positives.index[j])
         _accumulate(counts, doubtful)
         arrived = 0
         for j in range(a, b):
             arrived += arrivals[j - a]
-            below[j] += counts[_bin(low[j], lowest, inverse, zero)] + arrived
+            before[j] += counts[_bin(low[j], lowest, inverse, zero)] + arrived
 
 
 @njit(nogil=True, cache=True)
-def settle_pairs(start, bounds, item, score, key, index, below):
-    """Compare listed items with those positives of their rows that they are too close to.
+def _settle_pairs(start, bounds, item, score, positives, before):
+    """Compare listed items with the positives of their rows that are too close to call.
 
     Args:
-        start: (M,) where the row's positives begin in `key`, `index` and `below`.
+        start: (M,) where the row's positives begin.
         bounds: (2, M) first and past the last such positive, counted from `start`.
         item, score: (M,) gallery index and exact score.
     """
     for m in range(item.shape[0]):
         for j in range(start[m] + bounds[0, m], start[m] + bounds[1, m]):
-            below[j] += _precedes(score[m], item[m], key[j], index[j])
+            before[j] += _precedes(score[m], item[m], positives.score[j], positives.index[j])
+
+
+def count_scores(
+    scores: torch.Tensor,
+    first: int,
+    positives: Positives,
+    metric: int,
+    query: Vectors,
+    block: Vectors,
+    before: np.ndarray,
+) -> None:
+    """`count_block` of scores on the CPU or on an accelerator, to the same counts."""
+    if scores.device.type == "cpu":
+        count_block(scores.numpy(), first, positives, metric, query, block, before)
+    else:
+        count_on_device(scores, first, positives, metric, query, block, before)
+
+
+def count_on_device(
+    scores: torch.Tensor,
+    first: int,
+    positives: Positives,
+    metric: int,
+    query: Vectors,
+    block: Vectors,
+    before: np.ndarray,
+) -> None:
+    """`count_block` with PyTorch: only pairs that are too close to call come back to the CPU."""
+    start, device = positives.start, scores.device
+    count, own = np.diff(start), slice(start[0], start[-1])
+    width = int(count.max(initial=0))
+    if width == 0:
+        return
+    filled = np.arange(width) < count[:, None]
+    limits = np.full((2, len(count), width), np.inf, np.float32)
+    limits[0][filled], limits[1][filled] = positives.low[own], positives.high[own]
+    lows, highs = torch.from_numpy(limits).to(device)
+    certain = torch.searchsorted(lows, scores, right=True, out_int32=True)
+    possible = torch.searchsorted(highs, scores, out_int32=True)
+    offset = torch.arange(len(count), device=device, dtype=torch.int32)[:, None] * (width + 1)
+    arrivals = torch.bincount((certain + offset).flatten(), minlength=len(count) * (width + 1))
+    sure = arrivals.view(len(count), width + 1).cumsum(1)[:, :width].cpu().numpy()
+    before[own] += sure[filled]
+
+    close = torch.nonzero((possible < certain) & (scores < torch.inf))
+    if len(close) == 0:
+        return
+    bounds = torch.stack([possible[close[:, 0], close[:, 1]], certain[close[:, 0], close[:, 1]]])
+    rows, columns = close.cpu().numpy().T.copy()
+    exact = np.empty(len(rows))
+    score_pairs(metric, query, block, rows, columns, exact)
+    _settle_pairs(
+        start[rows],
+        bounds.cpu().numpy().astype(np.int64),
+        first + columns,
+        exact,
+        positives,
+        before,
+    )
 
 
 @njit(nogil=True, cache=True)

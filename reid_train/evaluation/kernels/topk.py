@@ -1,24 +1,59 @@
-"""Compiled loops that keep the nearest items of every row while blocks of scores stream past.
+"""Keep the k nearest items of every row while blocks of scores stream past: compiled loops.
 
-A row's candidates are kept in an unsorted buffer. Once it is full, those are dropped that are
-surely not among the k nearest: further than the k-th by more than the scores' error, twice. In
-the end the few that are left are scored exactly and put in order.
+Each row has an unsorted buffer of candidates. When it is full, drop those that are surely not among
+the k nearest: further than the k-th by more than twice the scores' error. At the end, score the
+few that are left exactly and sort them.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
-from reid_train.evaluation.kernels.rank_counts import exact_score
+from reid_train.evaluation.kernels.rank_counts import Vectors, score_pair
 
-_STRIP, _WIDE_STRIP = 32, 256  # scores looked at together, in a row and in many columns
-_LANES = 64  # stretches of a row, whose extremes are found together
+_STRIP, _WIDE_STRIP = 32, 256  # scores checked together, in a row and in many columns
+_LANES = 64  # parts of a row; the extremes of all are found together
 _ANY_ORDER = {"reassoc", "nnan", "nsz"}
 
 
+class Candidates(NamedTuple):
+    """The buffers of all N rows.
+
+    Args:
+        score, item: (N, C) float32 and int32, unsorted.
+        count: (N,) how many each row has.
+        limit: (N,) float32, the score up to which a row takes candidates.
+        furthest: (N,) float32, the greatest score seen.
+    """
+
+    score: np.ndarray
+    item: np.ndarray
+    count: np.ndarray
+    limit: np.ndarray
+    furthest: np.ndarray
+
+
+class Search(NamedTuple):
+    """What is searched for.
+
+    Args:
+        k: how many items to keep for each row.
+        metric: COSINE or EUCLIDEAN.
+        vectors: all N embeddings.
+        slack: (N,) how far a score may be from the exact one.
+    """
+
+    k: int
+    metric: int
+    vectors: Vectors
+    slack: np.ndarray
+
+
 @njit(nogil=True, cache=True)
-def keep_nearest(score, item, count, k, best_score, best_item):
+def _keep_nearest(score, item, count, k, best_score, best_item):
     """The k first of `count` (score, item) pairs, in order, into `best_*`; returns how many."""
     kept = 0
     for m in range(count):
@@ -55,39 +90,38 @@ def _kth(values, k):
 
 
 @njit(nogil=True, cache=True)
-def _compact(i, scores, items, count, limit, slack, k, metric, embedding, scale):
-    """Make room in row i's full buffer and lower the score up to which it takes candidates."""
-    capacity = scores.shape[1]
-    kth = np.float64(_kth(scores[i, : count[i]], k))
-    limit[i] = np.float32(kth + 2.01 * slack[i])
+def _compact(i, found, search):
+    """Make room in row i's full buffer, and lower the score up to which it takes candidates."""
+    score, item, count, limit = found.score[i], found.item[i], found.count[i], found.limit
+    k, slack = search.k, search.slack[i]
+    limit[i] = np.float32(np.float64(_kth(score[:count], k)) + 2.01 * slack)
     kept = 0
-    for m in range(count[i]):
-        if scores[i, m] <= limit[i]:
-            scores[i, kept] = scores[i, m]
-            items[i, kept] = items[i, m]
+    for m in range(count):
+        if score[m] <= limit[i]:
+            score[kept] = score[m]
+            item[kept] = item[m]
             kept += 1
-    count[i] = kept
-    if kept <= capacity // 2:
+    found.count[i] = kept
+    if kept <= score.shape[0] // 2:
         return
-    # Many are too close to call, duplicates perhaps: only exact scores can tell them apart.
+    # Many are too close to call, perhaps duplicates: only exact scores tell them apart.
     exact, best, chosen = np.empty(kept), np.empty(k), np.empty(k, np.int64)
     for m in range(kept):
-        g = items[i, m]
-        exact[m] = exact_score(metric, embedding[i], embedding[g], scale[i] * scale[g])
-    count[i] = keep_nearest(exact, items[i], kept, k, best, chosen)
+        exact[m] = score_pair(search.metric, search.vectors, i, search.vectors, item[m])
+    found.count[i] = _keep_nearest(exact, item, kept, k, best, chosen)
     for m in range(k):
-        scores[i, m] = np.float32(best[m])
-        items[i, m] = chosen[m]
-    limit[i] = np.float32(best[k - 1] + 1.01 * slack[i])
+        score[m] = np.float32(best[m])
+        item[m] = chosen[m]
+    limit[i] = np.float32(best[k - 1] + 1.01 * slack)
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _take(i, score, item, scores, items, count, limit, slack, k, metric, embedding, scale):
-    scores[i, count[i]] = score
-    items[i, count[i]] = item
-    count[i] += 1
-    if count[i] == scores.shape[1]:
-        _compact(i, scores, items, count, limit, slack, k, metric, embedding, scale)
+def _take(i, score, item, found, search):
+    found.score[i, found.count[i]] = score
+    found.item[i, found.count[i]] = item
+    found.count[i] += 1
+    if found.count[i] == found.score.shape[1]:
+        _compact(i, found, search)
 
 
 # Compilers use SIMD for the extremes of many columns and for whether any score is beyond a limit,
@@ -145,18 +179,15 @@ def _within_columns(row, left, width, limit, first, hits):
 
 
 @njit(nogil=True, cache=True)
-def offer_columns(
-    block, row, column, scores, items, count, limit, furthest, slack, k, metric, embedding, scale
-):
+def offer_columns(block, row, column, found, search):
     """Offer a block's columns to its rows.
 
     Args:
         block: (B, W) float32 scores of items row, row + 1, … with column, column + 1, ….
-        scores, items, count, limit, furthest: the buffers of all rows, updated.
-        slack: (N,) how far a score may be from the exact one.
-        k: how many to keep at least.
-        metric, embedding, scale: what `exact_score` needs.
+        found: `Candidates`, updated.
+        search: `Search`.
     """
+    limit, furthest, k = found.limit, found.furthest, search.k
     least, greatest = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
     hits = np.empty(_STRIP + 1, np.int64)
     for r in range(block.shape[0]):
@@ -164,7 +195,7 @@ def offer_columns(
         if limit[i] == np.inf and k <= _LANES:
             # The k-th of the lanes' least scores is no less than the k-th of all.
             _lane_extremes(scored, least, greatest)
-            limit[i] = np.float32(np.float64(_kth(least, k)) + 2.01 * slack[i])
+            limit[i] = np.float32(np.float64(_kth(least, k)) + 2.01 * search.slack[i])
             furthest[i] = max(furthest[i], greatest.max())
         for left in range(0, block.shape[1], _STRIP):
             right = min(left + _STRIP, block.shape[1])
@@ -174,17 +205,13 @@ def offer_columns(
                 c = hits[m]
                 furthest[i] = max(furthest[i], scored[c])
                 if scored[c] <= limit[i]:
-                    _take(
-                        i, scored[c], column + c, scores, items, count, limit, slack,
-                        k, metric, embedding, scale,
-                    )  # fmt: skip
+                    _take(i, scored[c], column + c, found, search)
 
 
 @njit(nogil=True, cache=True)
-def offer_rows(
-    block, row, column, scores, items, count, limit, furthest, slack, k, metric, embedding, scale
-):
+def offer_rows(block, row, column, found, search):
     """Offer a block's rows to its columns; arguments as in `offer_columns`."""
+    limit, furthest = found.limit, found.furthest
     hits = np.empty(_WIDE_STRIP + 1, np.int64)
     for left in range(0, block.shape[1], _WIDE_STRIP):
         width, first = min(_WIDE_STRIP, block.shape[1] - left), column + left
@@ -194,25 +221,20 @@ def offer_rows(
                 continue
             for m in range(_within_columns(scored, left, width, limit, first, hits)):
                 c = hits[m]
-                _take(
-                    first + c, scored[left + c], row + r, scores, items, count, limit, slack,
-                    k, metric, embedding, scale,
-                )  # fmt: skip
+                _take(first + c, scored[left + c], row + r, found, search)
 
 
 @njit(nogil=True, cache=True)
-def settle(
-    scores, items, count, limit, slack, k, metric, embedding, scale, first, out_item, out_score
-):
-    """The k nearest of each row, in order of exact score, then of index; −1 and ∞ where fewer."""
-    exact = np.empty(items.shape[1])
+def settle(found, search, first, out_item, out_score):
+    """The k nearest of each row, by exact score, then by index; −1 and ∞ where there are fewer."""
+    exact = np.empty(found.item.shape[1])
     for r in range(out_item.shape[0]):
         i = first + r
-        if count[i] > k:
-            _compact(i, scores, items, count, limit, slack, k, metric, embedding, scale)
-        for m in range(count[i]):
-            g = items[i, m]
-            exact[m] = exact_score(metric, embedding[i], embedding[g], scale[i] * scale[g])
-        kept = keep_nearest(exact, items[i], count[i], k, out_score[r], out_item[r])
+        if found.count[i] > search.k:
+            _compact(i, found, search)
+        item, count = found.item[i], found.count[i]
+        for m in range(count):
+            exact[m] = score_pair(search.metric, search.vectors, i, search.vectors, item[m])
+        kept = _keep_nearest(exact, item, count, search.k, out_score[r], out_item[r])
         out_item[r, kept:] = -1
         out_score[r, kept:] = np.inf

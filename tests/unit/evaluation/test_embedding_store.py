@@ -61,29 +61,16 @@ def test_parts_are_read_as_they_were_written(tmp_path, monkeypatch, rows):
             np.testing.assert_array_equal(got, np.concatenate(expected))
 
 
-def test_blocks_cover_a_split_once_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(embeddings, "ROWS", 4)
-    files = EmbeddingFiles.open(write(tmp_path, table(), table(seed=1)))
-    blocks = list(files.blocks("gallery"))
-    assert max(len(block) for _, block in blocks) <= 4
-    ends = np.cumsum([len(block) for _, block in blocks])
-    np.testing.assert_array_equal([first for first, _ in blocks], np.append(0, ends[:-1]))
-    shares = [block for piece in files.pieces for block in files.blocks("gallery", (piece,))]
-    for (first, block), (again, same) in zip(blocks, shares, strict=True):
-        assert first == again
-        np.testing.assert_array_equal(block, same)
-
-
 @pytest.mark.parametrize("size", [1, 5, 100])
-def test_stretches_do_not_depend_on_row_groups(tmp_path, monkeypatch, size):
+def test_blocks_do_not_depend_on_row_groups(tmp_path, monkeypatch, size):
     monkeypatch.setattr(embeddings, "ROWS", 4)
     files = EmbeddingFiles.open(write(tmp_path, table(), table(seed=1)))
     whole = files.read("gallery")
     first, stop = 2, len(whole) - 3
-    found = list(files.stretches("gallery", first, stop, size))
+    found = list(files.blocks("gallery", first, stop, size))
     assert [at for at, _ in found] == list(range(first, stop, size))
-    for at, stretch in found:
-        np.testing.assert_array_equal(stretch, whole[at : min(at + size, stop)])
+    for at, block in found:
+        np.testing.assert_array_equal(block, whole[at : min(at + size, stop)])
 
 
 def test_splits_are_read_one_after_another(tmp_path):
@@ -165,7 +152,7 @@ def test_differing_dimensions_within_a_part_are_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"pid": [1], "camid": [0], "split": ["query"]}, "has no column embedding"),
+        ({"pid": [1], "camid": [0], "split": ["query"]}, "must have one column embedding"),
         (
             {"embedding": [[1.0]], "pid": ["a"], "camid": [0], "split": ["query"]},
             "column pid must hold integers",
@@ -208,7 +195,7 @@ def test_nothing_there_is_an_error(tmp_path):
 def test_parts_of_a_job_that_has_not_ended_are_an_error(tmp_path):
     write(tmp_path, table(), table())
     (tmp_path / JOB).write_text('{"parts": 3}')
-    with pytest.raises(DataError, match="has 2 of 3 parts: embed again with the same command"):
+    with pytest.raises(DataError, match="has 2 of 3 parts: run `embed` again"):
         EmbeddingFiles.open(str(tmp_path))
     (tmp_path / JOB).write_text('{"parts": 2}')
     assert len(EmbeddingFiles.open(str(tmp_path)).pid) == 2 * len(table().pid)

@@ -1,4 +1,4 @@
-"""Measuring embeddings from a file: what is said, shown and written."""
+"""Evaluate embeddings from a file: what is printed and written."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytest
 from rich.console import Console
 
 from data_shards.errors import ConfigError, DataError
-from reid_train.commands import evaluate as commands
-from reid_train.commands.measure import evaluate_embeddings, say_needed
-from reid_train.evaluation.evaluate import Measures
-from reid_train.evaluation.memory import distributed_memory, memory_needed
+from reid_train.commands.evaluate import Evaluate, evaluate, say_needed
+from reid_train.evaluation.measures import Measures
+from reid_train.evaluation.memory import cluster_memory, memory_needed
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "evaluation.npz"
 
 
 def evaluated(measures: Measures, output: str | None = None):
     console = Console(file=io.StringIO(), width=200)
-    return evaluate_embeddings(str(GOLDEN), measures, console, output), console.file.getvalue()
+    settings = Evaluate(embeddings=str(GOLDEN), measures=measures, output=output)
+    return evaluate(settings, console), console.file.getvalue()
 
 
 @pytest.mark.parametrize(("rerank", "mAP"), [(False, "mAP"), (True, "reranked_mAP")])
@@ -57,8 +57,9 @@ def test_a_query_of_another_model_is_an_error(tmp_path):
     arrays["query_embedding"] = arrays["query_embedding"][:, :40]
     np.savez(tmp_path / "mixed.npz", **arrays)
     with pytest.raises(DataError, match="40 dimensions, those of the gallery 48"):
-        evaluate_embeddings(
-            str(tmp_path / "mixed.npz"), Measures(rerank=True), Console(file=io.StringIO())
+        evaluate(
+            Evaluate(embeddings=str(tmp_path / "mixed.npz"), measures=Measures(rerank=True)),
+            Console(file=io.StringIO()),
         )
 
 
@@ -70,14 +71,14 @@ def test_memory_needed_keeps_within_what_is_promised():
 
 
 def test_workers_that_rank_do_not_hold_the_gallery():
-    msmt17 = distributed_memory(11_659, 82_161, 2048, Measures(), workers=8)
-    twice = distributed_memory(11_659, 2 * 82_161, 2048, Measures(), workers=8)
+    msmt17 = cluster_memory(11_659, 82_161, 2048, Measures(), workers=8)
+    twice = cluster_memory(11_659, 2 * 82_161, 2048, Measures(), workers=8)
     assert msmt17 == twice
 
 
 def test_the_driver_does_not_hold_what_is_reranked():
     needed = [
-        distributed_memory(1000, 50_000, dimensions, Measures(rerank=True), workers=8)
+        cluster_memory(1000, 50_000, dimensions, Measures(rerank=True), workers=8)
         for dimensions in (256, 2048)
     ]
     assert needed[0].driver == needed[1].driver
@@ -85,13 +86,13 @@ def test_the_driver_does_not_hold_what_is_reranked():
     assert needed[0].node < needed[1].node
 
 
-def test_npz_is_measured_in_one_process_and_that_is_said():
+def test_npz_is_measured_in_one_process_and_a_line_says_so():
     console = Console(file=io.StringIO(), width=200)
-    commands.evaluate(commands.Evaluate(embeddings=str(GOLDEN), workers=3), console)
-    assert "an npz file is measured in one process" in console.file.getvalue()
+    evaluate(Evaluate(embeddings=str(GOLDEN), workers=3), console)
+    assert "npz files are measured in one process" in console.file.getvalue()
 
 
-def test_what_each_process_of_several_needs_is_said():
+def test_the_memory_of_each_process_is_printed():
     console = Console(file=io.StringIO(), width=300)
     say_needed(11_659, 82_161, 2048, Measures(rerank=True), console, workers=3)
     assert "GB in each of 3 workers" in console.file.getvalue()

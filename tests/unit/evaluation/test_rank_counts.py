@@ -6,22 +6,20 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reid_train.evaluation.kernels.rank_counts import COSINE, GIVEN, count_block
-from reid_train.evaluation.similarity import Side, tolerance, tolerance_at
+from reid_train.evaluation.kernels.rank_counts import COSINE, GIVEN, Positives, count_block
+from reid_train.evaluation.ranking import NOTHING
+from reid_train.evaluation.similarity import Features, tolerance, tolerance_at
 
-NOTHING = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), np.empty(0), np.empty(0)
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 FEW = st.sampled_from([-1.0, 0.0, 1.0, 1.0 + 2**-20])
 
 
 def counted(scores: np.ndarray, keys: list[np.ndarray], indices: list[np.ndarray]) -> np.ndarray:
     start = np.concatenate([[0], np.cumsum([len(key) for key in keys])])
-    key, below = np.concatenate(keys), np.zeros(start[-1], np.int64)
-    count_block(
-        scores, 100, start, key.astype(np.float64), np.concatenate(indices), key, key, GIVEN,
-        *NOTHING, below,
-    )  # fmt: skip
-    return below
+    key, before = np.concatenate(keys), np.zeros(start[-1], np.int64)
+    positives = Positives(start, key.astype(np.float64), np.concatenate(indices), key, key)
+    count_block(scores, 100, positives, GIVEN, NOTHING, NOTHING, before)
+    return before
 
 
 def compared(scores: np.ndarray, keys: list[np.ndarray], indices: list[np.ndarray]) -> list[int]:
@@ -69,9 +67,10 @@ def test_no_partial_sum_is_greater_than_the_tolerance_allows_for(seed, dimension
     pair = draw.standard_normal((2, dimensions)) + np.array([[1.0], [common]])
     if half:  # cancels what was summed before
         pair[1, dimensions // 2 :] *= -1
-    side = Side.of(pair.astype(np.float32))
-    terms = side.embedding[0].astype(np.float64) * side.embedding[1] * side.scale.prod()
-    score, whole = terms.sum(), tolerance(side, side, COSINE)[:1]
+    features = Features.of(pair.astype(np.float32))
+    terms = features.embedding[0].astype(np.float64) * features.embedding[1]
+    terms *= features.scale.prod()
+    score, whole = terms.sum(), tolerance(features, features, COSINE)[:1]
     share = tolerance_at(score[None], whole, COSINE) / whole
     for order in (np.arange(dimensions), draw.permutation(dimensions)):
         assert np.abs(np.cumsum(terms[order])).max() <= share[0] + 1e-12

@@ -13,11 +13,11 @@ from naive import dense_scores, sorted_metrics
 
 from data_shards.errors import ConfigError, DataError
 from reid_train.evaluation import ranking
-from reid_train.evaluation.camera_pairs import rank_by_camera_pair
-from reid_train.evaluation.distance_ranking import rank_distances
+from reid_train.evaluation.evaluate import evaluate
 from reid_train.evaluation.ground_truth import Labels
-from reid_train.evaluation.kernels.device_rank_counts import count_block_on_device
-from reid_train.evaluation.ranking import rank, top_matches
+from reid_train.evaluation.kernels.rank_counts import count_on_device
+from reid_train.evaluation.measures import Measures
+from reid_train.evaluation.ranking import rank, rank_distances, top_matches
 from reid_train.evaluation.similarity import full_precision
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "evaluation.npz", allow_pickle=False)
@@ -161,11 +161,8 @@ def test_counts_on_an_accelerator_are_those_of_the_cpu(monkeypatch, metric, valu
     query, base, labels = problem(7, 40, 500, 6, 3, values)
     expected = rank(query, base, *label_arrays(labels), metric=metric, chunk=16)
 
-    def counted(scores, *rest):
-        # The accelerator's path works on any device that torch has.
-        count_block_on_device(scores, *rest)
-
-    monkeypatch.setattr(ranking, "count_on_host", counted)
+    # The accelerator's path works on any device that torch has.
+    monkeypatch.setattr(ranking, "count_scores", count_on_device)
     result = rank(query, base, *label_arrays(labels), metric=metric, chunk=16)
     np.testing.assert_array_equal(result.average_precision, expected.average_precision)
 
@@ -255,7 +252,7 @@ def test_junk_neither_helps_nor_hurts():
 
 def test_camera_pairs_are_ranked_as_if_alone():
     query, base, labels = problem(2, 30, 200, 6, 3, 2)
-    pairs = rank_by_camera_pair(query, base, labels, max_rank=9)
+    pairs = evaluate(query, base, labels, Measures(max_rank=9, camera_pairs=True)).pairs
     assert all(a != b for a, b in pairs)
     for (asked, seen), result in pairs.items():
         q, g = labels.query_camid == asked, labels.gallery_camid == seen
@@ -269,7 +266,10 @@ def test_camera_pairs_are_ranked_as_if_alone():
 @pytest.mark.parametrize("metric", METRICS)
 def test_true_accept_rate_matches_the_sorted_impostors(metric):
     labels = golden_labels()
-    rates = golden_rank(metric=metric, false_accept_rates=(1e-3, 1e-2, 0.1)).tar_at_far
+    measures = Measures(metric=metric, false_accept_rates=(1e-3, 1e-2, 0.1))
+    both = GOLDEN["query_embedding"], GOLDEN["gallery_embedding"]
+    rates = evaluate(*both, labels, measures).result.tar_at_far
+    assert rates is not None
     distance = dense_scores(GOLDEN["query_embedding"], GOLDEN["gallery_embedding"], metric)
     same = labels.query_pid[:, None] == labels.gallery_pid
     genuine = distance[same & (labels.query_camid[:, None] != labels.gallery_camid)]
@@ -300,8 +300,14 @@ def test_top_matches_are_the_first_of_a_stable_sort(metric):
         ({"gallery": np.ones((3, 5), np.float32)}, "2 dimensions, those of the gallery 5"),
         ({"gallery": np.ones((4, 2), np.float32)}, "4 embeddings but 3 labels"),
         ({"gallery_pid": np.array([7, 8, 9])}, "no valid query"),
-        ({"gallery_pid": np.array([0.0, 1, 2])}, "gallery_pid must be one integer"),
-        ({"gallery_camid": np.array([1, 1])}, "3 identities but 2 cameras"),
+        (
+            {"gallery_pid": np.array([0.0, 1, 2])},
+            "gallery_pid must be integers of .*not float64",
+        ),
+        (
+            {"gallery_camid": np.array([1, 1])},
+            "3 identities but gallery_camid 2 cameras",
+        ),
         ({"query": np.ones(2, np.float32)}, "must be a matrix"),
     ],
 )

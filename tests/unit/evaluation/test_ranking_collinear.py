@@ -8,7 +8,7 @@ import pytest
 from reid_train.evaluation.neighbours import all_pairs, nearest_neighbours
 from reid_train.evaluation.ranking import rank
 from reid_train.evaluation.reranking import rerank
-from reid_train.evaluation.similarity import METRICS, Side
+from reid_train.evaluation.similarity import METRICS, Features
 
 
 def pointing_much_the_same_way(rng: np.random.Generator) -> np.ndarray:
@@ -62,7 +62,7 @@ def a_constant_and_noise(rng: np.random.Generator) -> np.ndarray:
 @pytest.mark.parametrize("make", [a_constant_and_noise, nearly_one_constant])
 def test_neighbours_of_nearly_constant_embeddings_are_those_of_float64(make):
     made = make(np.random.default_rng(0))
-    found = nearest_neighbours(Side.of(made), 9, METRICS["cosine"], all_pairs(300))
+    found = nearest_neighbours(Features.of(made), 9, METRICS["cosine"], all_pairs(300))
     unit = made.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     expected = np.argsort(-(unit @ unit.T), axis=1, kind="stable")[:, :9]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from naive import dense_reranking, dense_scores
 
 from data_shards.errors import ConfigError, DataError
 from reid_train.evaluation import neighbours, reranking
-from reid_train.evaluation.distance_ranking import rank_distances
 from reid_train.evaluation.ground_truth import Labels
-from reid_train.evaluation.neighbours import Neighbours, all_pairs, nearest_neighbours
-from reid_train.evaluation.reranking import ReRanking, rerank
-from reid_train.evaluation.similarity import METRICS, Side
+from reid_train.evaluation.measures import ReRanking
+from reid_train.evaluation.neighbours import all_pairs, merge, nearest_neighbours
+from reid_train.evaluation.ranking import rank_distances
+from reid_train.evaluation.reranking import rerank
+from reid_train.evaluation.similarity import METRICS, Features
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "evaluation.npz", allow_pickle=False)
 
@@ -59,17 +61,17 @@ def test_golden_metrics_are_matched():
     k2=st.integers(1, 6),
     weight=st.sampled_from([0.0, 0.3, 1.0]),
     metric=st.sampled_from(sorted(METRICS)),
-    tile=st.sampled_from([5, 16, 2048]),
+    block=st.sampled_from([5, 16, 2048]),
     chunk=st.sampled_from([4, 512]),
     kept=st.sampled_from([0, 1 << 28]),
 )
 def test_sparse_reranking_equals_dense(
-    seed, queries, gallery, k1, k2, weight, metric, tile, chunk, kept
+    seed, queries, gallery, k1, k2, weight, metric, block, chunk, kept
 ):
     both = drawn(seed, queries + gallery, metric)
     query, base = both[:queries], both[queries:]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "TILE", tile)
+        patch.setattr(neighbours, "BLOCK", block)
         patch.setattr(reranking, "CHUNK", chunk)
         patch.setattr(reranking, "KEPT", kept)
         found = reranked(query, base, ReRanking(k1, k2, weight), metric)
@@ -95,24 +97,24 @@ def test_images_all_alike_are_all_equally_far():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("tile", [64, 512])  # too few strips to know limits early, and enough
+@pytest.mark.parametrize("block", [64, 512])  # too few strips to know limits early, and enough
 @pytest.mark.parametrize("metric", sorted(METRICS))
-def test_nearest_neighbours_are_the_first_of_a_stable_sort(monkeypatch, metric, tile):
-    monkeypatch.setattr(neighbours, "TILE", tile)
+def test_nearest_neighbours_are_the_first_of_a_stable_sort(monkeypatch, metric, block):
+    monkeypatch.setattr(neighbours, "BLOCK", block)
     rows = drawn(1, 700, metric)
-    found = nearest_neighbours(Side.of(rows), 12, METRICS[metric], all_pairs(700))
+    found = nearest_neighbours(Features.of(rows), 12, METRICS[metric], all_pairs(700))
     order = np.argsort(dense_scores(rows, rows, metric), axis=1, kind="stable")
     np.testing.assert_array_equal(found.index, order[:, :12])
 
 
 def test_neighbours_are_the_same_bits_on_any_number_of_threads(monkeypatch):
-    monkeypatch.setattr(neighbours, "TILE", 32)
-    side = Side.of(np.random.default_rng(0).integers(-1, 2, (400, 16)).astype(np.float32))
+    monkeypatch.setattr(neighbours, "BLOCK", 32)
+    features = Features.of(np.random.default_rng(0).integers(-1, 2, (400, 16)).astype(np.float32))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
-            found.append(nearest_neighbours(side, 9, METRICS["cosine"], all_pairs(400)))
+            found.append(nearest_neighbours(features, 9, METRICS["cosine"], all_pairs(400)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -120,13 +122,13 @@ def test_neighbours_are_the_same_bits_on_any_number_of_threads(monkeypatch):
             np.testing.assert_array_equal(getattr(other, name), getattr(found[0], name))
 
 
-def test_neighbours_from_parts_of_the_tiles_merge_to_the_same_bits(monkeypatch):
-    monkeypatch.setattr(neighbours, "TILE", 64)
+def test_neighbours_from_parts_of_the_blocks_merge_to_the_same_bits(monkeypatch):
+    monkeypatch.setattr(neighbours, "BLOCK", 64)
     rows = np.random.default_rng(0).standard_normal((500, 32)).astype(np.float32)
-    side, tiles = Side.of(rows), all_pairs(500)
-    whole = nearest_neighbours(side, 9, METRICS["cosine"], tiles)
-    parts = [nearest_neighbours(side, 9, METRICS["cosine"], tiles[i::3]) for i in range(3)]
-    merged = Neighbours.merge(parts)
+    features, blocks = Features.of(rows), all_pairs(500)
+    whole = nearest_neighbours(features, 9, METRICS["cosine"], blocks)
+    parts = [nearest_neighbours(features, 9, METRICS["cosine"], blocks[i::3]) for i in range(3)]
+    merged = functools.reduce(merge, parts)
     np.testing.assert_array_equal(merged.index, whole.index)
     np.testing.assert_array_equal(merged.score, whole.score)
     np.testing.assert_array_equal(merged.furthest, whole.furthest)
@@ -135,7 +137,7 @@ def test_neighbours_from_parts_of_the_tiles_merge_to_the_same_bits(monkeypatch):
 @pytest.mark.parametrize("metric", sorted(METRICS))
 @pytest.mark.parametrize("queries", [1, 63, 64, 65, 200])
 def test_scores_kept_and_computed_again_give_the_same_bits(monkeypatch, metric, queries):
-    monkeypatch.setattr(neighbours, "TILE", 64)
+    monkeypatch.setattr(neighbours, "BLOCK", 64)
     monkeypatch.setattr(reranking, "CHUNK", 10)
     rows = np.random.default_rng(0).standard_normal((300, 32)).astype(np.float32)
     kept = reranked(rows[:queries], rows[queries:], metric=metric)

@@ -1,0 +1,271 @@
+"""`reid_train embed`: Ray workers embed a dataset with a model and write the parts.
+
+A part has consecutive images of a split and is a Parquet file of its own, written whole or not at
+all. So each image is embedded once, and an interrupted job continues with the missing parts.
+`job.json` is written first and once. It records the model, the dataset, the device and the
+precision of the parts: another device or precision gives other last digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data_shards.errors import ConfigError, DataError, ObjectExists, ReidError
+from data_shards.progress import Progress, display, silent
+from reid_train.config import LoaderConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from data_shards.dataset import Dataset
+
+PART = 4096
+"""Images of a part."""
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Embed a dataset with a model; write Parquet parts. The same command continues a job.
+
+    python -m reid_train embed --model models:/reid-msmt17@champion --data s3://bucket/msmt17
+        --out s3://bucket/embeddings
+    """
+
+    model: str
+    """models:/name@champion, models:/name/3, or a checkpoint's or run's folder or s3:// URL."""
+    data: str
+    """Sharded dataset: s3://bucket/prefix or a folder."""
+    out: str
+    """Where to write the parts: s3://bucket/prefix or a folder."""
+    splits: tuple[str, ...] = ("query", "gallery")
+    """Which splits."""
+    workers: int = 1
+    """Ray workers, each with a copy of the model."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda gives each worker a GPU; auto does if enough are free."""
+    batch: int | None = None
+    """Images that a worker embeds at a time; by default the model's evaluation.batch."""
+    tracking_uri: str | None = None
+    """MLflow, for models:/…; by default MLFLOW_TRACKING_URI."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+    def check(self) -> None:
+        """Raise `ConfigError` for numbers out of range."""
+        if self.workers < 1:
+            raise ConfigError(f"--workers must be at least 1, not {self.workers}")
+        if self.batch is not None and self.batch < 1:
+            raise ConfigError(f"--batch must be at least 1, not {self.batch}")
+
+
+def embed(settings: Embed, console: Console) -> int:
+    """Run the command; return the number of images."""
+    settings.check()
+    from reid_train.runs.ray_trainer import start_ray
+
+    start_ray(settings.workers)
+    with display(console) as progress:
+        images = embed_dataset(settings, progress)
+    console.print(
+        f"{images:,} embeddings at {settings.out}", highlight=False, markup=False, soft_wrap=True
+    )
+    return images
+
+
+@dataclass(frozen=True)
+class Task:
+    """One part: rows `first` to `stop` of a split."""
+
+    key: str
+    split: str
+    first: int
+    stop: int
+
+
+def tasks_of(dataset: Dataset, splits: Sequence[str]) -> list[Task]:
+    """The parts of a dataset's splits, in order."""
+    from reid_train.evaluation.embedding_store import part_key
+
+    ranges = [
+        (split, first, min(first + PART, len(dataset.index(split))))
+        for split in splits
+        for first in range(0, len(dataset.index(split)), PART)
+    ]
+    return [Task(part_key(number), *rows) for number, rows in enumerate(ranges)]
+
+
+def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
+    """Embed what is missing; Ray must be running. Returns the images of all parts.
+
+    Raises:
+        DataError: no such images, or the parts that are there are of another model, dataset,
+            device or precision.
+    """
+    import ray
+
+    from data_shards.dataset import Dataset
+    from data_shards.storage import open_storage
+    from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
+    from reid_train.registry.registry import fetch
+    from reid_train.runs.ray_trainer import use_gpu
+
+    dataset, storage = Dataset.open(settings.data), open_storage(settings.out)
+    tasks = tasks_of(dataset, settings.splits)
+    if not tasks:
+        raise DataError(f"{settings.data} has no images in {', '.join(settings.splits)}")
+    with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
+        folder = fetch(settings.model, Path(temporary), settings.tracking_uri)
+        Embedder.from_folder(folder, "cpu")  # raises what is wrong before anything starts
+        weights, config = ((folder / name).read_bytes() for name in (WEIGHTS, CONFIG))
+    there = {key for key, _ in storage.list("part-")}
+    missing = [task for task in tasks if task.key not in there]
+    chosen = "cuda" if missing and use_gpu(settings.device, settings.workers, free=True) else "cpu"
+    job = {
+        "weights": hashlib.sha256(weights).hexdigest(),
+        "config": hashlib.sha256(config).hexdigest(),
+        "manifest_digest": dataset.manifest.digest,
+        "splits": list(settings.splits),
+        "part": PART,
+        "parts": len(tasks),
+    }
+    device = _claim(settings.out, job, chosen)
+    if missing and device != chosen and (settings.device, device) != ("auto", "cpu"):
+        raise DataError(
+            f"{settings.out} was started with --device {device}: continue with that, or choose "
+            "another place"
+        )
+    total = sum(task.stop - task.first for task in tasks)
+    done = total - sum(task.stop - task.first for task in missing)
+    progress("embedding", done, total)
+    if missing:
+        given = ray.put((weights, config)), device, settings
+        actor = ray.remote(_Worker).options(  # type: ignore[attr-defined]
+            num_cpus=1, num_gpus=int(device == "cuda"), max_restarts=2, max_task_retries=2
+        )
+        actors = [actor.remote(*given) for _ in range(min(settings.workers, len(missing)))]
+        for images in _results(actors, missing):
+            done += images
+            progress("embedding", done, total)
+    return total
+
+
+def _claim(out: str, job: dict[str, Any], device: str) -> str:
+    """Write `job.json`, or check that it is of the same job; returns the job's device."""
+    from data_shards.storage import open_storage
+    from reid_train.evaluation.embedding_store import JOB
+
+    storage = open_storage(out)
+    if not storage.exists(JOB) and any(storage.list("part-")):
+        raise DataError(
+            f"{out} has embeddings but no {JOB} that describes them: choose another place"
+        )
+    try:
+        content = json.dumps(job | {"device": device}, indent=2)
+        storage.write(JOB, content.encode(), create_once=True)
+    except ObjectExists:
+        kept = json.loads(storage.read(JOB))
+        device = kept.pop("device", device)
+        if kept != job:
+            raise DataError(
+                f"{out} holds embeddings of another model, dataset or choice of splits: "
+                "choose another place"
+            ) from None
+    return device
+
+
+def _results(actors: Sequence[Any], tasks: Sequence[Task]) -> Iterator[int]:
+    """Images of each part that is done. An actor gets its first task once it has started."""
+    import ray
+    import ray.exceptions
+
+    from reid_train.out_of_memory import out_of_memory
+
+    busy = {actor.ready.remote(): actor for actor in actors}
+    left, done = deque(tasks), 0
+    while done < len(tasks):
+        (reference,), _ = ray.wait(list(busy))
+        actor = busy.pop(reference)
+        try:
+            images = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if reason := out_of_memory(str(error)):
+                raise ReidError(
+                    f"{reason}: lower --batch and give the same command to continue"
+                ) from None
+            raise error.cause if isinstance(error.cause, ReidError) else error from None
+        except ray.exceptions.RayError as error:
+            reason = out_of_memory(str(error)) or str(error).strip().splitlines()[0]
+            raise ReidError(
+                f"an embedding worker was lost: {reason}. Give the same command to continue"
+            ) from error
+        if images is not None:
+            done += 1
+            yield images
+        if left:
+            busy[actor.embed.remote(left.popleft())] = actor
+
+
+class _Worker:
+    """Embeds parts; a Ray actor."""
+
+    def __init__(self, files: tuple[bytes, bytes], device: str, settings: Embed) -> None:
+        from data_shards.cache import ShardCache
+        from data_shards.dataset import Dataset
+        from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
+        from reid_train.model.precision import set_precision
+
+        with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
+            folder = Path(temporary)
+            for name, content in zip((WEIGHTS, CONFIG), files, strict=True):
+                (folder / name).write_bytes(content)
+            self.embedder = Embedder.from_folder(folder, device)
+        set_precision(self.embedder.config)
+        self.settings, self.dataset = settings, Dataset.open(settings.data)
+        cache = settings.loader.cache.expanduser().absolute()
+        self.cache = ShardCache(self.dataset.storage, cache, settings.loader.cache_bytes)
+
+    def ready(self) -> None:
+        """Return once the actor has started."""
+
+    def embed(self, task: Task) -> int:
+        """Write one part; return its number of images."""
+        import numpy as np
+
+        from data_shards.loader import row_batches
+        from data_shards.storage import open_storage
+        from reid_train.evaluation.embedding_store import EmbeddingTable, write_part
+        from reid_train.evaluation.extract import embed_batches
+        from reid_train.model.precision import autocast
+
+        config, index = self.embedder.config, self.dataset.index(task.split)
+        rows = np.arange(task.first, task.stop)
+        batches = row_batches(
+            self.dataset,
+            self.cache,
+            task.split,
+            rows,
+            batch=self.settings.batch or config.evaluation.batch,
+            height=config.image.height,
+            width=config.image.width,
+            workers=self.settings.loader.workers,
+        )
+        # In the precision of the training's own evaluations, to give the same figures.
+        embedding = embed_batches(
+            self.embedder.network,
+            batches,
+            self.embedder.device,
+            mirror=config.evaluation.mirror,
+            autocast=autocast(config, self.embedder.device),
+        )
+        split = np.full(len(rows), task.split)
+        table = EmbeddingTable(
+            embedding.cpu().numpy(), index.pid[rows], index.camid[rows], split, index.path[rows]
+        )
+        write_part(open_storage(self.settings.out), task.key, table)
+        return len(rows)
