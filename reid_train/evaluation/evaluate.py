@@ -11,52 +11,38 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from data_shards.progress import Progress, silent
+from reid_train.evaluation.camera_pairs import count_by_camera, metrics_by_cameras
 from reid_train.evaluation.embedding_store import EmbeddingFiles
-from reid_train.evaluation.ground_truth import (
-    Labels,
-    find_ground_truth,
-    split_by_camera,
-)
+from reid_train.evaluation.expansion import averaged, gallery_neighbours
+from reid_train.evaluation.ground_truth import Labels, find_ground_truth
 from reid_train.evaluation.kernels.rank_counts import COSINE
 from reid_train.evaluation.measures import Measures
-from reid_train.evaluation.metrics import RankingResult, metrics_by_query_camera, metrics_of
+from reid_train.evaluation.metrics import RankingResult, metrics_of
 from reid_train.evaluation.neighbours import (
     Block,
     Neighbours,
-    Range,
     all_pairs,
     blocks_across,
     merge,
     query_gallery_pairs,
-    ranges,
 )
-from reid_train.evaluation.ranking import BLOCK, ranks_of
-from reid_train.evaluation.reranking import room_for_scores
+from reid_train.evaluation.ranking import BLOCK, count_before, ranks_of, score_matches
+from reid_train.evaluation.reranking import (
+    encode,
+    find_neighbours,
+    rank_reranked,
+    room_for_scores,
+)
 from reid_train.evaluation.similarity import Features, check_inputs, metric_code
-from reid_train.evaluation.task_pool import LocalPool, Pool, RayPool
-from reid_train.evaluation.tasks import (
-    Joined,
-    Separate,
-    Streamed,
-    accept_task,
-    camera_task,
-    count_task,
-    distance_task,
-    encode_all,
-    gallery_neighbour_task,
-    longest_task,
-    match_task,
-    neighbour_task,
-    read_all,
-    replaced,
-)
+from reid_train.evaluation.tasks import Joined, Pool, Range, Separate, Streamed, ranges
 from reid_train.evaluation.verification import BLOCK as ACCEPT_BLOCK
-from reid_train.evaluation.verification import rates_of
+from reid_train.evaluation.verification import count_distances, rates_of
 
 UNITS = {
     "neighbours": "pairs",
@@ -133,9 +119,8 @@ def evaluate(
     if measures.compares_all:
         source = Joined(Features.joined(*features), len(query))
     edges = ranges(len(gallery), BLOCK)
-    return _Evaluation(LocalPool(progress), labels, measures).run(
-        source, edges, features[0].embedding.shape[1]
-    )
+    stages = _Stages(Pool(progress=progress), source, edges, labels, measures)
+    return stages.run(features[0].embedding.shape[1])
 
 
 def evaluate_files(
@@ -145,121 +130,112 @@ def evaluate_files(
 
     Args:
         files: query and gallery, on storage that every worker reaches.
-        workers: Ray tasks that run at a time; 1 does without Ray.
+        workers: Ray tasks that run at a time; 1 is this process, without Ray.
     """
     measures.check()
-    labels = files.labels
+    labels, pool = files.labels, Pool(workers, progress)
     find_ground_truth(labels)
     measures.check(len(labels.query_pid), len(labels.gallery_pid))
-    pool = RayPool(workers, progress) if workers > 1 else LocalPool(progress)
-    if workers > 1 and not measures.compares_all:
+    if workers == 1 or measures.compares_all:
+        source = pool.one("reading", Joined.read, files)
+        edges = ranges(len(labels.gallery_pid), BLOCK)
+    else:
         source = pool.put(Streamed(Features.of(files.read("query")), files))
         edges = [(a, b) for a, b in files.edges("gallery") if a < b]
-    else:
-        source, edges = pool.one("reading", read_all, files), ranges(len(labels.gallery_pid), BLOCK)
-    return _Evaluation(pool, labels, measures).run(source, edges, files.dimensions)
+    return _Stages(pool, source, edges, labels, measures).run(files.dimensions)
 
 
-class _Evaluation:
-    """The stages of one evaluation. A source is a `tasks.Source`, or what a pool makes of it."""
+class _Stages:
+    """The stages of one evaluation.
 
-    def __init__(self, pool: Pool, labels: Labels, measures: Measures) -> None:
-        self.pool, self.labels, self.measures = pool, labels, measures
+    Args:
+        pool: runs the tasks.
+        source: a `tasks.Source`, as the pool's `put` gives it.
+        edges: the ranges of the gallery that tasks read at a time.
+        labels, measures: as in `evaluate`.
+    """
+
+    def __init__(
+        self, pool: Pool, source: Any, edges: list[Range], labels: Labels, measures: Measures
+    ) -> None:
+        self.pool, self.source, self.edges = pool, source, edges
+        self.labels, self.measures = labels, measures
         self.queries, self.gallery = len(labels.query_pid), len(labels.gallery_pid)
         self.truth = find_ground_truth(labels)
-        self.shared_truth = pool.put(self.truth)
+        self.given_truth = pool.put(self.truth)
 
-    def run(self, source: Any, edges: list[Range], dimensions: int) -> Measurement:
-        """All stages.
-
-        Args:
-            edges: the ranges of the gallery that are read at a time.
-        """
-        measures = self.measures
+    def run(self, dimensions: int) -> Measurement:
+        """All stages."""
+        measures, plain = self.measures, None
         if measures.expand or measures.augment:
-            source = self._replace(source)
-        result, pairs = self._rank(source, edges)
-        plain = None
+            self._replace()
+        result, pairs = self._rank()
         if measures.rerank:
-            plain, result = result, self._rerank(source)
+            plain, result = result, self._rerank()
         sizes = self.queries, self.gallery, dimensions
         return Measurement(result, *sizes, measures, plain, pairs)
 
-    def _rank(
-        self, source: Any, edges: list[Range]
-    ) -> tuple[RankingResult, dict[tuple[int, int], RankingResult]]:
+    def _rank(self) -> tuple[RankingResult, dict[tuple[int, int], RankingResult]]:
         """Metrics, and those of camera pairs if they are asked for."""
-        metric, max_rank = self.measures.metric, self.measures.max_rank
-        given = source, self.shared_truth, metric
+        measures, edges, metric = self.measures, self.edges, self.measures.metric
+        given = self.source, self.given_truth, metric
+        found = list(self.pool.map("matches", score_matches, given, edges, _length))
         # Each entry is scored by the one task that has its gallery image.
-        scores = reduce(np.fmax, self.pool.map("matches", match_task, given, edges, _length))
-        shared_scores = self.pool.put(scores)
-        given = *given, shared_scores
-        before = reduce(np.add, self.pool.map("ranking", count_task, given, edges, _length))
-        result = metrics_of(self.truth.positives(), ranks_of(self.truth, before), max_rank)
-        if self.measures.false_accept_rates:
-            result = replace(result, tar_at_far=self._accept(source, edges))
-        pairs = {}
-        if self.measures.camera_pairs:
-            labels = self.pool.put(self.labels)
-            given = source, labels, self.shared_truth, metric, shared_scores
-            counts = self.pool.map("camera pairs", camera_task, given, edges, _length)
-            for (camera, _, part), *parts in zip(
-                split_by_camera(self.labels), *counts, strict=True
-            ):
-                own = find_ground_truth(part)
-                ranks = ranks_of(own, reduce(np.add, parts))
-                found = metrics_by_query_camera(part.query_camid, own.positives(), ranks, max_rank)
-                pairs |= {(asked, camera): metrics for asked, metrics in found.items()}
-        return result, dict(sorted(pairs.items()))
+        scores = self.pool.put(reduce(np.fmax, [scores for scores, _ in found]))
+        counts = self.pool.map("ranking", count_before, (*given, scores), edges, _length)
+        ranks = ranks_of(self.truth, reduce(np.add, counts))
+        result, pairs = metrics_of(self.truth.positives(), ranks, measures.max_rank), {}
+        if measures.false_accept_rates:
+            blocks = ranges(self.gallery, ACCEPT_BLOCK)
+            given = *given, max(longest for _, longest in found)
+            counts = self.pool.map("false accept rates", count_distances, given, blocks, _length)
+            rates = rates_of(reduce(np.add, counts), measures.false_accept_rates)
+            result = replace(result, tar_at_far=rates)
+        if measures.camera_pairs:
+            given = self.source, self.pool.put(self.labels), self.given_truth, metric, scores
+            counts = self.pool.map("camera pairs", count_by_camera, given, edges, _length)
+            total = [reduce(np.add, parts) for parts in zip(*counts, strict=True)]
+            pairs = metrics_by_cameras(self.labels, total, measures.max_rank)
+        return result, pairs
 
-    def _accept(self, source: Any, edges: list[Range]) -> dict[float, float]:
-        """True accept rate by false accept rate."""
-        metric, longest = self.measures.metric, 0.0
-        if metric == "euclidean":
-            longest = max(self.pool.map("lengths", longest_task, (source,), edges, _length))
-        given = source, self.shared_truth, metric, longest
-        blocks = ranges(self.gallery, ACCEPT_BLOCK)
-        counts = self.pool.map("false accept rates", accept_task, given, blocks, _length)
-        return rates_of(reduce(np.add, counts), self.measures.false_accept_rates)
-
-    def _replace(self, source: Any) -> Any:
+    def _replace(self) -> None:
         """Expand queries, augment the gallery, or both."""
         measures, near = self.measures, [None, None]
-        total = self.queries + self.gallery
         if k := measures.expand:
-            blocks = query_gallery_pairs(self.queries, total)
-            given = source, k, COSINE, None
-            found = self._neighbours("expansion", neighbour_task, given, blocks)
+            blocks = query_gallery_pairs(self.queries, self.queries + self.gallery)
+            given = self.source, k, COSINE, None
+            found = self._neighbours("expansion", find_neighbours, given, blocks)
             near[0] = self.pool.put(found.rows(0, self.queries))
         if k := measures.augment:
-            blocks = all_pairs(self.gallery)
-            found = self._neighbours(
-                "augmentation", gallery_neighbour_task, (source, k, COSINE), blocks
-            )
+            given, blocks = (self.source, k, COSINE), all_pairs(self.gallery)
+            found = self._neighbours("augmentation", gallery_neighbours, given, blocks)
             near[1] = self.pool.put(found)
-        return self.pool.one("averaging", replaced, source, *near, measures.alpha)
+        self.source = self.pool.one("averaging", averaged, self.source, *near, measures.alpha)
+        self.edges = ranges(self.gallery, BLOCK)
 
-    def _rerank(self, source: Any) -> RankingResult:
+    def _rerank(self) -> RankingResult:
         settings, code = self.measures.reranking, metric_code(self.measures.metric)
         total = self.queries + self.gallery
-        local = isinstance(self.pool, LocalPool)
-        kept = room_for_scores(self.queries, self.gallery) if local else None
-        given = source, settings.needed, code, kept
-        near = self._neighbours("neighbours", neighbour_task, given, all_pairs(total))
-        # One task: it takes a hundredth of the time of the products.
-        encoding = self.pool.one(
-            "encoding", encode_all, source, self.pool.put(near), settings, code
+        kept = room_for_scores(self.queries, self.gallery) if self.pool.workers == 1 else None
+        given = self.source, settings.needed, code, kept
+        near = self.pool.put(
+            self._neighbours("neighbours", find_neighbours, given, all_pairs(total))
         )
-        given = source, encoding, settings, code, self.shared_truth, kept
+        # One task: it takes a hundredth of the time of the products.
+        encoding = self.pool.one("encoding", encode, self.source, near, settings, code)
+        given = self.source, encoding, settings, code, self.given_truth, kept
         across = blocks_across(self.queries, total)
-        ranks = reduce(np.add, self.pool.map("distances", distance_task, given, across, self._rows))
+        found = self.pool.map("distances", rank_reranked, given, across, self._height)
+        ranks = reduce(np.add, found)
         return metrics_of(self.truth.positives(), ranks, self.measures.max_rank)
 
-    def _neighbours(self, stage: str, task: Any, given: tuple, blocks: list[Block]) -> Neighbours:
-        return reduce(merge, self.pool.map(stage, task, given, blocks, lambda block: block.pairs))
+    def _neighbours(
+        self, stage: str, function: Any, given: tuple, blocks: list[Block]
+    ) -> Neighbours:
+        return reduce(merge, self.pool.map(stage, function, given, blocks, attrgetter("pairs")))
 
-    def _rows(self, blocks: list[Block]) -> int:
+    def _height(self, blocks: list[Block]) -> int:
+        """How many queries a row of blocks has."""
         return min(blocks[0].rows[1], self.queries) - blocks[0].rows[0]
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from reid_train.evaluation.kernels.rank_counts import COSINE
 from reid_train.evaluation.measures import check_expansion
 from reid_train.evaluation.neighbours import (
+    Block,
     Neighbours,
     all_pairs,
     nearest_neighbours,
     query_gallery_pairs,
 )
 from reid_train.evaluation.similarity import Features, check_features, check_inputs
+from reid_train.evaluation.tasks import Count, Joined
 
 _ROWS = 1024  # their neighbours' embeddings are gathered at a time
 
@@ -35,7 +39,7 @@ def expand_queries(
     check_expansion(k, alpha, len(gallery))
     blocks = query_gallery_pairs(len(query), len(both))
     nearest = nearest_neighbours(both, k, COSINE, blocks).rows(0, len(query))
-    return mean_with_nearest(both, nearest, alpha, with_self=True)
+    return _mean_with_nearest(both, nearest, alpha, with_self=True)
 
 
 def augment_gallery(gallery: np.ndarray, *, k: int = 10, alpha: float = 3.0) -> np.ndarray:
@@ -51,10 +55,29 @@ def augment_gallery(gallery: np.ndarray, *, k: int = 10, alpha: float = 3.0) -> 
     features = check_features("gallery", gallery)
     check_expansion(k, alpha, len(features))
     nearest = nearest_neighbours(features, k, COSINE, all_pairs(len(features)))
-    return mean_with_nearest(features, nearest, alpha, with_self=False)
+    return _mean_with_nearest(features, nearest, alpha, with_self=False)
 
 
-def mean_with_nearest(
+def gallery_neighbours(
+    source: Joined, k: int, metric: int, own: Sequence[Block], pairs: Count
+) -> Neighbours:
+    """The nearest of the gallery within the gallery, as far as a task's blocks tell."""
+    return nearest_neighbours(source.gallery, k, metric, own, pairs)
+
+
+def averaged(
+    source: Joined, query_near: Neighbours | None, gallery_near: Neighbours | None, alpha: float
+) -> Joined:
+    """Queries, gallery or both, replaced by means with their nearest; None keeps them."""
+    query, gallery = source.query.embedding, source.gallery.embedding
+    if query_near is not None:
+        query = _mean_with_nearest(source.both, query_near, alpha, with_self=True)
+    if gallery_near is not None:
+        gallery = _mean_with_nearest(source.gallery, gallery_near, alpha, with_self=False)
+    return Joined(Features.of(np.concatenate([query, gallery])), source.queries)
+
+
+def _mean_with_nearest(
     features: Features, nearest: Neighbours, alpha: float, *, with_self: bool
 ) -> np.ndarray:
     """Normalised sums of normalised embeddings, each weighted by its similarity.

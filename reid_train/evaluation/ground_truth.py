@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,12 +119,3 @@ def find_ground_truth(labels: Labels) -> GroundTruth:
             "gallery; are query and gallery of the same dataset, and are the camera ids right?"
         )
     return GroundTruth(start, index, positive)
-
-
-def split_by_camera(labels: Labels) -> Iterator[tuple[int, np.ndarray, Labels]]:
-    """Each gallery camera with a match: its id, its images (n,) int64, labels with only those."""
-    for camera in np.unique(labels.gallery_camid):
-        images = np.flatnonzero(labels.gallery_camid == camera)
-        pid, camid = labels.gallery_pid[images], labels.gallery_camid[images]
-        if np.isin(labels.query_pid[labels.query_camid != camera], pid).any():
-            yield int(camera), images, Labels(labels.query_pid, labels.query_camid, pid, camid)

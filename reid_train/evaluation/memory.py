@@ -10,7 +10,7 @@ from reid_train.evaluation import neighbours, ranking, verification
 from reid_train.evaluation.embedding_store import ROWS
 from reid_train.evaluation.measures import Measures
 from reid_train.evaluation.reranking import CHUNK, ENCODED, KEPT
-from reid_train.evaluation.task_pool import TASKS
+from reid_train.evaluation.tasks import TASKS
 
 _PROGRAM = 1.25e9  # bytes of Python, torch, Ray and the compiled loops
 _ALLOCATORS = 1.1  # what they keep for themselves

@@ -68,18 +68,3 @@ def metrics_of(start: np.ndarray, rank: np.ndarray, max_rank: int) -> RankingRes
         first_match_rank=first,
         valid=len(valid),
     )
-
-
-def metrics_by_query_camera(
-    query_camid: np.ndarray, start: np.ndarray, rank: np.ndarray, max_rank: int
-) -> dict[int, RankingResult]:
-    """`metrics_of` for each query camera of which some query has a match."""
-    found = {}
-    for camera in np.unique(query_camid):
-        rows = np.flatnonzero(query_camid == camera)
-        counts = np.diff(start)[rows]
-        if counts.sum():
-            kept = np.concatenate([rank[start[r] : start[r + 1]] for r in rows])
-            ends = np.concatenate([[0], np.cumsum(counts)])
-            found[int(camera)] = metrics_of(ends, kept, max_rank)
-    return found

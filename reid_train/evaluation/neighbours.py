@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
@@ -22,17 +22,10 @@ from reid_train.evaluation.similarity import (
     single_threaded_pool,
     tolerance,
 )
+from reid_train.evaluation.tasks import Count, Range, ignore, ranges
 
 BLOCK = 1536
 """Rows and columns of a product. Fixed, so that a block's scores are the same in every task."""
-
-Range = tuple[int, int]
-"""Consecutive images: the first, and the one past the last."""
-
-
-def ranges(count: int, size: int, first: int = 0) -> list[Range]:
-    """Consecutive ranges of `size` images from `first` to `count`; the last may be shorter."""
-    return [(a, min(a + size, count)) for a in range(first, count, size)]
 
 
 class Neighbours(NamedTuple):
@@ -146,10 +139,9 @@ def nearest_neighbours(
     features: Features,
     k: int,
     metric: int,
-    blocks: Iterable[Block],
-    *,
+    own: Sequence[Block],
+    pairs: Count = ignore,
     seen: Callable[[Block, np.ndarray], object] = lambda block, scores: None,
-    progress: Callable[[int], object] = lambda pairs: None,
 ) -> Neighbours:
     """The k nearest neighbours, as far as the blocks tell.
 
@@ -157,9 +149,9 @@ def nearest_neighbours(
         features: all N embeddings.
         k: how many, at most N.
         metric: code of the metric.
-        blocks: what to compare with what; those of the same rows one after another.
+        own: what to compare with what; those of the same rows one after another.
+        pairs: called with each block's pairs.
         seen: called with each block's scores (height, width) float32, by several threads at once.
-        progress: called with each block's pairs.
     """
     count, capacity = len(features), 4 * k
     found = topk.Candidates(
@@ -173,8 +165,8 @@ def nearest_neighbours(
     # embeddings that are not nearly one constant this costs next to nothing.
     slack = tolerance(features, features, metric, certain=True)
     search = topk.Search(k, metric, features.vectors, slack)
-    scores_of, blocks = block_scores(features, metric), list(blocks)
-    locks = {edge: Lock() for block in blocks for edge in (block.rows, block.columns)}
+    scores_of = block_scores(features, metric)
+    locks = {edge: Lock() for block in own for edge in (block.rows, block.columns)}
 
     def offer(block: Block) -> int:
         scores, place = scores_of(block), (block.rows[0], block.columns[0])
@@ -187,8 +179,8 @@ def nearest_neighbours(
         return block.pairs
 
     with full_precision(), single_threaded_pool() as pool:
-        for pairs in pool.map(offer, blocks):
-            progress(pairs)
+        for compared in pool.map(offer, own):
+            pairs(compared)
     index, score = np.empty((count, k), np.int32), np.empty((count, k))
     in_threads(lambda a, b: topk.settle(found, search, a, index[a:b], score[a:b]), count)
     return Neighbours(index, score, found.furthest)

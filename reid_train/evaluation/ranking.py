@@ -6,13 +6,13 @@ comparisons. The few pairs that lie within its error of a positive are scored ag
 always summed in the same order. So ranks do not depend on the device, on chunks, or on the tasks
 among which the gallery is divided: the counts of blocks add up.
 
-Two passes over the blocks of the gallery: `score_matches` computes the positives' exact scores,
-`count_before` counts the images before them.
+Two passes over the gallery: `score_matches` computes the positives' exact scores, `count_before`
+counts the images before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -20,14 +20,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data_shards.errors import ConfigError, DataError
+from data_shards.errors import ConfigError
 from data_shards.progress import Progress, silent
 from reid_train.evaluation.ground_truth import GroundTruth, Labels, find_ground_truth
 from reid_train.evaluation.kernels.rank_counts import (
     EUCLIDEAN,
-    GIVEN,
     Positives,
-    count_block,
     count_scores,
     score_pairs,
 )
@@ -45,6 +43,15 @@ from reid_train.evaluation.similarity import (
     single_threaded_pool,
     tolerance,
     tolerance_at,
+)
+from reid_train.evaluation.tasks import (
+    Count,
+    Range,
+    Separate,
+    Source,
+    gallery_blocks,
+    ignore,
+    ranges,
 )
 
 BLOCK = 2048  # gallery images in a product; they and their scores fit the cache
@@ -90,8 +97,9 @@ def rank(
         raise ConfigError(f"chunk and max_rank must be at least 1, not {chunk} and {max_rank}")
     labels = Labels(query_pid, query_camid, gallery_pid, gallery_camid)
     queries, base = check_inputs(query, gallery, labels)
-    truth = find_ground_truth(labels)
-    scores = score_matches(queries, [(0, base)], truth, metric)
+    truth, source = find_ground_truth(labels), Separate(queries, base)
+    own = ranges(len(base), BLOCK)
+    scores, _ = score_matches(source, truth, metric, own)
     done = 0
 
     def count(images: int) -> None:
@@ -99,26 +107,28 @@ def rank(
         done += images
         progress("ranking", done, len(base))
 
-    blocks = ((first, base.rows(first, first + BLOCK)) for first in range(0, len(base), BLOCK))
-    before = count_before(
-        queries, blocks, truth, scores, metric, chunk=chunk, device=device, progress=count
+    blocks = gallery_blocks(source, own, BLOCK)
+    before = count_in_blocks(
+        queries, blocks, truth, scores, metric, count, chunk=chunk, device=device
     )
     return metrics_of(truth.positives(), ranks_of(truth, before), max_rank)
 
 
 def score_matches(
-    query: Features, blocks: Blocks, truth: GroundTruth, metric: Metric
-) -> np.ndarray:
-    """First pass: the exact scores (M,) float64 of all entries of `truth` in the blocks.
+    source: Source, truth: GroundTruth, metric: Metric, own: Sequence[Range], images: Count = ignore
+) -> tuple[np.ndarray, float]:
+    """First pass: the exact scores (M,) float64 of all entries of `truth` in a task's ranges.
 
-    Entries of other blocks stay NaN.
+    Entries of other ranges stay NaN. Also returns the greatest norm in the ranges.
     """
-    code, row = metric_code(metric), truth.row
-    scores = np.full(len(row), np.nan)
-    for first, block in blocks:
+    code, row, query = metric_code(metric), truth.row, source.query
+    scores, longest = np.full(len(row), np.nan), 0.0
+    for first, block in gallery_blocks(source, own, BLOCK):
+        longest = max(longest, float(block.norm.max()))
         here = np.flatnonzero((truth.index >= first) & (truth.index < first + len(block)))
         scores[here] = _exact_scores(query, block, code, row[here], truth.index[here] - first)
-    return scores
+        images(len(block))
+    return scores, longest
 
 
 def _exact_scores(
@@ -141,24 +151,37 @@ def ordered_positives(truth: GroundTruth, scores: np.ndarray) -> np.ndarray:
 
 
 def count_before(
+    source: Source,
+    truth: GroundTruth,
+    metric: Metric,
+    scores: np.ndarray,
+    own: Sequence[Range],
+    images: Count,
+) -> np.ndarray:
+    """Second pass: `count_in_blocks` of a task's ranges of the gallery."""
+    blocks = gallery_blocks(source, own, BLOCK)
+    return count_in_blocks(source.query, blocks, truth, scores, metric, images)
+
+
+def count_in_blocks(
     query: Features,
     blocks: Blocks,
     truth: GroundTruth,
     scores: np.ndarray,
     metric: Metric,
+    images: Count = ignore,
     *,
     chunk: int = CHUNK,
     device: str | torch.device = "cpu",
-    progress: Callable[[int], object] = lambda images: None,
 ) -> np.ndarray:
-    """Second pass: how many images of other identities come before each positive.
+    """How many images of other identities, in these blocks, come before each positive.
 
     Args:
         scores: (M,) float64, from `score_matches`, of the whole gallery.
-        progress: called with each block's images.
+        images: called with each block's images.
 
     Returns:
-        (P,) int64 counts within these blocks, in the order of `ordered_positives`.
+        (P,) int64, in the order of `ordered_positives`.
     """
     code, target = metric_code(metric), torch.empty(0, device=device).device  # with its index
     order, row = ordered_positives(truth, scores), truth.row
@@ -213,7 +236,7 @@ def count_before(
                 )  # fmt: skip
 
             list((pool.map if pool else map)(compare, range(len(chunks))))
-            progress(len(block.features))
+            images(len(block.features))
     return before
 
 
@@ -299,67 +322,12 @@ def _require(error: np.ndarray, slack: np.ndarray) -> None:
 
 def ranks_of(truth: GroundTruth, before: np.ndarray) -> np.ndarray:
     """Ranks (P,) from 1 of `ordered_positives`, from the images of others before each."""
-    return before + _nth(truth.positives())
+    return before + nth(truth.positives())
 
 
-def _nth(start: np.ndarray) -> np.ndarray:
+def nth(start: np.ndarray) -> np.ndarray:
     """1, 2, … for each query's positives, which start at `start`."""
     return np.arange(1, start[-1] + 1) - np.repeat(start[:-1], np.diff(start))
-
-
-NOTHING = Features(np.empty((0, 0), np.float32), np.empty(0), np.empty(0)).vectors
-"""For counts that need no embeddings."""
-
-Distances = Iterable[tuple[int, np.ndarray]]
-"""Number of the first query, and distances (B, G) float32 of B queries to the whole gallery."""
-
-
-def rank_distances(blocks: Distances, labels: Labels, *, max_rank: int = 50) -> RankingResult:
-    """Measure given distances as `rank` measures embeddings; equal ones in order of the index.
-
-    Args:
-        blocks: every query once; overwritten.
-        labels: identities and cameras.
-
-    Raises:
-        DataError: NaN distances, a missing query, or no query with a match.
-    """
-    truth = find_ground_truth(labels)
-    ranks = positive_ranks(blocks, truth)
-    if left := truth.row[truth.positive][ranks == 0].tolist():
-        raise DataError(f"no distances of query {left[0]}")
-    return metrics_of(truth.positives(), ranks, max_rank)
-
-
-def positive_ranks(
-    blocks: Distances,
-    truth: GroundTruth,
-    progress: Callable[[int], object] = lambda queries: None,
-) -> np.ndarray:
-    """Ranks (P,) from 1 of each query's positives, ascending; 0 for queries not in the blocks."""
-    row, starts = truth.row, truth.positives()
-    ranks = np.zeros(starts[-1], np.int64)
-    for q, distance in blocks:
-        stop = q + len(distance)
-        if np.isnan(distance).any():
-            raise DataError(f"distances of queries {q} to {stop - 1} contain NaN")
-        own = np.arange(truth.start[q], truth.start[stop])
-        kept = own[truth.positive[own]]
-        index, key = truth.index[kept], distance[row[kept] - q, truth.index[kept]]
-        distance[row[own] - q, truth.index[own]] = np.inf
-        order = np.lexsort((index, key, row[kept]))
-        index, key = index[order], key[order]
-        before, start = np.zeros(len(kept), np.int64), starts[q : stop + 1] - starts[q]
-
-        def count(a: int, b: int, distance=distance, start=start, given=(key, index), out=before):
-            key, index = given
-            positives = Positives(start[a : b + 1], key.astype(np.float64), index, key, key)
-            count_block(distance[a:b], 0, positives, GIVEN, NOTHING, NOTHING, out)
-
-        in_threads(count, len(distance))
-        ranks[starts[q] : starts[stop]] = before + _nth(start)
-        progress(len(distance))
-    return ranks
 
 
 def top_matches(

@@ -18,16 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import scipy.sparse as sp
 
+from data_shards.errors import DataError
 from data_shards.progress import Progress, silent
-from reid_train.evaluation.ground_truth import read_only
+from reid_train.evaluation.ground_truth import GroundTruth, Labels, find_ground_truth, read_only
 from reid_train.evaluation.kernels import k_reciprocal
 from reid_train.evaluation.kernels.k_reciprocal import Compressed, Rows, Sets
-from reid_train.evaluation.kernels.rank_counts import COSINE
+from reid_train.evaluation.kernels.rank_counts import COSINE, GIVEN, Positives, count_block
 from reid_train.evaluation.measures import Metric, ReRanking
+from reid_train.evaluation.metrics import RankingResult, metrics_of
 from reid_train.evaluation.neighbours import (
     Block,
     Neighbours,
@@ -36,6 +39,7 @@ from reid_train.evaluation.neighbours import (
     blocks_across,
     nearest_neighbours,
 )
+from reid_train.evaluation.ranking import nth
 from reid_train.evaluation.similarity import (
     Features,
     check_inputs,
@@ -44,10 +48,18 @@ from reid_train.evaluation.similarity import (
     metric_code,
     tolerance,
 )
+from reid_train.evaluation.tasks import Count, Joined, Pool, ignore
 
 CHUNK = 512  # queries in a yield of distances
 KEPT = 1 << 28  # bytes of scores that may be kept; more are computed a second time
 ENCODED = 8192  # rows encoded at a time
+
+
+NOTHING = Features(np.empty((0, 0), np.float32), np.empty(0), np.empty(0)).vectors
+"""For counts that need no embeddings."""
+
+Distances = Iterable[tuple[int, np.ndarray]]
+"""Number of the first query, and distances (B, G) float32 of B queries to the whole gallery."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +104,15 @@ def rerank(
     """
     settings, code = settings or ReRanking(), metric_code(metric)
     settings.check()
-    both = Features.joined(*check_inputs(query, gallery))
-    settings.check(len(both))
-    pairs, done = len(both) ** 2, 0
-
-    def count(compared: int) -> None:
-        nonlocal done
-        done += compared
-        progress("neighbours", done, pairs)
-
-    kept = room_for_scores(len(query), len(gallery))
-    near = find_neighbours(both, settings.needed, code, all_pairs(len(both)), kept, count)
-    encoding = encode(both, near, settings, code)
-    scores = scores_across(both, len(query), code, blocks_across(len(query), len(both)), kept)
-    for first, distance in distances(len(query), encoding, settings, code, scores):
+    source = Joined(Features.joined(*check_inputs(query, gallery)), len(query))
+    total = len(source.both)
+    settings.check(total)
+    given = source, settings.needed, code, (kept := room_for_scores(len(query), len(gallery)))
+    blocks, size = all_pairs(total), attrgetter("pairs")
+    (near,) = Pool(progress=progress).map("neighbours", find_neighbours, given, blocks, size)
+    encoding = encode(source, near, settings, code)
+    scores = _scores_across(source, code, kept, blocks_across(len(query), total))
+    for first, distance in _distances(source, encoding, settings, code, scores):
         yield first, distance
         progress("distances", first + len(distance), len(query))
 
@@ -118,35 +125,50 @@ def room_for_scores(queries: int, gallery: int) -> np.ndarray | None:
 
 
 def find_neighbours(
-    both: Features,
+    source: Joined,
     k: int,
     metric: int,
-    blocks: Iterable[Block],
     kept: np.ndarray | None,
-    progress: Callable[[int], object],
+    own: Sequence[Block],
+    pairs: Count,
 ) -> Neighbours:
-    """`nearest_neighbours`; also puts the queries' scores with the gallery into `kept`."""
+    """The nearest of all images among all, as far as a task's blocks tell.
+
+    Also puts the queries' scores with the gallery into `kept`, if there is room.
+    """
 
     def keep(block: Block, scores: np.ndarray) -> None:
         if kept is not None:
             _copy_across(block, scores, kept, 0, len(kept))
 
-    return nearest_neighbours(both, k, metric, blocks, seen=keep, progress=progress)
+    return nearest_neighbours(source.both, k, metric, own, pairs, keep)
 
 
-def scores_across(
-    both: Features,
-    queries: int,
+def rank_reranked(
+    source: Joined,
+    encoding: Encoding,
+    settings: ReRanking,
     metric: int,
-    across: Iterable[Sequence[Block]],
-    kept: np.ndarray | None = None,
+    truth: GroundTruth,
+    kept: np.ndarray | None,
+    own: Sequence[Sequence[Block]],
+    queries: Count,
+) -> np.ndarray:
+    """Ranks (P,) of the positives of a task's queries in the re-ranked gallery, 0 elsewhere."""
+    scores = _scores_across(source, metric, kept, own)
+    return positive_ranks(_distances(source, encoding, settings, metric, scores), truth, queries)
+
+
+def _scores_across(
+    source: Joined, metric: int, kept: np.ndarray | None, own: Sequence[Sequence[Block]]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The queries' scores with the gallery: those kept, or those of `blocks_across` once more."""
+    both, queries = source.both, source.queries
     if kept is not None:
         yield 0, kept
         return
     scores_of = block_scores(both, metric)
-    for blocks in across:
+    for blocks in own:
         first, stop = blocks[0].rows
         out = np.empty((min(stop, queries) - first, len(both) - queries), np.float32)
         with full_precision():
@@ -169,8 +191,9 @@ def _copy_across(
     out[row : row + len(part), left : left + part.shape[1]] = part
 
 
-def encode(both: Features, near: Neighbours, settings: ReRanking, metric: int) -> Encoding:
+def encode(source: Joined, near: Neighbours, settings: ReRanking, metric: int) -> Encoding:
     """Every image as a sparse row of weights over its expanded reciprocal neighbours."""
+    both = source.both
     spread = near.furthest.astype(np.float64) + (metric == COSINE)
     furthest = spread**2 if metric == COSINE else spread
     # If all images are the same, the greatest distance is only a rounding error.
@@ -236,8 +259,8 @@ def _rows_of(fill: Callable[[int, Rows], None], count: int, widest: int) -> sp.c
     )
 
 
-def distances(
-    queries: int,
+def _distances(
+    source: Joined,
     encoding: Encoding,
     settings: ReRanking,
     metric: int,
@@ -246,11 +269,10 @@ def distances(
     """Re-ranked distances, some queries at a time.
 
     Args:
-        queries: how many images of the encoding are queries.
         scores: number of the first query, and scores (B, G) float32 of B queries with the gallery,
-            as `scores_across` gives them; overwritten.
+            as `_scores_across` gives them; overwritten.
     """
-    rows, columns = _compressed(encoding.rows), _compressed(encoding.rows[queries:].tocsc())
+    rows, columns = _compressed(encoding.rows), _compressed(encoding.rows[source.queries :].tocsc())
     for start, all_scores in scores:
         for offset in range(0, len(all_scores), CHUNK):
             first, out = start + offset, all_scores[offset : offset + CHUNK]
@@ -264,3 +286,47 @@ def distances(
 
             in_threads(blend, len(out))
             yield first, out
+
+
+def rank_distances(blocks: Distances, labels: Labels, *, max_rank: int = 50) -> RankingResult:
+    """Measure given distances as `rank` measures embeddings; equal ones in order of the index.
+
+    Args:
+        blocks: every query once; overwritten.
+        labels: identities and cameras.
+
+    Raises:
+        DataError: NaN distances, a missing query, or no query with a match.
+    """
+    truth = find_ground_truth(labels)
+    ranks = positive_ranks(blocks, truth)
+    if left := truth.row[truth.positive][ranks == 0].tolist():
+        raise DataError(f"no distances of query {left[0]}")
+    return metrics_of(truth.positives(), ranks, max_rank)
+
+
+def positive_ranks(blocks: Distances, truth: GroundTruth, queries: Count = ignore) -> np.ndarray:
+    """Ranks (P,) from 1 of each query's positives, ascending; 0 for queries not in the blocks."""
+    row, starts = truth.row, truth.positives()
+    ranks = np.zeros(starts[-1], np.int64)
+    for q, distance in blocks:
+        stop = q + len(distance)
+        if np.isnan(distance).any():
+            raise DataError(f"distances of queries {q} to {stop - 1} contain NaN")
+        own = np.arange(truth.start[q], truth.start[stop])
+        kept = own[truth.positive[own]]
+        index, key = truth.index[kept], distance[row[kept] - q, truth.index[kept]]
+        distance[row[own] - q, truth.index[own]] = np.inf
+        order = np.lexsort((index, key, row[kept]))
+        index, key = index[order], key[order]
+        before, start = np.zeros(len(kept), np.int64), starts[q : stop + 1] - starts[q]
+
+        def count(a: int, b: int, distance=distance, start=start, given=(key, index), out=before):
+            key, index = given
+            positives = Positives(start[a : b + 1], key.astype(np.float64), index, key, key)
+            count_block(distance[a:b], 0, positives, GIVEN, NOTHING, NOTHING, out)
+
+        in_threads(count, len(distance))
+        ranks[starts[q] : starts[stop]] = before + nth(start)
+        queries(len(distance))
+    return ranks

@@ -1,52 +1,33 @@
-"""What a task does with its blocks: arrays in, arrays out.
-
-`evaluate` combines the results. A task gets consecutive ranges of the gallery, or blocks of the
-product of all images with all.
-"""
+"""The tasks of an evaluation: the sources that they read from, and the pool that runs them."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from data_shards.progress import Progress, silent
 from reid_train.evaluation.embedding_store import EmbeddingFiles
-from reid_train.evaluation.expansion import mean_with_nearest
-from reid_train.evaluation.ground_truth import (
-    GroundTruth,
-    Labels,
-    find_ground_truth,
-    split_by_camera,
-)
-from reid_train.evaluation.measures import Metric, ReRanking
-from reid_train.evaluation.neighbours import Block, Neighbours, Range, nearest_neighbours
-from reid_train.evaluation.ranking import BLOCK, count_before, positive_ranks, score_matches
-from reid_train.evaluation.reranking import (
-    Encoding,
-    distances,
-    encode,
-    find_neighbours,
-    scores_across,
-)
 from reid_train.evaluation.similarity import Features
-from reid_train.evaluation.verification import count_distances
 
+TASKS = 4  # of a worker, one after another: progress is seen, and a slow worker gets fewer
+
+Range = tuple[int, int]
+"""Consecutive images: the first, and the one past the last."""
 Count = Callable[[int], object]
 """Called with how much more is done."""
 
 
-@dataclass(frozen=True)
-class Streamed:
-    """Queries in memory, and a gallery that stays on storage."""
+def ranges(count: int, size: int, first: int = 0) -> list[Range]:
+    """Consecutive ranges of `size` images from `first` to `count`; the last may be shorter."""
+    return [(a, min(a + size, count)) for a in range(first, count, size)]
 
-    query: Features
-    files: EmbeddingFiles
 
-    def blocks(self, own: Sequence[Range], size: int) -> Iterator[tuple[int, Features]]:
-        """The images of consecutive gallery ranges, `size` at a time."""
-        for first, embedding in self.files.blocks("gallery", own[0][0], own[-1][1], size):
-            yield first, Features.of(embedding)
+def ignore(more: int) -> None:
+    """Count nothing."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +36,6 @@ class Separate:
 
     query: Features
     gallery: Features
-
-    def blocks(self, own: Sequence[Range], size: int) -> Iterator[tuple[int, Features]]:
-        """The images of consecutive gallery ranges, `size` at a time."""
-        for first in range(own[0][0], own[-1][1], size):
-            yield first, self.gallery.rows(first, min(first + size, own[-1][1]))
 
 
 @dataclass(frozen=True)
@@ -79,143 +55,130 @@ class Joined:
         """Only the gallery."""
         return self.both.rows(self.queries, len(self.both))
 
-    def blocks(self, own: Sequence[Range], size: int) -> Iterator[tuple[int, Features]]:
-        """The images of consecutive gallery ranges, `size` at a time."""
-        return Separate(self.query, self.gallery).blocks(own, size)
+    @classmethod
+    def read(cls, files: EmbeddingFiles) -> Joined:
+        """Read all embeddings into memory."""
+        both = Features.of(files.read("query", "gallery"))
+        return cls(both, int(np.count_nonzero(files.split == "query")))
 
 
-Source = Streamed | Separate | Joined
+@dataclass(frozen=True)
+class Streamed:
+    """Queries in memory, and a gallery that stays on storage."""
+
+    query: Features
+    files: EmbeddingFiles
 
 
-def read_all(files: EmbeddingFiles) -> Joined:
-    """Read all embeddings into memory."""
-    both = Features.of(files.read("query", "gallery"))
-    return Joined(both, int(np.count_nonzero(files.split == "query")))
+Source = Separate | Joined | Streamed
 
 
-def match_task(
-    source: Source, truth: GroundTruth, metric: Metric, own: Sequence[Range], count: Count
-) -> np.ndarray:
-    """Exact scores (M,) of the ground truth in a task's gallery ranges, NaN elsewhere."""
-    scores = score_matches(source.query, source.blocks(own, BLOCK), truth, metric)
-    count(own[-1][1] - own[0][0])
-    return scores
-
-
-def count_task(
-    source: Source,
-    truth: GroundTruth,
-    metric: Metric,
-    scores: np.ndarray,
-    own: Sequence[Range],
-    count: Count,
-) -> np.ndarray:
-    """How many images of a task's gallery ranges come before each positive, (P,) int64."""
-    blocks = source.blocks(own, BLOCK)
-    return count_before(source.query, blocks, truth, scores, metric, progress=count)
-
-
-def camera_task(
-    source: Source,
-    labels: Labels,
-    truth: GroundTruth,
-    metric: Metric,
-    scores: np.ndarray,
-    own: Sequence[Range],
-    count: Count,
-) -> list[np.ndarray]:
-    """How many images of one camera, in a task's ranges, come before that camera's positives.
-
-    Returns:
-        (P,) int64 for each camera of `split_by_camera`.
-    """
-    # Held in memory: every camera needs a part of each block.
-    blocks, counts = list(source.blocks(own, BLOCK)), []
-    for camera, images, part in split_by_camera(labels):
-        known = scores[labels.gallery_camid[truth.index] == camera]
-        seen = _of_camera(blocks, labels.gallery_camid == camera, images)
-        counts.append(count_before(source.query, seen, find_ground_truth(part), known, metric))
-    count(own[-1][1] - own[0][0])
-    return counts
-
-
-def _of_camera(
-    blocks: Sequence[tuple[int, Features]], seen: np.ndarray, images: np.ndarray
+def gallery_blocks(
+    source: Source, own: Sequence[Range], size: int
 ) -> Iterator[tuple[int, Features]]:
-    """One camera's images of each block, and the number of the first among that camera's."""
-    for first, block in blocks:
-        inside = seen[first : first + len(block)]
-        if inside.any():
-            yield int(np.searchsorted(images, first)), block.only(inside)
+    """The images of consecutive gallery ranges, `size` at a time, with the index of the first."""
+    first, stop = own[0][0], own[-1][1]
+    if isinstance(source, Streamed):
+        for at, embedding in source.files.blocks("gallery", first, stop, size):
+            yield at, Features.of(embedding)
+    else:
+        gallery = source.gallery
+        for a, b in ranges(stop, size, first):
+            yield a, gallery.rows(a, b)
 
 
-def longest_task(source: Source, own: Sequence[Range], count: Count) -> float:
-    """The greatest norm in a task's gallery ranges."""
-    longest = max(float(block.norm.max()) for _, block in source.blocks(own, BLOCK))
-    count(own[-1][1] - own[0][0])
-    return longest
+@dataclass(frozen=True)
+class Pool:
+    """Runs the tasks of a stage: in this process, or as Ray tasks of one core on a cluster.
+
+    A task is a function of what all tasks of the stage are given, of its own blocks, and of a
+    callback that counts what is done. It returns the same bits wherever it runs. In this process a
+    stage is one task, in which loops and products use threads.
+
+    Args:
+        workers: Ray tasks that run at a time; 1 is this process, without Ray.
+        progress: called with each stage.
+    """
+
+    workers: int = 1
+    progress: Progress = silent
+
+    def put(self, value: Any) -> Any:
+        """What tasks are given for a large value: on Ray, a reference to it in shared memory."""
+        if self.workers == 1:
+            return value
+        import ray
+
+        return ray.put(value)
+
+    def one(self, stage: str, function: Callable, *given: Any) -> Any:
+        """Run `function(*given)` as a stage of one task; returns what `put` of its result would."""
+        self.progress(stage, 0, 1)
+        if self.workers == 1:
+            result = function(*given)
+        else:
+            import ray
+
+            result = _task(function)(*given)
+            ray.wait([result], fetch_local=False)  # it stays on the node that made it
+        self.progress(stage, 1, 1)
+        return result
+
+    def map(
+        self,
+        stage: str,
+        function: Callable,
+        given: Sequence[Any],
+        blocks: Sequence,
+        size: Callable[[Any], int],
+    ) -> Iterator[Any]:
+        """Yield the results of `function(*given, blocks of the task, count)`, as tasks end.
+
+        Args:
+            stage: the stage's name in progress.
+            given: what all tasks are given.
+            blocks: what is divided among tasks.
+            size: how much work a block is.
+        """
+        done, total = 0, sum(map(size, blocks))
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self.progress(stage, done, total)
+
+        self.progress(stage, 0, total)
+        if self.workers == 1:
+            yield function(*given, blocks, count)
+            return
+        import ray
+        from ray.exceptions import RayTaskError
+
+        task, running = _task(function), {}
+        left = deque(divided(blocks, self.workers * TASKS, size))
+        while left or running:
+            while left and len(running) < self.workers:
+                own = left.popleft()
+                running[task(*given, own, ignore)] = sum(map(size, own))
+            ready, _ = ray.wait(list(running), fetch_local=False)
+            for reference in ready:
+                try:
+                    yield ray.get(reference)
+                except RayTaskError as error:  # one of ours comes out as it is
+                    raise error.cause from None
+                count(running.pop(reference))
 
 
-def accept_task(
-    source: Source,
-    truth: GroundTruth,
-    metric: Metric,
-    longest: float,
-    own: Sequence[Range],
-    count: Count,
-) -> np.ndarray:
-    """Counts (2, BINS) of `count_distances`, each range in one product."""
-    blocks = source.blocks(own, own[0][1] - own[0][0])
-    return count_distances(source.query, blocks, truth, metric, longest, count)
+def _task(function: Callable) -> Callable[..., Any]:
+    import ray
+
+    return ray.remote(num_cpus=1, max_retries=2)(function).remote  # type: ignore[attr-defined]
 
 
-def neighbour_task(
-    source: Joined,
-    k: int,
-    metric: int,
-    kept: np.ndarray | None,
-    own: Sequence[Block],
-    count: Count,
-) -> Neighbours:
-    """The nearest of all images among all, as far as a task's blocks tell."""
-    return find_neighbours(source.both, k, metric, own, kept, count)
-
-
-def gallery_neighbour_task(
-    source: Joined, k: int, metric: int, own: Sequence[Block], count: Count
-) -> Neighbours:
-    """The nearest of the gallery within the gallery, as far as a task's blocks tell."""
-    return nearest_neighbours(source.gallery, k, metric, own, progress=count)
-
-
-def replaced(
-    source: Joined, query_near: Neighbours | None, gallery_near: Neighbours | None, alpha: float
-) -> Joined:
-    """Queries, gallery or both, replaced by means with their nearest; None keeps them."""
-    query, gallery = source.query.embedding, source.gallery.embedding
-    if query_near is not None:
-        query = mean_with_nearest(source.both, query_near, alpha, with_self=True)
-    if gallery_near is not None:
-        gallery = mean_with_nearest(source.gallery, gallery_near, alpha, with_self=False)
-    return Joined(Features.of(np.concatenate([query, gallery])), source.queries)
-
-
-def encode_all(source: Joined, near: Neighbours, settings: ReRanking, metric: int) -> Encoding:
-    """The sparse rows of all images."""
-    return encode(source.both, near, settings, metric)
-
-
-def distance_task(
-    source: Joined,
-    encoding: Encoding,
-    settings: ReRanking,
-    metric: int,
-    truth: GroundTruth,
-    kept: np.ndarray | None,
-    own: Sequence[Sequence[Block]],
-    count: Count,
-) -> np.ndarray:
-    """Re-ranked ranks of the positives of a task's queries, 0 elsewhere."""
-    scores = scores_across(source.both, source.queries, metric, own, kept)
-    found = distances(source.queries, encoding, settings, metric, scores)
-    return positive_ranks(found, truth, count)
+def divided(blocks: Sequence, count: int, size: Callable[[Any], int]) -> list[list]:
+    """Consecutive blocks, divided among at most `count` tasks of about the same size."""
+    ends = np.cumsum([size(block) for block in blocks])
+    middle = ends - np.diff(ends, prepend=0) / 2
+    owner = np.minimum(middle * count // ends[-1], count - 1).astype(int)
+    tasks = [[b for b, w in zip(blocks, owner, strict=True) if w == i] for i in range(count)]
+    return [task for task in tasks if task]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,13 +11,13 @@ from reid_train.evaluation.ground_truth import GroundTruth
 from reid_train.evaluation.kernels.rank_counts import EUCLIDEAN, histogram
 from reid_train.evaluation.measures import Metric
 from reid_train.evaluation.similarity import (
-    Features,
     full_precision,
     left_operand,
     metric_code,
     quick_scores,
     right_operand,
 )
+from reid_train.evaluation.tasks import Count, Range, Source, gallery_blocks
 
 BINS = 1 << 18
 BLOCK = 8192
@@ -26,21 +26,22 @@ CHUNK = 512  # queries in a product
 
 
 def count_distances(
-    query: Features,
-    blocks: Iterable[tuple[int, Features]],
+    source: Source,
     truth: GroundTruth,
     metric: Metric,
     longest: float,
-    progress: Callable[[int], object] = lambda images: None,
+    own: Sequence[Range],
+    images: Count,
 ) -> np.ndarray:
     """How many true and false pairs lie in each bin of distance: (2, BINS) int64.
 
     Args:
-        blocks: whole blocks of the gallery of BLOCK images (the last may be shorter).
+        source: queries and gallery.
         longest: the greatest norm in the whole gallery.
-        progress: called with each block's images.
+        own: some of the gallery's ranges of BLOCK images.
+        images: called with each block's images.
     """
-    code = metric_code(metric)
+    code, query = metric_code(metric), source.query
     # The Euclidean score lacks ‖q‖², which distances of different queries need.
     lowest, span = -1.0, 2.0
     if code == EUCLIDEAN:
@@ -50,20 +51,21 @@ def count_distances(
     starts = range(0, len(query), CHUNK)
     with full_precision():
         lefts = [left_operand(query.rows(q, q + CHUNK), code, cpu) for q in starts]
-        for first, block in blocks:
+        for first, block in gallery_blocks(source, own, BLOCK):
             right = right_operand(block, code, cpu)
             for q, left in zip(starts, lefts, strict=True):
                 scores = quick_scores(left, right, block, code).numpy()
                 if code == EUCLIDEAN:
                     scores += np.float32(query.norm[q : q + CHUNK, None] ** 2)
-                own = np.arange(truth.start[q], truth.start[q + len(scores)])
-                own = own[(truth.index[own] >= first) & (truth.index[own] < first + len(block))]
-                rows, columns = row[own] - q, truth.index[own] - first
-                positive = truth.positive[own]
+                known = np.arange(truth.start[q], truth.start[q + len(scores)])
+                index = truth.index[known]
+                known = known[(index >= first) & (index < first + len(block))]
+                rows, columns = row[known] - q, truth.index[known] - first
+                positive = truth.positive[known]
                 histogram(scores[rows[positive], columns[positive]], lowest, span, genuine)
                 scores[rows, columns] = np.inf
                 histogram(scores.reshape(-1), lowest, span, impostor)
-            progress(len(block))
+            images(len(block))
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from retrieval import SIZES, Problem, Stopwatch, in_child, line, multiply, timed
 
 from reid_train.evaluation import neighbours, reranking
-from reid_train.evaluation.ranking import rank_distances
+from reid_train.evaluation.reranking import rank_distances
 
 
 def published(problem: Problem, k1: int = 20, k2: int = 6, weight: float = 0.3) -> dict[str, float]:

@@ -24,7 +24,7 @@ from reid_train.evaluation.embedding_store import (
 from reid_train.evaluation.evaluate import Measurement, evaluate, evaluate_files
 from reid_train.evaluation.measures import Measures
 from reid_train.evaluation.metrics import RankingResult
-from reid_train.evaluation.task_pool import divided
+from reid_train.evaluation.tasks import divided
 
 QUERIES, GALLERY, DIMENSIONS = 60, 1500, 64
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reid_train.evaluation.kernels.rank_counts import COSINE, GIVEN, Positives, count_block
-from reid_train.evaluation.ranking import NOTHING
+from reid_train.evaluation.reranking import NOTHING
 from reid_train.evaluation.similarity import Features, tolerance, tolerance_at
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)

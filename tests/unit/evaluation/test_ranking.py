@@ -17,7 +17,8 @@ from reid_train.evaluation.evaluate import evaluate
 from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.kernels.rank_counts import count_on_device
 from reid_train.evaluation.measures import Measures
-from reid_train.evaluation.ranking import rank, rank_distances, top_matches
+from reid_train.evaluation.ranking import rank, top_matches
+from reid_train.evaluation.reranking import rank_distances
 from reid_train.evaluation.similarity import full_precision
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "evaluation.npz", allow_pickle=False)

@@ -17,8 +17,7 @@ from reid_train.evaluation import neighbours, reranking
 from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.measures import ReRanking
 from reid_train.evaluation.neighbours import all_pairs, merge, nearest_neighbours
-from reid_train.evaluation.ranking import rank_distances
-from reid_train.evaluation.reranking import rerank
+from reid_train.evaluation.reranking import rank_distances, rerank
 from reid_train.evaluation.similarity import METRICS, Features
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "evaluation.npz", allow_pickle=False)
