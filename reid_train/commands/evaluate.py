@@ -134,6 +134,7 @@ def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
     """Read embeddings, print what measuring them takes, measure, and show the outcome."""
     from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, read_embeddings
     from reid_train.evaluation.evaluate import UNITS, evaluate, evaluate_files
+    from reid_train.evaluation.ground_truth import find_ground_truth
 
     measures, workers = settings.measures, settings.workers
     if url.endswith(".npz"):
@@ -149,6 +150,7 @@ def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
     files = EmbeddingFiles.open(url)
     labels = files.labels
     sizes = len(labels.query_pid), len(labels.gallery_pid)
+    find_ground_truth(labels)  # raises if there is none, before workers start
     measures.check(*sizes)
     longest = max((group.rows for group in files.groups), default=0)
     if workers > 1 and longest > 4 * ROWS:
