@@ -182,27 +182,23 @@ def say_needed(
     """Print how much there is to measure, and the memory that it takes here and in workers."""
     import psutil
 
-    from reid_train.evaluation.memory import cluster_memory, memory_needed
+    from reid_train.evaluation.memory import memory_needed
 
     available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     memory = "memory with re-ranking" if measures.rerank else "memory"
-    if workers == 1:
-        needed = memory_needed(queries, gallery, dimensions, measures)
-        text = f"{needed / 1e9:.1f} GB of {memory}, {available / 1e9:.1f} GB available"
-    else:
-        parts = cluster_memory(queries, gallery, dimensions, measures, workers)
-        needed = parts.driver + workers * parts.worker + parts.node
-        text = (
-            f"{parts.driver / 1e9:.1f} GB of {memory} in the driver, {parts.worker / 1e9:.1f} GB "
-            f"in each of {workers} workers, and {parts.node / 1e9:.1f} GB shared by the workers of "
-            f"a node; {available / 1e9:.1f} GB available here"
+    needed = memory_needed(queries, gallery, dimensions, measures, workers)
+    text = f"{needed.driver / 1e9:.1f} GB of {memory}"
+    if workers > 1:
+        text += (
+            f" in the driver, {needed.worker / 1e9:.1f} GB in each of {workers} workers, and "
+            f"{needed.node / 1e9:.1f} GB shared by the workers of a node"
         )
     _say(
         console,
         f"{queries:,} queries × {gallery:,} gallery images × {dimensions:,} dimensions: at most "
-        f"about {text}",
+        f"about {text}; {available / 1e9:.1f} GB available here",
     )
-    if needed > available:
+    if needed.driver + workers * needed.worker + needed.node > available:
         where = " on one machine" if workers > 1 else ""
         text = f"this may not fit{where}; the machine will swap or stop the program"
         _say(console, text, style="yellow")

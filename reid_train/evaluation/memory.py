@@ -17,90 +17,58 @@ _ALLOCATORS = 1.1  # what they keep for themselves
 _ROW = 40 * 6 * 8  # bytes of a re-ranked image's sparse row, at k1 = 20 and k2 = 6
 
 
-def _accepting(row: int) -> int:
-    """Bytes that false accept rates take."""
-    block = verification.BLOCK
-    return row * block + 4 * CHUNK * block + 16 * verification.BINS
-
-
-def memory_needed(queries: int, gallery: int, dimensions: int, measures: Measures) -> int:
-    """Bytes that `evaluate` takes at most, about, with reading the embeddings and holding them."""
-    row, count = 4 * dimensions, queries + gallery
-    held = row * count
-    # A row group as it is read, decoded, and as a matrix.
-    ranked = row * (queries + 3 * ranking.BLOCK) + 8 * CHUNK * ranking.BLOCK
-    stages = [3 * row * min(ROWS, count), ranked]
-    if measures.false_accept_rates:
-        stages.append(row * queries + _accepting(row))
-    if measures.camera_pairs:
-        stages.append(ranked + row * gallery)
-    if measures.compares_all:
-        held *= 2  # the arrays that were given, and both in one
-    if k := max(measures.expand, measures.augment):
-        stages.append(row * count + _neighbours(k, count, row))
-        held += row * (queries * bool(measures.expand) + gallery * bool(measures.augment))
-    if measures.rerank:
-        scores = 4 * queries * gallery
-        # Scores that are not kept are computed again. Operands are let go of before there are rows,
-        # but not all of their memory is given back.
-        kept = scores if scores <= KEPT else 4 * neighbours.BLOCK * gallery
-        stages.append(
-            row * count + _rows(count) + kept + 2 * CHUNK * gallery
-            + _neighbours(measures.reranking.needed, count, row)
-        )  # fmt: skip
-    return int(_PROGRAM + _ALLOCATORS * (held + max(stages)))
-
-
-def _rows(count: int) -> int:
-    """Bytes of all sparse rows, by row and by column, and of those that are being made."""
-    return _ROW * (3 * count + 2 * ENCODED)
-
-
-def _neighbours(k: int, count: int, row: int, threads: int | None = None) -> int:
-    """Bytes of the buffers and results of `nearest_neighbours`, and of each thread's blocks."""
-    threads, block = threads or torch.get_num_threads(), neighbours.BLOCK
-    return (32 + 12) * k * count + threads * block * (row + 8 * block)
-
-
 @dataclass(frozen=True)
-class ClusterMemory:
-    """Bytes that `evaluate_files` takes at most, about, with several workers.
+class Memory:
+    """Bytes that an evaluation takes at most, about.
 
     Args:
-        driver, worker: of the driver, and of each worker.
-        node: what the workers of a node share, in Ray's object store.
+        driver: of this process.
+        worker, node: of each Ray worker, and shared by the workers of a node; 0 without Ray.
     """
 
     driver: int
-    worker: int
-    node: int
+    worker: int = 0
+    node: int = 0
 
 
-def cluster_memory(
-    queries: int, gallery: int, dimensions: int, measures: Measures, workers: int
-) -> ClusterMemory:
-    """What a driver, each worker and each node need; arguments as for `memory_needed`."""
-    row, count, block = 4 * dimensions, queries + gallery, ranking.BLOCK
-    # A row group as it is read, decoded, and as a matrix; a block and its operand.
-    reading = row * (3 * ROWS + 2 * block)
-    ranked = row * queries + reading + 8 * CHUNK * block
+def memory_needed(
+    queries: int, gallery: int, dimensions: int, measures: Measures, workers: int = 1
+) -> Memory:
+    """What `evaluate`, or `evaluate_files` with several workers, takes."""
+    row, count = 4 * dimensions, queries + gallery
+    held, threads = row * count, torch.get_num_threads() if workers == 1 else 1
+    # A row group as it is read, decoded, and as a matrix; blocks and their operands.
+    reading = 3 * row * min(ROWS, count)
+    ranked = row * (queries + 3 * ranking.BLOCK) + 8 * CHUNK * ranking.BLOCK
+    stages = [reading, ranked]
     if measures.false_accept_rates:
-        ranked += row * verification.BLOCK + _accepting(row)
+        block = verification.BLOCK
+        stages.append(row * (queries + 2 * block) + 4 * CHUNK * block + 16 * verification.BINS)
     if measures.camera_pairs:
-        ranked += 2 * row * (gallery // (TASKS * workers) + ROWS)
-    if not measures.compares_all:
-        driver = _PROGRAM + 2 * row * queries
-        return ClusterMemory(int(driver), int(_PROGRAM + _ALLOCATORS * ranked), row * queries)
+        images = gallery if workers == 1 else 2 * (gallery // (TASKS * workers) + ROWS)
+        stages.append(ranked + row * images)
     k = max(measures.reranking.needed * measures.rerank, measures.expand, measures.augment)
-    held, found = row * count, _neighbours(k, count, row, threads=1)
-    # The task that reads holds all embeddings; the tasks that compare hold operands of all.
-    worker, node = max(held + max(reading, found), ranked), held + 12 * k * count
-    if measures.rerank:
-        distances = (4 * neighbours.BLOCK + 2 * CHUNK) * gallery
-        worker = held + max(worker - held, _rows(count), distances)
-        node += _ROW * count
+    found = 12 * k * count
+    if k:
+        # Buffers, results and operands; of each thread a block of rows and its scores, twice.
+        block = neighbours.BLOCK
+        stages.append(held + 32 * k * count + found + threads * block * (row + 8 * block))
     if measures.expand or measures.augment:
-        worker = max(worker, 2 * held)  # all means, before they are put together
-        node += held  # before and after
-    driver = _PROGRAM + 5 * 12 * k * count
-    return ClusterMemory(int(driver), int(_PROGRAM + _ALLOCATORS * worker), int(node))
+        stages.append(2 * held)  # the means, before and after they are put together
+    if measures.rerank:
+        # Scores that are not kept are computed again. All sparse rows, by row and by column.
+        scores = 4 * queries * gallery
+        kept = scores if workers == 1 and scores <= KEPT else 4 * neighbours.BLOCK * gallery
+        before = stages[-1] if workers == 1 else held  # not all of it is given back
+        stages.append(before + _ROW * (3 * count + 2 * ENCODED) + kept + 2 * CHUNK * gallery)
+    if workers == 1:
+        # The arrays that were given, and both in one.
+        held *= 2 if measures.compares_all else 1
+        return Memory(int(_PROGRAM + _ALLOCATORS * (held + max(stages))))
+    if not measures.compares_all:
+        worker = _PROGRAM + _ALLOCATORS * (reading + max(stages))
+        return Memory(int(_PROGRAM + 2 * row * queries), int(worker), row * queries)
+    node = held + found + _ROW * count * measures.rerank
+    node += held * bool(measures.expand or measures.augment)  # before and after
+    worker = _PROGRAM + _ALLOCATORS * max(held + reading, *stages)
+    return Memory(int(_PROGRAM + 5 * found), int(worker), int(node))

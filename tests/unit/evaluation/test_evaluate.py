@@ -13,7 +13,7 @@ from rich.console import Console
 from data_shards.errors import ConfigError, DataError
 from reid_train.commands.evaluate import Evaluate, evaluate, say_needed
 from reid_train.evaluation.measures import Measures
-from reid_train.evaluation.memory import cluster_memory, memory_needed
+from reid_train.evaluation.memory import memory_needed
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "evaluation.npz"
 
@@ -65,20 +65,20 @@ def test_a_query_of_another_model_is_an_error(tmp_path):
 
 def test_memory_needed_keeps_within_what_is_promised():
     msmt17 = 11_659, 82_161, 2048
-    assert memory_needed(*msmt17, Measures()) < 4e9
-    assert memory_needed(*msmt17, Measures(rerank=True)) < 8e9
-    assert memory_needed(3_368, 19_732, 2048, Measures(rerank=True)) < 2.5e9
+    assert memory_needed(*msmt17, Measures()).driver < 4e9
+    assert memory_needed(*msmt17, Measures(rerank=True)).driver < 8e9
+    assert memory_needed(3_368, 19_732, 2048, Measures(rerank=True)).driver < 2.5e9
 
 
 def test_workers_that_rank_do_not_hold_the_gallery():
-    msmt17 = cluster_memory(11_659, 82_161, 2048, Measures(), workers=8)
-    twice = cluster_memory(11_659, 2 * 82_161, 2048, Measures(), workers=8)
+    msmt17 = memory_needed(11_659, 82_161, 2048, Measures(), workers=8)
+    twice = memory_needed(11_659, 2 * 82_161, 2048, Measures(), workers=8)
     assert msmt17 == twice
 
 
 def test_the_driver_does_not_hold_what_is_reranked():
     needed = [
-        cluster_memory(1000, 50_000, dimensions, Measures(rerank=True), workers=8)
+        memory_needed(1000, 50_000, dimensions, Measures(rerank=True), workers=8)
         for dimensions in (256, 2048)
     ]
     assert needed[0].driver == needed[1].driver
