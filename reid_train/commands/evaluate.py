@@ -254,7 +254,7 @@ def _write(settings: Evaluate, found: Measurement, source: str, console: Console
 
 def _log(settings: Evaluate, found: Measurement, dataset: Dataset, console: Console) -> None:
     """Log a model's measurement to MLflow, if one is named."""
-    from reid_train.tracking.tracker import Tracker
+    from reid_train.tracking.tracker import Tracker, run_page
     from reid_train.tracking.uris import registry_uri
 
     assert settings.model is not None
@@ -277,3 +277,5 @@ def _log(settings: Evaluate, found: Measurement, dataset: Dataset, console: Cons
             summary |= {f"plain {k}": v for k, v in found.plain.summary().items()}
         # MLflow accepts neither @ nor = in a name.
         tracker.log({k.replace("@", " at ").replace("=", " "): v for k, v in summary.items()}, 0)
+    assert tracker.run_id is not None
+    _say(console, f"logged to {run_page(uri, tracker.run_id)}")

@@ -20,6 +20,7 @@ import functools
 import logging
 import os
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -322,6 +323,18 @@ def connect(uri: str) -> MlflowClient:
     # It would warn at each retry; the tracker warns once.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     return MlflowClient(uri, registry_uri=uri)
+
+
+def run_page(uri: str, run_id: str) -> str:
+    """Where to look at a run: its page on an MLflow server, or the command that shows a file's."""
+    try:
+        experiment = connect(uri).get_run(run_id).info.experiment_id
+    except Exception:  # only to print it: what MLflow raises when it is gone has no common base
+        return f"run {run_id} at {redact(uri)}"
+    page = f"#/experiments/{experiment}/runs/{run_id}"
+    if uri.startswith(("http://", "https://")):
+        return f"{redact(uri).rstrip('/')}/{page}"
+    return f"http://127.0.0.1:5000/{page} after: mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def _open_run(uri: str, experiment: str, run_name: str | None, run_id: str | None) -> str:

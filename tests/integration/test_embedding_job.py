@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -169,12 +170,15 @@ def test_measures_of_a_model_are_tracked_under_names_that_mlflow_takes(data, tmp
         measures=Measures(false_accept_rates=(0.1,)),
         loader=LoaderConfig(workers=0, cache=tmp_path / "cache"),
     )
-    found = evaluate(settings, Console(quiet=True)).result.summary()
+    console = Console(file=io.StringIO(), width=40)
+    found = evaluate(settings, console).result.summary()
     client = connect(uri)
     experiment = client.get_experiment_by_name(settings.experiment)
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.metrics["mAP"] == found["mAP"]
     assert run.data.metrics["TAR at FAR 0.1"] == found["TAR@FAR=0.1"]
+    page = f"#/experiments/{experiment.experiment_id}/runs/{run.info.run_id} after: mlflow ui"
+    assert page in console.file.getvalue()
 
 
 def test_worker_that_is_lost_for_good_ends_the_job_in_one_line(data):

@@ -47,6 +47,26 @@ def test_the_measurement_is_written_as_json(tmp_path):
     assert {pair["query"] != pair["gallery"] for pair in written["camera_pairs"]} == {True}
 
 
+def test_reranking_shows_and_writes_the_plain_ranking_beside_it(tmp_path):
+    path = tmp_path / "metrics.json"
+    found, said = evaluated(Measures(rerank=True), str(path))
+    golden = np.load(GOLDEN)
+    assert found.plain.mAP == pytest.approx(float(golden["mAP"]), abs=1e-6)
+    for name in ("mAP", "reranked_mAP"):
+        assert f"{100 * float(golden[name]):.2f} %" in said
+    assert json.loads(path.read_text())["metrics_before_reranking"] == found.plain.summary()
+
+
+@pytest.mark.parametrize("name", ["r50[bf16].npz", "[/b].npz", "[red]a.npz"])
+def test_square_brackets_in_names_are_printed_as_they_are(name, tmp_path):
+    place = tmp_path / name
+    place.parent.mkdir(exist_ok=True)  # a name with a slash is a folder and a file
+    place.write_bytes(GOLDEN.read_bytes())
+    console = Console(file=io.StringIO(), width=200, force_terminal=False)
+    evaluate(Evaluate(embeddings=str(place), output=f"{place}.json"), console)
+    assert f"written to {place}.json" in console.file.getvalue()
+
+
 def test_reranking_is_not_broken_down():
     with pytest.raises(ConfigError, match="without re-ranking"):
         evaluated(Measures(rerank=True, camera_pairs=True))

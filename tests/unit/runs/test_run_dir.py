@@ -48,6 +48,16 @@ def test_finished_run_stands_for_its_best_checkpoint(tmp_path):
     assert fetch(best, Path("unused")) == best
 
 
+def test_a_run_that_was_stopped_names_its_checkpoints(tmp_path):
+    for name in ("checkpoint_1", "checkpoint_2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    (tmp_path / "run.json").touch()
+    places = f"{tmp_path}/checkpoint_1, {tmp_path}/checkpoint_2"
+    with pytest.raises(DataError, match=f"has not finished.* its checkpoints: {places}"):
+        fetch(tmp_path, Path("unused"))
+
+
 def test_summary_without_a_checkpoint_is_said(tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / SUMMARY).write_text("{}")
