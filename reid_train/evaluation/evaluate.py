@@ -40,7 +40,7 @@ from reid_train.evaluation.reranking import (
     room_for_scores,
 )
 from reid_train.evaluation.similarity import Features, check_inputs, metric_code
-from reid_train.evaluation.tasks import Joined, Pool, Range, Separate, Streamed, ranges
+from reid_train.evaluation.tasks import Joined, Pool, Range, Separate, Streamed, length, ranges
 from reid_train.evaluation.verification import BLOCK as ACCEPT_BLOCK
 from reid_train.evaluation.verification import count_distances, rates_of
 
@@ -179,21 +179,21 @@ class _Stages:
         """Metrics, and those of camera pairs if they are asked for."""
         measures, edges, metric = self.measures, self.edges, self.measures.metric
         given = self.source, self.given_truth, metric
-        found = list(self.pool.map("matches", score_matches, given, edges, _length))
+        found = list(self.pool.map("matches", score_matches, given, edges, length))
         # Each entry is scored by the one task that has its gallery image.
         scores = self.pool.put(reduce(np.fmax, [scores for scores, _ in found]))
-        counts = self.pool.map("ranking", count_before, (*given, scores), edges, _length)
+        counts = self.pool.map("ranking", count_before, (*given, scores), edges, length)
         ranks = ranks_of(self.truth, reduce(np.add, counts))
         result, pairs = metrics_of(self.truth.positives(), ranks, measures.max_rank), {}
         if measures.false_accept_rates:
             blocks = ranges(self.gallery, ACCEPT_BLOCK)
             given = *given, max(longest for _, longest in found)
-            counts = self.pool.map("false accept rates", count_distances, given, blocks, _length)
+            counts = self.pool.map("false accept rates", count_distances, given, blocks, length)
             rates = rates_of(reduce(np.add, counts), measures.false_accept_rates)
             result = replace(result, tar_at_far=rates)
         if measures.camera_pairs:
             given = self.source, self.pool.put(self.labels), self.given_truth, metric, scores
-            counts = self.pool.map("camera pairs", count_by_camera, given, edges, _length)
+            counts = self.pool.map("camera pairs", count_by_camera, given, edges, length)
             total = [reduce(np.add, parts) for parts in zip(*counts, strict=True)]
             pairs = metrics_by_cameras(self.labels, total, measures.max_rank)
         return result, pairs
@@ -237,7 +237,3 @@ class _Stages:
     def _height(self, blocks: list[Block]) -> int:
         """How many queries a row of blocks has."""
         return min(blocks[0].rows[1], self.queries) - blocks[0].rows[0]
-
-
-def _length(edge: Range) -> int:
-    return edge[1] - edge[0]

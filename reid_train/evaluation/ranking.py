@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from reid_train.evaluation.ground_truth import GroundTruth, Labels, find_ground_
 from reid_train.evaluation.kernels.rank_counts import (
     EUCLIDEAN,
     Positives,
-    count_scores,
+    count_block,
+    count_on_device,
     score_pairs,
 )
 from reid_train.evaluation.measures import Metric
@@ -46,11 +48,13 @@ from reid_train.evaluation.similarity import (
 )
 from reid_train.evaluation.tasks import (
     Count,
+    Pool,
     Range,
     Separate,
     Source,
     gallery_blocks,
     ignore,
+    length,
     ranges,
 )
 
@@ -100,17 +104,9 @@ def rank(
     truth, source = find_ground_truth(labels), Separate(queries, base)
     own = ranges(len(base), BLOCK)
     scores, _ = score_matches(source, truth, metric, own)
-    done = 0
-
-    def count(images: int) -> None:
-        nonlocal done
-        done += images
-        progress("ranking", done, len(base))
-
-    blocks = gallery_blocks(source, own, BLOCK)
-    before = count_in_blocks(
-        queries, blocks, truth, scores, metric, count, chunk=chunk, device=device
-    )
+    count = partial(count_before, chunk=chunk, device=device)
+    given = source, truth, metric, scores
+    (before,) = Pool(progress=progress).map("ranking", count, given, own, length)
     return metrics_of(truth.positives(), ranks_of(truth, before), max_rank)
 
 
@@ -157,10 +153,11 @@ def count_before(
     scores: np.ndarray,
     own: Sequence[Range],
     images: Count,
+    **options: Any,
 ) -> np.ndarray:
     """Second pass: `count_in_blocks` of a task's ranges of the gallery."""
     blocks = gallery_blocks(source, own, BLOCK)
-    return count_in_blocks(source.query, blocks, truth, scores, metric, images)
+    return count_in_blocks(source.query, blocks, truth, scores, metric, images, **options)
 
 
 def count_in_blocks(
@@ -230,10 +227,12 @@ def count_in_blocks(
                     _require(error, slack[checked + first])
                 _exclude(quick, rows, columns)
                 starts = start[first : first + len(part) + 1]
-                count_scores(
-                    quick, block.first, Positives(starts, *exact, low, high), code,
-                    part.vectors, block.features.vectors, before,
-                )  # fmt: skip
+                positives = Positives(starts, *exact, low, high)
+                given = positives, code, part.vectors, block.features.vectors, before
+                if on_host:
+                    count_block(quick.numpy(), block.first, *given)
+                else:
+                    count_on_device(quick, block.first, *given)
 
             list((pool.map if pool else map)(compare, range(len(chunks))))
             images(len(block.features))

@@ -26,6 +26,11 @@ def ranges(count: int, size: int, first: int = 0) -> list[Range]:
     return [(a, min(a + size, count)) for a in range(first, count, size)]
 
 
+def length(own: Range) -> int:
+    """How many images a range has."""
+    return own[1] - own[0]
+
+
 def ignore(more: int) -> None:
     """Count nothing."""
 

@@ -230,22 +230,6 @@ def _settle_pairs(start, bounds, item, score, positives, before):
             before[j] += _precedes(score[m], item[m], positives.score[j], positives.index[j])
 
 
-def count_scores(
-    scores: torch.Tensor,
-    first: int,
-    positives: Positives,
-    metric: int,
-    query: Vectors,
-    block: Vectors,
-    before: np.ndarray,
-) -> None:
-    """`count_block` of scores on the CPU or on an accelerator, to the same counts."""
-    if scores.device.type == "cpu":
-        count_block(scores.numpy(), first, positives, metric, query, block, before)
-    else:
-        count_on_device(scores, first, positives, metric, query, block, before)
-
-
 def count_on_device(
     scores: torch.Tensor,
     first: int,

@@ -162,8 +162,11 @@ def test_counts_on_an_accelerator_are_those_of_the_cpu(monkeypatch, metric, valu
     query, base, labels = problem(7, 40, 500, 6, 3, values)
     expected = rank(query, base, *label_arrays(labels), metric=metric, chunk=16)
 
-    # The accelerator's path works on any device that torch has.
-    monkeypatch.setattr(ranking, "count_scores", count_on_device)
+    def count(scores: np.ndarray, *rest) -> None:
+        # The accelerator's path works on any device that torch has.
+        count_on_device(torch.from_numpy(scores), *rest)
+
+    monkeypatch.setattr(ranking, "count_block", count)
     result = rank(query, base, *label_arrays(labels), metric=metric, chunk=16)
     np.testing.assert_array_equal(result.average_precision, expected.average_precision)
 
