@@ -80,7 +80,8 @@ class Embedder:
         """Embed images.
 
         Args:
-            images: (N, H, W, 3) uint8, RGB, of any one size; resized as in training.
+            images: (N, H, W, 3) uint8, RGB, of any one size; resized as in training. Also nested
+                lists of that shape, as JSON has them.
 
         Returns:
             (N, D) float32, not normalised: compare by cosine.
@@ -88,11 +89,7 @@ class Embedder:
         Raises:
             DataError: another shape or type.
         """
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise DataError(
-                f"images must be (N, H, W, 3) uint8, not {images.shape} {images.dtype}: "
-                "RGB, values 0 to 255, channels last"
-            )
+        images = require_images(images)
         embeddings = np.empty((len(images), self.embedding_size), np.float32)
         size = self.config.evaluation.batch
         for start in range(0, len(images), size):
@@ -145,3 +142,62 @@ def resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
     for image, out in zip(images, resized, strict=True):
         cv2.resize(image, (width, height), dst=out, interpolation=interpolation)
     return resized
+
+
+def require_images(images: object) -> np.ndarray:
+    """Return (N, H, W, 3) uint8 images as an array; lists of one such shape are converted.
+
+    Raises:
+        DataError: another shape or type; the message says how to convert it.
+    """
+    wanted = "images must be (N, H, W, 3) uint8, RGB with values from 0 to 255"
+    if isinstance(images, list | tuple):
+        try:
+            array = np.asarray(images)
+        except ValueError as error:
+            raise DataError(
+                f"{wanted}, not a list of images of several sizes: resize them to one size and use "
+                "numpy.stack(images)"
+            ) from error
+        if array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255:
+            array = array.astype(np.uint8)
+        images = array
+    if not isinstance(images, np.ndarray):
+        raise DataError(f"{wanted}, not {type(images).__name__}: convert them to a NumPy array")
+    if images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3:
+        if len(images) and not images.size:
+            raise DataError(f"{wanted}, not {images.shape}: these images have no pixels")
+        return images
+    advice = " and ".join(filter(None, (_shape_advice(images.shape), _type_advice(images))))
+    raise DataError(f"{wanted}, not {images.shape} {images.dtype}{': ' if advice else ''}{advice}")
+
+
+def _shape_advice(shape: tuple[int, ...]) -> str:
+    """How to make a shape (N, H, W, 3), or nothing."""
+    if len(shape) == 4 and shape[3] != 3 and shape[1] == 3:
+        return "move the channels last with images.transpose(0, 2, 3, 1)"
+    if len(shape) == 3 and shape[2] == 3:
+        return "make one image a batch with images[None]"
+    if len(shape) == 3 and shape[0] == 3:
+        return "make one image a batch with images.transpose(1, 2, 0)[None]"
+    if len(shape) == 4 and shape[3] == 4:
+        return "drop the alpha channel with images[..., :3]"
+    if len(shape) == 4 and shape[3] == 1:
+        return "repeat the grey channel with images.repeat(3, axis=3)"
+    if 0 in shape:
+        return "an empty batch is numpy.empty((0, H, W, 3), numpy.uint8)"
+    return ""
+
+
+def _type_advice(images: np.ndarray) -> str:
+    """How to make values uint8, or nothing."""
+    if images.dtype == np.uint8 or not images.size:
+        return ""
+    if images.dtype.kind not in "biuf":
+        return "use an array of numbers; images of several sizes must be resized to one"
+    low, high = images.min(), images.max()
+    if images.dtype.kind == "f" and 0 <= low <= high <= 1:
+        return "scale the values with (255 * images).round().astype(numpy.uint8)"
+    if 0 <= low <= high <= 255:
+        return "convert the values with images.round().astype(numpy.uint8)"
+    return f"use pixel values without normalization (these are from {low:.4g} to {high:.4g})"

@@ -1,6 +1,6 @@
-"""A trained network as an MLflow model: weights, the code that runs them, and what that needs.
+"""Package a trained network as an MLflow model: weights, code and requirements.
 
-The model is code and safetensors, nothing pickled: MLflow runs `pyfunc_model.py` to load it.
+The model is code and safetensors, without pickles: MLflow runs `pyfunc_model.py` to load it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REQUIREMENTS = (
     "torch",
     "torchvision",
 )
-"""What `CODE` and `pyfunc_model.py` import; left to itself, MLflow would run them to guess."""
+"""What `CODE` and `pyfunc_model.py` import. Without this list MLflow would run them to find out."""
 SOURCE = Path(__file__).parents[2]
 CODE = (
     "data_shards/__init__.py",
@@ -40,7 +40,7 @@ CODE = (
     "reid_train/model/embedder.py",
     "reid_train/model/network.py",
 )
-"""What `pyfunc_model.py` imports of this project; it travels with each model."""
+"""What `pyfunc_model.py` imports from this project. A copy is stored with each model."""
 
 
 def log_model(
@@ -51,18 +51,18 @@ def log_model(
     run_id: str,
     tags: dict[str, str],
 ) -> LoggedModel:
-    """Write the MLflow model and upload it as the run's.
+    """Log a model to the run that trained it.
 
-    The steps of `mlflow.pyfunc.log_model`, which itself acts on a process-wide active run and
-    tracking URI, and would end the run that the caller has open.
+    These are the steps of `mlflow.pyfunc.log_model`. That function uses the active run and the
+    tracking URI of the whole process, and would end the caller's run.
 
     Args:
-        client: of the tracking server that has the run.
-        folder: has `model.safetensors` and `config.json`.
-        embedder: the same, loaded.
-        name: of the model.
-        run_id: the run that trained it.
-        tags: of the model.
+        client: client of the tracking server that has the run.
+        folder: folder with `model.safetensors` and `config.json`.
+        embedder: the model in this folder.
+        name: name of the model.
+        run_id: run that trained it.
+        tags: tags of the model.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
@@ -91,6 +91,7 @@ def log_model(
                 pip_requirements=[_pinned(package) for package in REQUIREMENTS],
                 mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
             )
+            _check_in_model(path / "MLmodel")
             client.log_model_artifacts(logged.model_id, str(path))
     except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")
@@ -100,6 +101,17 @@ def log_model(
     return logged
 
 
+def _check_in_model(description: Path) -> None:
+    """Let `predict` check its input: MLflow's own error does not say how to convert images.
+
+    MLflow (since 2.20) checks no input against a signature that it took from type hints. It has no
+    type hints for arrays, so the signature is written out, and this mark is set in the file.
+    """
+    text = description.read_text()
+    unmarked, marked = (f"is_signature_from_type_hint: {value}" for value in ("false", "true"))
+    description.write_text(text.replace(unmarked, marked))
+
+
 def _pinned(package: str) -> str:
-    # A local part such as +cu130 names a build that the registry does not have.
+    # A local part such as +cu130 names a build that package registries do not have.
     return f"{package}=={installed_version(package).partition('+')[0]}"

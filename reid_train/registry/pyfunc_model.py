@@ -1,7 +1,7 @@
-"""The MLflow model, as code: MLflow runs this file to load a registered model.
+"""The registered model as code: MLflow runs this file to load it.
 
-It travels with the model, beside the weights and a copy of this project's packages; so the model
-loads where the project is not installed, and nothing of it is a pickle.
+A copy of this file and of the packages that it imports is stored with the weights of each model. So
+a model loads where this project is not installed, and no pickle is needed.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
+from data_shards.errors import DataError
 from reid_train.model.embedder import Embedder
 
 
@@ -20,17 +22,22 @@ class EmbeddingModel(PythonModel):
     """Images (N, H, W, 3) uint8, RGB, of any one size, to embeddings (N, D) float32."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Read the weights; on a GPU if there is one."""
+        """Read the weights; use a GPU if there is one."""
         self._embedder = Embedder.from_folder(Path(context.artifacts["weights"]).parent)
 
     def predict(
-        self,
-        context: PythonModelContext,
-        model_input: np.ndarray,
-        params: dict[str, Any] | None = None,
+        self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None
     ) -> np.ndarray:
-        """Embed a batch; MLflow has checked it against the signature."""
-        return self._embedder(model_input)
+        """Embed a batch.
+
+        Raises:
+            MlflowException: the images have another shape or type; the message says how to convert
+                them. A model server answers it with status 400.
+        """
+        try:
+            return self._embedder(model_input)
+        except DataError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
 
 
 set_model(EmbeddingModel())

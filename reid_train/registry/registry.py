@@ -1,7 +1,8 @@
-"""Trained models in MLflow's registry: register, promote, list, load.
+"""Register, promote, list and load trained models in MLflow's registry.
 
-A version carries what it measured and on what as tags. The alias `champion` marks the model in use:
-it moves to a version that measured a higher mAP on the same query and gallery, and never otherwise.
+The tags of a version hold its metrics and the dataset that they were measured on. The alias
+`champion` marks the model to use. It moves only to a version with a higher mAP on the same query
+and gallery.
 """
 
 from __future__ import annotations
@@ -18,17 +19,16 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
 from data_shards.storage import LocalStorage, open_storage
-from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
-from reid_train.registry.packaging import log_model
 from reid_train.tracking.tracker import connect
 from reid_train.tracking.uris import redact, registry_uri
 
 if TYPE_CHECKING:
+    import torch
     from mlflow import MlflowClient
+
+    from reid_train.model.embedder import Embedder
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter 
 
 @dataclass(frozen=True)
 class Registered:
-    """A version just registered, whether it is the champion now, and why."""
+    """A version that was just registered, whether it is now the champion, and why."""
 
     name: str
     version: int
@@ -56,7 +56,7 @@ class Registered:
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A registered version as its tags describe it; None where it has no such tag."""
+    """A registered version. A field is None if the version has no such tag."""
 
     name: str
     version: int
@@ -69,7 +69,7 @@ class ModelVersion:
     run_id: str | None
 
     def row(self) -> tuple[str, ...]:
-        """Name, version, aliases, mAP, rank-1, start of the manifest's digest, creation, run."""
+        """Name, version, aliases, mAP, rank-1, manifest (shortened), creation, run, as text."""
 
         def percent(value: float | None) -> str:
             return "–" if value is None else f"{100 * value:.1f}"
@@ -96,21 +96,24 @@ def register(
     run_id: str,
     tracking_uri: str | None = None,
 ) -> Registered:
-    """Register a trained network as a new version, and promote it if it measured better.
+    """Register a model as a new version, and make it the champion if it is better.
 
     Args:
-        folder: has `model.safetensors` and `config.json`, as a checkpoint does.
-        name: of the registered model; created if there is none.
+        folder: a folder with `model.safetensors` and `config.json`, such as a checkpoint.
+        name: name of the registered model; it is created if there is none.
         metrics: fractions by name; `mAP` decides, `rank-1` is shown.
-        manifest_digest: of the dataset that it was trained on.
-        evaluation_digest: of the query and gallery that the metrics were measured on.
+        manifest_digest: digest of the dataset that it was trained on.
+        evaluation_digest: digest of the query and gallery that the metrics were measured on.
         run_id: the MLflow run that trained it.
-        tracking_uri: where; None takes MLFLOW_TRACKING_URI, or ./mlflow.db.
+        tracking_uri: the MLflow to use; None takes MLFLOW_TRACKING_URI, or ./mlflow.db.
 
     Raises:
         DataError: the folder does not hold a model.
         StorageError: MLflow or its artifact store failed.
     """
+    from reid_train.model.embedder import Embedder
+    from reid_train.registry.packaging import log_model
+
     uri = registry_uri(tracking_uri)
     embedder = Embedder.from_folder(folder, "cpu")
     tags = {
@@ -142,11 +145,11 @@ def should_promote(
     """Decide whether a version becomes the champion.
 
     Args:
-        candidate: the version's tags.
-        champion: the present champion's tags; None if there is no champion.
+        candidate: tags of the version.
+        champion: tags of the current champion; None if there is none.
 
     Returns:
-        The decision, and the reason for it in words.
+        The decision, and its reason in words.
     """
     score = _number(candidate.get("mAP"))
     if score is None:
@@ -165,10 +168,10 @@ def should_promote(
 
 
 def list_models(tracking_uri: str | None = None) -> list[ModelVersion]:
-    """All versions of all registered models, by name and then the newest first.
+    """List all versions of all registered models, by name, then newest first.
 
     Raises:
-        ConfigError: no URI was given and none is to be found.
+        ConfigError: no tracking URI was given or found.
         StorageError: MLflow failed.
     """
     uri = registry_uri(tracking_uri)
@@ -176,7 +179,7 @@ def list_models(tracking_uri: str | None = None) -> list[ModelVersion]:
     with _mlflow_errors("listing models", uri):
         client = connect(uri)
         for model in _all(client.search_registered_models):
-            # Versions from a search come without their aliases; the model has them.
+            # A search returns versions without their aliases, but the model has them.
             for item in _all(client.search_model_versions, f"name = '{model.name}'"):
                 aliases = (a for a, v in model.aliases.items() if int(v) == int(item.version))
                 found.append(_described(item, tuple(sorted(aliases))))
@@ -189,8 +192,8 @@ def load(
     """Load a registered model or a checkpoint.
 
     Args:
-        uri: `models:/name@champion`, `models:/name/3`, or a folder or s3:// URL: a checkpoint, or
-            a finished run, which stands for its best.
+        uri: `models:/name@champion`, `models:/name/3`, or the folder or s3:// URL of a checkpoint
+            or of a finished run, whose best checkpoint is taken.
         tracking_uri: where models are registered; None takes MLFLOW_TRACKING_URI, or ./mlflow.db.
         device: where to run; None takes a GPU if there is one.
 
@@ -198,15 +201,25 @@ def load(
         DataError: what is there is not a model.
         StorageError: it is not there, or cannot be read.
     """
+    from reid_train.model.embedder import Embedder
+
     with tempfile.TemporaryDirectory(prefix="reid-model-") as temporary:
         return Embedder.from_folder(fetch(uri, Path(temporary), tracking_uri), device)
 
 
 def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Path:
-    """Have a model's files on this machine: in `folder`, or where they are if that is a path.
+    """Fetch the files of a model into `folder`; a model that is on this machine stays in place.
 
-    Args and errors as `load`.
+    Args:
+        uri: as for `load`.
+        folder: where to put the files.
+        tracking_uri: as for `load`.
+
+    Returns:
+        The folder that has the files.
     """
+    from reid_train.model.embedder import CONFIG, WEIGHTS
+
     location = str(uri)
     if location.startswith("models:/"):
         return _download(location, registry_uri(tracking_uri), folder)
@@ -221,10 +234,10 @@ def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Pat
 
 
 def best_checkpoint(run: str) -> str:
-    """The place of a finished run's best checkpoint, as its summary has it; else `run` itself.
+    """Find the best checkpoint of a finished run from its summary.
 
     Args:
-        run: the run's folder or s3:// URL, or that of anything else.
+        run: folder or s3:// URL of a run. Anything that has no summary is returned as it is.
 
     Raises:
         DataError: there is a summary, but it names no checkpoint; or there is none, but checkpoints
@@ -251,9 +264,9 @@ def best_checkpoint(run: str) -> str:
 
 
 def _download(location: str, uri: str, folder: Path) -> Path:
-    """Fetch the artifacts of `models:/name@alias` or `models:/name/version` into a folder.
+    """Fetch the files of `models:/name@alias` or `models:/name/version`.
 
-    MLflow's own functions that take such an address ask the process-wide registry.
+    MLflow's own functions for such addresses use the registry of the whole process.
     """
     match = _MODEL_URI.fullmatch(location)
     if match is None:
@@ -300,7 +313,7 @@ def _number(text: str | None) -> float | None:
 
 
 def _all(search: Callable[..., Any], query: str | None = None) -> list[Any]:
-    """Every page of a search."""
+    """All pages of a search."""
     found: list[Any] = []
     token = None
     while True:
@@ -313,7 +326,7 @@ def _all(search: Callable[..., Any], query: str | None = None) -> list[Any]:
 
 @contextmanager
 def _mlflow_errors(what: str, uri: str) -> Iterator[None]:
-    """What MLflow and its artifact stores raise, as a StorageError."""
+    """Turn what MLflow and its artifact stores raise into a StorageError."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
     from mlflow.exceptions import MlflowException

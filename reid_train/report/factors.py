@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from reid_train.report import style
 KINDS = {"kernel": style.BLUE, "bias": style.ORANGE, "gamma": style.GREEN, "beta": style.PURPLE}
 _KIND_LABELS = {"kernel": "kernels", "bias": "biases", "gamma": "γ", "beta": "β"}
 _COLUMNS = 600  # moments that are drawn: about one for each pixel
-_GROUPS = 20  # maximum of labelled groups of layers
+_GROUPS = 20  # into which a group may be split
 _CROWDED = 0.4  # share of all tensors above which a group is split into its parts
 _STILL = 1e-4  # relative change below which there is nothing to see
 _SMALL = 0.02  # relative change below which ticks of λ itself would look equal
@@ -218,31 +219,20 @@ def groups(names: Sequence[str]) -> list[tuple[str, int, int]]:
         (module, first, end) of each group, in order.
     """
     modules = [name.split(".")[:-1] or [name] for name in names]
-    runs = _runs(modules, 0, len(names), 1)
-    while True:
-        crowded = [run for run in runs if run[2] - run[1] > _CROWDED * len(names)]
-        for run in crowded:
-            finer = _runs(modules, run[1], run[2], run[0].count(".") + 2)
-            if finer != [run] and len(runs) + len(finer) - 1 <= _GROUPS:
-                at = runs.index(run)
-                runs[at : at + 1] = finer
-                break
-        else:
-            return runs
 
+    def split(first: int, end: int, depth: int) -> list[tuple[str, int, int]]:
+        found: list[tuple[str, int, int]] = []
+        for module, members in itertools.groupby(modules[first:end], lambda m: m[:depth]):
+            last = first + len(list(members))
+            group = [(".".join(module), first, last)]
+            if last - first > _CROWDED * len(names) and len(module) == depth:
+                parts = split(first, last, depth + 1)
+                group = parts if len(parts) <= _GROUPS else group
+            found += group
+            first = last
+        return found
 
-def _runs(
-    modules: Sequence[Sequence[str]], first: int, end: int, depth: int
-) -> list[tuple[str, int, int]]:
-    """Neighbours with the same first `depth` parts of their module's name."""
-    runs: list[tuple[str, int, int]] = []
-    for i in range(first, end):
-        label = ".".join(modules[i][:depth])
-        if runs and runs[-1][0] == label:
-            runs[-1] = (label, runs[-1][1], i + 1)
-        else:
-            runs.append((label, i, i + 1))
-    return runs
+    return split(0, len(names), 1)
 
 
 def _colour_bar(axes: Axes, image: AxesImage, label: str) -> None:

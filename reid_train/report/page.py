@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 from data_shards.storage.atomic import atomic_write
@@ -39,8 +40,8 @@ def write_page(
         config: the configuration of the run; anything that JSON can hold.
         facts: short facts by name, such as the dataset, the commit or the time it took.
     """
-    document = _PAGE.format(
-        style=_STYLE,
+    template = Template(Path(__file__).with_name("page.html").read_text())
+    document = template.substitute(
         title=escape(title),
         facts="".join(
             f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
@@ -70,73 +71,3 @@ def _figure(picture: Picture) -> str:
         f'<figure><img src="data:image/png;base64,{data}" alt="{caption}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-
-
-# With this policy a browser loads nothing that is not in the file itself.
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<header><p class="kicker">Training report</p><h1>{title}</h1><dl>{facts}</dl></header>
-<section>
-<table>
-<thead><tr><th scope="col">Metric</th><th scope="col">Before</th><th scope="col">After</th>
-<th scope="col">Change</th></tr></thead>
-<tbody>{rows}</tbody>
-</table>
-</section>
-<section>{pictures}</section>
-<details><summary>Configuration</summary><pre>{config}</pre></details>
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { --paper: #fbfbfa; --card: #fff; --ink: #1f2933; --muted: #6b7785; --line: #e3e6ea;
-  --up: #17795a; --down: #b93340; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14181d; --card: #1c2229; --ink: #e6eaee; --muted: #93a0ad; --line: #2d353e;
-    --up: #58c79b; --down: #f0808a; }
-  figure img { filter: brightness(.92); }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 64rem; margin: 0 auto; padding: 3.5rem 1.5rem 5rem; }
-.kicker { margin: 0; color: var(--muted); font-size: .8rem; letter-spacing: .08em;
-  text-transform: uppercase; }
-h1 { margin: .1em 0 .6em; font-size: 2.1rem; line-height: 1.2; letter-spacing: -.015em;
-  overflow-wrap: anywhere; }
-dl { display: flex; flex-wrap: wrap; gap: .8rem 2.5rem; margin: 0; }
-dt { color: var(--muted); font-size: .8rem; }
-dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-section { margin-top: 2.5rem; }
-table { width: 100%; max-width: 40rem; border-collapse: collapse;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .25rem; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; }
-th:first-child { text-align: left; font-weight: 500; }
-thead th { color: var(--muted); font-size: .8rem; font-weight: 400; }
-.after { font-weight: 650; }
-.up { color: var(--up); } .down { color: var(--down); } .same { color: var(--muted); }
-figure { margin: 0 0 2.5rem; }
-figure img { display: block; width: 100%; height: auto; background: #fff;
-  border: 1px solid var(--line); border-radius: 10px; }
-figcaption { margin-top: .6rem; color: var(--muted); font-size: .9rem; max-width: 46rem; }
-details { border-top: 1px solid var(--line); padding-top: 1rem; }
-summary { cursor: pointer; font-weight: 500; }
-pre { overflow-x: auto; padding: 1rem 1.25rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: 10px;
-  font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-@media print { details { display: none; } body { background: none; } }
-"""

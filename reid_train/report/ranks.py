@@ -102,7 +102,7 @@ def draw_rank_list(
         for rank in range(1, len(gallery_images[row]) + 1):
             camid, score = int(gallery_camid[row][rank - 1]), float(similarity[row][rank - 1])
             _caption(axes, grid, row, rank, camid, score)
-    _marks(axes, grid, correct, [len(row) for row in gallery_images])
+    _marks(axes, grid, correct, gallery_images)
     style.save(figure, path)
 
 
@@ -152,19 +152,16 @@ def _legend(axes: Axes, grid: Layout) -> None:
 
 def _label_row(axes: Axes, grid: Layout, row: int, pid: int, camid: int) -> None:
     left, top = grid.cell(row, 0)
-    right, middle = left - 18, top + grid.height / 2
-    for y, text, size, weight, colour in (
-        (middle - 14, f"pid {pid}", style.TEXT, "bold", style.INK),
-        (middle + 14, f"cam {camid}", style.SMALL, "normal", style.MUTED),
-    ):
-        axes.text(right, y, text, size=size, weight=weight, color=colour, ha="right", va="center")
+    x, middle = left - 18, top + grid.height / 2
+    text = {"ha": "right", "va": "center"}
+    axes.text(x, middle - 14, f"pid {pid}", size=style.TEXT, weight="bold", color=style.INK, **text)
+    axes.text(x, middle + 14, f"cam {camid}", size=style.SMALL, color=style.MUTED, **text)
 
 
 def _caption(axes: Axes, grid: Layout, row: int, rank: int, camid: int, score: float) -> None:
     left, top = grid.cell(row, rank)
-    y = top + grid.height + FRAME + 6
+    right, y = left + grid.width, top + grid.height + FRAME + 6
     axes.text(left, y, f"cam {camid}", size=5.8, color=style.MUTED, va="top", ha="left")
-    right = left + grid.width
     axes.text(right, y, f"{score:.3f}", size=5.8, color=style.INK, va="top", ha="right")
 
 
@@ -172,13 +169,13 @@ def _marks(
     axes: Axes,
     grid: Layout,
     correct: Sequence[Sequence[bool]] | np.ndarray,
-    lengths: Sequence[int],
+    gallery_images: Sequence[Sequence[np.ndarray]],
 ) -> None:
     for wanted, colour, mark in ((True, RIGHT, _TICK), (False, WRONG, _CROSS)):
         corners = [
             (left + grid.width - 2, top + 2)
-            for row, length in enumerate(lengths)
-            for column in range(length)
+            for row, images in enumerate(gallery_images)
+            for column in range(len(images))
             if bool(correct[row][column]) is wanted
             for left, top in [grid.cell(row, column + 1)]
         ]

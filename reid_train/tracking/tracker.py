@@ -191,10 +191,6 @@ class Tracker:
         made = [RunTag(name, value) for name, value in _public(given).items()]
         self._attempt("tags", lambda client, run: client.log_batch(run, tags=made))
 
-    def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Upload a file into a folder of the run's artifacts."""
-        self._attempt(str(path), lambda client, run: client.log_artifact(run, str(path), folder))
-
     def log_artifacts(self, path: Path, folder: str | None = None) -> None:
         """Upload the content of a folder into a folder of the run's artifacts."""
         self._attempt(str(path), lambda client, run: client.log_artifacts(run, str(path), folder))

@@ -133,6 +133,51 @@ def test_registered_model_serves_where_neither_the_project_nor_ray_is(registry, 
     np.testing.assert_allclose(served, expected, rtol=1e-4, atol=1e-6)
 
 
+REFUSE = """
+import numpy as np
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+images = np.load(sys.argv[3])
+def told(given):
+    try:
+        return "took it: " + str(model.predict(given).shape)
+    except mlflow.exceptions.MlflowException as error:
+        return str(error)
+print(json.dumps({
+    "float": told(images / 255),
+    "one": told(images[0]),
+    "nchw": told(images.transpose(0, 3, 1, 2)),
+    "rgba": told(np.concatenate([images, images[..., :1]], axis=-1)),
+    "list": told([images[0], images[1, 1:]]),
+    "json": told(images.tolist()),
+    "empty": told(images[:0]),
+    "served": mlflow.models.validate_serving_input(
+        sys.argv[2], json.dumps({"inputs": images.tolist()})
+    ).shape,
+}))
+"""
+
+
+def test_served_model_says_how_to_convert_images_that_it_does_not_take(registry, images, tmp_path):
+    version = registry.register("strict", 0.5)
+    np.save(tmp_path / "images.npy", images)
+    told = run_elsewhere(REFUSE, tmp_path, registry.uri, version.uri, "images.npy")
+    advice = {
+        "float": "(3, 40, 24, 3) float64: scale the values with (255 * images)",
+        "one": "(40, 24, 3) uint8: make one image a batch with images[None]",
+        "nchw": "(3, 3, 40, 24) uint8: move the channels last with images.transpose(0, 2, 3, 1)",
+        "rgba": "(3, 40, 24, 4) uint8: drop the alpha channel with images[..., :3]",
+        "list": "a list of images of several sizes: resize them to one size",
+        "json": f"took it: (3, {DIMENSIONS})",
+        "empty": f"took it: (0, {DIMENSIONS})",
+    }
+    for name, text in advice.items():
+        assert text in told[name]
+        assert told[name].startswith(("images must be (N, H, W, 3) uint8, RGB", "took it"))
+    assert told["served"] == [3, DIMENSIONS]
+
+
 def test_registered_model_says_what_it_takes_and_needs(registry):
     version = registry.register("described", 0.5)
     source = connect(registry.uri).get_model_version_download_uri(version.name, version.version)
