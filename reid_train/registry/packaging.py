@@ -37,6 +37,8 @@ CODE = (
     "reid_train/transforms.py",
     "reid_train/config.py",
     "reid_train/model/__init__.py",
+    "reid_train/model/batch_norm.py",
+    "reid_train/model/collectives.py",
     "reid_train/model/embedder.py",
     "reid_train/model/network.py",
 )
