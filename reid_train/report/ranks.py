@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -153,7 +154,7 @@ def _legend(axes: Axes, grid: Layout) -> None:
 def _label_row(axes: Axes, grid: Layout, row: int, pid: int, camid: int) -> None:
     left, top = grid.cell(row, 0)
     x, middle = left - 18, top + grid.height / 2
-    text = {"ha": "right", "va": "center"}
+    text: dict[str, Any] = {"ha": "right", "va": "center"}
     axes.text(x, middle - 14, f"pid {pid}", size=style.TEXT, weight="bold", color=style.INK, **text)
     axes.text(x, middle + 14, f"cam {camid}", size=style.SMALL, color=style.MUTED, **text)
 
