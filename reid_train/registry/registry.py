@@ -243,6 +243,8 @@ def best_checkpoint(run: str) -> str:
         DataError: there is a summary, but it names no checkpoint; or there is none, but checkpoints
             are there, as in the folder of a run that was stopped. The message names them.
     """
+    from reid_train.model.embedder import WEIGHTS
+
     folder = open_storage(run)
     try:
         name = json.loads(folder.read(SUMMARY))["checkpoint"]
