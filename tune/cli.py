@@ -15,6 +15,7 @@ from data_shards.progress import make_console
 from reid_train.config import TrainConfig
 from reid_train.recipes import parse_with_recipe
 from tune.config import Sweep
+from tune.plan import make_plan
 from tune.space import default, overrides, read_file
 
 
@@ -60,6 +61,7 @@ def _main(arguments: list[str] | None) -> None:
             raise ConfigError(f"--space: cannot read {parsed.space}: {error}") from error
     ranges |= overrides(parsed.search)
     settings = Sweep.model_validate(parsed.sweep.model_dump() | {"ranges": ranges})
-    from tune.sweep import sweep
+    plan = make_plan(settings, config)
+    from tune.sweep import sweep  # after the checks: a mistake is found before Ray is imported
 
-    sweep(settings, config, console=make_console())
+    sweep(plan, console=make_console())

@@ -1,4 +1,7 @@
-"""What a person sees while a sweep runs: a live table on a terminal, lines elsewhere."""
+"""What a person sees while a sweep runs: a live table on a terminal, lines in a log.
+
+A trial that ends gets a line with its rank and the time that the sweep still takes.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,21 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
-import ray.exceptions
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tune.controller import Study
+from data_shards.progress import LINE_EVERY, Stage, duration
 from tune.space import AMPLITUDE, LEARNING_RATE, THETA_MULTIPLIER, Value
 from tune.store import ENDED, Trial
 
-LINE_EVERY = 30.0
-"""Seconds between lines where there is no terminal."""
+if TYPE_CHECKING:
+    from tune.controller import Controller
+
 MOST_ROWS = 16
 """Rows of the live table; of the ended trials the best are shown."""
 SHORT = {AMPLITUDE: "A", LEARNING_RATE: "lr", THETA_MULTIPLIER: "θ×"}
@@ -29,66 +31,60 @@ SHORT = {AMPLITUDE: "A", LEARNING_RATE: "lr", THETA_MULTIPLIER: "θ×"}
 _COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red", "running": "bold"}
 
 
-@ray.remote(num_cpus=0)
-class TrialBoard:
-    """Holds the newest state of each trial, written by its first worker."""
+class Paces:
+    """Steps of the running trials, and how long they still take."""
 
-    def __init__(self):
-        self._states: dict[int, dict[str, object]] = {}
+    def __init__(self) -> None:
+        self.states: dict[int, dict[str, Any]] = {}
+        self._stages: dict[int, Stage] = {}
+        self._now = 0.0
 
-    def show(self, number: int, state: dict[str, object]) -> None:
-        """Take a trial's state; evaluations come another way."""
-        if "metrics" not in state:
-            self._states[number] = state | {"time": time.time()}
+    def update(
+        self, trials: Sequence[Trial], states: dict[str, dict[str, Any]], now: float
+    ) -> None:
+        """Take the newest states by name of the run; a trial that began anew is timed anew."""
+        self._now = now
+        for trial in trials:
+            state = states.get(trial.run_name) if trial.state == "running" else None
+            if state is None:
+                self.states.pop(trial.number, None)
+                self._stages.pop(trial.number, None)
+                continue
+            self.states[trial.number] = state
+            trial.images_per_second = state["images_per_second"]
+            done, total = (state[n] * state["steps"] for n in ("epoch", "epochs"))
+            done += state["step"]
+            stage = self._stages.get(trial.number)
+            if stage is None or done < stage.done:
+                stage = self._stages[trial.number] = Stage(trial.name, "steps", total, now, done)
+            stage.update(done, total, now)
 
-    def read(self) -> dict[int, dict[str, object]]:
-        """The newest states by trial."""
-        return self._states
-
-
-class Clock:
-    """Seconds a step takes in each trial, from the first state seen of it."""
-
-    def __init__(self):
-        self._first: dict[int, tuple[int, float]] = {}
-        self.seconds_per_step: dict[int, float] = {}
-
-    def look(self, states: dict[int, dict[str, Any]]) -> None:
-        """Take the newest states; a trial that began anew is timed anew."""
-        for number, state in states.items():
-            done, _ = steps(state)
-            first = self._first.get(number)
-            if first is None or done < first[0]:
-                self._first[number] = (done, state["time"])
-            elif done > first[0]:
-                self.seconds_per_step[number] = (state["time"] - first[1]) / (done - first[0])
-
-    def left(self, number: int, state: dict[str, Any] | None) -> float | None:
+    def left(self, number: int) -> float | None:
         """Seconds that a trial still takes, if its pace is known."""
-        if state is None or number not in self.seconds_per_step:
-            return None
-        done, total = steps(state)
-        return (total - done) * self.seconds_per_step[number]
+        stage = self._stages.get(number)
+        return stage and stage.left(self._now)
 
-
-def steps(state: dict[str, Any]) -> tuple[int, int]:
-    """Steps done and steps in all."""
-    return state["epoch"] * state["steps"] + state["step"], state["epochs"] * state["steps"]
+    def whole(self) -> list[float]:
+        """Seconds that each running trial takes from its start to its end, where known."""
+        paces = [(stage.total, stage.per_second()) for stage in self._stages.values()]
+        return [total / pace for total, pace in paces if pace]
 
 
 @contextlib.contextmanager
-def watch(study: Study, board: Any, console: Console, total: int, slots: int) -> Iterator[None]:
-    """Show a study until the block ends.
+def watch(
+    controller: Controller, board: Any, console: Console, total: int, slots: int
+) -> Iterator[None]:
+    """Show a controller's trials until the block ends.
 
     Args:
-        study: whose trials are shown.
-        board: a `TrialBoard` actor.
+        controller: its trials are shown.
+        board: the sweep's `Board` actor.
         console: where.
         total: trials that there will be.
         slots: trials that run at a time.
     """
     stop = threading.Event()
-    arguments = (study, board, console, total, slots, stop)
+    arguments = (controller, board, console, total, slots, stop)
     thread = threading.Thread(target=_follow, args=arguments, daemon=True)
     thread.start()
     try:
@@ -99,37 +95,46 @@ def watch(study: Study, board: Any, console: Console, total: int, slots: int) ->
 
 
 def _follow(
-    study: Study, board: Any, console: Console, total: int, slots: int, stop: threading.Event
+    controller: Controller,
+    board: Any,
+    console: Console,
+    total: int,
+    slots: int,
+    stop: threading.Event,
 ) -> None:
-    clock, said, last_line = Clock(), {t.number for t in study.trials if t.state in ENDED}, 0.0
+    import ray
+    import ray.exceptions
+
+    paces, printed = Paces(), {t.number for t in controller.trials if t.state in ENDED}
+    last_note, last_line = "", 0.0
+    states: Any = {}
     live = Live(console=console, transient=True, auto_refresh=False)
     with live if console.is_terminal else contextlib.nullcontext():
         while True:
             finished = stop.wait(1.0)
-            try:
-                states: dict[int, Any] = ray.get(board.read.remote(), timeout=5)  # type: ignore
-            except ray.exceptions.RayError:
-                return
-            clock.look(states)
-            with study.lock:
-                trials = list(study.trials)
+            # Ray may answer late while processes start; the trials' own states are known here.
+            with contextlib.suppress(ray.exceptions.RayError):
+                states = ray.get(board.states.remote(), timeout=5)
+            with controller.lock:
+                trials = list(controller.trials)
+            paces.update(trials, states, time.monotonic())
+            note = summary(trials, paces, total, slots)
             for trial in trials:
-                if trial.number in states:
-                    trial.images_per_second = states[trial.number]["images_per_second"]
-                if trial.state in ENDED and trial.number not in said:
-                    said.add(trial.number)
-                    console.print(_ending(trial), highlight=False)
-            note = summary(trials, states, clock, total, slots)
+                if trial.state in ENDED and trial.number not in printed:
+                    printed.add(trial.number)
+                    line = f"{ending(trial, trials)}; {note}"
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+                    last_note, last_line = note, time.monotonic()
             if console.is_terminal:
-                live.update(Group(table(trials, states, clock), Text(note, "dim")), refresh=True)
-            elif time.monotonic() - last_line > LINE_EVERY:
-                last_line = time.monotonic()
-                console.print(note, highlight=False)
+                live.update(Group(table(trials, paces), Text(note, "dim")), refresh=True)
+            elif note != last_note and time.monotonic() - last_line > LINE_EVERY:
+                last_note, last_line = note, time.monotonic()
+                console.print(note, highlight=False, markup=False, soft_wrap=True)
             if finished:
                 return
 
 
-def table(trials: Sequence[Trial], states: dict[int, dict[str, Any]], clock: Clock) -> Table:
+def table(trials: Sequence[Trial], paces: Paces) -> Table:
     """The running trials and the best of the ended ones."""
     made = Table(box=box.SIMPLE_HEAD, header_style="dim")
     made.add_column("trial")
@@ -138,46 +143,53 @@ def table(trials: Sequence[Trial], states: dict[int, dict[str, Any]], clock: Clo
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("state", overflow="ellipsis", no_wrap=True, max_width=44)
     running = [trial for trial in trials if trial.state not in ENDED]
-    ended = sorted(
-        (trial for trial in trials if trial.state in ENDED),
-        key=lambda trial: -trial.score if trial.evaluations else 1.0,
-    )
-    for trial in [*running, *ended][:MOST_ROWS]:
-        state = states.get(trial.number) if trial.state == "running" else None
-        speed = trial.images_per_second
+    for trial in [*running, *_ranked(trials)][:MOST_ROWS]:
+        state, speed = paces.states.get(trial.number), trial.images_per_second
         made.add_row(
             trial.name,
-            trial.label or describe(trial.values),
+            Text(trial.label or describe(trial.values)),
             f"{state['epoch'] + 1 if state else trial.epoch}",
             f"{100 * trial.score:.1f}" if trial.evaluations else "–",
             f"{speed:,.0f}" if speed else "–",
-            duration(clock.left(trial.number, state)),
+            duration(paces.left(trial.number)),
             Text(f"{trial.state} {trial.reason}".strip(), _COLOURS.get(trial.state, "dim")),
         )
     return made
 
 
-def summary(
-    trials: Sequence[Trial],
-    states: dict[int, dict[str, Any]],
-    clock: Clock,
-    total: int,
-    slots: int,
-) -> str:
+def summary(trials: Sequence[Trial], paces: Paces, total: int, slots: int) -> str:
     """One line on the whole sweep."""
     counts = {s: sum(t.state == s for t in trials) for s in ("running", *ENDED)}
-    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     best = max((t for t in trials if t.evaluations), key=lambda t: t.score, default=None)
-    leads = f"; best mAP {100 * best.score:.1f} ({best.name})" if best else ""
-    running = [t for t in trials if t.state == "running"]
-    lefts = [clock.left(t.number, states.get(t.number)) for t in running]
+    leads = f", best mAP {100 * best.score:.1f} ({best.name})" if best else ""
+    lefts = [paces.left(t.number) for t in trials if t.state == "running"]
     took = [t.ended - t.began for t in trials if t.state in ENDED and t.ended > t.began]
-    if not took or None in lefts:
-        left = None
-    else:
-        ahead = max(total - len(trials), 0) * sum(took) / len(took)
-        left = (ahead + sum(seconds or 0 for seconds in lefts)) / slots
-    return f"{len(trials)} of {total} trials: {said or 'starting'}{leads}; {duration(left)} left"
+    took = took or paces.whole()
+    left = None
+    if took:
+        mean = sum(took) / len(took)
+        ahead = max(total - len(trials), 0) * mean
+        known = [mean if seconds is None else seconds for seconds in lefts]
+        left = max((ahead + sum(known)) / slots, *known, 0.0)
+    return f"{len(trials)} of {total} trials: {text or 'starting'}{leads}; {duration(left)} left"
+
+
+def ending(trial: Trial, trials: Sequence[Trial]) -> str:
+    """`trial-003 finished, mAP 45.1, rank 2 of 4 (A 0.01, lr 0.0003)`."""
+    parts = [f"{trial.name} {trial.state}"]
+    if trial.evaluations:
+        ranked = [t for t in _ranked(trials) if t.evaluations]
+        place = ranked.index(trial) + 1
+        parts += [f"mAP {100 * trial.score:.1f}", f"rank {place} of {len(ranked)}"]
+    settings = trial.label or describe(trial.values)
+    return f"{', '.join(parts)} ({settings})" + (f": {trial.reason}" if trial.reason else "")
+
+
+def _ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """Ended trials, the highest mAP first."""
+    ended = [trial for trial in trials if trial.state in ENDED]
+    return sorted(ended, key=lambda trial: -trial.score if trial.evaluations else 1.0)
 
 
 def describe(values: dict[str, Value]) -> str:
@@ -187,18 +199,3 @@ def describe(values: dict[str, Value]) -> str:
         name = SHORT.get(field, field.rpartition(".")[2])
         parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
     return ", ".join(parts)
-
-
-def duration(seconds: float | None) -> str:
-    """`1:02:03`, or `?`."""
-    if seconds is None:
-        return "?"
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
-
-
-def _ending(trial: Trial) -> str:
-    measured = f"mAP {100 * trial.score:.1f}" if trial.evaluations else "nothing measured"
-    reason = f" ({trial.reason})" if trial.reason else ""
-    named = trial.label or describe(trial.values)
-    return f"{trial.name}  {trial.state}{reason}  {measured}  {named}"

@@ -1,10 +1,10 @@
 """Population-based training (Jaderberg et al. 2017, arXiv 1711.09846) in synchronous rounds.
 
-All members train for an interval of epochs, in the first round at least until mAP says something of
-what is searched (`patience.py`). Then the worst quarter each take the checkpoint of one of the best
-quarter, weights, Adam's moments and θ, with that one's settings changed a little; all others go on
-from their own. What follows a round is a pure function of its results, so a sweep that was killed
-goes on exactly.
+All members train for an interval of epochs; the first round lasts at least until mAP depends on
+what is searched (`first_decision`). Then each of the worst quarter takes the checkpoint of one of
+the best quarter (weights, Adam's moments and θ) with its settings changed a little; all others
+continue from their own. What follows a round is a pure function of its results, so a sweep that was
+killed continues exactly.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
-from tune.patience import first_decision
+from tune.schedulers import first_decision
 from tune.space import MODE, Choice, Dimension, Real, Space, Value, Whole, draw
 from tune.store import Trial
 
 QUARTER = 0.25
 RESAMPLE = 0.25
-"""Chance that a setting is drawn anew instead of moved."""
+"""Probability that a setting is drawn anew instead of changed a little."""
 STEPS = (0.8, 1.25)
-"""Factors by which a number is moved; on a list, one place down or up."""
+"""Factors by which a number is changed; in a list, one place down or up."""
 ROUNDS = 2
-"""The first exchange comes in the first half of a run, if the backbone is not frozen then."""
+"""The first exchange is in the first half of a run, unless the backbone is frozen then."""
 UNFIT = ("model.", "optimizer.epochs", "optimizer.frozen_epochs", MODE)
 """Fields, or sections, in which members must not differ: a copied checkpoint would not fit."""
 
@@ -98,9 +98,9 @@ class Population:
 
 
 def exchange(members: Sequence[Trial], rng: np.random.Generator) -> dict[int, int]:
-    """Who takes whose place: numbers of the worst quarter to numbers of the best quarter.
+    """Donors: for each member of the worst quarter, its number to one of the best quarter's.
 
-    Compared by mAP at the last evaluation; one alone is left as it is.
+    Members are compared by mAP at the last evaluation; a single one has no donor.
     """
     ranked = sorted(members, key=lambda m: (m.evaluations[-1]["mAP"], -m.number))
     count = min(math.ceil(len(ranked) * QUARTER), len(ranked) // 2)

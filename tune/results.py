@@ -23,8 +23,10 @@ MODES = {
     "constant": "constant L2",
     "none": "no L2",
 }
+FEW = 3
+"""With no more searched configurations than this, none is called the best."""
 LEFT_OUT = ("recipe", "data", "output", "name", "loader", "tracking", "checkpoint", "device")
-"""Of a command line: what is given anyway, and what does not change what is learnt."""
+"""Not on the command line: what is given anyway, and what does not change what is learnt."""
 
 
 @dataclass(frozen=True)
@@ -117,26 +119,41 @@ def held(trials: Sequence[Trial], base: TrainConfig) -> Trial | None:
 
 
 def verdict(entries: Sequence[Entry]) -> list[str]:
-    """Sentences: the best adaptive configuration against the paper's, and with less adaptation."""
-    best = next((e for e in entries if e.mode == "adaptive"), None)
-    if best is None:
+    """Sentences: the best adaptive configuration against the paper's, and with less adaptation.
+
+    With few searched configurations, or a tie, the first sentence says so instead of naming a best.
+    """
+    adaptive = [e for e in entries if e.mode == "adaptive"]
+    if not adaptive:
         return ["No adaptive configuration was trained to the end."]
+    best = adaptive[0]
+    tied = [e for e in adaptive if e.measured() == best.measured()]
+    searched = sum(not e.trial.label for e in adaptive)
     rivals = [next((e for e in entries if e.trial.label == "paper" and e is not best), None)]
     modes = ("held", "constant", "none")
     rivals += [next((e for e in entries if e.mode == mode), None) for mode in modes]
-    lines = [_compared(best, rival) for rival in rivals if rival is not None]
-    return lines or ["There is no baseline to compare with."]
+    name, lines = "The best adaptive configuration", []
+    if len(tied) > 1:
+        names = ", ".join(e.trial.name for e in tied)
+        lines.append(f"{len(tied)} adaptive configurations are tied at {best.measured()}: {names}.")
+        name = "The first of the tied"
+    elif searched <= FEW:
+        count = f"{searched} searched configuration{'s' if searched != 1 else ''}"
+        lines.append(f"Only {count} ended: too few to call one the best. Give more --trials.")
+        name = "The highest of few"
+    compared = [_compared(name, best, rival) for rival in rivals if rival is not None]
+    return lines + (compared or ["There is no baseline to compare with."])
 
 
-def _compared(best: Entry, rival: Entry) -> str:
+def _compared(first: str, best: Entry, rival: Entry) -> str:
     gain = best.mean - rival.mean
     name = "the paper's setting" if rival.trial.label == "paper" else MODES[rival.mode]
     start = (
-        f"The best adaptive configuration ({best.trial.name}, mAP {best.measured()}) "
+        f"{first} ({best.trial.name}, mAP {best.measured()}) "
         f"against {name} ({rival.trial.name}, {rival.measured()}): {_signed(gain)}"
     )
     if best.spread is None or rival.spread is None:
-        return f"{start}; one training each says nothing of the spread (see --seeds)."
+        return f"{start}; one training each shows nothing of the spread (see --seeds)."
     spread = math.hypot(best.spread, rival.spread)
     relation = "within" if abs(gain) <= spread else "beyond"
     return f"{start}, {relation} the spread of the difference (± {100 * spread:.1f})."

@@ -1,4 +1,4 @@
-"""A study under Ray Tune: the only file that drives it."""
+"""Run a controller's trials with Ray Tune: the only file that drives it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from reid_train.out_of_memory import out_of_memory
 from reid_train.runs.ray_checkpoints import ray_storage
 from reid_train.runs.ray_internals import release
 from reid_train.runs.ray_trainer import start_ray
-from tune.controller import Study
+from tune.controller import Controller
+from tune.schedulers import EarlyStopping
 from tune.trainable import run_trial
 
 
@@ -52,34 +53,37 @@ def slots(config: TrainConfig, concurrent: int | None) -> int:
 
 
 def resolve_device(config: TrainConfig) -> TrainConfig:
-    """Settle `auto` once for the whole sweep: GPUs if one trial's workers have them."""
+    """Settle `auto` once for the whole sweep: GPUs if there is one for each worker of a trial."""
     if config.device != "auto":
         return config
     gpus = int(ray.cluster_resources().get("GPU", 0))
     return config.replace(device="cuda" if gpus >= config.workers else "cpu")
 
 
-def run(study: Study, board: Any, at_a_time: int) -> None:
-    """Run a study's trials until nothing is left to try.
+def run(
+    controller: Controller, board: Any, at_a_time: int, stopping: EarlyStopping | None = None
+) -> None:
+    """Run trials until nothing is left to try.
 
     Args:
-        study: says what to run and takes the results.
-        board: `TrialBoard` actor that trials show their progress on.
+        controller: says what to run and takes the results.
+        board: `Board` actor that trials show their progress on.
         at_a_time: most trials that run together.
+        stopping: judges evaluations; None stops no trial.
 
     Raises:
-        KeyboardInterrupt: it was interrupted; the book can be continued.
+        KeyboardInterrupt: it was interrupted; the sweep can be continued from its store.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # The newer output prints a table at each result, whatever its verbosity.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # One would complain that there are none of the files that the first variable turns off, the
-    # other of each time that MLflow takes half a second.
+    # The first warns that the files which the first variable turns off are missing, the second
+    # each time that MLflow takes half a second.
     for noisy in ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="reid-tune-") as folder:
-        # Ray Tune's own pickled state is never read again: the book is what a sweep continues from.
+        # Ray Tune's own pickled state is never read again: a sweep continues from its store.
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(run_trial, board=board),
@@ -87,8 +91,8 @@ def run(study: Study, board: Any, at_a_time: int) -> None:
                 {"memory": 1 << 20},
             ),
             tune_config=tune.TuneConfig(
-                search_alg=_Ask(study),
-                scheduler=_Tell(study),
+                search_alg=_NextTrial(controller),
+                scheduler=_Results(controller, stopping),
                 num_samples=-1,
                 max_concurrent_trials=at_a_time,
                 trial_name_creator=_name,
@@ -98,7 +102,8 @@ def run(study: Study, board: Any, at_a_time: int) -> None:
                 name="tune",
                 storage_path=str(Path(folder)),
                 verbose=0,
-                # The study runs a lost trial again; Ray Tune would give up one lost as it starts.
+                # The controller runs a lost trial again; Ray Tune would give up one that is lost
+                # as it starts.
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
@@ -106,31 +111,31 @@ def run(study: Study, board: Any, at_a_time: int) -> None:
 
 
 class _Unsaved:
-    """Leaves the study out of the state that Ray Tune pickles: the book is the memory."""
+    """Leaves the controller out of the state that Ray Tune pickles."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class _Ask(_Unsaved, Searcher):
-    """Hands the study's next trial to Ray Tune."""
+class _NextTrial(_Unsaved, Searcher):
+    """Hands the controller's next trial to Ray Tune."""
 
-    def __init__(self, study: Study):
+    def __init__(self, controller: Controller):
         super().__init__()
-        self._study = study
+        self._controller = controller
 
     def suggest(self, trial_id: str) -> Any:
-        trial = self._study.next()
+        trial = self._controller.next()
         if trial is None:
-            # None: another may come, were it one that is lost and has to run again.
-            return Searcher.FINISHED if self._study.over else None
-        study, start = self._study, trial.start
+            # None: another may come, for example a lost one that has to run again.
+            return Searcher.FINISHED if self._controller.over else None
+        base, start = self._controller.base, trial.start
         return {
             "number": trial.number,
             "part": trial.part,
-            "config": trial.config(study.base).to_json(),
+            "config": trial.config(base).to_json(),
             "run_id": trial.mlflow_run_id,
-            "start": start and f"{study.base.output}/{start}",
+            "start": start and f"{base.output}/{start}",
             "until": trial.until,
         }
 
@@ -144,30 +149,38 @@ class _Ask(_Unsaved, Searcher):
         """Nothing is restored here."""
 
 
-class _Tell(_Unsaved, FIFOScheduler):
-    """Hands what Ray Tune hears of trials to the study, and the study's verdict back."""
+class _Results(_Unsaved, FIFOScheduler):
+    """Hands what Ray Tune reports of trials to the controller, and its decision back."""
 
-    def __init__(self, study: Study):
+    def __init__(self, controller: Controller, stopping: EarlyStopping | None):
         super().__init__()
-        self._study = study
+        self._controller, self._stopping = controller, stopping
+
+    def on_trial_add(self, tune_controller, trial) -> None:
+        if self._stopping is not None:
+            self._stopping.add(tune_controller, trial.config["number"], trial)
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
-        if "kept" in result:
-            metrics = {"kept": result["kept"]}
-        elif "failure" in result:
-            metrics = {"failure": result["failure"]}
-        else:
-            metrics = {name: result[name] for name in result if name in _names(result)}
-        stop = self._study.result(trial.config["number"], metrics)
-        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+        number, stopping = trial.config["number"], self._stopping
+
+        def lags(evaluation: dict[str, Any]) -> bool:
+            return stopping is not None and stopping.lags(tune_controller, number, evaluation)
+
+        if "failure" in result:
+            self._controller.fail(number, result["failure"])
+            return TrialScheduler.CONTINUE
+        evaluations = result.get("kept", [{n: result[n] for n in result if _is_metric(n)}])
+        stops = self._controller.result(number, evaluations, lags)
+        return TrialScheduler.STOP if stops else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller, trial, result: dict[str, Any]) -> None:
-        self._study.finish(trial.config["number"])
+        self._controller.finish(trial.config["number"])
 
     def on_trial_error(self, tune_controller, trial) -> None:
-        number, study = trial.config["number"], self._study
-        study.lost(number, _last_error(trial))
-        release(ray_storage(study.base.output)["storage_path"], study.trials[number].run_name)
+        number, controller = trial.config["number"], self._controller
+        controller.lost(number, _last_error(trial))
+        where = ray_storage(controller.base.output)["storage_path"]
+        release(where, controller.trials[number].run_name)
 
 
 def _last_error(trial) -> str:
@@ -183,7 +196,5 @@ def _name(trial) -> str:
     return f"{trial.config['number']:03d}-{trial.config['part']}-{trial.trial_id}"
 
 
-def _names(result: dict[str, Any]) -> set[str]:
-    return {"epoch", "step", "checkpoint", "mAP", "mINP"} | {
-        name for name in result if name.startswith("rank-")
-    }
+def _is_metric(name: str) -> bool:
+    return name in {"epoch", "step", "checkpoint", "mAP", "mINP"} or name.startswith("rank-")

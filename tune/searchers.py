@@ -1,52 +1,34 @@
-"""What a sweep tries next: Optuna's TPE, chance, or a grid.
+"""What a sweep tries next: a sampler of Optuna, or a grid.
 
-A proposer learns from trials as they end, and also from those of an earlier driver, so a sweep that
-was killed goes on as if it had not been.
+A searcher learns from trials as they end, and also from those of an earlier driver, so that a sweep
+that was killed continues where it was.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-from optuna.trial import TrialState
-
+from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from tune.config import Sweep
-from tune.space import (
-    MODE,
-    Choice,
-    Dimension,
-    Real,
-    Space,
-    Value,
-    coordinates,
-    draw,
-    grid,
-)
+from tune.space import MODE, Choice, Dimension, Real, Space, Value, coordinates, grid
 from tune.store import Trial
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+if TYPE_CHECKING:
+    import optuna
 
 
-class Proposer(Protocol):
-    """Says what to try; `Study` says when."""
+class Searcher(Protocol):
+    """Says what to try; `Controller` says when."""
 
     def propose(self, trials: Sequence[Trial]) -> Trial | None:
         """The next trial to run; None if there is none now."""
         ...
 
     def exhausted(self, trials: Sequence[Trial]) -> bool:
-        """Whether there will be none any more."""
+        """Whether there will be no more."""
         ...
 
     def learn(self, trial: Trial) -> None:
@@ -54,8 +36,8 @@ class Proposer(Protocol):
         ...
 
 
-class Listed:
-    """Proposes nothing of its own: what is queued is all there is."""
+class ListedTrials:
+    """Proposes nothing: only what is queued runs."""
 
     def propose(self, trials: Sequence[Trial]) -> Trial | None:
         return None
@@ -67,41 +49,11 @@ class Listed:
         pass
 
 
-class _Counted:
-    """Proposes until the sweep has as many trials as it shall have."""
-
-    def __init__(self, settings: Sweep, space: Space, base: TrainConfig):
-        self.settings, self.space, self.base = settings, space, base
-
-    def propose(self, trials: Sequence[Trial]) -> Trial | None:
-        if self.exhausted(trials):
-            return None
-        number = len(trials)
-        return adaptive(number, self._values(number, searched(trials)), self.base)
-
-    def exhausted(self, trials: Sequence[Trial]) -> bool:
-        return searched(trials) >= self.settings.trials
-
-    def learn(self, trial: Trial) -> None:
-        pass
-
-    def _values(self, number: int, place: int) -> dict[str, Value]:
-        """Values of a trial with this number, `place` search trials after the first."""
-        raise NotImplementedError
-
-
-class Chance(_Counted):
-    """Draws every trial by itself; the same number gives the same values."""
-
-    def _values(self, number: int, place: int) -> dict[str, Value]:
-        return draw(self.space, np.random.default_rng((self.base.seed, place)))
-
-
-class Grid:
+class GridSearcher:
     """Goes through the finest grid that the number of trials allows, after the first points.
 
-    A sweep that is extended goes through the finer grid, but for the points that it has tried. With
-    those of the coarser grid it may come to more trials than it was told.
+    A sweep that is extended goes through the finer grid, except for the points that it has tried.
+    With those of the coarser grid it may run more trials than it was given.
     """
 
     def __init__(self, settings: Sweep, space: Space, base: TrainConfig, first: int):
@@ -119,109 +71,137 @@ class Grid:
         pass
 
     def _left(self, trials: Sequence[Trial]) -> list[dict[str, Value]]:
-        """Points that no trial has; a first point differs from the base in other fields, too."""
+        """Points that no trial has; first points are not of the grid, as they differ elsewhere."""
         tried = [t.values for t in trials if not t.label and t.repeats is None]
         return [p for p in self._points if not any(p.items() <= values.items() for values in tried)]
 
 
-class Tpe(_Counted):
-    """Optuna's tree-structured Parzen estimator over all dimensions at once."""
+class OptunaSearcher:
+    """Asks a sampler of Optuna until the sweep has as many trials as it was given.
+
+    Raises:
+        ConfigError: the sampler does not take the space.
+    """
 
     def __init__(self, settings: Sweep, space: Space, base: TrainConfig):
-        super().__init__(settings, space, base)
-        self._distributions = {name: _distribution(d) for name, d in space.items()}
-        self._asked: dict[int, optuna.Trial] = {}
-        self._study = optuna.create_study(direction="maximize")
-
-    def learn(self, trial: Trial) -> None:
-        """Tell Optuna; a trial that failed for good counts as the worst, so its place is left."""
-        asked = self._asked.pop(trial.number, None)
-        state, value = _outcome(trial)
-        if asked is not None:
-            for evaluation in trial.evaluations:
-                asked.report(evaluation["mAP"], int(evaluation["epoch"]))
-            # Of a stopped trial Optuna takes the last value that was reported.
-            self._study.tell(asked, None if state == TrialState.PRUNED else value, state)
-            return
-        place = coordinates(self.space, trial.config(self.base))
-        if place is not None:
-            values = {int(e["epoch"]): e["mAP"] for e in trial.evaluations}
-            self._study.add_trial(
-                optuna.trial.create_trial(
-                    state=state,
-                    value=value,
-                    params=dict(place),
-                    distributions=self._distributions,
-                    intermediate_values=values,
-                )
+        numbers = [name for name, d in space.items() if not isinstance(d, Choice)]
+        if settings.searcher == "cmaes" and (len(numbers) < 2 or len(numbers) < len(space)):
+            raise ConfigError(
+                "CMA-ES searches two or more ranges of numbers, and no choice(...): take another "
+                "--searcher, such as tpe or gp, or change --search"
             )
+        self.settings, self.space, self.base = settings, space, base
+        self._distributions = distributions(space)
+        self._asked: dict[int, optuna.Trial] = {}
+        self._earlier: list[optuna.trial.FrozenTrial] = []
+        self._study = new_study()
 
-    def _values(self, number: int, place: int) -> dict[str, Value]:
+    def propose(self, trials: Sequence[Trial]) -> Trial | None:
+        if self.exhausted(trials):
+            return None
+        number = len(trials)
         self._study.sampler = self._sampler(number)
-        asked = self._study.ask(self._distributions)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            asked = self._study.ask(self._distributions)
         self._asked[number] = asked
         ranges = {name: d for name, d in self.space.items() if isinstance(d, Real)}
-        return {
-            name: ranges[name].near(value) if name in ranges else value
-            for name, value in asked.params.items()
-        }
+        values = {n: ranges[n].near(v) if n in ranges else v for n, v in asked.params.items()}
+        return adaptive(number, values, self.base)
 
-    def _sampler(self, number: int) -> optuna.samplers.TPESampler:
-        """With random numbers of its own for each trial: none is drawn again by another driver."""
-        seed = np.random.SeedSequence((self.base.seed, number)).generate_state(1)[0]
+    def exhausted(self, trials: Sequence[Trial]) -> bool:
+        # Repeats with other seeds are not trials of the search.
+        return sum(trial.repeats is None for trial in trials) >= self.settings.trials
+
+    def learn(self, trial: Trial) -> None:
+        """Tell Optuna; a trial that failed counts as the worst, so the search leaves its place."""
+        from optuna.trial import TrialState
+
+        asked = self._asked.pop(trial.number, None)
+        if asked is None:
+            known = as_optuna(trial, self.space, self.base)
+            if known is not None:
+                self._study.add_trial(known)
+                self._earlier.append(known)
+            return
+        for evaluation in trial.evaluations:
+            asked.report(evaluation["mAP"], int(evaluation["epoch"]))
+        if trial.state == "stopped":
+            # Optuna takes the last value that was reported.
+            self._study.tell(asked, state=TrialState.PRUNED)
+        else:
+            self._study.tell(asked, trial.score if trial.state == "finished" else 0.0)
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """A sampler with its own random numbers for each trial, the same in any driver."""
+        import numpy as np
+        from optuna import samplers
+
+        seed = int(np.random.SeedSequence((self.base.seed, number)).generate_state(1)[0])
+        startup = max(4, self.settings.trials // 4)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(
-                seed=int(seed),
-                n_startup_trials=max(4, self.settings.trials // 4),
+            warnings.simplefilter("ignore")  # some of these options are experimental
+            if self.settings.searcher == "random":
+                return samplers.RandomSampler(seed)
+            if self.settings.searcher == "gp":
+                return samplers.GPSampler(seed=seed, n_startup_trials=startup)
+            if self.settings.searcher == "cmaes":
+                # The state of CMA-ES is lost with its driver: the next driver starts from the best
+                # tenth of what is known.
+                known = self._earlier if len(self._earlier) >= 10 else None
+                return samplers.CmaEsSampler(
+                    seed=seed, consider_pruned_trials=True, source_trials=known
+                )
+            return samplers.TPESampler(
+                seed=seed,
+                n_startup_trials=startup,
                 multivariate=True,
-                # Trials that are running count as bad ones, or parallel proposals would be alike.
+                # Running trials count as bad ones, or parallel proposals would be alike.
                 constant_liar=True,
             )
 
 
 def adaptive(number: int, values: dict[str, Value], base: TrainConfig) -> Trial:
     """A trial with these values; adaptive even if the base is not, or they would do nothing."""
-    # An adaptive base needs no word of it in each row of the tables.
+    # With an adaptive base it is not repeated in each row of the tables.
     mode: dict[str, Value] = {MODE: "adaptive"} if base.regularization.mode != "adaptive" else {}
     return Trial(number, mode | values, seed=base.seed)
 
 
-def searched(trials: Sequence[Trial]) -> int:
-    """Trials of the search, the first points among them; repeats with other seeds are not."""
-    return sum(trial.repeats is None for trial in trials)
+def new_study() -> optuna.Study:
+    """An empty study of Optuna, in memory."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(direction="maximize")
 
 
-def importance(space: Space, base: TrainConfig, trials: Sequence[Trial]) -> Mapping[str, float]:
-    """Share of each dimension in the variance of mAP (fANOVA), largest first; {} if too few."""
-    study = optuna.create_study(direction="maximize")
-    distributions = {name: _distribution(d) for name, d in space.items()}
-    scores = set()
-    for trial in trials:
-        place = coordinates(space, trial.config(base))
-        if trial.state == "finished" and place is not None:
-            scores.add(trial.score)
-            made = optuna.trial.create_trial(
-                value=trial.score, params=dict(place), distributions=distributions
-            )
-            study.add_trial(made)
-    if len(scores) < 4:
-        return {}
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+def as_optuna(trial: Trial, space: Space, base: TrainConfig) -> optuna.trial.FrozenTrial | None:
+    """An ended trial as Optuna has it; None if it lies outside the space."""
+    from optuna.trial import TrialState, create_trial
+
+    place = coordinates(space, trial.config(base))
+    if place is None:
+        return None
+    return create_trial(
+        state=TrialState.PRUNED if trial.state == "stopped" else TrialState.COMPLETE,
+        value=trial.score if trial.state in ("finished", "stopped") else 0.0,
+        params=place,
+        distributions=distributions(space),
+        intermediate_values={int(e["epoch"]): e["mAP"] for e in trial.evaluations},
+    )
 
 
-def _outcome(trial: Trial) -> tuple[TrialState, float | None]:
-    if trial.state == "finished":
-        return TrialState.COMPLETE, trial.score
-    if trial.state == "stopped":
-        return TrialState.PRUNED, trial.score
-    return TrialState.COMPLETE, 0.0
+def distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
+    """The space as Optuna has it."""
+    return {name: _distribution(dimension) for name, dimension in space.items()}
 
 
-def _distribution(dimension: Dimension) -> BaseDistribution:
+def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    from optuna import distributions as kinds
+
     if isinstance(dimension, Choice):
-        return CategoricalDistribution(dimension.values)
+        return kinds.CategoricalDistribution(dimension.values)
     if isinstance(dimension, Real):
-        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-    return IntDistribution(dimension.low, dimension.high)
+        return kinds.FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    return kinds.IntDistribution(dimension.low, dimension.high)

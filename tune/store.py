@@ -1,11 +1,12 @@
-"""A sweep's book: what it was told and what became of each trial, as JSON beside the runs.
+"""What a sweep was given and what became of each trial, as JSON beside the runs.
 
     <output>/<sweep>/sweep.json            the settings, taken once
     <output>/<sweep>/trials/trial-007.json one trial, written anew at each evaluation
     <output>/<sweep>/trial-007/            the trial's run: checkpoints, snapshot, report
 
-Only the driver writes the book. A driver that was killed is continued from it: ended trials stand,
-begun ones go on from their own checkpoints, and the searcher and the scheduler learn it all again.
+Only the driver writes here. A sweep whose driver was killed continues from these files: ended
+trials stay as they are, the others resume from their own checkpoints, and the searcher and the
+scheduler learn from all of them again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ State = Literal["queued", "running", "waiting", "finished", "stopped", "failed"]
 """`waiting`: between two parts of a population's training; `stopped`: by the scheduler."""
 ENDED = ("finished", "stopped", "failed")
 HELD = "λ held"
-"""Label of a trial's repeat in which no λ is learnt: each stays where it starts."""
+"""Label of a repeat in which no λ is learnt: each stays where it starts."""
 
 
 @dataclass
@@ -34,14 +35,15 @@ class Trial:
 
     Attributes:
         values: what differs from the sweep's base; a population changes them between parts.
-        label: what a first point is called; all others have none.
+        label: name of a first point; other trials have none.
         repeats: number of the trial that this one repeats with another seed.
-        evaluations: metrics by name, with epoch, step, run and checkpoint, ascending by epoch.
-        part: trainings before the present one, in a population; each has its own run folder.
-        start: run and checkpoint folder that the present part started from.
-        until: epoch at which the present part ends, if before the last.
-        losses: times that its process was lost since the last evaluation.
-        changes: of a population, epoch, values and donor as each part began.
+        evaluations: metrics by name, with epoch, step, run, checkpoint and the time at which it
+            came (Unix seconds), ascending by epoch.
+        part: number of trainings before this one, in a population; each has its own run folder.
+        start: run and checkpoint folder that this part started from.
+        until: epoch at which this part ends, if before the last.
+        losses: how often its process was lost since the last evaluation.
+        changes: epoch, values and donor at the start of each part, in a population.
     """
 
     number: int
@@ -69,12 +71,12 @@ class Trial:
 
     @property
     def run_name(self) -> str:
-        """Folder of the present part's run."""
+        """Folder of this part's run."""
         return f"{self.name}-{self.part}" if self.part else self.name
 
     @property
     def epoch(self) -> int:
-        """Epochs that were evaluated."""
+        """The last epoch that was evaluated; 0 before the first evaluation."""
         return int(self.evaluations[-1]["epoch"]) if self.evaluations else 0
 
     @property
@@ -87,13 +89,17 @@ class Trial:
         """The highest mAP, NaN if none was measured."""
         return self.best["mAP"] if self.best else float("nan")
 
-    def add(self, evaluation: dict[str, Any]) -> None:
-        """Take an evaluation; one of the same epoch is replaced."""
-        others = [e for e in self.evaluations if e["epoch"] != evaluation["epoch"]]
-        self.evaluations = sorted([*others, evaluation], key=lambda e: e["epoch"])
+    def add(self, evaluation: dict[str, Any]) -> bool:
+        """Take an evaluation of this part; whether it is new. One of the same epoch is replaced."""
+        known = {e["epoch"]: e for e in self.evaluations}
+        before = known.get(evaluation["epoch"], {})
+        came = {"run": self.run_name, "time": before.get("time", time.time())}
+        known[evaluation["epoch"]] = evaluation | came
+        self.evaluations = [known[epoch] for epoch in sorted(known)]
+        return not before
 
     def config(self, base: TrainConfig) -> TrainConfig:
-        """The configuration of the present part.
+        """The configuration of this part.
 
         Args:
             base: the sweep's, its output the sweep's folder.
@@ -109,45 +115,45 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Book:
+class Store:
     """The sweep's folder on storage."""
 
     storage: Storage
 
     @classmethod
-    def open(cls, settings: Sweep, config: TrainConfig, manifest_digest: str) -> Book:
-        """Take a sweep's folder, or continue the same sweep.
+    def open(cls, settings: Sweep, config: TrainConfig, manifest_digest: str) -> Store:
+        """Create a sweep's folder, or continue the same sweep.
 
         Raises:
-            ConfigError: another sweep or a run has that name.
+            ConfigError: another sweep, or a run, has that name.
         """
-        book = cls(open_storage(config.output).child(config.name or ""))
+        store = cls(open_storage(config.output).child(config.name or ""))
         saved = {
             "sweep": settings.model_dump(mode="json"),
             "config": config.model_dump(mode="json"),
             "manifest_digest": manifest_digest,
         }
         where = f"{config.output}/{config.name}"
-        if book.storage.exists("run.json"):
+        if store.storage.exists("run.json"):
             raise ConfigError(f"{where} is a training run: give the sweep another --name")
         try:
-            book.storage.write("sweep.json", _json(saved), create_once=True)
+            store.storage.write("sweep.json", _json(saved), create_once=True)
         except ObjectExists:
-            before = json.loads(book.storage.read("sweep.json"))
+            before = json.loads(store.storage.read("sweep.json"))
             _same_population(before["sweep"], saved["sweep"], where)
             if changed := _changed(before, saved):
                 raise ConfigError(
                     f"the sweep {where} had other settings of {', '.join(changed)}: leave them as "
                     "they were to continue it, or give another --name"
                 ) from None
-        return book
+        return store
 
     def note(self, name: str, values: dict[str, Any]) -> None:
         """Write a small fact of the sweep, such as its MLflow run."""
         self.storage.write(f"{name}.json", _json(values))
 
     def noted(self, name: str) -> dict[str, Any]:
-        """A fact that was noted; {} if it was not."""
+        """What `note` wrote; {} if nothing."""
         exists = self.storage.exists(f"{name}.json")
         return json.loads(self.storage.read(f"{name}.json")) if exists else {}
 
@@ -174,18 +180,18 @@ class Book:
 
 
 def begin(trial: Trial) -> None:
-    """Note that a trial, or its next part, begins."""
+    """A trial, or its next part, begins."""
     trial.state, trial.reason = "running", ""
     trial.began = trial.began or time.time()
 
 
 def end(trial: Trial, state: State, reason: str = "") -> None:
-    """Note how a trial ended."""
+    """A trial ends."""
     trial.state, trial.reason, trial.ended = state, reason, time.time()
 
 
 def _same_population(before: dict, after: dict, where: str) -> None:
-    """Refuse to change the number of members: a newcomer has no round that it could join."""
+    """Refuse to change the number of members: a new one would miss the first rounds."""
     same = before["trials"] == after["trials"]
     if before["scheduler"] == after["scheduler"] == "population" and not same:
         raise ConfigError(

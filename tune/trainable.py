@@ -1,4 +1,4 @@
-"""One trial, in its own process on the cluster: the training that `python -m reid_train` runs."""
+"""One trial in its own process on the cluster: the training that `python -m reid_train` runs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from reid_train.training.context import UNMEASURED
 
 
 def run_trial(task: dict[str, Any], board: Any) -> None:
-    """Train as the task says, and report each evaluation to Ray Tune.
+    """Train, and report each evaluation to Ray Tune.
 
-    What the configuration is to blame for is reported as a result named `failure`. A lost machine
-    raises, and Ray Tune runs the trial again: it goes on from the last checkpoint of its run.
+    A failure that the configuration causes is reported as a result named `failure`. A lost machine
+    raises, and the trial is run again: it resumes from the last checkpoint of its run.
 
     Args:
         task: `number`, `config` (JSON), `run_id` in MLflow, `start` and `until` (`make_trainer`).
-        board: `TrialBoard` actor that shows progress.
+        board: the sweep's `Board` actor, to show progress on.
     """
     config = TrainConfig.from_json(task["config"])
     trainer = make_trainer(
         config,
         Dataset.open(config.data),
         task["run_id"],
-        board=_Line(board, task["number"]),
+        board=_TrialBoard(board, config.name or ""),
         callbacks=[_Report()],
         start=task["start"],
         until=task["until"],
@@ -39,10 +39,10 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        # A trial is continued by its sweep alone: nobody is told how.
+        # Only its sweep continues a trial, so no advice on how to do it.
         tune.report({"failure": str(explained(error, config, advise=False))})
         return
-    # A driver that was killed may have missed a report: the kept checkpoints have theirs.
+    # A driver that was killed may have missed a report: the checkpoints that are kept have it.
     kept = [
         _evaluation(metrics, checkpoint.path)
         for checkpoint, metrics in result.best_checkpoints or []
@@ -52,7 +52,7 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
 
 
 class _Report(TuneReportCallback):
-    """Hands evaluations to Ray Tune; checkpoints between evaluations are Ray Train's affair."""
+    """Reports evaluations to Ray Tune, not the checkpoints between them."""
 
     def after_report(self, run_context, metrics, checkpoint) -> None:
         if checkpoint is not None and metrics[0]["mAP"] > UNMEASURED:
@@ -67,15 +67,15 @@ def _evaluation(metrics: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Line:
-    """What a run takes for its board: one line of the sweep's, in the shape of an actor."""
+class _TrialBoard:
+    """The sweep's board as a run uses its own: states are shown under the trial's name."""
 
     board: Any
-    number: int
+    trial: str
 
     @property
-    def show(self) -> _Line:
+    def show(self) -> _TrialBoard:
         return self
 
     def remote(self, state: dict[str, object]) -> None:
-        self.board.show.remote(self.number, state)
+        self.board.show.remote(state, self.trial)

@@ -19,13 +19,13 @@ from data_shards.dataset import Dataset
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
+from reid_train.runs.console import Board
 from reid_train.runs.ray_trainer import make_trainer
 from reid_train.runs.run_dir import prepare
 from tune import runner
-from tune.console import TrialBoard
-from tune.controller import Study
-from tune.searchers import Listed
-from tune.store import Book, Trial
+from tune.controller import Controller
+from tune.searchers import ListedTrials
+from tune.store import Store, Trial
 
 AMPLITUDES = (5e-3, 1e-3, 1e-2, 2e-3, 2e-2, 5e-4)
 
@@ -47,9 +47,9 @@ def one_by_one(config: TrainConfig, count: int) -> float:
 
 def swept(config: TrainConfig, count: int, at_a_time: int) -> float:
     """Seconds of the same trainings in a sweep."""
-    study = Study(Book(open_storage(config.output)), config, trials(count), Listed())
+    study = Controller(Store(open_storage(config.output)), config, trials(count), ListedTrials())
     start = time.perf_counter()
-    runner.run(study, TrialBoard.remote(), at_a_time)  # type: ignore[attr-defined]
+    runner.run(study, Board.remote(), at_a_time)  # type: ignore[attr-defined]
     seconds = time.perf_counter() - start
     failed = [trial.reason for trial in study.trials if trial.state != "finished"]
     if failed:

@@ -30,7 +30,7 @@ from reid_train.runs.run_dir import Run
 from reid_train.training import checkpoint
 from reid_train.training.checkpoint import FILES, SEAL, Checkpoint, Origin, Progress
 from reid_train.training.history import History
-from tune.store import Book, Trial
+from tune.store import Store, Trial
 
 FUZZ = settings(
     max_examples=50,
@@ -309,7 +309,7 @@ TRIAL = asdict(Trial(0, {"optimizer.learning_rate": 0.1}, evaluations=[{"epoch":
 @example(json.dumps(TRIAL | {"number": None}).encode())
 def test_trial_of_any_bytes(data):
     with tempfile.TemporaryDirectory() as folder:
-        book = Book(LocalStorage(Path(folder)))
-        book.save(Trial(1, {}))
+        store = Store(LocalStorage(Path(folder)))
+        store.save(Trial(1, {}))
         Path(folder, "trials", "trial-000.json").write_bytes(data)
-        survives(book.trials)
+        survives(store.trials)

@@ -28,6 +28,8 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 from ray.cluster_utils import Cluster
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial as RayTrial
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -38,19 +40,20 @@ from data_shards.errors import ConfigError
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
+from reid_train.runs.console import Board
 from reid_train.training.checkpoint import MODEL, Checkpoint
 from reid_train.training.context import Worker
 from reid_train.training.loop import train
-from tune import controller as study
+from tune import controller as controllers
 from tune import runner
 from tune.config import Sweep
-from tune.console import TrialBoard
-from tune.controller import Study
+from tune.controller import Controller
+from tune.plan import make_plan
 from tune.population import Population
-from tune.searchers import Listed
+from tune.searchers import ListedTrials
 from tune.space import AMPLITUDE, LEARNING_RATE
 from tune.space import build as build_space
-from tune.store import Book, Trial
+from tune.store import Store, Trial
 from tune.sweep import Outcome, sweep
 
 pytestmark = pytest.mark.slow
@@ -140,17 +143,21 @@ def steps_of(trial: Trial, folder: str) -> list[int]:
 
 
 class _StopsTheFirst:
-    """In place of successive halving: stops trial 0 at its first evaluation."""
+    """In place of a scheduler: stops trial 0 at its first evaluation."""
 
     def __init__(self) -> None:
         self.freed_after = float("nan")
+        self.seen: list[tuple[Any, Any]] = []
         self.watch = threading.Thread(target=self._look)
 
-    def stops(self, trial: Trial, evaluation: dict) -> bool:
-        if trial.number == 0:
+    def add(self, controller: Any, number: int, trial: RayTrial) -> None:
+        self.seen.append((controller, trial))
+
+    def lags(self, controller: Any, number: int, evaluation: dict) -> bool:
+        if number == 0:
             self._worker = processes("ray::RayTrainWorker", "trial-000")
             self.watch.start()
-        return trial.number == 0
+        return number == 0
 
     def _look(self) -> None:
         start = time.monotonic()
@@ -164,7 +171,7 @@ class Evolved:
 
     trials: list[Trial]
     config: TrainConfig
-    halving: _StopsTheFirst
+    stopping: _StopsTheFirst
 
 
 @pytest.fixture(scope="module")
@@ -174,19 +181,27 @@ def evolved(cluster: Cluster, base: TrainConfig) -> Evolved:
     population = Population(
         2, 1, build_space({AMPLITUDE: "uniform(0.01, 0.02)"}, config), config, 1
     )
-    halving = _StopsTheFirst()
-    book = Book(open_storage(config.output))
-    evolving = Study(book, config, [endless], population, halving)  # type: ignore[arg-type]
-    runner.run(evolving, TrialBoard.remote(), 2)  # type: ignore[attr-defined]
-    halving.watch.join(PATIENCE)
-    return Evolved(evolving.trials, config, halving)
+    stopping = _StopsTheFirst()
+    store = Store(open_storage(config.output))
+    evolving = Controller(store, config, [endless], population)
+    runner.run(evolving, Board.remote(), 2, stopping)  # type: ignore[attr-defined, arg-type]
+    stopping.watch.join(PATIENCE)
+    return Evolved(evolving.trials, config, stopping)
 
 
 def test_a_stopped_trial_frees_its_workers_at_once(evolved: Evolved):
     assert evolved.trials[0].state == "stopped"
     assert evolved.trials[0].epoch < 20
-    assert len(evolved.halving._worker) == 1
-    assert evolved.halving.freed_after < 20
+    assert len(evolved.stopping._worker) == 1
+    assert evolved.stopping.freed_after < 20
+
+
+def test_the_scheduler_gets_ray_tunes_own_controller_and_trials(evolved: Evolved):
+    assert len(evolved.stopping.seen) == 5  # one, and two members with two parts each
+    for controller, trial in evolved.stopping.seen:
+        assert isinstance(controller, TuneController)
+        assert isinstance(trial, RayTrial)
+        assert trial in controller.get_trials()
 
 
 def test_a_population_continues_from_checkpoints_exactly(evolved: Evolved, tmp_path: Path):
@@ -246,8 +261,9 @@ DRIVER = """
 import sys
 from reid_train.config import TrainConfig
 from tune.config import Sweep
+from tune.plan import make_plan
 from tune.sweep import sweep
-sweep(Sweep.model_validate_json(sys.argv[1]), TrainConfig.from_json(sys.argv[2]))
+sweep(make_plan(Sweep.model_validate_json(sys.argv[1]), TrainConfig.from_json(sys.argv[2])))
 """
 
 
@@ -267,10 +283,10 @@ class Survived:
 def survived(cluster: Cluster, base: TrainConfig) -> Survived:
     config = base.replace(name="sweep", seed=SEED)
     folder = f"{config.output}/{config.name}"
-    book = Book(open_storage(folder))
+    store = Store(open_storage(folder))
 
     def trial(number: int) -> Trial | None:
-        return next((t for t in book.trials() if t.number == number), None)
+        return next((t for t in store.trials() if t.number == number), None)
 
     def evaluated(number: int) -> bool:
         found = trial(number)
@@ -285,11 +301,11 @@ def survived(cluster: Cluster, base: TrainConfig) -> Survived:
 
         def finished() -> bool:
             assert driver.poll() is None, driver.communicate()[1].decode()
-            return any(t.state == "finished" for t in book.trials())
+            return any(t.state == "finished" for t in store.trials())
 
         wait_for(finished)
         driver.kill()
-    before = book.trials()
+    before = store.trials()
     wait_for(lambda: not processes("ray::RayTrainWorker", "trial-"))
 
     killed: list[int] = []
@@ -314,11 +330,13 @@ def survived(cluster: Cluster, base: TrainConfig) -> Survived:
 
     text = io.StringIO()
     with ThreadPoolExecutor(1) as pool:  # nodes can be added in the main thread only
-        going_on = pool.submit(sweep, SETTINGS, config, console=Console(file=text, width=200))
+        going_on = pool.submit(
+            sweep, make_plan(SETTINGS, config), console=Console(file=text, width=200)
+        )
         kill()
         outcome = going_on.result()
     assert len(killed) == 2
-    again = sweep(SETTINGS, config, console=Console(file=io.StringIO()))
+    again = sweep(make_plan(SETTINGS, config), console=Console(file=io.StringIO()))
     uri = f"sqlite:///{base.output}/mlflow.db"
     return Survived(folder, before, outcome, again, text.getvalue(), uri)
 
@@ -409,9 +427,9 @@ def test_the_best_model_is_registered_once_and_is_the_champion(survived: Survive
 
 
 def test_a_trial_lost_too_often_is_given_up_with_the_reason(cluster, base, monkeypatch):
-    monkeypatch.setattr(study, "RETRIES", 0)
+    monkeypatch.setattr(controllers, "RETRIES", 0)
     config = base.replace(output=f"{base.output}/lost", tracking__uri="off")
-    lost = Study(Book(open_storage(config.output)), config, [Trial(0, {})], Listed())
+    lost = Controller(Store(open_storage(config.output)), config, [Trial(0, {})], ListedTrials())
 
     def kill() -> None:
         (process,) = wait_for(lambda: processes("ray::ImplicitFunc", "000-"))
@@ -419,17 +437,17 @@ def test_a_trial_lost_too_often_is_given_up_with_the_reason(cluster, base, monke
 
     assassin = threading.Thread(target=kill)
     assassin.start()
-    runner.run(lost, TrialBoard.remote(), 1)  # type: ignore[attr-defined]
+    runner.run(lost, Board.remote(), 1)  # type: ignore[attr-defined]
     assassin.join(PATIENCE)
     assert lost.trials[0].state == "failed"
     assert lost.trials[0].reason.startswith("given up after 1 tries: ")
-    assert Book(open_storage(config.output)).trials() == lost.trials
+    assert Store(open_storage(config.output)).trials() == lost.trials
 
 
 def test_workers_that_cannot_fit_are_an_error_before_anything_starts(cluster, base):
     too_many = base.replace(workers=4, name="too-many")
     with pytest.raises(ConfigError, match=r"needs 4 CPUs and the cluster has 2"):
-        sweep(SETTINGS, too_many, console=Console(file=io.StringIO()))
+        sweep(make_plan(SETTINGS, too_many), console=Console(file=io.StringIO()))
     assert not Path(base.output, "too-many").exists()
 
 

@@ -12,11 +12,11 @@ from data_shards.building.build import build
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
+from reid_train.runs.console import Board
 from tune import runner
-from tune.console import TrialBoard
-from tune.controller import Study
-from tune.searchers import Listed
-from tune.store import Book, Trial
+from tune.controller import Controller
+from tune.searchers import ListedTrials
+from tune.store import Store, Trial
 
 pytestmark = pytest.mark.slow
 
@@ -62,9 +62,9 @@ def trials(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> lis
         patch.setenv("RAY_memory_usage_threshold", str(threshold))
         patch.setenv("RAY_memory_monitor_refresh_ms", "100")
         ray.init(num_cpus=1, log_to_driver=False, logging_level="ERROR")
-        book = Book(open_storage(config.output))
-        study = Study(book, config, [Trial(0, dict(HUGE)), Trial(1, {})], Listed())
-        runner.run(study, TrialBoard.remote(), 1)  # type: ignore[attr-defined]
+        store = Store(open_storage(config.output))
+        study = Controller(store, config, [Trial(0, dict(HUGE)), Trial(1, {})], ListedTrials())
+        runner.run(study, Board.remote(), 1)  # type: ignore[attr-defined]
         ray.shutdown()
     return study.trials
 

@@ -1,4 +1,9 @@
-"""What a person looks at after a sweep: five pictures, in the look of a run's report."""
+"""What a person looks at after a sweep: pictures in the look of a run's report.
+
+Optuna draws importance, slices, parallel coordinates and the timeline. `landscape` stays beside
+its contour plot, which fills the plane by interpolation between a few dots, and shows neither the
+trials that were stopped nor the baselines.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,8 @@ from reid_train.config import TrainConfig
 from reid_train.training.checkpoint import HISTORY
 from reid_train.training.history import History
 from tune.plots.factors import Curve, factors
-from tune.plots.importance import importance
 from tune.plots.landscape import landscape
-from tune.plots.marks import marks
-from tune.plots.parallel import parallel
-from tune.plots.timeline import timeline
+from tune.plots.optuna_plots import optuna_plots
 from tune.results import Entry
 from tune.space import Space
 from tune.store import Trial
@@ -35,7 +37,7 @@ def draw(
     base: TrainConfig,
     space: Space,
     storage: Storage,
-) -> None:
+) -> list[str]:
     """Draw a sweep.
 
     Args:
@@ -45,16 +47,22 @@ def draw(
         base: the sweep's configuration.
         space: what was searched.
         storage: the sweep's folder, with the checkpoints whose λ are drawn.
+
+    Returns:
+        A sentence for each picture that has too little to show.
     """
-    drawn = marks(trials, base)
-    landscape(folder / "landscape.png", drawn, space)
-    parallel(folder / "parallel.png", drawn, space)
-    importance(folder / "importance.png", trials, base, space)
-    timeline(folder / "timeline.png", trials, base.total_epochs)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = optuna_plots(folder, trials, base, space)
+    if not landscape(folder / "landscape.png", trials, base, space):
+        missing.append("No landscape.png: it needs two ranges of numbers.")
     constant = next((e for e in entries if e.mode == "constant"), None)
     factor = None if constant is None else constant.trial.config(base).regularization.factor
-    best = [entry for entry in entries if entry.mode == "adaptive"][:CURVES]
-    factors(folder / "factors.png", _curves(best, storage), factor)
+    curves = _curves([e for e in entries if e.mode == "adaptive"][:CURVES], storage)
+    if curves:
+        factors(folder / "factors.png", curves, factor)
+    else:
+        missing.append("No factors.png: no adaptive trial recorded λ.")
+    return missing
 
 
 def _curves(entries: Sequence[Entry], storage: Storage) -> list[Curve]:
@@ -69,6 +77,6 @@ def _curves(entries: Sequence[Entry], storage: Storage) -> list[Curve]:
             except ReidError as error:
                 logger.warning("λ of %s is not drawn: %s", entry.trial.name, error)
                 continue
-            if len(steps):
+            if len(steps) > 1:
                 curves.append(Curve(entry.trial.name, entry.title, entry.mean, steps, values))
     return curves

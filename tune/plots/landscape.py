@@ -4,84 +4,110 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from reid_train.config import TrainConfig
 from reid_train.report import style
-from tune.plots.marks import COLOURS, Mark, colour_bar, fit_axis, inside, name, position, scale
-from tune.space import AMPLITUDE, LEARNING_RATE, Choice, Space
+from tune.space import AMPLITUDE, LEARNING_RATE, Choice, Real, Space, Whole
+from tune.store import Trial
 
+# Dark where mAP is high: the best stand out on white paper.
+COLOURS: Colormap = LinearSegmentedColormap.from_list(
+    "score", ["#d3dfe8", "#a9cbd2", "#6fb0b5", "#2f7f98", "#1d4e7f", "#17264d"]
+)
+NAMES = {
+    "regularization.amplitude": "amplitude A",
+    "regularization.theta_lr_multiplier": "θ multiplier",
+    "regularization.saturation": "saturation c",
+    "optimizer.learning_rate": "learning rate",
+}
 _HALO = [withStroke(linewidth=3, foreground=style.PAPER)]
 
 
-def landscape(path: Path, drawn: Sequence[Mark], space: Space) -> None:
+def name(field: str) -> str:
+    """A field in words."""
+    return NAMES.get(field, field.rpartition(".")[2].replace("_", " "))
+
+
+def landscape(path: Path, trials: Sequence[Trial], base: TrainConfig, space: Space) -> bool:
     """Draw every adaptive trial at its learning rate and amplitude, coloured by its mAP.
 
     Args:
         path: the PNG file to write.
-        drawn: trials; what has no place in the picture is marked on the scale beside it.
-        space: gives the axes; two other dimensions are taken where these are not searched.
+        trials: all trials; a baseline without a place in the picture is marked on the scale.
+        base: the sweep's configuration.
+        space: gives the axes; two other ranges are taken where these are not searched.
+
+    Returns:
+        Whether it was drawn: it needs two ranges.
     """
-    axes_of = [field for field in (LEARNING_RATE, AMPLITUDE) if field in space]
-    axes_of += [f for f, d in space.items() if f not in axes_of and not isinstance(d, Choice)]
-    shown = [mark for mark in drawn if mark.mode == "adaptive"]
-    finished = [mark for mark in shown if mark.state == "finished"]
-    counts = [
-        style.count(len(finished), "adaptive trial") + " trained to the end",
-        f"{sum(m.state == 'stopped' for m in shown)} stopped early",
-        f"{sum(m.state == 'failed' for m in shown)} failed",
-    ]
-    if len(axes_of) < 2:
-        figure = style.new_figure(8.4, 6, "mAP over what was searched", ", ".join(counts))
-        style.blank(figure.subplots(), "one dimension was searched: see its own picture")
-        style.save(figure, path)
-        return
-    across, up = axes_of[:2]
-    title = f"mAP over {name(up)} and {name(across)}"
-    figure = style.new_figure(8.4, 6, title, ", ".join(counts))
+    ranges = {field: d for field, d in space.items() if not isinstance(d, Choice)}
+    wanted = [field for field in (LEARNING_RATE, AMPLITUDE) if field in ranges]
+    wanted += [field for field in ranges if field not in wanted]
+    if len(wanted) < 2:
+        return False
+    across, up = wanted[:2]
+    searched = [trial for trial in trials if trial.repeats is None]
+    configs = {trial.number: trial.config(base) for trial in searched}
+    shown = [t for t in searched if configs[t.number].regularization.mode == "adaptive"]
+    finished = [trial for trial in searched if trial.state == "finished"]
+    states = [trial.state for trial in shown]
+    note = (
+        f"{style.count(states.count('finished'), 'adaptive trial')} trained to the end, "
+        f"{states.count('stopped')} stopped early, {states.count('failed')} failed"
+    )
+    figure = style.new_figure(8.4, 6, f"mAP over {name(up)} and {name(across)}", note)
     axes = figure.subplots()
     style.panel(axes, "", x=name(across), y=name(up))
     axes.grid(axis="both", color=style.GRID, linewidth=0.8)
     axes.spines["bottom"].set_visible(False)
-    placed = [m for m in shown if all(inside(space[f], m.values[f]) for f in (across, up))]
-    norm = scale(drawn)
-    where = {
-        id(mark): (
-            position(space[across], mark.values[across]),
-            position(space[up], mark.values[up]),
-        )
-        for mark in placed
-    }
-    for mark in sorted(placed, key=lambda m: (m.state == "finished", m.score)):
-        x, y = where[id(mark)]
-        if mark.state == "finished":
-            colour = COLOURS(norm(100 * mark.score))
-            axes.scatter(
-                x, y, s=130, color=[colour], edgecolor=style.PAPER, linewidth=1.2, zorder=4
-            )
-        elif mark.state == "stopped":
-            axes.scatter(
-                x, y, s=38, facecolor=style.PAPER, edgecolor=style.FAINT, linewidth=1.2, zorder=3
-            )
-        else:
-            axes.scatter(x, y, s=38, marker="x", color=style.RED, linewidth=1.4, zorder=3)
-    fit_axis(axes, "x", space[across])
-    fit_axis(axes, "y", space[up])
-    best = max((m for m in placed if m.state == "finished"), key=lambda m: m.score, default=None)
+    scores = [100 * trial.score for trial in finished] or [0.0, 100.0]
+    room = max(0.0, 0.2 - (max(scores) - min(scores))) / 2
+    norm = Normalize(min(scores) - room, max(scores) + room)
+    places: dict[int, tuple[float, float]] = {}
+    for trial in shown:
+        values: dict[str, Any] = configs[trial.number].flat()
+        if all(ranges[field].low <= values[field] <= ranges[field].high for field in (across, up)):
+            at = [_position(ranges[field], values[field]) for field in (across, up)]
+            places[trial.number] = at[0], at[1]
+    for trial in shown:
+        if trial.number in places:
+            _dot(axes, *places[trial.number], trial, norm)
+    _fit(axes.xaxis, ranges[across])
+    _fit(axes.yaxis, ranges[up])
+    placed = [trial for trial in finished if trial.number in places]
+    best = max(placed, key=lambda t: t.score, default=None)
     if best is not None:
-        _point_out(axes, *where[id(best)], f"best {100 * best.score:.1f}%", style.INK, 1)
-    for mark in placed:
-        if mark.label and mark is not best:
-            text = f"{mark.label} {100 * mark.score:.1f}%"
-            _point_out(axes, *where[id(mark)], text, style.ORANGE, -1)
-    references = [m for m in drawn if m.state == "finished" and m.label and m not in placed]
-    colour_bar(figure, axes, norm, references)
-    legend = "Large dots: trained to the end. Rings: stopped early."
-    if any(m.state == "failed" for m in placed):
-        legend += " Crosses: failed."
+        _point_out(axes, *places[best.number], f"best {100 * best.score:.1f}%", style.INK, 1)
+    for trial in placed:
+        if trial.label and trial is not best:
+            text = f"{trial.label} {100 * trial.score:.1f}%"
+            _point_out(axes, *places[trial.number], text, style.ORANGE, -1)
+    _colour_bar(figure, axes, norm, [t for t in finished if t.label and t.number not in places])
+    legend = "Large dots: trained to the end. Rings: stopped early. Crosses: failed."
     figure.supxlabel(legend, x=0.014, ha="left", size=style.SMALL, color=style.MUTED)
     style.save(figure, path)
+    return True
+
+
+def _dot(axes: Axes, x: float, y: float, trial: Trial, norm: Normalize) -> None:
+    if trial.state == "finished":
+        colour = COLOURS(norm(100 * trial.score))
+        # The best on top.
+        axes.scatter(*(x, y), s=130, color=[colour], edgecolor=style.PAPER, zorder=4 + trial.score)
+    elif trial.state == "stopped":
+        axes.scatter(x, y, s=38, facecolor=style.PAPER, edgecolor=style.FAINT, zorder=3)
+    else:
+        axes.scatter(x, y, s=38, marker="x", color=style.RED, zorder=3)
 
 
 def _point_out(axes: Axes, x: float, y: float, text: str, colour: str, side: int) -> None:
@@ -100,3 +126,48 @@ def _point_out(axes: Axes, x: float, y: float, text: str, colour: str, side: int
         zorder=6,
         path_effects=_HALO,
     )
+
+
+def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, baselines: Sequence[Trial]) -> None:
+    """A bar of mAP beside the axes, with the baselines' scores marked on it."""
+    beside = axes.inset_axes((1.035, 0, 0.03, 1))
+    bar = figure.colorbar(ScalarMappable(norm, COLOURS), cax=beside)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.locator = MaxNLocator(6, steps=style.ROUND)
+    bar.formatter = FuncFormatter(style.plain)
+    bar.update_ticks()
+    beside.tick_params(length=0, labelsize=style.SMALL, labelcolor=style.MUTED)
+    beside.set_title("mAP (%)", loc="left", size=style.TEXT, color=style.MUTED, pad=8)
+    heights = [float(norm(100 * trial.score)) for trial in baselines]
+    line = {"transform": axes.transAxes, "color": style.ORANGE, "clip_on": False}
+    for trial, height, place in zip(
+        baselines, heights, style.spread(heights, 0.05, 0, 1), strict=True
+    ):
+        axes.plot([1.035, 1.065], [height, height], linewidth=1.6, **line)
+        axes.plot([1.12, 1.135, 1.15], [height, place, place], linewidth=0.8, **line)
+        text = {"transform": axes.transAxes, "color": style.ORANGE, "va": "center"}
+        axes.text(1.155, place, trial.label, size=style.SMALL, **text)
+
+
+def _position(dimension: Real | Whole, value: float) -> float:
+    """A value on a linear axis: its logarithm where the range is logarithmic."""
+    return float(np.log10(value)) if isinstance(dimension, Real) and dimension.log else float(value)
+
+
+def _fit(axis: Axis, dimension: Real | Whole) -> None:
+    """Limits and ticks of an axis on which `_position` gives the places."""
+    low, high = dimension.low, dimension.high
+    ends = _position(dimension, low), _position(dimension, high)
+    margin = 0.04 * (ends[1] - ends[0])
+    axis.set_view_interval(ends[0] - margin, ends[1] + margin, ignore=True)
+    if isinstance(dimension, Real) and dimension.log:
+        subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0, 3.0) if high / low < 1000 else (1.0,)
+        found = LogLocator(subs=subs, numticks=20).tick_values(low, high)
+    else:
+        whole = isinstance(dimension, Whole)
+        found = MaxNLocator(5, steps=style.ROUND, integer=whole).tick_values(low, high)
+    slack = 1e-9 * abs(high)
+    kept = [float(value) for value in found if low - slack <= value <= high + slack]
+    axis.set_major_locator(FixedLocator([_position(dimension, value) for value in kept]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_ticklabels([style.number(value) for value in kept])

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import io
 import shlex
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import ray.exceptions
 import tyro
 from matplotlib.image import imread
 from rich.console import Console
@@ -17,8 +22,8 @@ from reid_train.cli import Train
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
 from reid_train.training.history import History
-from tune import plots as pictures
-from tune.console import Clock, describe, summary, table
+from tune import plots
+from tune.console import Paces, describe, ending, summary, table, watch
 from tune.results import command, held, markdown, ranking, survivors, verdict
 from tune.space import AMPLITUDE, MODE, THETA_MULTIPLIER, Point, build, default, draw, first_points
 from tune.store import HELD, Trial
@@ -79,13 +84,32 @@ def test_survivors_are_the_best_and_one_of_each_yardstick():
     assert [t.number for t in survivors(swept(), BASE, 3)] == [5, 6, 0, 2, 4]
 
 
+def searched_more() -> list[Trial]:
+    """A sweep in which enough is searched to name a best."""
+    return [*swept(), trained(7, 0.58, {AMPLITUDE: 0.03}), trained(8, 0.57, {AMPLITUDE: 0.04})]
+
+
 def test_without_repeats_the_verdict_says_that_nothing_is_known_of_the_spread():
-    said = verdict(ranking(swept(), BASE))
-    assert len(said) == 3
-    assert "the paper's setting (trial-000, 60.0): +4.0" in said[0]
-    assert "constant L2 (trial-002, 59.0): +5.0" in said[1]
-    assert "no L2 (trial-004, 50.0): +14.0" in said[2]
-    assert all("says nothing of the spread" in line for line in said)
+    lines = verdict(ranking(searched_more(), BASE))
+    assert len(lines) == 3
+    best = "The best adaptive configuration (trial-005, mAP 64.0) against"
+    assert lines[0].startswith(f"{best} the paper's setting (trial-000, 60.0): +4.0")
+    assert "constant L2 (trial-002, 59.0): +5.0" in lines[1]
+    assert "no L2 (trial-004, 50.0): +14.0" in lines[2]
+    assert all("shows nothing of the spread" in line for line in lines)
+
+
+def test_of_few_searched_configurations_none_is_called_the_best():
+    lines = verdict(ranking(swept(), BASE))
+    assert lines[0].startswith("Only 2 searched configurations ended: too few to call one the best")
+    assert lines[1].startswith("The highest of few (trial-005, mAP 64.0) against the paper's")
+
+
+def test_a_tie_is_called_a_tie():
+    trials = [*searched_more(), trained(9, 0.6401, {AMPLITUDE: 0.001})]
+    lines = verdict(ranking(trials, BASE))
+    assert lines[0] == "2 adaptive configurations are tied at 64.0: trial-009, trial-005."
+    assert lines[1].startswith("The first of the tied (trial-009, mAP 64.0) against the paper's")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +146,7 @@ def test_the_best_adaptive_configuration_is_compared_with_itself_with_no_factor_
 
 
 def test_a_sweep_without_baselines_has_no_verdict():
-    assert verdict(ranking([trained(0, 0.5)], BASE)) == ["There is no baseline to compare with."]
+    assert verdict(ranking([trained(0, 0.5)], BASE))[-1] == "There is no baseline to compare with."
     assert "No adaptive" in verdict(ranking([trained(0, 0.5, {MODE: "none"})], BASE))[0]
 
 
@@ -156,27 +180,67 @@ def test_tables_name_every_trial():
     assert "failed: the loss is not finite" in text
 
 
+def progress(epoch: int, step: int) -> dict[str, float]:
+    return {"epoch": epoch, "epochs": 4, "step": step, "steps": 10, "images_per_second": 123.0}
+
+
 def test_the_live_table_shows_speed_and_time_left():
-    states = {
-        0: {"epoch": 0, "epochs": 4, "step": 5, "steps": 10, "time": 100.0},
-        1: {"epoch": 1, "epochs": 4, "step": 0, "steps": 10, "time": 100.0},
-    }
-    clock = Clock()
-    clock.look(states)
-    assert clock.left(0, states[0]) is None
-    later = {0: states[0] | {"step": 10, "time": 110.0}, 1: states[1]}
-    clock.look(later)
-    assert clock.left(0, later[0]) == pytest.approx(60.0)
-    running = Trial(0, {AMPLITUDE: 0.01}, state="running", images_per_second=123.0)
-    done = trained(1, 0.5)
+    running = Trial(0, {AMPLITUDE: 0.01}, state="running")
+    trials, paces = [running, trained(1, 0.5)], Paces()
+    paces.update(trials, {"trial-000": progress(0, 5)}, now=100.0)
+    assert paces.left(0) is None
+    paces.update(trials, {"trial-000": progress(0, 10)}, now=110.0)
+    assert paces.left(0) == pytest.approx(60.0)
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(table([running, done], later, clock))
+    console.print(table(trials, paces))
     text = console.export_text()
     assert "123" in text
     assert "0:01:00" in text
     assert "50.0" in text
-    line = summary([running, done], later, clock, total=4, slots=2)
-    assert line.startswith("2 of 4 trials: 1 running, 1 finished; best mAP 50.0 (trial-001)")
+
+
+def test_the_summary_estimates_the_time_left_before_a_trial_has_ended():
+    trials, paces = [Trial(0, {}, state="running")], Paces()
+    assert summary(trials, paces, 4, 1) == "1 of 4 trials: 1 running; ? left"
+    for step, now in ((5, 100.0), (10, 110.0)):
+        paces.update(trials, {"trial-000": progress(0, step)}, now)
+    # 60 s of this one, and three of 80 s.
+    assert summary(trials, paces, 4, 1) == "1 of 4 trials: 1 running; 0:05:00 left"
+    assert summary(trials, paces, 4, 2).endswith("0:02:30 left")
+    assert summary(trials, paces, 4, 9).endswith("0:01:00 left")
+
+
+def test_the_summary_counts_trials_and_names_the_best():
+    trials = [trained(0, 0.5), Trial(1, {}, state="failed", reason="x"), Trial(2, {})]
+    line = summary(trials, Paces(), total=4, slots=2)
+    assert line.startswith("3 of 4 trials: 1 finished, 1 failed, best mAP 50.0 (trial-000); ")
+
+
+def test_a_trial_that_ended_is_printed_with_its_rank():
+    trials = [trained(0, 0.5, label="[b]paper[/b]"), trained(1, 0.7), trained(2, 0.6)]
+    assert ending(trials[2], trials) == "trial-002 finished, mAP 60.0, rank 2 of 3 (A 0.01)"
+    assert "rank 3 of 3 ([b]paper[/b])" in ending(trials[0], trials)
+    failed = Trial(3, {AMPLITUDE: 0.1}, state="failed", reason="the loss is not finite")
+    assert ending(failed, [*trials, failed]) == "trial-003 failed (A 0.1): the loss is not finite"
+
+
+class SlowBoard:
+    """A board that does not answer in time, as while many processes start."""
+
+    class states:
+        @staticmethod
+        def remote():
+            raise ray.exceptions.GetTimeoutError
+
+
+def test_each_trial_that_ends_has_a_line_in_a_log_though_the_board_is_slow():
+    sweep: Any = SimpleNamespace(lock=threading.Lock(), trials=[Trial(0, {}, state="running")])
+    text = io.StringIO()
+    with watch(sweep, SlowBoard, Console(file=text, width=60), 2, 1):
+        time.sleep(1.2)
+        sweep.trials = [trained(0, 0.5, label="paper")]
+    assert "trial-000 finished, mAP 50.0, rank 1 of 1 (paper); 1 of 2 trials: " in text.getvalue()
+    assert text.getvalue().count("trial-000 finished") == 1
 
 
 def test_settings_are_described_shortly():
@@ -204,9 +268,12 @@ def test_a_sweep_of_any_size_is_drawn(tmp_path: Path, count: int):
         trials[-1].state, trials[-1].reason = "stopped", "behind others"
         trials[-2].state, trials[-2].reason = "failed", "the loss is not finite"
     out = tmp_path / "report"
-    pictures.draw(out, trials, ranking(trials, base), base, space, storage)
-    names = {"landscape", "parallel", "importance", "timeline", "factors"}
-    assert {path.stem for path in out.iterdir()} == names
+    missing = plots.draw(out, trials, ranking(trials, base), base, space, storage)
+    names = {"landscape", "parallel", "slice", "importance", "timeline", "factors"}
+    drawn = {path.stem for path in out.iterdir()}
+    assert drawn >= {"landscape", "timeline"}
+    assert drawn == names if count else drawn < names
+    assert {name for name in names if f"{name}.png" in " ".join(missing)} == names - drawn
     for path in out.iterdir():
         height, width, _ = imread(path).shape
         assert width > 900

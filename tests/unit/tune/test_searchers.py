@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from data_shards.errors import ConfigError
 from reid_train.recipes import recipe
 from tune.config import Sweep
 from tune.population import Population
-from tune.searchers import Chance, Grid, Proposer, Tpe
+from tune.searchers import GridSearcher, OptunaSearcher, Searcher
 from tune.space import AMPLITUDE, LEARNING_RATE, MODE, Choice, Real, Space, coordinates
 from tune.store import Trial
 
@@ -19,7 +20,7 @@ SPACE: Space = {AMPLITUDE: Real(1e-4, 1e-2, log=True), "batch.images": Choice((2
 FIRST = [Trial(0, {MODE: "adaptive", AMPLITUDE: 0.01, "batch.images": 4}, "paper")]
 
 
-def proposed(proposer: Proposer, trials: list[Trial]) -> list[Trial]:
+def proposed(proposer: Searcher, trials: list[Trial]) -> list[Trial]:
     """The trials and all that follow, each ended as it is proposed."""
     trials = list(trials)
     while trial := proposer.propose(trials):
@@ -34,31 +35,31 @@ def points(trials: list[Trial]) -> list[tuple]:
 
 
 def test_a_grid_that_is_extended_misses_no_point_and_runs_none_twice():
-    small = proposed(Grid(Sweep(trials=5), SPACE, BASE, 1), FIRST)
+    small = proposed(GridSearcher(Sweep(trials=5), SPACE, BASE, 1), FIRST)
     assert len(points(small)) == 4
     repeat = replace(small[-1], number=len(small), repeats=1, seed=1)
-    large = proposed(Grid(Sweep(trials=7), SPACE, BASE, 1), [*small, repeat])
+    large = proposed(GridSearcher(Sweep(trials=7), SPACE, BASE, 1), [*small, repeat])
     found = points([t for t in large if t.repeats is None])
     assert sorted(found) == [(a, k) for a in (1e-4, 1e-3, 1e-2) for k in (2, 4)]
     assert [t.number for t in large] == list(range(len(large)))
 
 
 def test_a_grid_is_gone_through_by_a_new_driver_where_the_last_one_was():
-    whole = proposed(Grid(Sweep(trials=7), SPACE, BASE, 1), FIRST)
-    assert proposed(Grid(Sweep(trials=7), SPACE, BASE, 1), whole[:4]) == whole
+    whole = proposed(GridSearcher(Sweep(trials=7), SPACE, BASE, 1), FIRST)
+    assert proposed(GridSearcher(Sweep(trials=7), SPACE, BASE, 1), whole[:4]) == whole
 
 
-def of(name: str, space: Space, base=BASE) -> Proposer:
-    settings = Sweep(trials=9)
-    return {
-        "tpe": lambda: Tpe(settings, space, base),
-        "random": lambda: Chance(settings, space, base),
-        "grid": lambda: Grid(settings, space, base, 1),
-    }[name]()
+SEARCHERS = ["tpe", "gp", "random", "grid"]
+
+
+def of(name: str, space: Space, base=BASE) -> Searcher:
+    if name == "grid":
+        return GridSearcher(Sweep(trials=9), space, base, 1)
+    return OptunaSearcher(Sweep(trials=9, searcher=name), space, base)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["adaptive", "constant", "none"])
-@pytest.mark.parametrize("name", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("name", SEARCHERS)
 def test_searched_points_are_adaptive_whatever_the_base_is(name, mode):
     base = BASE.replace(regularization__mode=mode)
     trials = proposed(of(name, SPACE, base), FIRST)[1:]
@@ -66,13 +67,13 @@ def test_searched_points_are_adaptive_whatever_the_base_is(name, mode):
     assert {trial.config(base).regularization.mode for trial in trials} == {"adaptive"}
 
 
-@pytest.mark.parametrize("name", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("name", SEARCHERS)
 def test_a_mode_that_is_searched_is_left_as_it_is_drawn(name):
     trials = proposed(of(name, {MODE: Choice(("constant", "none"))}), FIRST)[1:]
     assert {trial.values[MODE] for trial in trials} == {"constant", "none"}
 
 
-@pytest.mark.parametrize("name", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("name", SEARCHERS)
 def test_no_point_leaves_its_range_when_it_is_rounded(name):
     space: Space = {LEARNING_RATE: Real(1.00006e-3, 1.00044e-3), "batch.images": Choice((2, 4))}
     trials = proposed(of(name, space), FIRST)[1:]
@@ -98,3 +99,28 @@ def test_tpe_leaves_the_values_of_a_list_as_they_are():
 def test_a_population_searches_nothing_that_a_copied_checkpoint_does_not_fit(name, dimension):
     with pytest.raises(ConfigError, match=f"population cannot search {name}"):
         Population(4, 2, SPACE | {name: dimension}, BASE, 0)
+
+
+def test_cma_es_searches_numbers_only():
+    numbers: Space = {AMPLITUDE: Real(1e-4, 1e-2, log=True), LEARNING_RATE: Real(1e-4, 1e-3)}
+    trials = proposed(of("cmaes", numbers), FIRST)[1:]
+    assert len({trial.values[AMPLITUDE] for trial in trials}) == 8
+    for space in (SPACE, {AMPLITUDE: Real(1e-4, 1e-2)}):
+        with pytest.raises(ConfigError, match="two or more ranges of numbers"):
+            of("cmaes", space)
+
+
+@pytest.mark.parametrize(("name", "count"), [("tpe", 50), ("gp", 20), ("cmaes", 50)])
+def test_a_searcher_looks_where_it_was_good(name, count):
+    space: Space = {AMPLITUDE: Real(1e-4, 1, log=True), LEARNING_RATE: Real(1e-5, 1e-1, log=True)}
+    settings = Sweep(trials=count, searcher=name)
+    searcher, trials = OptunaSearcher(settings, space, BASE), []
+    while trial := searcher.propose(trials):
+        place = [np.log10(float(trial.values[n])) for n in (AMPLITUDE, LEARNING_RATE)]
+        score = 0.8 - 0.05 * ((place[0] + 3) ** 2 + (place[1] + 4) ** 2)
+        evaluations = [{"epoch": 8, "mAP": score}]
+        trials.append(replace(trial, state="finished", evaluations=evaluations))
+        searcher.learn(trials[-1])
+    scores = [trial.score for trial in trials]
+    quarter = count // 4
+    assert np.mean(scores[-quarter:]) > np.mean(scores[:quarter]) + 0.03

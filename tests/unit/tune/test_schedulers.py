@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
+from ray.tune.experiment import Trial as RayTrial
 
 from reid_train.recipes import recipe
-from tune.asha import Halving
 from tune.config import Sweep
-from tune.patience import first_decision
+from tune.plan import make_plan
 from tune.population import Population
+from tune.schedulers import EarlyStopping, first_decision
 from tune.space import AMPLITUDE, Real
-from tune.store import Trial
-from tune.sweep import _first
 
 PAPER = recipe("msmt17_resnet50").replace(data="d", output="o")
 SHORT = {"optimizer__schedule": "cosine", "optimizer__frozen_epochs": 0, "optimizer__epochs": 8}
@@ -36,27 +36,29 @@ def test_the_first_decision_lies_after_the_frozen_backbone_and_the_warm_up(chang
     assert first_decision(PAPER.replace(**changes), 3) == expected
 
 
-def halving_of(**changes) -> list[int]:
+def stopped_at(**changes) -> list[int]:
     """Epochs at which a trial is stopped that is far behind from the start."""
     config = PAPER.replace(**changes)
-    stopped_at = []
+    found = []
     for epoch in range(10, config.total_epochs, 10):
-        halving = Halving(Sweep(), config, [])
-        results = [
-            halving.stops(Trial(number, {}), {"epoch": epoch, "mAP": 0.9 - number / 10})
-            for number in range(4)
-        ]
+        stopping = EarlyStopping(Sweep(), config, [])
+        controller: Any = object()
+        results = []
+        for number in range(4):
+            stopping.add(controller, number, RayTrial("trained", stub=True))
+            evaluation = {"epoch": epoch, "mAP": 0.9 - number / 10}
+            results.append(stopping.lags(controller, number, evaluation))
         if any(results):
-            stopped_at.append(epoch)
-    return stopped_at
+            found.append(epoch)
+    return found
 
 
-def test_halving_stops_nothing_while_the_backbone_is_frozen_or_warms_up():
-    assert halving_of()[0] == 40
+def test_asha_stops_nothing_while_the_backbone_is_frozen_or_warms_up():
+    assert stopped_at()[0] == 40
 
 
-def test_halving_of_a_run_that_ends_with_the_frozen_phase_stops_nothing():
-    assert halving_of(optimizer__epochs=5) == []
+def test_asha_in_a_run_that_ends_with_the_frozen_phase_stops_nothing():
+    assert stopped_at(optimizer__epochs=5) == []
 
 
 @pytest.mark.parametrize(("interval", "rounds"), [(10, [40, 50]), (60, [60, 120])])
@@ -71,6 +73,6 @@ def test_a_population_exchanges_nothing_before_the_first_decision(interval, roun
 @pytest.mark.parametrize(("grace", "warns"), [(10, True), (15, True), (20, True), (21, False)])
 def test_a_grace_within_the_frozen_phase_is_warned_of(grace, warns, caplog):
     with caplog.at_level(logging.WARNING):
-        _first(Sweep(grace=grace), PAPER)
+        make_plan(Sweep(grace=grace), PAPER)
     assert ("--grace" in caplog.text) == warns
     assert not warns or "the backbone is frozen" in caplog.text

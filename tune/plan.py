@@ -1,0 +1,93 @@
+"""A sweep's settings, checked against each other, before anything is opened or started."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from data_shards.errors import ConfigError
+from reid_train.config import TrainConfig
+from tune.config import Sweep, default_name
+from tune.population import Population
+from tune.schedulers import STOPPING, decides_while_frozen
+from tune.searchers import GridSearcher, OptunaSearcher, Searcher
+from tune.space import Point, Space, build, default, first_points
+from tune.store import Trial
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep will do.
+
+    Attributes:
+        settings: with the ranges that are searched.
+        config: what every trial starts from; `name` is the sweep's.
+        space: the ranges, read.
+        first: trials of the first points: the paper's configuration and the baselines.
+        searcher: proposes the other trials.
+    """
+
+    settings: Sweep
+    config: TrainConfig
+    space: Space
+    first: list[Trial]
+    searcher: Searcher
+
+    @property
+    def searched(self) -> int:
+        """Trials that the searcher proposes."""
+        return self.settings.trials - len(self.first)
+
+
+def make_plan(settings: Sweep, config: TrainConfig) -> Plan:
+    """Check a sweep's settings.
+
+    Args:
+        settings: how to search.
+        config: what every trial starts from; without a name it gets one from the settings.
+
+    Raises:
+        ConfigError: they do not fit each other.
+    """
+    ranges = settings.ranges or default(config)
+    settings = Sweep.model_validate(settings.model_dump() | {"ranges": ranges})
+    config = config.replace(name=config.name or default_name(settings, config))
+    space = build(ranges, config)
+    points = first_points(config, settings.constant_factors)
+    _check(settings, config, points)
+    first = [Trial(i, p.values, p.label, config.seed) for i, p in enumerate(points)]
+    return Plan(settings, config, space, first, _searcher(settings, space, config, len(first)))
+
+
+def _check(settings: Sweep, config: TrainConfig, points: list[Point]) -> None:
+    if settings.trials <= len(points):
+        raise ConfigError(
+            f"--trials {settings.trials} leaves nothing to search: the first {len(points)} are "
+            "the paper's configuration and the baselines; give more (or fewer --constant-factors)"
+        )
+    every = config.evaluation.every
+    if settings.interval is not None and settings.interval % every:
+        raise ConfigError(f"--interval must be a multiple of --evaluation.every, {every}")
+    if settings.scheduler == "population" and settings.seeds > 1:
+        raise ConfigError(
+            "--seeds repeats fixed configurations, and a population changes them while it trains"
+        )
+    grace = settings.grace if settings.scheduler in STOPPING else None
+    if grace is not None and decides_while_frozen(grace, config):
+        logger.warning(
+            "--grace %d stops trials while the backbone is frozen (%d epochs), by an mAP that "
+            "hardly depends on what is searched: leave it out, or give a larger one",
+            grace,
+            config.optimizer.frozen_epochs,
+        )
+
+
+def _searcher(settings: Sweep, space: Space, config: TrainConfig, first: int) -> Searcher:
+    if settings.scheduler == "population":
+        interval = settings.interval or config.evaluation.every
+        return Population(settings.trials - first, interval, space, config, first)
+    if settings.searcher == "grid":
+        return GridSearcher(settings, space, config, first)
+    return OptunaSearcher(settings, space, config)

@@ -1,0 +1,141 @@
+"""Optuna's pictures of a sweep, in the look of a run's report."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import optuna
+from matplotlib.figure import Figure
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from reid_train.config import TrainConfig
+from reid_train.report import style
+from tune.plots.landscape import COLOURS, name
+from tune.searchers import as_optuna, new_study
+from tune.space import Space
+from tune.store import ENDED, Trial
+
+_STATES = {
+    "finished": TrialState.COMPLETE,
+    "stopped": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+LEAST = 4
+"""Different results that fANOVA needs."""
+
+
+def optuna_plots(
+    folder: Path, trials: Sequence[Trial], base: TrainConfig, space: Space
+) -> list[str]:
+    """Draw importance, slices, parallel coordinates and the timeline.
+
+    Args:
+        folder: where the PNG files go.
+        trials: all trials.
+        base: the sweep's configuration.
+        space: what was searched.
+
+    Returns:
+        A sentence for each picture that has too little to show.
+    """
+    from optuna.visualization import matplotlib as draw
+
+    finished = _study([_named(t, base, space) for t in trials if t.state == "finished"])
+    scores = {trial.value for trial in finished.trials}
+    ended = _study([_timed(trial) for trial in trials if trial.state in ENDED])
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    missing = []
+    if len(scores) < LEAST:
+        missing.append(f"No importance.png: it needs {LEAST} finished trials that differ in mAP.")
+    else:
+        _save(
+            folder / "importance.png",
+            lambda: draw.plot_param_importances(finished, evaluator=evaluator),
+            f"Share of each setting in the variance of mAP ({len(finished.trials)} trials)",
+        )
+    if len(scores) < 2:
+        missing.append("No slice.png and parallel.png: fewer than two trials differ in mAP.")
+    else:
+        _save(
+            folder / "slice.png",
+            lambda: draw.plot_slice(finished, target_name="mAP (%)"),
+            "mAP over each setting",
+            width=3.2 * len(space),
+        )
+        _save(
+            folder / "parallel.png",
+            lambda: draw.plot_parallel_coordinate(finished, target_name="mAP (%)"),
+            "From settings to mAP",
+        )
+    _save(folder / "timeline.png", lambda: draw.plot_timeline(ended), "When each trial was trained")
+    return missing
+
+
+def _study(trials: Sequence[FrozenTrial | None]) -> optuna.Study:
+    study = new_study()
+    study.add_trials([trial for trial in trials if trial is not None])
+    return study
+
+
+def _named(trial: Trial, base: TrainConfig, space: Space) -> FrozenTrial | None:
+    """A trial with its settings named in words and its mAP in percent."""
+    made = None if trial.repeats is not None else as_optuna(trial, space, base)
+    if made is not None:
+        params, distributions = made.params, made.distributions
+        made.params = {name(field): value for field, value in params.items()}
+        made.distributions = {name(field): kind for field, kind in distributions.items()}
+        made.value = 100 * trial.score
+    return made
+
+
+def _timed(trial: Trial) -> FrozenTrial:
+    """A trial with its times; its place among all is its number."""
+    score = None if trial.state == "failed" else trial.score
+    made = create_trial(state=_STATES[trial.state], value=score)
+    made.datetime_start = datetime.fromtimestamp(trial.began or trial.ended)
+    made.datetime_complete = datetime.fromtimestamp(trial.ended)
+    return made
+
+
+def _save(path: Path, draw: Callable[[], Any], title: str, width: float = 9) -> None:
+    """Draw with Optuna, whose pictures come from pyplot, and give them the report's look."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are experimental
+        drawn = draw()  # axes, or an array of them
+        figure: Figure = getattr(drawn, "flat", [drawn])[0].figure
+        figure.set_size_inches(max(width, 7), 4.6)
+        figure.suptitle("")
+        _restyle(figure)
+        figure.text(0.02, 1.02, title, size=style.TITLE, weight="bold", color=style.INK)
+        figure.savefig(path, dpi=style.DPI, bbox_inches="tight", metadata={"Software": None})
+        pyplot.close(figure)
+
+
+def _restyle(figure: Figure) -> None:
+    figure.set_facecolor(style.PAPER)
+    for axes in figure.axes:
+        axes.set_facecolor(style.PAPER)
+        for side in ("left", "center"):
+            axes.set_title("", loc=side)
+        axes.grid(color=style.GRID, linewidth=0.8)
+        axes.tick_params(
+            which="both", labelsize=style.TEXT, labelcolor=style.INK, color=style.FAINT
+        )
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set(size=style.TEXT, color=style.MUTED)
+        for collection in axes.collections:
+            if collection.get_array() is not None:
+                collection.set_cmap(COLOURS)
+        if (legend := axes.get_legend()) is not None:
+            words = {state.name: word for word, state in _STATES.items()}
+            for text in legend.get_texts():
+                text.set(text=words.get(text.get_text(), ""), size=style.TEXT)
+            legend.set_visible(any(text.get_text() for text in legend.get_texts()))
