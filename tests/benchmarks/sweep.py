@@ -47,11 +47,11 @@ def one_by_one(config: TrainConfig, count: int) -> float:
 
 def swept(config: TrainConfig, count: int, at_a_time: int) -> float:
     """Seconds of the same trainings in a sweep."""
-    study = Controller(Store(open_storage(config.output)), config, trials(count), ListedTrials())
+    controller = Controller(Store(open_storage(config.output)), config, trials(count), ListedTrials())
     start = time.perf_counter()
-    runner.run(study, Board.remote(), at_a_time)  # type: ignore[attr-defined]
+    runner.run(controller, Board.remote(), at_a_time)  # type: ignore[attr-defined]
     seconds = time.perf_counter() - start
-    failed = [trial.reason for trial in study.trials if trial.state != "finished"]
+    failed = [trial.reason for trial in controller.trials if trial.state != "finished"]
     if failed:
         raise SystemExit(f"not all trials finished: {failed}")
     return seconds

@@ -255,7 +255,7 @@ SETTINGS = Sweep(
     constant_factors=(),
     ranges={AMPLITUDE: "loguniform(1e-4, 5e-2)", LEARNING_RATE: "choice(0.0005, 1e30)"},
 )
-SEED = 3
+SEED = 0
 """With it the first trial that is drawn has the learning rate which diverges, the next has not."""
 DRIVER = """
 import sys
@@ -393,7 +393,8 @@ def test_mlflow_has_a_parent_with_pictures_and_a_child_a_trial(survived: Survive
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["best"] in {t.name for t in survived.outcome.trials}
     names = {Path(item.path).stem for item in client.list_artifacts(parent_id, "report")}
-    assert {"landscape", "parallel", "importance", "factors", "timeline", "ranking"} <= names
+    # Two adaptive trials came to their end: too few for a picture of importance.
+    assert {"landscape", "parallel", "slice", "factors", "timeline", "ranking"} <= names
     children = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent_id}'"
     )
