@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
@@ -11,6 +12,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallback
 
 from data_shards.dataset import Dataset
+from data_shards.progress import silent
 from reid_train.config import TrainConfig
 from reid_train.runs.ray_trainer import explained, make_trainer
 from reid_train.training.context import UNMEASURED
@@ -31,7 +33,7 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
         config,
         Dataset.open(config.data),
         task["run_id"],
-        board=_TrialBoard(board, config.name or ""),
+        board=_trial_board(board, config.name or ""),
         callbacks=[_Report()],
         start=task["start"],
         until=task["until"],
@@ -66,16 +68,9 @@ def _evaluation(metrics: dict[str, Any], path: str) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _TrialBoard:
+def _trial_board(board: Any, trial: str) -> Any:
     """The sweep's board as a run uses its own: states are shown under the trial's name."""
-
-    board: Any
-    trial: str
-
-    @property
-    def show(self) -> _TrialBoard:
-        return self
-
-    def remote(self, state: dict[str, object]) -> None:
-        self.board.show.remote(state, self.trial)
+    return SimpleNamespace(
+        show=SimpleNamespace(remote=partial(board.show.remote, trial=trial)),
+        progress=SimpleNamespace(remote=silent),
+    )
