@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from tune.searchers import Searcher
-from tune.store import ENDED, State, Store, Trial, begin, end
+from tune.store import ENDED, State, Store, Trial
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class Controller:
             except ConfigError as error:
                 self._end(trial, "failed", str(error))
                 continue
-            begin(trial)
+            trial.state, trial.reason = "running", ""
+            trial.began = trial.began or time.time()
             self.on_begin(trial)
             self.store.save(trial)
             return trial
@@ -137,7 +139,7 @@ class Controller:
         self._queue.append(trial)
 
     def _end(self, trial: Trial, state: State, reason: str = "") -> None:
-        end(trial, state, reason)
+        trial.state, trial.reason, trial.ended = state, reason, time.time()
         # Before it is written: after a kill in between, the trial is running and ends again.
         self.on_end(trial)
         self.store.save(trial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from data_shards.errors import ConfigError
@@ -11,7 +12,7 @@ from tune.config import Sweep, default_name
 from tune.population import Population
 from tune.schedulers import STOPPING, decides_while_frozen
 from tune.searchers import GridSearcher, OptunaSearcher, Searcher
-from tune.space import Point, Space, build, default, first_points
+from tune.space import Space, build, default, first_points
 from tune.store import Trial
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,11 @@ def make_plan(settings: Sweep, config: TrainConfig) -> Plan:
     space = build(ranges, config)
     points = first_points(config, settings.constant_factors)
     _check(settings, config, points)
-    first = [Trial(i, p.values, p.label, config.seed) for i, p in enumerate(points)]
+    first = [Trial(i, v, label, config.seed) for i, (label, v) in enumerate(points.items())]
     return Plan(settings, config, space, first, _searcher(settings, space, config, len(first)))
 
 
-def _check(settings: Sweep, config: TrainConfig, points: list[Point]) -> None:
+def _check(settings: Sweep, config: TrainConfig, points: Collection[str]) -> None:
     if settings.trials <= len(points):
         raise ConfigError(
             f"--trials {settings.trials} leaves nothing to search: the first {len(points)} are "

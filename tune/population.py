@@ -17,6 +17,7 @@ import numpy as np
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from tune.schedulers import first_decision
+from tune.searchers import Searcher
 from tune.space import MODE, Choice, Dimension, Real, Space, Value, Whole, draw
 from tune.store import Trial
 
@@ -31,7 +32,7 @@ UNFIT = ("model.", "optimizer.epochs", "optimizer.frozen_epochs", MODE)
 """Fields, or sections, in which members must not differ: a copied checkpoint would not fit."""
 
 
-class Population:
+class Population(Searcher):
     """Proposes the members of a population, and their next parts round by round.
 
     Raises:
@@ -49,13 +50,9 @@ class Population:
         self._first = first
         self._start = first_decision(base, ROUNDS)
 
-    def members(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Trials that belong to the population: those after the first points."""
-        return [trial for trial in trials if trial.number >= self._first]
-
     def propose(self, trials: Sequence[Trial]) -> Trial | None:
         """A new member, or one whose next part can begin."""
-        members = self.members(trials)
+        members = list(trials[self._first :])
         if len(members) < self.size:
             number = self._first + len(members)
             rng = np.random.default_rng((self.base.seed, number))
@@ -72,11 +69,8 @@ class Population:
 
     def exhausted(self, trials: Sequence[Trial]) -> bool:
         """Whether every member has come to its end."""
-        members = self.members(trials)
+        members = list(trials[self._first :])
         return len(members) == self.size and all(m.state in ("finished", "failed") for m in members)
-
-    def learn(self, trial: Trial) -> None:
-        """Nothing is kept here: a round is decided from the trials themselves."""
 
     def _next_round(self, members: Sequence[Trial]) -> None:
         done = members[0].epoch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
@@ -20,36 +20,22 @@ if TYPE_CHECKING:
     import optuna
 
 
-class Searcher(Protocol):
-    """Says what to try; `Controller` says when."""
+class Searcher:
+    """Says what to try; `Controller` says when. This one tries nothing beyond what is queued."""
 
     def propose(self, trials: Sequence[Trial]) -> Trial | None:
         """The next trial to run; None if there is none now."""
-        ...
-
-    def exhausted(self, trials: Sequence[Trial]) -> bool:
-        """Whether there will be no more."""
-        ...
-
-    def learn(self, trial: Trial) -> None:
-        """Take an ended trial into account."""
-        ...
-
-
-class ListedTrials:
-    """Proposes nothing: only what is queued runs."""
-
-    def propose(self, trials: Sequence[Trial]) -> Trial | None:
         return None
 
     def exhausted(self, trials: Sequence[Trial]) -> bool:
+        """Whether there will be no more."""
         return True
 
     def learn(self, trial: Trial) -> None:
-        pass
+        """Take an ended trial into account."""
 
 
-class GridSearcher:
+class GridSearcher(Searcher):
     """Goes through the finest grid that the number of trials allows, after the first points.
 
     A sweep that is extended goes through the finer grid, except for the points that it has tried.
@@ -67,16 +53,13 @@ class GridSearcher:
     def exhausted(self, trials: Sequence[Trial]) -> bool:
         return not self._left(trials)
 
-    def learn(self, trial: Trial) -> None:
-        pass
-
     def _left(self, trials: Sequence[Trial]) -> list[dict[str, Value]]:
         """Points that no trial has; first points are not of the grid, as they differ elsewhere."""
         tried = [t.values for t in trials if not t.label and t.repeats is None]
         return [p for p in self._points if not any(p.items() <= values.items() for values in tried)]
 
 
-class OptunaSearcher:
+class OptunaSearcher(Searcher):
     """Asks a sampler of Optuna until the sweep has as many trials as it was given.
 
     Raises:

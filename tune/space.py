@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -109,20 +109,13 @@ def default(config: TrainConfig) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class Point:
-    """One configuration to try: what differs from the sweep's base, and what it is called."""
+def apply(values: Mapping[str, Value], config: TrainConfig) -> TrainConfig:
+    """A configuration with these values of its fields.
 
-    values: dict[str, Value] = field(default_factory=dict)
-    label: str = ""
-
-    def apply(self, config: TrainConfig) -> TrainConfig:
-        """The base configuration with these values.
-
-        Raises:
-            ConfigError: the configuration does not accept them.
-        """
-        return config.replace(**{k.replace(".", "__"): v for k, v in self.values.items()})
+    Raises:
+        ConfigError: it does not accept them.
+    """
+    return config.replace(**{name.replace(".", "__"): value for name, value in values.items()})
 
 
 def parse(text: str) -> Dimension:
@@ -180,7 +173,7 @@ def build(texts: Mapping[str, str], config: TrainConfig) -> Space:
     points += [{name: edge} for name, d in space.items() for edge in d.edges()]
     for point in points:
         try:
-            Point(point).apply(config)
+            apply(point, config)
         except ConfigError as error:
             tried = ", ".join(f"{name} = {value}" for name, value in point.items())
             hint = "; write integer(LOW, HIGH)" if "valid integer" in str(error) else ""
@@ -218,18 +211,18 @@ def read_file(text: str | bytes, where: str) -> dict[str, str]:
     return texts
 
 
-def first_points(config: TrainConfig, factors: Iterable[float]) -> list[Point]:
-    """The published regularizer, constant L2 with some factors, and none: the yardsticks.
+def first_points(config: TrainConfig, factors: Iterable[float]) -> dict[str, dict[str, Value]]:
+    """The published regularizer, constant L2 with some factors, and none, by label.
 
-    They differ from the base in the regularization alone, so the base's learning rate holds.
+    They differ from the base in the regularization only, so the base's learning rate holds.
     """
     base = config.flat()
     published = {f"regularization.{name}": v for name, v in _flat(PAPER.regularization).items()}
-    points = [Point({k: v for k, v in published.items() if base[k] != v or k == MODE}, "paper")]
+    points = {"paper": {k: v for k, v in published.items() if base[k] != v or k == MODE}}
     for factor in factors:
-        values: dict[str, Value] = {MODE: "constant", "regularization.factor": factor}
-        points.append(Point(values, f"constant {factor:g}"))
-    return [*points, Point({MODE: "none"}, "no L2")]
+        points[f"constant {factor:g}"] = {MODE: "constant", "regularization.factor": factor}
+    points["no L2"] = {MODE: "none"}
+    return points
 
 
 def draw(space: Space, rng: np.random.Generator) -> dict[str, Value]:

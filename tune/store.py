@@ -20,7 +20,7 @@ from data_shards.errors import ConfigError, ObjectExists
 from data_shards.storage import Storage, open_storage
 from reid_train.config import TrainConfig
 from tune.config import EXTENDABLE, NEUTRAL, Sweep
-from tune.space import Point, Value
+from tune.space import Value, apply
 
 State = Literal["queued", "running", "waiting", "finished", "stopped", "failed"]
 """`waiting`: between two parts of a population's training; `stopped`: by the scheduler."""
@@ -104,14 +104,14 @@ class Trial:
         Args:
             base: the sweep's, its output the sweep's folder.
         """
-        return Point(self.values).apply(base).replace(name=self.run_name, seed=self.seed)
+        return apply(self.values, base).replace(name=self.run_name, seed=self.seed)
 
     def best_config(self, base: TrainConfig) -> TrainConfig:
         """The configuration of the part that the best evaluation belongs to."""
         run = self.best["run"] if self.best else self.run_name
         part = int(run.removeprefix(self.name).lstrip("-") or 0)
         values = self.changes[part]["values"] if self.changes else self.values
-        return Point(values).apply(base).replace(name=run, seed=self.seed)
+        return apply(values, base).replace(name=run, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -177,17 +177,6 @@ class Store:
                 raise ConfigError(f"{self.storage.url}/{key} is damaged: {error}") from error
             found.append(trial)
         return sorted(found, key=lambda trial: trial.number)
-
-
-def begin(trial: Trial) -> None:
-    """A trial, or its next part, begins."""
-    trial.state, trial.reason = "running", ""
-    trial.began = trial.began or time.time()
-
-
-def end(trial: Trial, state: State, reason: str = "") -> None:
-    """A trial ends."""
-    trial.state, trial.reason, trial.ended = state, reason, time.time()
 
 
 def _same_population(before: dict, after: dict, where: str) -> None:

@@ -27,7 +27,7 @@ from tune.controller import Controller
 from tune.plan import Plan
 from tune.results import FEW, held, survivors
 from tune.schedulers import STOPPING, EarlyStopping
-from tune.searchers import ListedTrials, Searcher
+from tune.searchers import Searcher
 from tune.store import Store, Trial
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
         if settings.seeds > 1:
             for wanted in (_repeats, _held):
                 extra = wanted(trials, base, settings)
-                trials = search.run([*trials, *extra], ListedTrials(), len(trials) + len(extra))
+                trials = search.run([*trials, *extra], Searcher(), len(trials) + len(extra))
         outcome = conclude(config, base, plan.space, trials, dataset, store, parent)
     show(outcome, config, console)
     return outcome

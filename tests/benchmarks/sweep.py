@@ -24,7 +24,7 @@ from reid_train.runs.ray_trainer import make_trainer
 from reid_train.runs.run_dir import prepare
 from tune import runner
 from tune.controller import Controller
-from tune.searchers import ListedTrials
+from tune.searchers import Searcher
 from tune.store import Store, Trial
 
 AMPLITUDES = (5e-3, 1e-3, 1e-2, 2e-3, 2e-2, 5e-4)
@@ -47,7 +47,7 @@ def one_by_one(config: TrainConfig, count: int) -> float:
 
 def swept(config: TrainConfig, count: int, at_a_time: int) -> float:
     """Seconds of the same trainings in a sweep."""
-    controller = Controller(Store(open_storage(config.output)), config, trials(count), ListedTrials())
+    controller = Controller(Store(open_storage(config.output)), config, trials(count), Searcher())
     start = time.perf_counter()
     runner.run(controller, Board.remote(), at_a_time)  # type: ignore[attr-defined]
     seconds = time.perf_counter() - start

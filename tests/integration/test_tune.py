@@ -50,7 +50,7 @@ from tune.config import Sweep
 from tune.controller import Controller
 from tune.plan import make_plan
 from tune.population import Population
-from tune.searchers import ListedTrials
+from tune.searchers import Searcher
 from tune.space import AMPLITUDE, LEARNING_RATE
 from tune.space import build as build_space
 from tune.store import Store, Trial
@@ -430,7 +430,7 @@ def test_the_best_model_is_registered_once_and_is_the_champion(survived: Survive
 def test_a_trial_lost_too_often_is_given_up_with_the_reason(cluster, base, monkeypatch):
     monkeypatch.setattr(controllers, "RETRIES", 0)
     config = base.replace(output=f"{base.output}/lost", tracking__uri="off")
-    lost = Controller(Store(open_storage(config.output)), config, [Trial(0, {})], ListedTrials())
+    lost = Controller(Store(open_storage(config.output)), config, [Trial(0, {})], Searcher())
 
     def kill() -> None:
         (process,) = wait_for(lambda: processes("ray::ImplicitFunc", "000-"))

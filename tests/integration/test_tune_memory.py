@@ -15,7 +15,7 @@ from reid_train.recipes import recipe
 from reid_train.runs.console import Board
 from tune import runner
 from tune.controller import Controller
-from tune.searchers import ListedTrials
+from tune.searchers import Searcher
 from tune.store import Store, Trial
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def trials(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> lis
         patch.setenv("RAY_memory_monitor_refresh_ms", "100")
         ray.init(num_cpus=1, log_to_driver=False, logging_level="ERROR")
         store = Store(open_storage(config.output))
-        study = Controller(store, config, [Trial(0, dict(HUGE)), Trial(1, {})], ListedTrials())
+        study = Controller(store, config, [Trial(0, dict(HUGE)), Trial(1, {})], Searcher())
         runner.run(study, Board.remote(), 1)  # type: ignore[attr-defined]
         ray.shutdown()
     return study.trials

@@ -19,8 +19,8 @@ from tune.config import Sweep, default_name
 from tune.controller import RETRIES, Controller
 from tune.population import Population, exchange, explore
 from tune.schedulers import STOPPING, EarlyStopping
-from tune.searchers import GridSearcher, ListedTrials, OptunaSearcher, Searcher
-from tune.space import AMPLITUDE, LEARNING_RATE, Point, build, default, first_points
+from tune.searchers import GridSearcher, OptunaSearcher, Searcher
+from tune.space import AMPLITUDE, LEARNING_RATE, apply, build, default, first_points
 from tune.store import Store, Trial
 
 BASE = recipe("demo").replace(
@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> Store:
 
 def first() -> list[Trial]:
     points = first_points(BASE, SETTINGS.constant_factors)
-    return [Trial(i, p.values, p.label, BASE.seed) for i, p in enumerate(points)]
+    return [Trial(i, v, label, BASE.seed) for i, (label, v) in enumerate(points.items())]
 
 
 def report(epoch: int, score: float) -> dict:
@@ -186,7 +186,7 @@ def test_a_trial_that_is_run_again_stays_one_trial_to_the_scheduler():
 
 def test_a_failed_trial_has_its_reason_and_is_not_run_again(store):
     ended = []
-    controller = Controller(store, BASE, first()[:2], ListedTrials(), on_end=ended.append)
+    controller = Controller(store, BASE, first()[:2], Searcher(), on_end=ended.append)
     trial = controller.next()
     assert trial is not None
     controller.result(trial.number, [report(1, 0.2)])
@@ -200,11 +200,11 @@ def test_a_failed_trial_has_its_reason_and_is_not_run_again(store):
     controller.fail(1, "another reason")
     assert controller.over
     assert [t.state for t in store.trials()] == ["failed", "failed"]
-    assert Controller(store, BASE, store.trials(), ListedTrials()).next() is None
+    assert Controller(store, BASE, store.trials(), Searcher()).next() is None
 
 
 def test_a_lost_trial_is_run_again_and_given_up_when_it_gets_no_further(store):
-    controller = Controller(store, BASE, first()[:1], ListedTrials())
+    controller = Controller(store, BASE, first()[:1], Searcher())
     trial = controller.next()
     for _ in range(RETRIES):
         controller.lost(0, "its node was lost")
@@ -222,7 +222,7 @@ def test_a_lost_trial_is_run_again_and_given_up_when_it_gets_no_further(store):
 
 def test_a_configuration_that_cannot_run_fails_and_the_next_is_taken(store):
     trials = [Trial(0, {LEARNING_RATE: 1e-9}), Trial(1, {LEARNING_RATE: 1e-3})]
-    controller = Controller(store, BASE, trials, ListedTrials())
+    controller = Controller(store, BASE, trials, Searcher())
     trial = controller.next()
     assert trial is not None
     assert trial.number == 1
@@ -231,7 +231,7 @@ def test_a_configuration_that_cannot_run_fails_and_the_next_is_taken(store):
 
 
 def test_an_evaluation_keeps_the_time_at_which_it_first_came(store):
-    controller = Controller(store, BASE, [Trial(0, {})], ListedTrials())
+    controller = Controller(store, BASE, [Trial(0, {})], Searcher())
     assert controller.next() is not None
     controller.result(0, [report(1, 0.2)])
     (before,) = controller.trials[0].evaluations
@@ -241,7 +241,7 @@ def test_an_evaluation_keeps_the_time_at_which_it_first_came(store):
 
 
 def test_a_report_that_the_last_driver_missed_is_taken_from_the_kept_checkpoints(store):
-    controller = Controller(store, BASE, [Trial(0, {})], ListedTrials())
+    controller = Controller(store, BASE, [Trial(0, {})], Searcher())
     assert controller.next() is not None
     controller.result(0, [report(1, 0.2)])
     controller.result(0, [report(8, 0.6), report(7, 0.65)], lags=lambda e: e["epoch"] == 7)
@@ -267,7 +267,7 @@ def test_explored_settings_stay_near_or_inside():
     values = {AMPLITUDE: 0.04, LEARNING_RATE: 3e-4, "regularization.theta_lr_multiplier": 1.0}
     for _ in range(200):
         moved = explore(values, SPACE, rng)
-        Point(moved).apply(BASE)
+        apply(moved, BASE)
         for name, dimension in SPACE.items():
             assert dimension.low * 0.999 <= moved[name] <= dimension.high * 1.001  # type: ignore
         assert moved != values

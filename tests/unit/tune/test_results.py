@@ -25,7 +25,7 @@ from reid_train.training.history import History
 from tune import plots
 from tune.console import Paces, describe, ending, summary, table, watch
 from tune.results import command, held, markdown, ranking, survivors, verdict
-from tune.space import AMPLITUDE, MODE, THETA_MULTIPLIER, Point, build, default, draw, first_points
+from tune.space import AMPLITUDE, MODE, THETA_MULTIPLIER, build, default, draw, first_points
 from tune.store import HELD, Trial
 
 BASE = recipe("demo").replace(data="s3://b/data", output="o", name="s", optimizer__epochs=4)
@@ -52,8 +52,8 @@ def swept(repeated: dict[int, list[float]] | None = None) -> list[Trial]:
     points = first_points(BASE, (5e-5, 5e-4, 2.5e-3))
     scores = (0.60, 0.55, 0.59, 0.57, 0.50)
     trials = [
-        trained(i, s, p.values, p.label)
-        for i, (p, s) in enumerate(zip(points, scores, strict=True))
+        trained(i, score, values, label)
+        for i, ((label, values), score) in enumerate(zip(points.items(), scores, strict=True))
     ]
     trials += [trained(5, 0.64, {AMPLITUDE: 0.02}), trained(6, 0.61, {AMPLITUDE: 0.01})]
     for number, values in (repeated or {}).items():
@@ -260,7 +260,7 @@ def test_a_sweep_of_any_size_is_drawn(tmp_path: Path, count: int):
     for step in range(5):
         history.add_factors(step, np.array([0.002, 0.001 * (4 - step)], np.float32))
     for number in range(len(trials), len(trials) + count):
-        trials.append(trained(number, 0.5 + 0.1 * rng.random(), Point(draw(space, rng)).values))
+        trials.append(trained(number, 0.5 + 0.1 * rng.random(), draw(space, rng)))
         folder = tmp_path / "sweep" / f"trial-{number:03d}" / "c4"
         folder.mkdir(parents=True)
         history.save(folder / "history.safetensors")

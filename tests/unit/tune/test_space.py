@@ -17,10 +17,10 @@ from tune.space import (
     LEARNING_RATE,
     MODE,
     Choice,
-    Point,
     Real,
     Space,
     Whole,
+    apply,
     build,
     coordinates,
     default,
@@ -119,7 +119,7 @@ def test_a_damaged_space_file_is_named(text):
 
 def test_the_first_points_are_the_papers_constants_and_none():
     base = BASE.replace(regularization__amplitude=0.02, regularization__theta_lr_multiplier=5)
-    configs = [point.apply(base) for point in first_points(base, (1e-4, 1e-3))]
+    configs = [apply(values, base) for values in first_points(base, (1e-4, 1e-3)).values()]
     assert [c.regularization.mode for c in configs] == ["adaptive", "constant", "constant", "none"]
     assert configs[0].regularization == TrainConfig().regularization
     assert [c.regularization.factor for c in configs[1:3]] == [1e-4, 1e-3]
@@ -165,11 +165,11 @@ def test_the_same_draw_gives_the_same_point():
     space = build(default(BASE), BASE)
     first, again = (draw(space, np.random.default_rng(3)) for _ in range(2))
     assert first == again
-    assert coordinates(space, Point(first).apply(BASE)) == first
+    assert coordinates(space, apply(first, BASE)) == first
 
 
 def test_what_lies_outside_has_no_coordinates():
     space = build({AMPLITUDE: "loguniform(1e-4, 1e-2)"}, BASE)
     assert coordinates(space, BASE) == {AMPLITUDE: 0.005}
     assert coordinates(space, BASE.replace(regularization__amplitude=0.5)) is None
-    assert coordinates(space, Point({MODE: "none"}).apply(BASE)) is None
+    assert coordinates(space, apply({MODE: "none"}, BASE)) is None
