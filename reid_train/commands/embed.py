@@ -2,8 +2,9 @@
 
 A part has consecutive images of a split and is a Parquet file of its own, written whole or not at
 all. So each image is embedded once, and an interrupted job continues with the missing parts.
-`job.json` is written first and once. It records the model, the dataset, the device and the
-precision of the parts: another device or precision gives other last digits.
+`job.json` is written first and once. It records the model, the dataset and the device of the parts.
+The first worker records the precision in `precision`, and all others follow it: another device or
+precision gives other last digits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 PART = 4096
 """Images of a part."""
+PRECISION = "precision"
+"""Name of the file with the precision of all parts, "bf16" or "float32"."""
 
 
 @dataclass(frozen=True)
@@ -217,15 +220,23 @@ class _Worker:
     def __init__(self, files: tuple[bytes, bytes], device: str, settings: Embed) -> None:
         from data_shards.cache import ShardCache
         from data_shards.dataset import Dataset
+        from data_shards.storage import open_storage
         from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
-        from reid_train.model.precision import set_precision
+        from reid_train.model.precision import precision_on, set_precision
 
         with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
             folder = Path(temporary)
             for name, content in zip((WEIGHTS, CONFIG), files, strict=True):
                 (folder / name).write_bytes(content)
             self.embedder = Embedder.from_folder(folder, device)
-        set_precision(self.embedder.config)
+        config, storage = self.embedder.config, open_storage(settings.out)
+        precision: str = precision_on(config, self.embedder.device)
+        try:
+            storage.write(PRECISION, precision.encode(), create_once=True)
+        except ObjectExists:
+            precision = storage.read(PRECISION).decode()
+        self.config, self.storage = config.replace(precision=precision), storage
+        set_precision(self.config)
         self.settings, self.dataset = settings, Dataset.open(settings.data)
         cache = settings.loader.cache.expanduser().absolute()
         self.cache = ShardCache(self.dataset.storage, cache, settings.loader.cache_bytes)
@@ -238,12 +249,11 @@ class _Worker:
         import numpy as np
 
         from data_shards.loader import row_batches
-        from data_shards.storage import open_storage
         from reid_train.evaluation.embedding_store import EmbeddingTable, write_part
         from reid_train.evaluation.extract import embed_batches
         from reid_train.model.precision import autocast
 
-        config, index = self.embedder.config, self.dataset.index(task.split)
+        config, index = self.config, self.dataset.index(task.split)
         rows = np.arange(task.first, task.stop)
         batches = row_batches(
             self.dataset,
@@ -267,5 +277,5 @@ class _Worker:
         table = EmbeddingTable(
             embedding.cpu().numpy(), index.pid[rows], index.camid[rows], split, index.path[rows]
         )
-        write_part(open_storage(self.settings.out), task.key, table)
+        write_part(self.storage, task.key, table)
         return len(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -24,9 +25,16 @@ def autocast(config: TrainConfig, device: torch.device) -> Callable[[], Abstract
         config: `precision` is "float32", "bf16", or "auto": bfloat16 if the device has it.
         device: where the network runs.
     """
-    if config.precision == "float32" or (config.precision == "auto" and not _has_bf16(device)):
+    if precision_on(config, device) == "float32":
         return nullcontext
     return partial(torch.autocast, device.type, dtype=torch.bfloat16)
+
+
+def precision_on(config: TrainConfig, device: torch.device) -> Literal["bf16", "float32"]:
+    """The precision that the network runs in on a device."""
+    if config.precision == "auto":
+        return "bf16" if _has_bf16(device) else "float32"
+    return config.precision
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -110,6 +110,21 @@ def test_parts_of_another_device_are_not_mixed_in(data, tmp_path):
             embed(network, data, out, device=device)
 
 
+def test_parts_of_another_precision_are_not_mixed_in(data, tmp_path):
+    network, parts = model(tmp_path / "model", 0), {}
+    for precision in ("bf16", "float32"):
+        out = tmp_path / precision
+        out.mkdir()
+        (out / job.PRECISION).write_text(precision)  # as the first worker found it
+        embed(network, data, out, splits=("query",), device="cpu")
+        before = (out / "part-000001.parquet").read_bytes()
+        (out / "part-000001.parquet").unlink()
+        embed(network, data, out, splits=("query",), device="cpu")
+        parts[precision] = (out / "part-000001.parquet").read_bytes()
+        assert parts[precision] == before
+    assert parts["bf16"] != parts["float32"]
+
+
 def test_evaluate_embeds_as_many_images_at_a_time_as_it_is_told(data, tmp_path, monkeypatch):
     told = []
 
