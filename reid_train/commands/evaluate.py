@@ -213,12 +213,13 @@ def show(found: Measurement, console: Console) -> None:
     steps = [measures.metric]
     steps += [f"query expansion {measures.expand}"] if measures.expand else []
     steps += [f"database augmentation {measures.augment}"] if measures.augment else []
+    if measures.rerank:
+        steps += [f"re-ranked (k1 {measures.k1}, k2 {measures.k2}, λ {measures.weight:g})"]
     _say(console, ", ".join(steps))
     table, rows = Table(), {"": result}
     if found.plain is not None:
-        settings = f"k1 {measures.k1}, k2 {measures.k2}, λ {measures.weight:g}"
-        rows = {"plain": found.plain, f"re-ranked ({settings})": result}
-        table.add_column("ranking")
+        rows = {"plain": found.plain, "re-ranked": result}
+        table.add_column("")
     for name in result.summary():
         table.add_column(name, justify="right")
     for name, part in rows.items():

@@ -137,7 +137,7 @@ def evaluate_files(
     find_ground_truth(labels)
     measures.check(len(labels.query_pid), len(labels.gallery_pid))
     if workers == 1 or measures.compares_all:
-        source = pool.one("reading", Joined.read, files)
+        source = pool.one("reading embeddings", Joined.read, files)
         edges = ranges(len(labels.gallery_pid), BLOCK)
     else:
         source = pool.put(Streamed(Features.of(files.read("query")), files))
@@ -210,7 +210,9 @@ class _Stages:
             given, blocks = (self.source, k, COSINE), all_pairs(self.gallery)
             found = self._neighbours("augmentation", gallery_neighbours, given, blocks)
             near[1] = self.pool.put(found)
-        self.source = self.pool.one("averaging", averaged, self.source, *near, measures.alpha)
+        self.source = self.pool.one(
+            "averaging neighbours", averaged, self.source, *near, measures.alpha
+        )
         self.edges = ranges(self.gallery, BLOCK)
 
     def _rerank(self) -> RankingResult:
@@ -222,7 +224,7 @@ class _Stages:
             self._neighbours("neighbours", find_neighbours, given, all_pairs(total))
         )
         # One task: it takes a hundredth of the time of the products.
-        encoding = self.pool.one("encoding", encode, self.source, near, settings, code)
+        encoding = self.pool.one("encoding neighbours", encode, self.source, near, settings, code)
         given = self.source, encoding, settings, code, self.given_truth, kept
         across = blocks_across(self.queries, total)
         found = self.pool.map("distances", rank_reranked, given, across, self._height)

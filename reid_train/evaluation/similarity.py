@@ -108,8 +108,8 @@ def check_shapes(
         for name, rows, pid in zip(("query", "gallery"), found, pids, strict=True):
             if len(rows) != len(pid):
                 raise DataError(
-                    f"{name}: {len(rows)} embeddings but {len(pid)} labels: give embeddings of "
-                    f"shape (N, D), here {rows.shape}, and one label for each"
+                    f"{name}: {len(rows)} embeddings but {len(pid)} labels: each row of the array "
+                    f"of shape {rows.shape} needs one label"
                 )
     return found
 
