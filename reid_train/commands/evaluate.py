@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from data_shards.dataset import Dataset
     from reid_train.evaluation.evaluate import Measurement
+    from reid_train.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,15 @@ class Evaluate:
     def check(self) -> None:
         """Raise `ConfigError` for what does not go together or is out of range."""
         self.measures.check()
-        if self.workers < 1:
-            raise ConfigError(f"--workers must be at least 1, not {self.workers}")
+        for name, number in (("--workers", self.workers), ("--batch", self.batch)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} must be at least 1, not {number}")
+        if self.output is not None and (
+            self.output == "" or self.output.endswith("/") or os.path.isdir(self.output)
+        ):
+            raise ConfigError(
+                f"--output {self.output!r} is a folder: give the name of a file in it"
+            )
         if self.model is None:
             if self.embeddings is None:
                 raise ConfigError("give --embeddings FILE, or --model and --data")
@@ -89,7 +97,6 @@ class Evaluate:
             raise ConfigError(
                 "a model's embeddings are kept as Parquet: --embeddings is a folder here"
             )
-        self.embedding("").check()
 
 
 def evaluate(settings: Evaluate, console: Console) -> Measurement:
@@ -104,6 +111,7 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
 
     from data_shards.dataset import Dataset
     from reid_train.runs.ray_trainer import start_ray
+    from reid_train.tracking.tracker import run_page
 
     assert settings.data is not None
     dataset = Dataset.open(settings.data)
@@ -116,12 +124,14 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
     place = nullcontext(settings.embeddings)
     if settings.embeddings is None:
         place = tempfile.TemporaryDirectory(prefix="reid-embeddings-")
-    with place as out:
+    with _tracker(settings) as tracker, place as out:
         assert out is not None
         embed(settings.embedding(out), console)
         found = _measure(out, settings, console)
-    _write(settings, found, f"{settings.model} on {settings.data}", console)
-    _log(settings, found, dataset, console)
+        _write(settings, found, f"{settings.model} on {settings.data}", console)
+        _log(settings, found, dataset, tracker)
+    if tracker.uri and tracker.run_id:
+        _say(console, f"logged to {run_page(tracker.uri, tracker.run_id)}")
     return found
 
 
@@ -253,30 +263,31 @@ def _write(settings: Evaluate, found: Measurement, source: str, console: Console
     _say(console, f"written to {settings.output}")
 
 
-def _log(settings: Evaluate, found: Measurement, dataset: Dataset, console: Console) -> None:
-    """Log a model's measurement to MLflow, if one is named."""
-    from reid_train.tracking.tracker import Tracker, run_page
+def _tracker(settings: Evaluate) -> Tracker:
+    """An MLflow run for a model's measurement, opened before anything is embedded."""
+    from reid_train.tracking.tracker import Tracker
     from reid_train.tracking.uris import registry_uri
 
     assert settings.model is not None
     given = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not given and not settings.model.startswith("models:/"):
-        return  # a checkpoint, and no MLflow was named
-    uri = registry_uri(given)
-    with Tracker.start(uri, settings.experiment, run_name=settings.model) as tracker:
-        tracker.log_parameters({f"measures.{k}": v for k, v in vars(found.measures).items()})
-        tracker.set_tags(
-            {
-                "model": settings.model,
-                "dataset": dataset.url,
-                "manifest_digest": dataset.manifest.digest,
-                "evaluation_digest": dataset.manifest.evaluation_digest,
-            }
-        )
-        summary = dict(found.result.summary())
-        if found.plain is not None:
-            summary |= {f"plain {k}": v for k, v in found.plain.summary().items()}
-        # MLflow accepts neither @ nor = in a name.
-        tracker.log({k.replace("@", " at ").replace("=", " "): v for k, v in summary.items()}, 0)
-    assert tracker.run_id is not None
-    _say(console, f"logged to {run_page(uri, tracker.run_id)}")
+    registered = settings.model.startswith("models:/")
+    uri = registry_uri(given) if given or registered else None  # a checkpoint, and no MLflow
+    return Tracker.start(uri, settings.experiment, run_name=settings.model)
+
+
+def _log(settings: Evaluate, found: Measurement, dataset: Dataset, tracker: Tracker) -> None:
+    """Log a model's measurement."""
+    tracker.log_parameters({f"measures.{k}": v for k, v in vars(found.measures).items()})
+    tracker.set_tags(
+        {
+            "model": settings.model,
+            "dataset": dataset.url,
+            "manifest_digest": dataset.manifest.digest,
+            "evaluation_digest": dataset.manifest.evaluation_digest,
+        }
+    )
+    summary = dict(found.result.summary())
+    if found.plain is not None:
+        summary |= {f"plain {k}": v for k, v in found.plain.summary().items()}
+    # MLflow accepts neither @ nor = in a name.
+    tracker.log({k.replace("@", " at ").replace("=", " "): v for k, v in summary.items()}, 0)

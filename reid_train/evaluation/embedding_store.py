@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_shards.errors import DataError, ObjectMissing, ReidError
+from data_shards.errors import DataError, ObjectMissing
 from data_shards.storage import Storage, open_file, open_storage
 from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.similarity import check_features, check_shapes
@@ -245,11 +246,12 @@ def read_embeddings(url: str) -> tuple[np.ndarray, np.ndarray, Labels]:
         labels = files.labels
         return files.read("query"), files.read("gallery"), labels
     storage, key = open_file(url)
+    content = io.BytesIO(storage.read(key))
+    if not zipfile.is_zipfile(content):
+        raise DataError(f"{url} cannot be read as npz (it is not a zip archive): is it complete?")
     try:
-        with np.load(io.BytesIO(storage.read(key)), allow_pickle=False) as arrays:
+        with np.load(content, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except ReidError:
-        raise
     except Exception as error:  # a damaged archive makes NumPy raise errors without a common base
         raise DataError(f"{url} cannot be read as npz ({error}): is it complete?") from error
     names = [

@@ -105,14 +105,13 @@ class Measures:
                 "camera pairs and false accept rates are measured without re-ranking: "
                 "leave out one of the two"
             )
+        # Settings that are not used now are checked, too: a wrong one is a mistake.
         total = None if queries is None or gallery is None else queries + gallery
-        if self.rerank:
-            self.reranking.check(total)
+        self.reranking.check(total if self.rerank else None)
         for name, k in (("--expand", self.expand), ("--augment", self.augment)):
             if k < 0:
                 raise ConfigError(f"{name} takes a number of images, or 0 for none, not {k}")
-            if k:
-                check_expansion(k, self.alpha, gallery)
+            check_expansion(k or 1, self.alpha, gallery)
         if not 1 <= self.max_rank <= LONGEST_CMC:
             raise ConfigError(
                 f"--max-rank must lie between 1 and {LONGEST_CMC:,}, not {self.max_rank}"

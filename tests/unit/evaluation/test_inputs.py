@@ -240,6 +240,8 @@ def test_lengths_that_are_taken_do_not_change_the_ranking(branch, length):
     ("settings", "message"),
     [
         ({"rerank": True, "k1": 0}, "k1 ≥ 1"),
+        ({"k1": 0}, "k1 ≥ 1"),
+        ({"alpha": -1.0}, "finite α ≥ 0"),
         ({"rerank": True, "k2": -1}, "k2 ≥ 1"),
         ({"rerank": True, "k1": 26}, "needs at least 27 images .* not 26"),
         ({"rerank": True, "k1": 5, "k2": 27}, "needs at least 27 images"),
@@ -270,3 +272,19 @@ def test_settings_out_of_range_are_refused(settings, message, tmp_path):
         evaluate_command(
             Evaluate(embeddings=path, measures=Measures(**settings)), Console(file=io.StringIO())
         )
+
+
+@pytest.mark.parametrize("output", ["", "folder", "folder/", "s3://bucket/"])
+def test_an_output_that_is_a_folder_is_refused_before_anything_is_read(
+    output, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="is a folder: give the name of a file"):
+        evaluate_command(Evaluate(embeddings="none.npz", output=output), Console())
+
+
+@pytest.mark.parametrize("name", ["batch", "workers"])
+def test_no_workers_and_empty_batches_are_refused(name):
+    with pytest.raises(ConfigError, match=f"--{name} must be at least 1, not 0"):
+        evaluate_command(Evaluate(embeddings="none.npz", **{name: 0}), Console())
