@@ -61,12 +61,13 @@ def _fsdp1_groups(model: nn.Module) -> dict[int, Groups]:
         for parameter in module.parameters():
             if isinstance(parameter, FlatParameter):
                 raise ConfigError(
-                    "regularizer: FSDP has merged the model's parameters into flat ones, which have "
-                    "no λ of their own: wrap the model with use_orig_params=True, or use fully_shard"
+                    "regularizer: FSDP has merged the model's parameters into flat ones, so none "
+                    "has a λ of its own: give FSDP use_orig_params=True, or use fully_shard"
                 )
             # FSDP1 marks what it has split, and leaves what it was told to ignore unmarked. PyTorch
             # 2.11 to 2.14; nothing public says it.
             if getattr(parameter, "_fsdp_flattened", False):
-                split = module.sharding_strategy != ShardingStrategy.NO_SHARD
-                groups[id(parameter)] = (module.process_group,) if split else ()
+                whole = module.sharding_strategy == ShardingStrategy.NO_SHARD
+                group = module.process_group
+                groups[id(parameter)] = () if whole or group is None else (group,)
     return groups

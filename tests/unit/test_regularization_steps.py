@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.errors import ConfigError
-from reid_train.regularization import STUCK_CALLS, AdaptiveL2, ConstantL2
+from reid_train.model.step_order import STUCK_CALLS
+from reid_train.regularization import AdaptiveL2, ConstantL2
 
 SCALE = 1024.0
 
@@ -114,30 +115,38 @@ def test_a_gradient_scaler_without_unscale_is_an_error(make, fused, cleared, cli
     regularizer = make(model, 0.5)
     optimizer = torch.optim.Adam(regularizer.parameter_groups(0.1), fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+
+    def step(factor: float) -> None:
+        (optimizer if cleared == "optimizer" else model).zero_grad()
+        scaler.scale(model(torch.ones(1, 4)).mean() * factor).backward()
+        regularizer.add_gradients()
+        if clipped:
+            nn.utils.clip_grad_norm_([*model.parameters(), *regularizer.parameters()], 1e9)
+        scaler.step(optimizer)
+        scaler.update()
+
+    step(1.0)
     with pytest.raises(ConfigError, match=r"divided by 1024 .*scaler\.unscale_\(optimizer\)"):
-        for step in range(2):
-            (optimizer if cleared == "optimizer" else model).zero_grad()
-            scaler.scale(model(torch.ones(1, 4)).mean() * (step + 1)).backward()
-            regularizer.add_gradients()
-            if clipped:
-                nn.utils.clip_grad_norm_([*model.parameters(), *regularizer.parameters()], 1e9)
-            scaler.step(optimizer)
-            scaler.update()
+        step(2.0)
 
 
 def test_dividing_the_gradients_by_hand_after_the_penalty_is_an_error():
     model = _model()
     regularizer = AdaptiveL2(model)
     optimizer = torch.optim.SGD(regularizer.parameter_groups(0.1))
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        _loss(model, number).backward()
+        regularizer.add_gradients()
+        for parameter in [*model.parameters(), regularizer.theta]:
+            assert parameter.grad is not None
+            parameter.grad /= 4
+        optimizer.step()
+
+    step(0)
     with pytest.raises(ConfigError, match="divided by 4 "):
-        for step in range(2):
-            optimizer.zero_grad()
-            _loss(model, step).backward()
-            regularizer.add_gradients()
-            for parameter in [*model.parameters(), regularizer.theta]:
-                assert parameter.grad is not None
-                parameter.grad /= 4
-            optimizer.step()
+        step(1)
 
 
 def test_adding_for_each_micro_batch_is_noticed(caplog):
