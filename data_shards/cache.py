@@ -252,7 +252,7 @@ class ShardCache:
                 finally:
                     shutil.rmtree(part, ignore_errors=True)
                     os.ftruncate(lock, 0)
-        log.info("cached %s in %.1f s", shard.name, time.monotonic() - began)
+        log.debug("cached %s in %.1f s", shard.name, time.monotonic() - began)
         self._count(CacheStats(downloads=1, download_bytes=shard.bytes))
 
     def _reserve(self, shard: ShardInfo, lock: int) -> None:

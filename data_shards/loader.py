@@ -151,7 +151,7 @@ def _batches(
 ) -> Iterator[Batch]:
     index, shards = dataset.index(split), dataset.manifest.shards
     ahead = None if cache.in_place else Lookahead(index, shards, steps, cache.max_bytes)
-    workers = min(workers, len(steps))
+    workers = min(workers, len(steps), os.cpu_count() or 1)
     count, most = min(AHEAD * workers + HELD, len(steps)), max(map(len, steps), default=0)
     slots = _Slots((count, most, *size, 3), shared=workers > 0)
     loader = DataLoader(

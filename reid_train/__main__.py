@@ -1,12 +1,12 @@
 """Start the command line: `python -m reid_train` and the script `reid-train`."""
 
 from reid_train.cli import main as command_line
-from reid_train.ray_utils import keep_ray_home
+from reid_train.ray_utils import prepare_ray
 
 
 def main() -> int:
     """Run the command line; return its exit code."""
-    keep_ray_home()  # before anything imports Ray
+    prepare_ray()  # before anything imports Ray
     return command_line()
 
 

@@ -11,7 +11,7 @@ from data_shards.command_line import Command, command, parse, peek, program, run
 from data_shards.errors import ConfigError
 from data_shards.progress import make_console
 from reid_train.config import TrainConfig
-from reid_train.recipes import RECIPES, parse_with_recipe
+from reid_train.recipes import PURPOSES, RECIPES, parse_with_recipe
 
 PROGRAM = program("reid_train", "reid-train")
 
@@ -49,21 +49,15 @@ def train(arguments: list[str]) -> None:
 
 def recipes() -> None:
     """List the recipes: what each is for, and what it sets."""
-    from rich.table import Table
-
-    console = make_console()
-    table = Table("recipe", "backbone", "input", "batch", "epochs", "weights")
     for name, config in RECIPES.items():
-        batch, optimizer = config.batch, config.optimizer
-        table.add_row(
-            name,
-            config.model.backbone,
-            f"{config.image.height} × {config.image.width}",
-            f"{batch.identities} × {batch.images}",
-            f"{optimizer.frozen_epochs} + {optimizer.epochs}",
-            config.model.weights,
+        batch, optimizer, image = config.batch, config.optimizer, config.image
+        epochs = f"{optimizer.frozen_epochs} + " * (optimizer.frozen_epochs > 0)
+        print(f"{name}: {PURPOSES[name]}")
+        print(
+            f"    {config.model.backbone}, weights {config.model.weights}, {image.height} × "
+            f"{image.width} pixels, {batch.identities} people × {batch.images} images a batch, "
+            f"{epochs}{optimizer.epochs} epochs"
         )
-    console.print(table)
 
 
 def models(tracking_uri: str | None = None) -> None:

@@ -14,54 +14,77 @@ from reid_train.config import TrainConfig, explain
 T = TypeVar("T")
 
 PAPER = TrainConfig()
-"""The paper's setting; the method is the same for every dataset."""
+"""The paper's settings; the method is the same for every dataset."""
+_SMALL = PAPER.replace(
+    model__backbone="resnet18",
+    model__weights="none",
+    augment__pad=4,
+    optimizer__schedule="cosine",
+    optimizer__frozen_epochs=0,
+    checkpoint__every_steps=None,
+)
+"""What a few thousand images at most have in common: from scratch, minutes on two cores."""
 
-_CONFIGS = {
-    "msmt17_resnet50": PAPER,
-    "msmt17_resnet101": PAPER.replace(model__backbone="resnet101"),
-    "msmt17_resnet152": PAPER.replace(model__backbone="resnet152"),
-    "market1501_resnet50": PAPER,
-    # Small crops and a few thousand images, such as Omniglot: from scratch, minutes on two cores.
-    "csv_small": PAPER.replace(
-        model__backbone="resnet18",
-        model__weights="none",
-        image__height=64,
-        image__width=64,
-        # A mirrored character is another one; in so few epochs erasing costs more than it gives.
-        augment__pad=4,
-        augment__flip=0.0,
-        augment__erase=0.0,
-        batch__steps_per_epoch=None,
-        optimizer__learning_rate=1.5e-3,
-        optimizer__minimum_learning_rate=1.5e-5,
-        optimizer__schedule="cosine",
-        optimizer__frozen_epochs=0,
-        optimizer__epochs=10,
-        evaluation__every=5,
-        evaluation__mirror=False,
-        loader__workers=1,
-        checkpoint__every_steps=None,
+_RECIPES = {
+    "msmt17_resnet50": ("the paper's settings, for any large dataset; a GPU", PAPER),
+    "msmt17_resnet101": (
+        "the same with a larger network",
+        PAPER.replace(model__backbone="resnet101"),
     ),
-    # Procedural people on two cores in a few minutes: what `make demo` runs.
-    "demo": PAPER.replace(
-        model__backbone="resnet18",
-        model__weights="none",
-        image__height=96,
-        image__width=48,
-        augment__pad=4,
-        batch__identities=8,
-        batch__steps_per_epoch=20,
-        optimizer__learning_rate=5e-4,
-        optimizer__minimum_learning_rate=5e-6,
-        optimizer__schedule="cosine",
-        optimizer__frozen_epochs=0,
-        optimizer__epochs=8,
-        evaluation__every=4,
-        loader__workers=0,
-        checkpoint__every_steps=None,
+    "msmt17_resnet152": (
+        "the same with the paper's largest network",
+        PAPER.replace(model__backbone="resnet152"),
+    ),
+    "market1501_resnet50": ("the paper's settings again, for Market-1501", PAPER),
+    "people_small": (
+        "a small set of people of your own: at least 4 people to train on; minutes on two cores",
+        _SMALL.replace(
+            image__height=128,
+            image__width=64,
+            batch__identities=4,
+            batch__steps_per_epoch=20,
+            optimizer__learning_rate=5e-4,
+            optimizer__minimum_learning_rate=5e-6,
+            optimizer__epochs=10,
+            evaluation__every=5,
+            loader__workers=1,
+        ),
+    ),
+    "csv_small": (
+        "small square images of anything but people, such as characters: no flips; at least 16 "
+        "classes to train on; minutes on two cores",
+        _SMALL.replace(
+            image__height=64,
+            image__width=64,
+            # A mirrored character is another one. In few epochs erasing costs more than it gives.
+            augment__flip=0.0,
+            augment__erase=0.0,
+            batch__steps_per_epoch=None,
+            optimizer__learning_rate=1.5e-3,
+            optimizer__minimum_learning_rate=1.5e-5,
+            optimizer__epochs=10,
+            evaluation__every=5,
+            evaluation__mirror=False,
+            loader__workers=1,
+        ),
+    ),
+    "demo": (
+        "what `make demo` trains: 32 drawn people; minutes on two cores",
+        _SMALL.replace(
+            image__height=96,
+            image__width=48,
+            batch__identities=8,
+            batch__steps_per_epoch=20,
+            optimizer__learning_rate=5e-4,
+            optimizer__minimum_learning_rate=5e-6,
+            optimizer__epochs=8,
+            evaluation__every=4,
+            loader__workers=0,
+        ),
     ),
 }
-RECIPES = {name: config.replace(recipe=name) for name, config in _CONFIGS.items()}
+RECIPES = {name: config.replace(recipe=name) for name, (_, config) in _RECIPES.items()}
+PURPOSES = {name: purpose for name, (purpose, _) in _RECIPES.items()}
 
 
 def recipe(name: str) -> TrainConfig:

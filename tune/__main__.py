@@ -1,12 +1,12 @@
 """Start the command line: `python -m tune` and the script `reid-tune`."""
 
-from reid_train.ray_utils import keep_ray_home
+from reid_train.ray_utils import prepare_ray
 from tune.cli import main as command_line
 
 
 def main() -> int:
     """Run the command line; return its exit code."""
-    keep_ray_home()  # before anything imports Ray
+    prepare_ray()  # before anything imports Ray
     return command_line()
 
 

@@ -185,7 +185,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
     own_temporary_folder()
     for package in ("data_shards", "reid_train"):
-        logging.getLogger(package).setLevel(logging.INFO)
+        logging.getLogger(package).setLevel(os.environ.get("REID_LOG_LEVEL", "INFO"))
     # Ray names this one after its file, so the level of its `LoggingConfig` does not reach it.
     for noisy in ("botocore", str(train_context.__file__)):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -10,8 +10,8 @@ import sys
 START = """
 import json
 import psutil
-from reid_train.ray_utils import keep_ray_home
-keep_ray_home()
+from reid_train.ray_utils import prepare_ray
+prepare_ray()
 from reid_train.runs.ray_trainer import start_ray
 import ray
 start_ray(1)
