@@ -1,5 +1,4 @@
-"""The environment of a command that uses Ray: quiet, and off the network. Set before importing Ray.
-"""
+"""The environment of a command that uses Ray: quiet, and off the network. Set before importing Ray."""
 
 from __future__ import annotations
 

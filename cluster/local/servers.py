@@ -31,6 +31,7 @@ from cluster.local.stack import (
     healthy,
 )
 from data_shards.errors import ConfigError, ReidError
+from data_shards.progress import display, make_console, phase
 
 FOLDER = Path(".cluster")
 
@@ -88,7 +89,7 @@ def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None
         ConfigError: one runs on other ports than those asked for.
         ReidError: it does not start.
     """
-    console = console or Console()
+    console = console or make_console()
     if (found := running(folder)) is not None:
         _require(found, ports, folder)
         return found
@@ -107,7 +108,7 @@ def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None
             start_new_session=True,
         )
     try:
-        with console.status("starting S3, MLflow and Ray (up to a minute)"):
+        with display(console) as progress, phase(progress, "starting S3, MLflow and Ray"):
             return _wait(folder, process)
     except BaseException:
         stop(folder)

@@ -88,5 +88,4 @@ def _train(
         result = fit(config, dataset, tracker.run_id, own, progress=progress)
         kept = [result.checkpoint, *(best for best, _ in result.best_checkpoints or ())]
         tidy(config, {PurePosixPath(checkpoint.path).name for checkpoint in kept if checkpoint})
-        with phase(progress, "drawing the report and registering the model"):
-            return publish(config, result, dataset, tracker)
+        return publish(config, result, dataset, tracker, progress)

@@ -15,6 +15,7 @@ from rich.console import Console
 from data_shards.dataset import Dataset
 from data_shards.decode import decode
 from data_shards.errors import StorageError
+from data_shards.progress import Progress, phase, silent
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.registry.registry import SUMMARY, Registered, register
@@ -49,65 +50,67 @@ class Summary:
 
 
 def publish(
-    config: TrainConfig, result: ray.train.Result, dataset: Dataset, tracker: Tracker
+    config: TrainConfig,
+    result: ray.train.Result,
+    dataset: Dataset,
+    tracker: Tracker,
+    progress: Progress = silent,
 ) -> tuple[Summary, list[Row]]:
-    """Draw, store, track and register what a run came to.
+    """Draw, store, track and register the result of a run.
 
     Args:
         config: the run.
         result: Ray Train's, with the best and the last checkpoint.
         dataset: what it was trained on; the rank list's images are read from it.
         tracker: the run's.
+        progress: shows the phases.
 
     Returns:
         The summary, and the rows of the table that a person is shown.
     """
     with tempfile.TemporaryDirectory(prefix="reid-report-") as temporary:
         folder = Path(temporary)
-        chosen = first_whole(_best(result))
-        best = Checkpoint.open(_fetch(chosen, folder / "best"))
-        last = Checkpoint.open(_fetch(result.checkpoint, folder / "last"))
-        history = last.history()
-        before, after = _before_and_after(history, best)
-        speed = float(np.median(history.steps["images_per_second"]))
         page = folder / REPORT
         page.mkdir()
-        rows = [Row(name, before.get(name), after.get(name)) for name in MEASURES if after]
-        rows.append(Row("training speed", None, speed, "images/s"))
-        pictures = _pictures(config, dataset, best, history, page)
-        commit = code_commit()
-        facts = {
-            "dataset": f"{dataset.manifest.name} ({dataset.url})",
-            "manifest": dataset.manifest.digest[:12],
-            "best epoch": f"{best.progress.epoch} of {config.total_epochs}",
-            "workers": str(config.workers),
-            **({"commit": commit[:12]} if commit else {}),
-        }
         title = config.name or config.recipe
-        write_page(
-            page / "report.html",
-            title,
-            rows,
-            pictures,
-            config.model_dump(mode="json"),
-            facts=facts,
-        )
-        registered = _register(config, dataset, best, after, tracker)
-        summary = Summary(
-            name=title,
-            metrics=after,
-            before=before,
-            images_per_second=speed,
-            report=f"{config.output.rstrip('/')}/{title}/{REPORT}/report.html",
-            checkpoint=PurePosixPath(chosen.path).name,
-            model=registered.uri if registered else None,
-            champion=registered.champion if registered else False,
-        )
-        (folder / SUMMARY).write_text(json.dumps(vars(summary), indent=2))
-        storage = open_storage(config.output)
-        for path in sorted(page.iterdir()):
-            storage.upload(f"{title}/{REPORT}/{path.name}", path)
-        tracker.log_artifacts(page, REPORT)
+        with phase(progress, "drawing the report"):
+            chosen = first_whole(_best(result))
+            best = Checkpoint.open(_fetch(chosen, folder / "best"))
+            last = Checkpoint.open(_fetch(result.checkpoint, folder / "last"))
+            history = last.history()
+            before, after = _before_and_after(history, best)
+            speed = float(np.median(history.steps["images_per_second"]))
+            rows = [Row(name, before.get(name), after.get(name)) for name in MEASURES if after]
+            rows.append(Row("training speed", None, speed, "images/s"))
+            pictures = _pictures(config, dataset, best, history, page)
+            commit = code_commit()
+            facts = {
+                "dataset": f"{dataset.manifest.name} ({dataset.url})",
+                "manifest": dataset.manifest.digest[:12],
+                "best epoch": f"{best.progress.epoch} of {config.total_epochs}",
+                "workers": str(config.workers),
+                **({"commit": commit[:12]} if commit else {}),
+            }
+            values = config.model_dump(mode="json")
+            write_page(page / "report.html", title, rows, pictures, values, facts=facts)
+        with phase(progress, "registering the model"):
+            registered = _register(config, dataset, best, after, tracker)
+        with phase(progress, "storing the report"):
+            summary = Summary(
+                name=title,
+                metrics=after,
+                before=before,
+                images_per_second=speed,
+                report=f"{config.output.rstrip('/')}/{title}/{REPORT}/report.html",
+                checkpoint=PurePosixPath(chosen.path).name,
+                model=registered.uri if registered else None,
+                champion=registered.champion if registered else False,
+            )
+            (folder / SUMMARY).write_text(json.dumps(vars(summary), indent=2))
+            storage = open_storage(config.output)
+            for path in sorted(page.iterdir()):
+                storage.upload(f"{title}/{REPORT}/{path.name}", path)
+            tracker.log_artifacts(page, REPORT)
     return summary, rows
 
 
