@@ -1,4 +1,4 @@
-"""The environment of a command that uses Ray: quiet, and off the network. Set before importing Ray."""
+"""Ray's environment variables: quiet, and off the network. Set them before importing Ray."""
 
 from __future__ import annotations
 
