@@ -7,7 +7,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray.train
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +16,6 @@ from data_shards.dataset import Dataset
 from data_shards.errors import DataError
 from reid_train.config import TrainConfig
 from reid_train.runs.publish import publish
-from reid_train.runs.ray_checkpoints import forget_missing, ray_storage
 from reid_train.runs.run_dir import REPORT
 from reid_train.tracking.tracker import Tracker
 from tune import plots
@@ -95,13 +93,9 @@ def _publish(best: Trial, base: TrainConfig, dataset: Dataset, store: Store) -> 
     assert best.best is not None
     if noted.get("run") != best.best["run"]:
         config = best.best_config(base)
-        run = f"{base.output}/{config.name}"
-        forget_missing(run)
-        place = ray_storage(run)
-        result = ray.train.Result.from_path(place["storage_path"], place["storage_filesystem"])
         uri = base.tracking.uri if best.mlflow_run_id else None
         with Tracker(uri, best.mlflow_run_id, system_metrics=False) as tracker:
-            summary, _ = publish(config, result, dataset, tracker)
+            summary, _ = publish(config, dataset, tracker)
         noted = json.loads(json.dumps(vars(summary))) | {"run": best.best["run"]}
         store.note("published", noted)
     return noted

@@ -17,7 +17,6 @@ from ray.tune.search import Searcher
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import out_of_memory
-from reid_train.runs.ray_checkpoints import ray_storage
 from reid_train.runs.ray_internals import release
 from reid_train.runs.ray_trainer import start_ray
 from tune.controller import Controller
@@ -179,8 +178,7 @@ class _Results(_Unsaved, FIFOScheduler):
     def on_trial_error(self, tune_controller, trial) -> None:
         number, controller = trial.config["number"], self._controller
         controller.lost(number, _last_error(trial))
-        where = ray_storage(controller.base.output)["storage_path"]
-        release(where, controller.trials[number].run_name)
+        release(f"{controller.base.output}/{controller.trials[number].run_name}")
 
 
 def _last_error(trial) -> str:

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train import TrainingFailedError
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallback
 
 from data_shards.dataset import Dataset
 from data_shards.progress import silent
 from reid_train.config import TrainConfig
-from reid_train.runs.ray_trainer import explained, make_trainer
+from reid_train.runs.checkpoint_store import stored_evaluations
+from reid_train.runs.ray_trainer import explained, run_workers
 from reid_train.training.context import UNMEASURED
 
 
@@ -25,32 +26,26 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
     raises, and the trial is run again: it resumes from the last checkpoint of its run.
 
     Args:
-        task: `number`, `config` (JSON), `run_id` in MLflow, `start` and `until` (`make_trainer`).
+        task: `number`, `config` (JSON), `run_id` in MLflow, `start` and `until` (`run_workers`).
         board: the sweep's `Board` actor, to show progress on.
     """
     config = TrainConfig.from_json(task["config"])
-    trainer = make_trainer(
-        config,
-        Dataset.open(config.data),
-        task["run_id"],
-        board=_trial_board(board, config.name or ""),
-        callbacks=[_Report()],
-        start=task["start"],
-        until=task["until"],
-    )
     try:
-        result = trainer.fit()
+        run_workers(
+            config,
+            Dataset.open(config.data),
+            task["run_id"],
+            board=_trial_board(board, config.name or ""),
+            callbacks=[_Report()],
+            start=task["start"],
+            until=task["until"],
+        )
     except TrainingFailedError as error:
         # Only its sweep continues a trial, so no advice on how to do it.
         tune.report({"failure": str(explained(error, config, advise=False))})
         return
     # A driver that was killed may have missed a report: the checkpoints that are kept have it.
-    kept = [
-        _evaluation(metrics, checkpoint.path)
-        for checkpoint, metrics in result.best_checkpoints or []
-        if metrics["mAP"] > UNMEASURED
-    ]
-    tune.report({"kept": kept})
+    tune.report({"kept": stored_evaluations(f"{config.output}/{config.name}")})
 
 
 class _Report(TuneReportCallback):

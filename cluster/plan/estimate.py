@@ -24,7 +24,7 @@ from data_shards.loader import AHEAD, HELD
 from data_shards.manifest import MANIFEST_NAME
 from reid_train.config import TrainConfig
 from reid_train.model.network import ReidNet
-from reid_train.training.loop import epoch_plan, train_index
+from reid_train.training.data import epoch_plan, train_index
 from reid_train.training.validation import MATCHES, QUERIES
 
 if TYPE_CHECKING:

@@ -139,6 +139,23 @@ def register(
     return registered
 
 
+def registered_version(
+    name: str, run_id: str, metrics: Mapping[str, float], tracking_uri: str
+) -> Registered | None:
+    """Return the version that an MLflow run has registered with these metrics, if there is one.
+
+    Raises:
+        StorageError: MLflow failed.
+    """
+    with _mlflow_errors(f"looking for versions of {name}", tracking_uri):
+        client = connect(tracking_uri)
+        for version in _all(client.search_model_versions, f"name = '{name}'"):
+            if version.run_id == run_id and version.tags.get("mAP") == str(metrics.get("mAP")):
+                champion = CHAMPION in client.get_model_version(name, version.version).aliases
+                return Registered(name, int(version.version), champion, "registered before")
+    return None
+
+
 def should_promote(
     candidate: Mapping[str, str], champion: Mapping[str, str] | None
 ) -> tuple[bool, str]:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
 from data_shards.dataset import Dataset
-from data_shards.progress import Display, display, make_console, phase
+from data_shards.errors import ObjectMissing
+from data_shards.progress import display, make_console, phase
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
-from reid_train.report.summary import Row
+from reid_train.registry.registry import SUMMARY
 from reid_train.runs import preflight, run_lock
+from reid_train.runs.checkpoint_store import newest_whole, stored_checkpoints
 from reid_train.runs.console import UNITS
 from reid_train.runs.publish import Summary, publish, show
 from reid_train.runs.ray_trainer import fit
-from reid_train.runs.run_dir import Run, claim, prepare, record, tidy
+from reid_train.runs.run_dir import (
+    Run,
+    prepare,
+    require_free,
+    same_dataset,
+    same_training,
+    write,
+)
 from reid_train.tracking.provenance import code_commit, submitted_job
-from reid_train.tracking.tracker import Tracker
+from reid_train.tracking.tracker import Tracker, has_run, last_step
 from reid_train.tracking.uris import training_uri
 
 
@@ -26,55 +37,59 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
 
     Args:
         config: what to do; `data` and `output` are needed.
-        resume: continue the run `config.name` from its last checkpoint.
+        resume: continue the run `config.name` from its newest checkpoint.
         console: where progress and the table are shown.
 
     Returns:
-        What the run came to.
+        The result of the run.
 
     Raises:
-        ReidError: anything that the person can mend; nothing that was there is lost.
+        ReidError: anything that the person can mend. What was stored before is kept.
     """
     console = console or make_console()
-    with display(console, units=UNITS) as progress:
-        summary, rows, config = _run(config, resume, progress)
+    config = prepare(config)
+    with display(console, units=UNITS) as shown:
+        with phase(shown, "opening the dataset"):
+            dataset = Dataset.open(config.data)
+        config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
+        saved = Run.read(config.output, str(config.name)) if resume else None
+        if saved is None:
+            require_free(config)
+        else:
+            same_training(saved.config, config)
+            same_dataset(saved, dataset)
+        preflight.check(config, dataset, saved)
+        folder = open_storage(config.output).child(str(config.name))
+        with run_lock.held(folder, str(config.name)) as lock:
+            finished = saved is not None and _is_finished(config)
+            if saved and finished and (summary := _complete(config, saved)):
+                shown.print(f"run {config.name} has finished; nothing to do")
+                return summary
+            with _tracked(config, dataset, saved) as tracker:
+                if finished:
+                    _send_missing(config, tracker)
+                else:
+                    fit(config, dataset, tracker.run_id, lock, shown)
+                summary, rows = publish(config, dataset, tracker, shown)
     show(summary, rows, config, console)
     return summary
 
 
-def _run(
-    config: TrainConfig, resume: bool, progress: Display
-) -> tuple[Summary, list[Row], TrainConfig]:
-    """Check the settings, take the run's name, and train."""
-    config = prepare(config)
-    with phase(progress, "opening the dataset"):
-        dataset = Dataset.open(config.data)
-        saved = Run.read(config.output, config.name or "") if resume else None
-        preflight.check(config, dataset, saved)
-    config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
-    claim(config, dataset, saved)
-    folder = open_storage(config.output).child(str(config.name))
-    with run_lock.held(folder, str(config.name)) as own:
-        summary, rows = _train(config, dataset, saved, own, progress)
-    return summary, rows, config
+@contextmanager
+def _tracked(config: TrainConfig, dataset: Dataset, saved: Run | None) -> Iterator[Tracker]:
+    """Start or reopen the MLflow run, then write `run.json`, which takes the name of a new run.
 
-
-def _train(
-    config: TrainConfig,
-    dataset: Dataset,
-    saved: Run | None,
-    own: run_lock.Claim,
-    progress: Display,
-) -> tuple[Summary, list[Row]]:
-    """The run itself, its name and its lease taken."""
+    If MLflow cannot start a run, nothing has been written, and the same command may be repeated.
+    """
+    uri = None if config.tracking.uri == "off" else config.tracking.uri
+    run_id = saved.mlflow_run_id if saved else None
+    if saved and run_id and uri != saved.config.tracking.uri and not has_run(uri, run_id):
+        run_id = None  # the run moved to another MLflow
     with Tracker.start(
-        None if config.tracking.uri == "off" else config.tracking.uri,
-        config.tracking.experiment,
-        run_name=config.name,
-        run_id=saved.mlflow_run_id if saved else None,
+        uri, config.tracking.experiment, run_name=config.name, run_id=run_id
     ) as tracker:
-        record(Run(config, dataset.manifest.digest, tracker.run_id))
-        if saved is None or saved.mlflow_run_id is None:
+        write(Run(config, dataset.manifest.digest, tracker.run_id), new=saved is None)
+        if run_id is None:
             tracker.log_parameters(config.flat())
         tracker.set_tags(
             {
@@ -85,7 +100,38 @@ def _train(
                 "ray_job": submitted_job(),
             }
         )
-        result = fit(config, dataset, tracker.run_id, own, progress=progress)
-        kept = [result.checkpoint, *(best for best, _ in result.best_checkpoints or ())]
-        tidy(config, {PurePosixPath(checkpoint.path).name for checkpoint in kept if checkpoint})
-        return publish(config, result, dataset, tracker, progress)
+        yield tracker
+
+
+def _is_finished(config: TrainConfig) -> bool:
+    """Return whether a run that is resumed has its last checkpoint, and it is not damaged."""
+    run = f"{config.output}/{config.name}"
+    stored = stored_checkpoints(run)
+    if not stored or stored[0].epoch < config.total_epochs:
+        return False
+    with newest_whole(run) as newest:
+        return newest is not None and newest.progress.epoch >= config.total_epochs
+
+
+def _complete(config: TrainConfig, saved: Run) -> Summary | None:
+    """Return a finished run's summary; None if its report, model or MLflow values are missing."""
+    run = f"{config.output}/{config.name}"
+    try:
+        summary = Summary(**json.loads(open_storage(run).read(SUMMARY)))
+    except (ObjectMissing, ValueError, TypeError):
+        return None
+    if summary.epochs != config.total_epochs:
+        return None
+    if config.tracking.uri == "off":
+        return summary
+    if summary.model is None and config.tracking.model_name != "off":
+        return None
+    sent = last_step(config.tracking.uri, saved.mlflow_run_id, "loss/total")
+    return summary if sent == stored_checkpoints(run)[0].step else None
+
+
+def _send_missing(config: TrainConfig, tracker: Tracker) -> None:
+    """Send the values of a finished run that MLflow does not have."""
+    with newest_whole(f"{config.output}/{config.name}") as newest:
+        if newest is not None:
+            newest.history().replay(tracker.log)

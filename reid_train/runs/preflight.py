@@ -1,4 +1,4 @@
-"""What would fail on every worker, found on the driver before a run takes its name."""
+"""Checks on the driver, before a run takes its name, of what would fail later."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from reid_train.model.factory import build_model
 from reid_train.runs.run_dir import Run
-from reid_train.training.loop import epoch_plan, train_index
+from reid_train.training.data import epoch_plan, train_index
 from reid_train.training.optimizer import build_regularizer
 
 
 def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> None:
-    """Plan an epoch, build the network, and show it an empty image.
+    """Plan an epoch, build the network, and run it on an empty image.
 
     Args:
         config: as `prepare` returned it.
         dataset: what it will train on.
-        saved: the run that is resumed; it needs its pretrained weights no more.
+        saved: the run that is resumed; it no longer needs its pretrained weights.
 
     Raises:
-        ReidError: no train split, too few identities, weights that are not there or do not fit,
-            images too small for the stripes, an exclusion that matches nothing.
+        ReidError: there is no train split or too few identities in it; weights are not there or do
+            not fit; images are too small for the stripes; an exclusion matches nothing.
     """
     if len(epoch_plan(config, train_index(dataset), 0)) == 0:
         raise ConfigError(

@@ -1,15 +1,23 @@
-"""SIGTERM and SIGINT: the first asks a run to end in order, the second ends it at once."""
+"""A process of a run: the signals that stop its driver, and a worker's temporary files."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import fcntl
+import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from data_shards.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PREFIX = "reid-worker-"
+_held: list[int] = []  # descriptors with locks that show that this process lives
 
 
 class Stop:
@@ -19,7 +27,7 @@ class Stop:
         self.signal: signal.Signals | None = None
 
     def ask(self, number: int, _frame: object) -> None:
-        """Take a signal.
+        """Handle a signal: the first asks for an orderly end, the second ends the process.
 
         Raises:
             Interrupted: it is the second.
@@ -31,7 +39,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Take SIGTERM and SIGINT while the block runs; outside the main thread, nothing is taken."""
+    """Handle SIGTERM and SIGINT while the block runs. Only a main thread can."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -42,3 +50,40 @@ def stop_signals() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def own_temporary_folder() -> None:
+    """Make `tempfile` use a folder of this process, and remove those of processes that died.
+
+    Checkpoints on their way to storage and back are in temporary files, hundreds of MB each. A
+    worker that is killed leaves them, and the next worker on the machine removes them.
+    """
+    if _held:
+        return
+    parent = Path(tempfile.gettempdir())
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # its process lives, or it is another user's, or gone
+            descriptor = _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(descriptor)
+    while not _held:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        with contextlib.suppress(FileNotFoundError):  # another removed it before it was locked
+            descriptor = _locked(folder, fcntl.LOCK_EX)
+            if folder.exists():
+                _held.append(descriptor)
+            else:
+                os.close(descriptor)
+    tempfile.tempdir = str(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _locked(folder: Path, how: int) -> int:
+    """Return a descriptor that holds a folder's lock until it is closed or the process ends."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

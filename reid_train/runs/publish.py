@@ -1,4 +1,4 @@
-"""After the last step: the best checkpoint's report, pictures, and place in the registry."""
+"""After the last step: the report, its pictures, and the best checkpoint's registration."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import ray.train
 from rich.console import Console
 
 from data_shards.dataset import Dataset
 from data_shards.decode import decode
-from data_shards.errors import StorageError
+from data_shards.errors import DataError, StorageError
 from data_shards.progress import Progress, phase, silent
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
-from reid_train.registry.registry import SUMMARY, Registered, register
+from reid_train.registry.registry import SUMMARY, Registered, register, registered_version
 from reid_train.report.page import Picture, write_page
 from reid_train.report.summary import Row, print_summary
-from reid_train.runs.ray_checkpoints import first_whole
+from reid_train.runs.checkpoint_store import (
+    by_score,
+    delete_stale_checkpoints,
+    first_whole,
+    measured,
+    newest_whole,
+    stored_checkpoints,
+)
 from reid_train.runs.run_dir import REPORT
 from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.tracker import Tracker
 from reid_train.training.checkpoint import RANK_LIST, Checkpoint
-from reid_train.training.context import UNMEASURED
 from reid_train.training.history import History
 
 logger = logging.getLogger(__name__)
@@ -36,7 +41,7 @@ MEASURES = ("mAP", "rank-1", "rank-5", "rank-10", "mINP")
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run came to; `metrics` and `before` are fractions by name."""
+    """The result of a finished run. `metrics` and `before` are fractions by name."""
 
     name: str
     metrics: dict[str, float]
@@ -44,78 +49,98 @@ class Summary:
     images_per_second: float
     report: str
     checkpoint: str
-    """Name of the best, a folder in the run's."""
+    """Name of the best checkpoint, a folder in the run's."""
     model: str | None
     champion: bool
+    epochs: int = 0
+    """Epochs of the run; 0 in a summary that did not record it."""
 
 
 def publish(
-    config: TrainConfig,
-    result: ray.train.Result,
-    dataset: Dataset,
-    tracker: Tracker,
-    progress: Progress = silent,
+    config: TrainConfig, dataset: Dataset, tracker: Tracker, progress: Progress = silent
 ) -> tuple[Summary, list[Row]]:
-    """Draw, store, track and register the result of a run.
+    """Draw, store, track and register the result of a run that has ended.
 
     Args:
         config: the run.
-        result: Ray Train's, with the best and the last checkpoint.
         dataset: what it was trained on; the rank list's images are read from it.
-        tracker: the run's.
-        progress: shows the phases.
+        tracker: of the run.
+        progress: takes the stages.
 
     Returns:
         The summary, and the rows of the table that a person is shown.
+
+    Raises:
+        DataError: no checkpoint of the run is whole.
     """
+    run = f"{config.output}/{config.name}"
+    with newest_whole(run) as newest:
+        if newest is None:
+            raise DataError(f"the run {run} has no checkpoint")
+        history = newest.history()
+        scores = measured(history)
+        ranked = [entry.name for entry in by_score(stored_checkpoints(run), scores)]
+        if ranked and ranked[0] != newest.folder.name:
+            with first_whole(run, ranked) as best:
+                assert best is not None
+                result = _publish(config, dataset, tracker, progress, history, best)
+        else:
+            result = _publish(config, dataset, tracker, progress, history, newest)
+    delete_stale_checkpoints(run, scores)
+    return result
+
+
+def _publish(
+    config: TrainConfig,
+    dataset: Dataset,
+    tracker: Tracker,
+    progress: Progress,
+    history: History,
+    best: Checkpoint,
+) -> tuple[Summary, list[Row]]:
+    before, after = _before_and_after(history, best)
+    speed = float(np.median(history.steps["images_per_second"]))
+    rows = [Row(name, before.get(name), after.get(name)) for name in MEASURES if after]
+    rows.append(Row("training speed", None, speed, "images/s"))
+    commit = code_commit()
+    facts = {
+        "dataset": f"{dataset.manifest.name} ({dataset.url})",
+        "manifest": dataset.manifest.digest[:12],
+        "best epoch": f"{best.progress.epoch} of {config.total_epochs}",
+        "workers": str(config.workers),
+        **({"commit": commit[:12]} if commit else {}),
+    }
+    title = config.name or config.recipe
     with tempfile.TemporaryDirectory(prefix="reid-report-") as temporary:
-        folder = Path(temporary)
-        page = folder / REPORT
-        page.mkdir()
-        title = config.name or config.recipe
+        page = Path(temporary)
         with phase(progress, "drawing the report"):
-            chosen = first_whole(_best(result))
-            best = Checkpoint.open(_fetch(chosen, folder / "best"))
-            last = Checkpoint.open(_fetch(result.checkpoint, folder / "last"))
-            history = last.history()
-            before, after = _before_and_after(history, best)
-            speed = float(np.median(history.steps["images_per_second"]))
-            rows = [Row(name, before.get(name), after.get(name)) for name in MEASURES if after]
-            rows.append(Row("training speed", None, speed, "images/s"))
             pictures = _pictures(config, dataset, best, history, page)
-            commit = code_commit()
-            facts = {
-                "dataset": f"{dataset.manifest.name} ({dataset.url})",
-                "manifest": dataset.manifest.digest[:12],
-                "best epoch": f"{best.progress.epoch} of {config.total_epochs}",
-                "workers": str(config.workers),
-                **({"commit": commit[:12]} if commit else {}),
-            }
-            values = config.model_dump(mode="json")
-            write_page(page / "report.html", title, rows, pictures, values, facts=facts)
+            settings = config.model_dump(mode="json")
+            write_page(page / "report.html", title, rows, pictures, settings, facts=facts)
         with phase(progress, "registering the model"):
             registered = _register(config, dataset, best, after, tracker)
-        with phase(progress, "storing the report"):
-            summary = Summary(
-                name=title,
-                metrics=after,
-                before=before,
-                images_per_second=speed,
-                report=f"{config.output.rstrip('/')}/{title}/{REPORT}/report.html",
-                checkpoint=PurePosixPath(chosen.path).name,
-                model=registered.uri if registered else None,
-                champion=registered.champion if registered else False,
-            )
-            (folder / SUMMARY).write_text(json.dumps(vars(summary), indent=2))
-            storage = open_storage(config.output)
-            for path in sorted(page.iterdir()):
-                storage.upload(f"{title}/{REPORT}/{path.name}", path)
-            tracker.log_artifacts(page, REPORT)
+        summary = Summary(
+            name=title,
+            metrics=after,
+            before=before,
+            images_per_second=speed,
+            report=f"{config.output.rstrip('/')}/{title}/{REPORT}/report.html",
+            checkpoint=best.folder.name,
+            model=registered.uri if registered else None,
+            champion=registered.champion if registered else False,
+            epochs=config.total_epochs,
+        )
+        (page / PurePosixPath(SUMMARY).name).write_text(json.dumps(vars(summary), indent=2))
+        storage = open_storage(f"{config.output}/{title}")
+        # The summary comes last: a run that has one has its report.
+        for path in sorted(page.iterdir(), key=lambda p: (p.name in SUMMARY, p.name)):
+            storage.upload(f"{REPORT}/{path.name}", path)
+        tracker.log_artifacts(page, REPORT)
     return summary, rows
 
 
 def show(summary: Summary, rows: list[Row], config: TrainConfig, console: Console) -> None:
-    """Print the table, and where to look next."""
+    """Print the table, and where the report, the model and MLflow are."""
     print_summary(console, rows, title=f"{summary.name}: before and after training")
     console.print(f"report     {summary.report}", highlight=False, soft_wrap=True)
     if summary.model:
@@ -131,29 +156,10 @@ def show(summary: Summary, rows: list[Row], config: TrainConfig, console: Consol
         console.print(f"MLflow     {config.tracking.uri}", highlight=False, soft_wrap=True)
 
 
-def _best(result: ray.train.Result) -> list[ray.train.Checkpoint]:
-    """The checkpoints by descending mAP; the last one alone if none was measured."""
-    measured = [
-        (metrics["mAP"], position, checkpoint)
-        for position, (checkpoint, metrics) in enumerate(result.best_checkpoints or [])
-        if metrics["mAP"] > UNMEASURED
-    ]
-    if measured:
-        return [entry[2] for entry in sorted(measured, key=lambda e: e[:2], reverse=True)]
-    assert result.checkpoint is not None
-    return [result.checkpoint]
-
-
-def _fetch(checkpoint: ray.train.Checkpoint | None, folder: Path) -> Path:
-    assert checkpoint is not None
-    checkpoint.to_directory(folder)
-    return folder
-
-
 def _before_and_after(
     history: History, best: Checkpoint
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics of the untrained network, if it was measured, and of the best checkpoint."""
+    """Return the metrics of the untrained network, if it was evaluated, and of the best one."""
     epochs = history.evaluations.get("epoch", [])
 
     def at(epoch: int) -> dict[str, float]:
@@ -176,7 +182,7 @@ def _pictures(
         if "query" in rank_list:
             path = folder / "rank_list.png"
             _draw_rank_list(path, dataset, dict(rank_list), config.image)
-            caption = "From the query with the best result to the one with the worst."
+            caption = "Queries from the highest average precision to the lowest."
             pictures.append(Picture(path, caption))
     path = folder / "curves.png"
     draw_curves(path, history.columns())
@@ -224,10 +230,11 @@ def _register(
 ) -> Registered | None:
     if tracker.run_id is None or tracker.uri is None or config.tracking.model_name == "off":
         return None
+    name = config.tracking.model_name or f"reid-{dataset.manifest.name}"
     try:
-        return register(
+        return registered_version(name, tracker.run_id, metrics, tracker.uri) or register(
             best.folder,
-            config.tracking.model_name or f"reid-{dataset.manifest.name}",
+            name,
             metrics,
             manifest_digest=best.origin.manifest_digest,
             evaluation_digest=best.origin.evaluation_digest,
@@ -235,6 +242,5 @@ def _register(
             tracking_uri=tracker.uri,
         )
     except StorageError as error:
-        # The training is whole, and so is its report; only this is left to do.
-        logger.warning("model not registered: %s; --resume registers it", error)
+        logger.warning("model not registered: %s. Register it with --resume", error)
         return None

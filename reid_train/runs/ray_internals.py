@@ -1,6 +1,15 @@
-"""What Ray Train shall do about failures and comings and goings that it has no settings for.
+"""Everything of Ray Train that is not public. Written for Ray 2.60; no other file uses such parts.
 
-The only file that derives from Ray's own classes; it holds for the Ray of `constraints.txt`.
+`tests/unit/runs/test_ray_internals.py` fails if Ray changes one of them. What is used, and why:
+
+* `TorchTrainer._initialize_and_run_controller` and `_register_sigint_handler` (2.60): Ray has no
+  setting for the failure policy, the scaling policy, or who handles SIGINT.
+* `DefaultFailurePolicy`, `ElasticScalingPolicy._count_possible_workers` (2.60): Ray retries errors
+  that were raised on purpose, and starts worker groups that cannot share the batch equally.
+* `ENV_VARS_TO_PROPAGATE` and the names of two variables (2.60): timeouts are set only through them.
+* `worker_group.placement_group` (2.60): reservations get no name otherwise, and without a name they
+  cannot be found and given back if the controller is killed before its workers run.
+* the name of the logger of `execution.context` (2.60): `LoggingConfig` does not reach it.
 """
 
 from __future__ import annotations
@@ -13,14 +22,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, ScalingConfig
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.constants import (
+    COLLECTIVE_TIMEOUT_S_ENV_VAR,
+    ENV_VARS_TO_PROPAGATE,
+    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
+)
+from ray.train.v2._internal.execution import context as train_context
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group import worker_group
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from data_shards.errors import ReidError
@@ -28,28 +47,44 @@ from reid_train.out_of_memory import gpu_out_of_memory
 
 logger = logging.getLogger(__name__)
 
+CONTEXT_LOGGER = str(train_context.__file__)
+"""Logs a line for each report. Ray names this logger after its file."""
+
+
+def set_timeouts(hang: int, collective: int) -> None:
+    """Set how long Ray Train waits for a silent worker, and in its own collectives, in seconds."""
+    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(hang)
+    os.environ[COLLECTIVE_TIMEOUT_S_ENV_VAR] = str(collective)
+
 
 class ResilientTrainer(TorchTrainer):
-    """TorchTrainer that retries no error raised on purpose, and whose world size divides the batch.
+    """A TorchTrainer that does not retry errors raised on purpose.
 
-    Its driver handles signals itself, see `signals.py`.
+    Its numbers of workers always divide the batch, its reservations can be given back, and its
+    driver handles signals itself (`process.py`).
+
+    Args:
+        run: `<output>/<name>`; reservations are found by it.
+        batch_size: images of the global batch.
+        arguments: TorchTrainer's.
     """
 
+    def __init__(self, *arguments: Any, run: str, batch_size: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._run, self._batch_size = run, batch_size
+
     def _initialize_and_run_controller(self, **arguments):
-        arguments["failure_policy"] = _PermanentErrors(
-            self.run_config.failure_config or FailureConfig()
-        )
+        failures = self.run_config.failure_config or FailureConfig()
+        arguments["failure_policy"] = _FailurePolicy(failures)
         if self.scaling_config.elasticity_enabled:
-            batch = (self.train_loop_config or {})["batch_size"]
-            arguments["scaling_policy"] = _Divisors(self.scaling_config, batch)
-        run = str(self.run_config.storage_path), str(self.run_config.name)
-        arguments["callbacks"] = [*arguments["callbacks"], _Named(_prefix(*run))]
-        release(*run)
+            arguments["scaling_policy"] = _ScalingPolicy(self.scaling_config, self._batch_size)
+        arguments["callbacks"] = [*arguments["callbacks"], _NamedReservations(self._run)]
+        release(self._run)
         try:
             with _named_cluster():
                 return super()._initialize_and_run_controller(**arguments)
         finally:
-            release(*run)
+            release(self._run)
 
     def _register_sigint_handler(self, controller) -> None:
         pass
@@ -57,10 +92,10 @@ class ResilientTrainer(TorchTrainer):
 
 @contextlib.contextmanager
 def _named_cluster() -> Iterator[None]:
-    """Let Ray Train's actors know which cluster they are in.
+    """Tell Ray Train's actors which cluster they are in.
 
-    What frees the workers of a run that is gone asks for its controller at the address in the
-    environment, or else at any cluster that it finds on the machine, where it may wait in vain.
+    The actor that frees the workers of a dead run looks for its controller at the address in the
+    environment, or else in any cluster on the machine, where it may wait for ever.
     """
     before = os.environ.get("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
@@ -74,41 +109,37 @@ def _named_cluster() -> Iterator[None]:
             os.environ["RAY_ADDRESS"] = before
 
 
-def _prefix(storage_path: str, name: str) -> str:
-    return f"{storage_path}/{name}#"
-
-
-def release(storage_path: str, name: str) -> None:
+def release(run: str) -> None:
     """Give back the CPUs and GPUs that a run without a controller still reserves.
 
-    Ray leaves that to an actor, which may be killed as well where memory runs out or a node is
-    lost: then nobody else gets them as long as the driver lives, and a sweep waits for ever.
+    Ray leaves that to an actor that may be killed too, if memory runs out or a node is lost. Then
+    the resources stay reserved until the driver ends, and a sweep waits for ever.
 
     Args:
-        storage_path, name: of the run, as Ray Train's `RunConfig` has them.
+        run: `<output>/<name>`.
     """
     for number, group in placement_group_table().items():
-        if group["name"].startswith(_prefix(storage_path, name)) and group["state"] != "REMOVED":
+        if group["name"].startswith(f"{run}#") and group["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(number)))
 
 
-class _Named(ControllerCallback):
-    """Gives what a run reserves names by which `release` finds it."""
+class _NamedReservations(ControllerCallback):
+    """Names what a run reserves, so that `release` finds it."""
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
+    def __init__(self, run: str) -> None:
+        self._run = run
 
     def after_controller_start(self, train_run_context) -> None:
         module = worker_group.__dict__  # of the controller's own process
         reserve = module["placement_group"]
 
         def named(*arguments: Any, **options: Any) -> PlacementGroup:
-            return reserve(*arguments, name=f"{self._prefix}{uuid.uuid4().hex}", **options)
+            return reserve(*arguments, name=f"{self._run}#{uuid.uuid4().hex}", **options)
 
         module["placement_group"] = named
 
 
-class _PermanentErrors(DefaultFailurePolicy):
+class _FailurePolicy(DefaultFailurePolicy):
     """Retries what a machine may have caused; an error raised on purpose would only recur."""
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
@@ -122,20 +153,20 @@ class _PermanentErrors(DefaultFailurePolicy):
         return decision
 
 
-class _Divisors(ElasticScalingPolicy):
-    """As many workers as there is room for and as share the global batch equally."""
+class _ScalingPolicy(ElasticScalingPolicy):
+    """Starts as many workers as fit and divide the global batch."""
 
-    def __init__(self, scaling_config: ScalingConfig, batch: int) -> None:
+    def __init__(self, scaling_config: ScalingConfig, batch_size: int) -> None:
         super().__init__(scaling_config)
-        self._batch = batch
+        self._batch_size = batch_size
 
     def _count_possible_workers(self, reserved_resources) -> int:
         room = super()._count_possible_workers(reserved_resources)
-        return next((n for n in range(room, 0, -1) if self._batch % n == 0), 0)
+        return next((n for n in range(room, 0, -1) if self._batch_size % n == 0), 0)
 
 
 def on_purpose(error: Exception) -> ReidError | None:
-    """The controller's or the first worker's `ReidError`, if there is one."""
+    """Return the `ReidError` of the controller or of the first worker that raised one."""
     if isinstance(error, ControllerError) and isinstance(error.controller_failure, ReidError):
         return error.controller_failure
     if isinstance(error, WorkerGroupError):

@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,17 @@ import ray.exceptions
 import ray.train
 from ray.exceptions import OutOfMemoryError
 from ray.train import (
-    CheckpointConfig,
+    CheckpointUploadMode,
     FailureConfig,
     LoggingConfig,
     RunConfig,
     ScalingConfig,
+    TrainingFailedError,
     UserCallback,
+    WorkerGroupError,
 )
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2._internal.constants import (
-    COLLECTIVE_TIMEOUT_S_ENV_VAR,
-    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
-)
-from ray.train.v2._internal.execution import context as train_context
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchConfig, get_device
 
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
@@ -38,132 +35,136 @@ from data_shards.errors import DataError, Interrupted, ReidError
 from data_shards.progress import Display, phase
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import gpu_out_of_memory, out_of_memory
-from reid_train.runs.console import Board, beside_driver, watch
-from reid_train.runs.process import stop_signals
-from reid_train.runs.ray_checkpoints import (
+from reid_train.runs.checkpoint_store import (
+    Keeper,
     first_whole,
-    forget_missing,
+    newest_whole,
     opened,
-    ray_checkpoint,
-    ray_storage,
-    unlisted,
-    upload,
+    stored_checkpoints,
 )
-from reid_train.runs.ray_internals import ResilientTrainer, on_purpose
-from reid_train.runs.run_lock import Claim
-from reid_train.runs.scratch import own_temporary_folder
+from reid_train.runs.console import Board, beside_driver, reporter, watch
+from reid_train.runs.process import own_temporary_folder, stop_signals
+from reid_train.runs.ray_internals import (
+    CONTEXT_LOGGER,
+    ResilientTrainer,
+    on_purpose,
+    set_timeouts,
+)
+from reid_train.runs.run_lock import RunLock
 from reid_train.tracking import prometheus
 from reid_train.tracking.tracker import Tracker
-from reid_train.training.context import Asked, Stopped, Worker
+from reid_train.training.checkpoint import Checkpoint
+from reid_train.training.context import Stopped, StopRequest, WorkerContext
 
 logger = logging.getLogger(__name__)
 
 RESIZE_SECONDS = 30.0
-"""Between two looks of an elastic run at whether nodes came."""
+"""How often an elastic run looks for new nodes."""
 
 
 def fit(
-    config: TrainConfig, dataset: Dataset, run_id: str | None, claim: Claim, *, progress: Display
-) -> ray.train.Result:
-    """Train on a Ray cluster (the one at hand, or a local one that this starts).
+    config: TrainConfig, dataset: Dataset, run_id: str | None, lock: RunLock, display: Display
+) -> None:
+    """Train on the Ray cluster at hand, or on a local one that this starts.
 
-    A run of that name which has checkpoints goes on from the last one.
+    A run that has checkpoints resumes from the newest.
 
     Args:
         config: as `prepare` returned it.
-        dataset: what it trains on; every worker checks that it opens the same.
+        dataset: what it trains on; every worker checks that it opens the same one.
         run_id: MLflow run to log to, if any.
-        claim: the driver's lease on the run.
-        progress: where the run is shown.
-
-    Returns:
-        Ray Train's result: checkpoints and their metrics.
+        lock: the driver's lock of the run.
+        display: where progress is shown.
 
     Raises:
-        ReidError: what a worker raised on purpose, or what made the run fail.
-        Interrupted: SIGTERM or SIGINT ended it, with a checkpoint.
+        ReidError: what a worker raised on purpose, or why the run failed.
+        Interrupted: SIGTERM or SIGINT ended it; a checkpoint was written.
     """
-    run = f"{config.output}/{config.name}"
-    forget_missing(run)
-    start = unlisted(run)
-    with phase(progress, "starting Ray"):
+    with phase(display, "starting Ray"):
         start_ray(config.workers)
-    board = beside_driver(Board).remote()
-    trainer = make_trainer(config, dataset, run_id, claim=claim, board=board, start=start)
-    with stop_signals() as stop, watch(board, progress, config, stop):
+        board = beside_driver(Board).remote()
+    with stop_signals() as stop, watch(board, display, config, stop):
         try:
-            result = trainer.fit()
+            run_workers(config, dataset, run_id, lock=lock, board=board)
         except (TrainingFailedError, OutOfMemoryError) as error:
             raise explained(error, config) from error
-    if stop.signal is not None and not _ended(result, config):
-        step = (result.metrics or {}).get("step", 0)
-        raise Interrupted(
-            f"stopped by {stop.signal.name} with a checkpoint after step {step}. "
-            f"Continue with --resume --name {config.name} --output {config.output}",
-            stop.signal,
-        )
-    return result
+    if stop.signal is not None:
+        newest = next(iter(stored_checkpoints(f"{config.output}/{config.name}")), None)
+        if newest is None or newest.epoch < config.total_epochs:
+            saved = f" with a checkpoint after step {newest.step}" if newest else ""
+            raise Interrupted(
+                f"stopped by {stop.signal.name}{saved}. "
+                f"Continue with --resume --name {config.name} --output {config.output}",
+                stop.signal,
+            )
 
 
-def make_trainer(
+def run_workers(
     config: TrainConfig,
     dataset: Dataset,
     run_id: str | None,
     *,
-    claim: Claim | None = None,
+    lock: RunLock | None = None,
     board: Any = None,
     callbacks: Sequence[UserCallback] = (),
     start: str | None = None,
     until: int | None = None,
-) -> TorchTrainer:
-    """The Ray Train trainer of a run; `fit()` on it trains.
+) -> None:
+    """Train with a group of Ray Train workers until the run ends.
 
     Args:
         config: as `prepare` returned it.
         dataset: what it trains on.
-        run_id: MLflow run that the first worker logs to, if any.
-        claim: without which nothing is written into the run's folder; a sweep's trials have none.
-        board: a `Board` actor to show progress on, if anybody looks.
-        callbacks: Ray Train's, such as Tune's to report a trial's metrics.
-        start: checkpoint that a run without any of its own starts from, a folder or an s3:// URL.
-        until: epoch after whose evaluation the run ends early, its schedule unchanged.
+        run_id: MLflow run that rank 0 logs to, if any.
+        lock: nothing is written into the run's folder once it is not held; trials have none.
+        board: a `Board` actor that progress is shown on, if any.
+        callbacks: Ray Train's, such as one that reports a trial's metrics to Ray Tune.
+        start: checkpoint that a run without its own starts from, a folder or an s3:// URL.
+        until: epoch after whose evaluation the run ends early, with the same schedule.
+
+    Raises:
+        TrainingFailedError: the training failed, and was not or could not be retried.
     """
-    # Ray names a rank that does not answer. One that answers but does not go on keeps the others
-    # waiting in a collective, torch's or Ray's: a little later, they give up.
+    # A rank that does not answer is named by Ray. One that answers but makes no progress keeps the
+    # others waiting in a collective, torch's or Ray's, which gives up a little later.
     hang = config.checkpoint.hang_seconds
-    waiting = hang * 3 // 2
-    # Ray Train has no other settings; the driver's environment is passed on to its processes.
-    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(hang)
-    os.environ[COLLECTIVE_TIMEOUT_S_ENV_VAR] = str(waiting)
-    return ResilientTrainer(
-        _train_worker,
-        train_loop_config={
-            "config": config.to_json(),
-            "manifest_digest": dataset.manifest.digest,
-            "run_id": run_id,
-            "board": board,
-            "start": start,
-            "until": until,
-            "batch_size": config.batch_size,
-            "claim": claim,
-        },
-        torch_config=TorchConfig(timeout_s=waiting),
-        scaling_config=ScalingConfig(
-            num_workers=(config.min_workers, config.workers)
-            if config.min_workers
-            else config.workers,
-            use_gpu=use_gpu(config.device, config.min_workers or config.workers),
-            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-        ),
-        run_config=RunConfig(
-            name=config.name,
-            **ray_storage(config.output, claim),
-            failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="mAP"),
-            logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=list(callbacks),
-        ),
-    )
+    set_timeouts(hang, hang * 3 // 2)
+    least = config.min_workers or config.workers
+    run = f"{config.output}/{config.name}"
+    # Ray Train's own record of a run is not kept: the run's folder is the only one.
+    with tempfile.TemporaryDirectory(prefix="reid-ray-") as folder:
+        ResilientTrainer(
+            _train_worker,
+            run=run,
+            batch_size=config.batch_size,
+            train_loop_config={
+                "config": config.to_json(),
+                "manifest_digest": dataset.manifest.digest,
+                "run_id": run_id,
+                "board": board,
+                "start": start,
+                "until": until,
+                "lock": lock,
+            },
+            torch_config=TorchConfig(timeout_s=hang * 3 // 2),
+            scaling_config=ScalingConfig(
+                num_workers=(least, config.workers) if config.min_workers else config.workers,
+                use_gpu=use_gpu(config.device, least),
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            ),
+            run_config=RunConfig(
+                name=ray_name(str(config.name)),
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
+                logging_config=LoggingConfig(log_level="WARNING"),
+                callbacks=list(callbacks),
+            ),
+        ).fit()
+
+
+def ray_name(name: str) -> str:
+    """Return a run's name as Ray's metrics accept it: other letters than ASCII's become `_`."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
 def start_ray(cpus: int, *, logs: bool = True) -> None:
@@ -182,17 +183,16 @@ def start_ray(cpus: int, *, logs: bool = True) -> None:
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
+    """The function that every Ray Train worker runs."""
     own_temporary_folder()
     for package in ("data_shards", "reid_train"):
         logging.getLogger(package).setLevel(os.environ.get("REID_LOG_LEVEL", "INFO"))
-    # Ray names this one after its file, so the level of its `LoggingConfig` does not reach it.
-    for noisy in ("botocore", str(train_context.__file__)):
+    for noisy in ("botocore", CONTEXT_LOGGER):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         _train(settings)
     except ReidError:
-        # The driver says it in one line; Ray would print a traceback as well.
+        # The driver prints it in one line; Ray would print a traceback as well.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
 
@@ -200,121 +200,134 @@ def _train_worker(settings: dict[str, Any]) -> None:
 def _train(settings: dict[str, Any]) -> None:
     """Train as this worker of the group."""
     # Only workers need the network; drivers and controllers start a third faster without it.
-    from reid_train.training.checkpoint import Checkpoint
     from reid_train.training.loop import train
 
     config = TrainConfig.from_json(settings["config"])
-    context = ray.train.get_context()
-    rank, board, until = context.get_world_rank(), settings["board"], settings["until"]
+    ray_context = ray.train.get_context()
+    rank, board, until = ray_context.get_world_rank(), settings["board"], settings["until"]
     dataset = Dataset.open(config.data)
     if dataset.manifest.digest != settings["manifest_digest"]:
-        raise DataError(f"{config.data} changed while the run was going on")
+        raise DataError(f"{config.data} changed since the run was started")
+    run = f"{config.output}/{config.name}"
     run_id = settings["run_id"] if rank == 0 else None
     uri = config.tracking.uri if run_id else None
-    show_gauges = prometheus.gauges(config.name or "")
-    with Tracker(uri, run_id) as tracker:
+    show_gauges = prometheus.gauges(ray_name(config.name or ""))
+    with Tracker(uri, run_id) as tracker, _resume(run, rank, settings["start"]) as resume:
 
         def log(values: dict[str, float], step: int) -> None:
             tracker.log(values, step)
             show_gauges(values)
 
-        worker = Worker(
+        if resume is not None:
+            if until is not None and resume.progress.epoch >= until:
+                return  # it was killed between its last report and its end
+            if rank == 0 and resume.folder.name != _START:
+                # The checkpoint has the values that MLflow missed when a process died.
+                resume.history().replay(tracker.log)
+        context = WorkerContext(
             rank=rank,
-            world=context.get_world_size(),
+            world=ray_context.get_world_size(),
             device=get_device(),  # type: ignore[arg-type]
             cache=ShardCache(
                 dataset.storage, config.loader.cache.expanduser(), config.loader.cache_bytes
             ),
-            report=partial(
-                _report,
-                run=f"{config.output}/{config.name}",
-                until=until,
-                claim=settings["claim"],
-            ),
+            report=_Report(Keeper(run, settings["lock"], resume) if rank == 0 else None, until),
             log=log,
-            show=board.show.remote if board is not None else lambda state: None,
-            asked=_Asked(board, rank),
+            stop_request=_StopRequests(board, rank),
         )
-        own = ray.train.get_checkpoint() is not None
-        checkpoint = _starting_point(settings["start"])
+        if board is not None:
+            context.show, context.progress = board.show.remote, reporter(board)
         with contextlib.suppress(_Enough, Stopped):
-            if checkpoint is None:
-                train(config, dataset, worker)
-            else:
-                with opened(checkpoint) as folder:
-                    saved = Checkpoint.open(folder)
-                    if until is not None and saved.progress.epoch >= until:
-                        raise _Enough  # stopped between its last report and its end
-                    if rank == 0 and own:
-                        # What MLflow has not got when a process dies, it gets from here.
-                        saved.history().replay(tracker.log)
-                    train(config, dataset, worker, folder)
+            train(config, dataset, context, resume)
 
 
-def _starting_point(start: str | None) -> ray.train.Checkpoint | None:
-    """The run's furthest checkpoint that is whole, the same on all ranks; or where it starts."""
-    newest = ray.train.get_checkpoint()
-    if newest is None:
-        return None if start is None else ray_checkpoint(start)
-    path = ""
-    if ray.train.get_context().get_world_rank() == 0:
-        kept = ray.train.get_all_reported_checkpoints()
-        kept.sort(key=lambda reported: reported.metrics["step"], reverse=True)
-        path = first_whole([reported.checkpoint for reported in kept]).path
-    return ray.train.Checkpoint(broadcast_from_rank_zero(path), newest.filesystem)
+_START = "start"
+"""Name of the folder of a checkpoint that is not the run's own."""
+
+
+@contextlib.contextmanager
+def _resume(run: str, rank: int, start: str | None) -> Iterator[Checkpoint | None]:
+    """Open the checkpoint to resume from, the same on all ranks.
+
+    Rank 0 chooses it: the newest of the run that is not damaged, else the one to start from.
+    """
+    with contextlib.ExitStack() as stack:
+        name = ""
+        found = stack.enter_context(newest_whole(run)) if rank == 0 else None
+        if found is not None:
+            name = found.folder.name
+        name = broadcast_from_rank_zero(name)
+        if found is None and name:
+            found = stack.enter_context(first_whole(run, [name]))
+        elif not name and start is not None:
+            found = stack.enter_context(opened(start, _START))
+        yield found
 
 
 class _Enough(Exception):
-    """Every rank raises it at the same report, so none is left waiting for another."""
+    """Training reached `until`. Every rank raises it at the same report."""
 
 
-def _report(
-    metrics: dict[str, float], folder: Path | None, run: str, until: int | None, claim: Claim | None
-) -> None:
-    """Hand metrics and a checkpoint to Ray Train, which uploads it while training goes on."""
-    checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
-    mode = ray.train.CheckpointUploadMode.ASYNC
-    ray.train.report(
-        metrics,
-        checkpoint=checkpoint,
-        checkpoint_upload_mode=mode,
-        checkpoint_upload_fn=partial(upload, run, claim=claim),
-    )
-    if until is not None and metrics["epoch"] >= until:
-        raise _Enough
+class _Report:
+    """Hands metrics and checkpoints to Ray Train, which uploads them while training continues.
+
+    Args:
+        keeper: uploads and deletes checkpoints; None on ranks above 0.
+        until: epoch after whose report the run ends, if any.
+    """
+
+    def __init__(self, keeper: Keeper | None, until: int | None) -> None:
+        self._keeper, self._until = keeper, until
+
+    def __call__(self, metrics: dict[str, float], folder: Path | None) -> None:
+        checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=partial(self._upload, metrics),
+        )
+        if self._until is not None and metrics["epoch"] >= self._until:
+            raise _Enough
+
+    def _upload(
+        self, metrics: dict[str, float], checkpoint: ray.train.Checkpoint, name: str
+    ) -> ray.train.Checkpoint:
+        """Store a checkpoint; Ray gets a name in its own folder, where it looks for nothing."""
+        assert self._keeper is not None
+        self._keeper.keep(Path(checkpoint.path), name, metrics)
+        storage: Any = ray.train.get_context().get_storage()
+        place = f"{storage.experiment_fs_path}/{name}"
+        return ray.train.Checkpoint(place, storage.storage_filesystem)
 
 
-class _Asked:
-    """What the driver, or a node that will be taken away, asks of the run."""
+class _StopRequests:
+    """What the driver, or Ray for a node that will be taken away, asks of the run."""
 
     def __init__(self, board: Any, rank: int) -> None:
         self._stopping = getattr(board, "stopping", None) if rank == 0 else None
         self._saved = False
 
-    def __call__(self) -> Asked:
+    def __call__(self) -> StopRequest:
         leaving = ray.train.get_preemption_info() is not None  # every rank has to ask
         with contextlib.suppress(ray.exceptions.RayError):
             if self._stopping is not None and ray.get(self._stopping.remote(), timeout=10):
-                return Asked.STOP
+                return StopRequest.STOP
         if leaving and not self._saved:
             self._saved = True
-            return Asked.SAVE
-        return Asked.NOTHING
-
-
-def _ended(result: ray.train.Result, config: TrainConfig) -> bool:
-    return (result.metrics or {}).get("epoch") == config.total_epochs
+            return StopRequest.SAVE
+        return StopRequest.NONE
 
 
 def explained(
     error: TrainingFailedError | OutOfMemoryError, config: TrainConfig, *, advise: bool = True
 ) -> ReidError:
-    """What a failed training means to a person: the cause if it was raised on purpose.
+    """Return a failed training's error as one line: its cause, if that was raised on purpose.
 
     Args:
         error: as Ray raised it.
         config: of the run.
-        advise: say how to go on with the run, too.
+        advise: say how to continue the run, too.
     """
     cause = on_purpose(error)
     if cause is not None:
@@ -339,12 +352,12 @@ def explained(
 
 
 def use_gpu(device: str, needed: int, *, free: bool = False) -> bool:
-    """Whether workers get a GPU each: "cuda" says so, "auto" if as many are here as are needed.
+    """Return whether each worker gets a GPU: for "cuda", and for "auto" if there are enough.
 
     Args:
-        device: as given.
-        needed: GPUs.
-        free: count those alone that nobody has now.
+        device: "auto", "cuda" or "cpu".
+        needed: number of GPUs.
+        free: count only GPUs that are free now.
     """
     resources = ray.available_resources() if free else ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
@@ -352,8 +365,8 @@ def use_gpu(device: str, needed: int, *, free: bool = False) -> bool:
         logger.warning("%d GPUs are needed and %d are here: waiting for the cluster", needed, gpus)
     if device == "auto" and 0 < gpus < needed:
         logger.warning(
-            "%d GPUs are here, fewer than the %d workers: going on without them. Lower --workers, "
-            "or wait for more with --device cuda",
+            "%d GPUs are here, fewer than the %d workers: training on CPUs. Lower --workers, or "
+            "wait for more GPUs with --device cuda",
             *(gpus, needed),
         )
     return device == "cuda" or (device == "auto" and gpus >= needed)

@@ -1,22 +1,19 @@
-"""A run's folder, `<output>/<name>/`, and what its `run.json` says of it.
+"""A run's folder, `<output>/<name>/`: its `run.json`, and what may change on `--resume`.
 
-Beside `run.json` lie the checkpoints that Ray Train keeps (the two best by mAP and the last), Ray's
-own snapshot of them, and the report. A name is taken once; `--resume` continues the run that has
-it.
+The folder also holds the checkpoints (`checkpoint_store.py`), the lock (`run_lock.py`) and the
+report. A name is taken once; `--resume` continues the run that has it.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing
-from data_shards.storage import LocalStorage, open_storage
+from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 
 REPORT = "report"
@@ -32,23 +29,23 @@ RESUMABLE = {
     "output",
     "data",
 }
-"""Sections that may differ when a run is resumed: they do not change what is computed."""
+"""Sections that may change when a run is resumed: they do not change what is computed."""
 EPOCHS = "optimizer.epochs"
 EXTENDABLE = {EPOCHS, "optimizer.skip_nonfinite"}
-"""Settings that may differ too: they say how far a run goes, not what its steps are. With a cosine
-schedule the number of epochs does not: each epoch's learning rate depends on it."""
+"""Settings that may change too: they decide how long a run is, not what its steps are. The number
+of epochs may not change with a cosine schedule, because each learning rate depends on it."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder's `run.json` describes it."""
+    """A run as its `run.json` describes it."""
 
     config: TrainConfig
     manifest_digest: str
     mlflow_run_id: str | None
 
     def to_json(self) -> bytes:
-        """The run as JSON."""
+        """Return the run as JSON."""
         values = {
             "config": self.config.model_dump(mode="json"),
             "manifest_digest": self.manifest_digest,
@@ -58,7 +55,7 @@ class Run:
 
     @staticmethod
     def exists(output: str, name: str) -> bool:
-        """Whether there is `<output>/<name>/run.json`."""
+        """Return whether there is `<output>/<name>/run.json`."""
         return open_storage(output).exists(f"{name}/run.json")
 
     @classmethod
@@ -80,7 +77,7 @@ class Run:
 
 
 def prepare(config: TrainConfig) -> TrainConfig:
-    """Fill in what is decided on the driver: the name, and paths that hold in any folder.
+    """Fill in what the driver decides: the name, and paths that are valid in any folder.
 
     Raises:
         ConfigError: no data or no output was given.
@@ -94,7 +91,7 @@ def prepare(config: TrainConfig) -> TrainConfig:
         data=_absolute(config.data),
         output=_absolute(config.output),
         model__weights=_absolute(weights) if Path(weights).exists() else weights,
-        # A node's own home, not the driver's, is meant by `~`.
+        # `~` is the home of each node, not of the driver.
         loader__cache=cache if cache.parts[:1] == ("~",) else cache.absolute(),
     )
 
@@ -116,7 +113,7 @@ def same_training(old: TrainConfig, new: TrainConfig) -> None:
     if changed:
         raise ConfigError(
             f"run {old.name} cannot be resumed with other settings of {', '.join(changed)}: "
-            "leave them as they were, or start a new run under another --name"
+            "leave them out, or start a new run under another --name"
         )
     if before[EPOCHS] != after[EPOCHS] and new.optimizer.schedule == "cosine":
         raise ConfigError(
@@ -127,65 +124,50 @@ def same_training(old: TrainConfig, new: TrainConfig) -> None:
         )
 
 
-def claim(config: TrainConfig, dataset: Dataset, saved: Run | None) -> None:
-    """Take the run's folder, or check that a resumed run is the same as before.
-
-    Args:
-        config: as `prepare` returned it.
-        dataset: what it trains on.
-        saved: the run that is resumed; None for a new one.
+def same_dataset(saved: Run, dataset: Dataset) -> None:
+    """Refuse to resume a run on another dataset.
 
     Raises:
-        ConfigError: the name is taken, or the resumed run had other settings.
-        DataError: the resumed run had another dataset.
+        DataError: the manifests differ.
     """
-    run = Run(config, dataset.manifest.digest, None)
-    if saved is not None:
-        same_training(saved.config, config)
-        if saved.manifest_digest != run.manifest_digest:
-            raise DataError(
-                f"run {config.name} was trained on the dataset with manifest "
-                f"{saved.manifest_digest[:12]}, but {config.data} has "
-                f"{run.manifest_digest[:12]}: give it that dataset, or start a new run"
-            )
-        return
-    try:
-        _write(run, create_once=True)
-    except ObjectExists as error:
-        raise ConfigError(
-            f"run {config.name} exists in {config.output}: continue it with --resume, or give "
-            "another --name"
-        ) from error
+    if saved.manifest_digest != dataset.manifest.digest:
+        raise DataError(
+            f"run {saved.config.name} was trained on the dataset with manifest "
+            f"{saved.manifest_digest[:12]}, but {dataset.url} has {dataset.manifest.digest[:12]}: "
+            "give it that dataset, or start a new run"
+        )
 
 
-def record(run: Run) -> None:
-    """Write `run.json` anew, once it is known where the run is tracked."""
-    _write(run)
+def require_free(config: TrainConfig) -> None:
+    """Refuse a name that a run has.
 
-
-def tidy(config: TrainConfig, kept: Collection[str]) -> None:
-    """Remove the checkpoints that workers which died left behind, often half uploaded.
-
-    Args:
-        config: of a run that has ended.
-        kept: names of the folders to keep.
+    Raises:
+        ConfigError: the name is taken.
     """
-    folder = open_storage(config.output).child(str(config.name))
-    for key, _ in list(folder.list("checkpoint_")):
-        name, inside, _ = key.partition("/")
-        if inside and name not in kept:
-            folder.delete(key)
-    if isinstance(folder, LocalStorage):  # a copy that was killed left what it does not list
-        for path in folder.root.glob("checkpoint_*"):
-            if path.is_dir() and path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+    if Run.exists(config.output, str(config.name)):
+        raise _taken(config)
 
 
-def _write(run: Run, *, create_once: bool = False) -> None:
+def write(run: Run, *, new: bool = False) -> None:
+    """Write `run.json`, which takes the run's name.
+
+    Raises:
+        ConfigError: the run is new and the name is taken.
+    """
     storage = open_storage(run.config.output)
-    storage.write(f"{run.config.name}/run.json", run.to_json(), create_once=create_once)
+    try:
+        storage.write(f"{run.config.name}/run.json", run.to_json(), create_once=new)
+    except ObjectExists as error:
+        raise _taken(run.config) from error
+
+
+def _taken(config: TrainConfig) -> ConfigError:
+    return ConfigError(
+        f"run {config.name} exists in {config.output}: continue it with --resume, or give another "
+        "--name"
+    )
 
 
 def _absolute(location: str) -> str:
-    """The one name of a place: without a slash at its end, to which a run's name is added."""
+    """Return a location without a slash at its end, local ones as an absolute path."""
     return open_storage(location).url

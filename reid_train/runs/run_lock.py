@@ -1,12 +1,12 @@
-"""One driver a run: whoever trains a run holds a lease in its folder.
+"""One driver a run: the driver that trains a run holds the lock in its folder.
 
-The lease is an object `lease/<number>.json`, created once by the driver that takes it, rewritten by
-it every few seconds, and deleted at the end. One that has stopped changing belongs to a driver that
-is gone: the next number may be taken, and of several that try, one creates it. No two machines'
-clocks are compared: whoever wants the run watches the lease for as long as it may stay silent.
+The lock is an object `lease/<number>.json`. The driver that takes the run creates it, rewrites it
+every few seconds, and deletes it at the end. If it stops changing, its driver is gone and another
+may take the run by creating the next number; of several that try, one succeeds. The clocks of two
+machines are never compared: a driver that wants the run watches the object for `SILENT_SECONDS`.
 
-Numbers begin again once nobody has the run, so a number alone says nothing: before each rewriting
-the holder looks whether the lease is there and still its own.
+Numbers start again from 1 once nobody holds the run, so a number does not identify a holder. Before
+each rewriting the holder therefore reads the object and checks that it is still its own.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from data_shards.storage import Storage
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
-"""Between two rewritings of a lease."""
+"""Time between two rewritings of a lock."""
 SILENT_SECONDS = 60.0
-"""How long a lease must stay unchanged before it may be taken over."""
+"""How long a lock must stay unchanged before another driver may take it."""
 LOST = 2
-"""Exit code of a driver whose run was taken over."""
+"""Exit code of a driver whose run was taken by another."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a lease, and how often it has said so."""
+    """The process that holds a lock, and how often it has rewritten it."""
 
     host: str
     boot: str
@@ -49,12 +49,12 @@ class Owner:
 
     @classmethod
     def here(cls) -> Owner:
-        """This process."""
+        """Return this process."""
         pid = os.getpid()
         return cls(platform.node(), _boot(), pid, _started(pid))
 
     def lives(self) -> bool | None:
-        """Whether the process is there; None where another machine's cannot be known."""
+        """Return whether the process is running; None if it is on another machine."""
         if (self.host, self.boot) != (platform.node(), _boot()):
             return None
         try:
@@ -66,31 +66,31 @@ class Owner:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A lease, as the run's other processes are given it: they may outlive its owner.
+class RunLock:
+    """A run's lock. It is passed to the run's workers, which may outlive their driver.
 
-    Whoever writes into the run's folder asks first. Ray's workers go on for a minute where nobody
-    tells them that their driver is gone, and another may have the run by then.
+    Whoever writes into the run's folder checks the lock first. Ray's workers may run for a minute
+    after their driver was killed, and another driver may have the run by then.
     """
 
-    leases: Storage
+    storage: Storage
     number: int
     owner: Owner
 
-    def stands(self) -> bool:
-        """Whether the lease is there and its owner's, and not another's who got the same number."""
+    def is_held(self) -> bool:
+        """Return whether the lock is there and belongs to this owner."""
         try:
-            found = _owner(self.leases.read(_key(self.number)))
+            found = _owner(self.storage.read(_key(self.number)))
         except ObjectMissing:
             return False
         return found is not None and replace(found, beats=self.owner.beats) == self.owner
 
     def require(self) -> None:
-        """Raise `ReidError` if another driver has the run, or nobody."""
-        if not self.stands():
+        """Raise `ReidError` if the lock is not held: another driver may have the run."""
+        if not self.is_held():
             raise ReidError(
-                f"the lease {self.leases.url}/{_key(self.number)} is gone: another driver took the"
-                " run over, and the workers of this one write nothing any more"
+                f"the lock {self.storage.url}/{_key(self.number)} is gone: another driver took the "
+                "run, so the workers of this one stop writing"
             )
 
 
@@ -102,52 +102,53 @@ def held(
     beat: float = BEAT_SECONDS,
     silent: float = SILENT_SECONDS,
     lost: Callable[[], None] = lambda: os._exit(LOST),
-) -> Iterator[Claim]:
-    """Hold a run's lease while the block runs.
+) -> Iterator[RunLock]:
+    """Hold a run's lock while the block runs.
 
     Args:
         run: the run's folder.
-        name: the run's, for messages.
-        beat: seconds between signs of life.
-        silent: seconds without one after which another driver may take the run.
-        lost: called when another has: this process was silent for too long, and must stop at once.
+        name: the run's name, for messages.
+        beat: seconds between two rewritings.
+        silent: seconds without a rewriting after which another driver may take the run.
+        lost: called when another driver took the run because this process did not rewrite the lock
+            in time; it must end the process at once.
 
     Raises:
         ConfigError: another driver trains the run.
     """
-    leases = run.child("lease")
+    storage = run.child("lease")
     owner = Owner.here()
-    claim = Claim(leases, _take(leases, name, owner, beat, silent), owner)
+    lock = RunLock(storage, _take(storage, name, owner, beat, silent), owner)
     done = threading.Event()
-    arguments = (claim, name, beat, done, lost)
-    thread = threading.Thread(target=_beat, args=arguments, name="lease", daemon=True)
+    arguments = (lock, name, beat, done, lost)
+    thread = threading.Thread(target=_beat, args=arguments, name="run-lock", daemon=True)
     thread.start()
     try:
-        yield claim
+        yield lock
     finally:
         done.set()
         thread.join(beat)
         with contextlib.suppress(ReidError):
-            if claim.stands():
-                leases.delete(_key(claim.number))
+            if lock.is_held():
+                storage.delete(_key(lock.number))
 
 
-def _take(leases: Storage, name: str, owner: Owner, beat: float, silent: float) -> int:
+def _take(storage: Storage, name: str, owner: Owner, beat: float, silent: float) -> int:
     while True:
-        number, data = _newest(leases)
+        number, data = _newest(storage)
         if data is not None:
-            _require_dead(leases, name, number, data, beat, silent)
+            _require_dead(storage, name, number, data, beat, silent)
         try:
-            leases.write(_key(number + 1), _json(owner), create_once=True)
+            storage.write(_key(number + 1), _json(owner), create_once=True)
         except ObjectExists:
             continue  # another driver was quicker
         if data is not None:
-            leases.delete(_key(number))
+            storage.delete(_key(number))
         return number + 1
 
 
 def _require_dead(
-    leases: Storage, name: str, number: int, data: bytes, beat: float, silent: float
+    storage: Storage, name: str, number: int, data: bytes, beat: float, silent: float
 ) -> None:
     owner = _owner(data)
     alive = owner.lives() if owner else None
@@ -155,11 +156,13 @@ def _require_dead(
         return
     if alive is None:
         who = f"process {owner.pid} on {owner.host}" if owner else "another driver"
-        logger.warning("run %s is held by %s: waiting %.0f s for a sign of life", name, who, silent)
+        logger.warning(
+            "run %s is locked by %s: waiting %.0f s to see whether it is alive", name, who, silent
+        )
         deadline = time.monotonic() + silent
         while time.monotonic() < deadline:
             time.sleep(min(1.0, beat / 2))
-            now, latest = _newest(leases)
+            now, latest = _newest(storage)
             if latest is None:
                 return
             if (now, latest) != (number, data):
@@ -168,38 +171,38 @@ def _require_dead(
     if alive:
         who = f"process {owner.pid} on {owner.host}" if owner else "another driver"
         raise ConfigError(
-            f"run {name} is being trained by {who}: let it, or stop it first and then --resume"
+            f"run {name} is being trained by {who}: wait for it, or stop it first and then --resume"
         )
 
 
 def _beat(
-    claim: Claim, name: str, interval: float, done: threading.Event, lost: Callable[[], None]
+    lock: RunLock, name: str, interval: float, done: threading.Event, lost: Callable[[], None]
 ) -> None:
-    leases, number, beats = claim.leases, claim.number, 0
+    storage, number, beats = lock.storage, lock.number, 0
     while not done.wait(interval):
         beats += 1
         try:
-            newest, _ = _newest(leases)
-            if newest > number or not claim.stands():
+            newest, _ = _newest(storage)
+            if newest > number or not lock.is_held():
                 logger.error(
-                    "run %s was taken over by another driver, or its lease %s/%s was deleted: this"
-                    " driver stops; where no other has the run, --resume goes on",
+                    "run %s was taken by another driver, or its lock %s/%s was deleted: this driver"
+                    " stops. If no other driver has the run, continue it with --resume",
                     name,
-                    leases.url,
+                    storage.url,
                     _key(number),
                 )
                 lost()
                 return
-            leases.write(_key(number), _json(replace(claim.owner, beats=beats)))
+            storage.write(_key(number), _json(replace(lock.owner, beats=beats)))
         except ReidError as error:
-            logger.warning("lease of run %s not renewed, trying again: %s", name, error)
+            logger.warning("lock of run %s not renewed, trying again: %s", name, error)
 
 
-def _newest(leases: Storage) -> tuple[int, bytes | None]:
-    """Number and content of the newest lease; 0 and None where there is none."""
-    while keys := [key for key, _ in leases.list() if key.endswith(".json")]:
-        with contextlib.suppress(ObjectMissing):  # released or followed meanwhile: look again
-            return int(Path(keys[-1]).stem), leases.read(keys[-1])
+def _newest(storage: Storage) -> tuple[int, bytes | None]:
+    """Return number and content of the newest lock; 0 and None if there is none."""
+    while keys := [key for key, _ in storage.list() if key.endswith(".json")]:
+        with contextlib.suppress(ObjectMissing):  # released or replaced meanwhile: look again
+            return int(Path(keys[-1]).stem), storage.read(keys[-1])
     return 0, None
 
 
@@ -219,15 +222,15 @@ def _owner(data: bytes) -> Owner | None:
 
 
 def _started(pid: int) -> float:
-    """When a process began: clock ticks since the machine started, where the system tells."""
-    with contextlib.suppress(OSError):  # not Linux; or it is gone, and psutil says so
+    """Return when a process began: on Linux in clock ticks since the machine started."""
+    with contextlib.suppress(OSError):  # not Linux, or the process is gone: psutil tells
         # The fields after the name, which may itself hold spaces and brackets; the 22nd of all.
         return float(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
     return psutil.Process(pid).create_time()  # seconds since 1970: moves when the clock is set
 
 
 def _boot() -> str:
-    """What a process number belongs to: this start of the machine, and this container of it."""
+    """Return what process numbers are relative to: this boot of the machine and its container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -333,6 +333,26 @@ def run_page(uri: str, run_id: str) -> str:
     return f"http://127.0.0.1:5000/{page} after: mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
+def has_run(uri: str | None, run_id: str) -> bool:
+    """Return whether MLflow has a run; True if it does not answer."""
+    try:
+        return uri is not None and connect(uri).get_run(run_id) is not None
+    except Exception as error:
+        return not _is_final(error)
+
+
+def last_step(uri: str | None, run_id: str | None, metric: str) -> int | None:
+    """Return the last step of a run's metric; None if it has none or MLflow does not answer."""
+    if uri is None or run_id is None:
+        return None
+    try:
+        found = connect(uri).get_run(run_id).data.to_proto().metrics
+    except Exception as error:
+        logger.warning("MLflow at %s does not answer: %s", redact(uri), redact(str(error)))
+        return None
+    return next((point.step for point in found if point.key == metric), None)
+
+
 def _open_run(uri: str, experiment: str, run_name: str | None, run_id: str | None) -> str:
     client = connect(uri)
     if run_id is not None:

@@ -1,4 +1,4 @@
-"""What is saved of a run, and how it is checked before it is trusted.
+"""Checkpoints: what is saved of a run, and how it is verified before it is used.
 
 A checkpoint is a folder:
 
@@ -7,12 +7,12 @@ A checkpoint is a folder:
     history.safetensors   curves and λ so far
     rank_list.npz         top matches of a few queries, when it was measured
     config.json           the configuration
-    progress.json         where the run stands, and the dataset that it belongs to
+    progress.json         position in the run, and the dataset that it was trained on
     checkpoint.json       the seal: SHA-256 of each file above
 
-No generator state is among it: batches and augmentation are pure functions of (seed, epoch, step).
-Nothing in it is a pickle. The seal is written last; a folder without it, or whose files do not
-match it, is torn and refused.
+It holds no generator state: batches and augmentation are pure functions of (seed, epoch, step). It
+holds no pickle. The seal is written last; a folder without a seal, or with files that do not match
+it, is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -49,19 +49,19 @@ SEAL = "checkpoint.json"
 
 @dataclass
 class Progress:
-    """Where a run stands: the next step is step `step` of epoch `epoch`, both from 0."""
+    """Position in a run: the next step is step `step` of epoch `epoch`, both counted from 0."""
 
     epoch: int = 0
     step: int = 0
     global_step: int = 0
     phase: str = ""
     skipped: int = 0
-    """Steps whose gradient was not finite, and whose update was left out."""
+    """Steps that were skipped because their gradient was not finite."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a checkpoint belongs to."""
+    """The dataset that a checkpoint was trained on."""
 
     manifest_digest: str
     evaluation_digest: str
@@ -92,7 +92,7 @@ def save(
             f"theta/{name}": torch.tensor(value)
             for name, value in regularizer.theta_by_name().items()
         }
-    # safetensors takes no empty file: a first step with no moments still has this.
+    # safetensors cannot write an empty file, and before the first step there are no moments.
     training["global_step"] = torch.tensor(progress.global_step)
     require_finite((weights | training).items())
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,15 +101,15 @@ def save(
     history.save(folder / HISTORY)
     np.savez(folder / RANK_LIST, allow_pickle=False, **rank_list)
     (folder / CONFIG).write_text(config.to_json())
-    stands = {"progress": asdict(progress), "origin": asdict(origin)}
-    (folder / PROGRESS).write_text(json.dumps(stands, indent=2))
+    position = {"progress": asdict(progress), "origin": asdict(origin)}
+    (folder / PROGRESS).write_text(json.dumps(position, indent=2))
     seal = {name: digest(folder / name) for name in FILES}
     (folder / SEAL).write_text(json.dumps(seal, indent=2))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was opened and found whole."""
+    """A checkpoint that was verified and opened."""
 
     folder: Path
     progress: Progress
@@ -117,21 +117,23 @@ class Checkpoint:
     config: TrainConfig
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Check every file's digest, and read all but the tensors.
+    def open(cls, folder: Path, *, verify: bool = True) -> Checkpoint:
+        """Verify the digest of every file, and read all but the tensors.
+
+        Args:
+            folder: the checkpoint.
+            verify: False for a copy that was verified while it was made.
 
         Raises:
-            DataError: torn, altered, or not a checkpoint.
+            DataError: it is incomplete, altered, or not a checkpoint.
         """
         try:
             seal = json.loads((folder / SEAL).read_text())
-            for name in FILES:
+            for name in FILES if verify else ():
                 if digest(folder / name) != seal[name]:
-                    raise DataError(
-                        f"checkpoint {folder}: {name} is not what was written (SHA-256 differs)"
-                    )
-            stands = json.loads((folder / PROGRESS).read_text())
-            progress, origin = Progress(**stands["progress"]), Origin(**stands["origin"])
+                    raise DataError(f"checkpoint {folder}: {name} is damaged (its SHA-256 differs)")
+            position = json.loads((folder / PROGRESS).read_text())
+            progress, origin = Progress(**position["progress"]), Origin(**position["origin"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"checkpoint {folder} is incomplete or damaged: {error}") from error
         config = TrainConfig.from_json((folder / CONFIG).read_bytes(), str(folder / CONFIG))
@@ -151,49 +153,48 @@ class Checkpoint:
             )
 
     def history(self) -> History:
-        """Curves and λ up to here."""
+        """Read curves and λ up to here."""
         with _readable(self.folder / HISTORY):
             return History.load(self.folder / HISTORY)
 
     def load_model(self, model: nn.Module) -> None:
-        """Weights and buffers, in place."""
+        """Load weights and buffers, in place."""
         with _readable(self.folder / MODEL):
             model.load_state_dict(load_file(self.folder / MODEL))
 
     def load_theta(self, regularizer: nn.Module | None) -> None:
-        """θ, in place, if the regularizer has any."""
+        """Load θ, in place, if the regularizer has any."""
         if isinstance(regularizer, AdaptiveL2):
-            with _readable(self.folder / TRAINING):
-                theta = {
-                    name.removeprefix("theta/"): float(value)
-                    for name, value in load_file(self.folder / TRAINING).items()
-                    if name.startswith("theta/")
-                }
+            theta = {name: float(value) for name, value in self._tensors("theta/")}
             regularizer.load_theta(theta)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Adam's moments, in place."""
-        with _readable(self.folder / TRAINING):
-            self._load_optimizer(optimizer)
-
-    def _load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Load Adam's moments, in place."""
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(self.folder / TRAINING).items():
-            if name.startswith("adam/"):
-                _, position, key = name.split("/")
+        with _readable(self.folder / TRAINING):
+            for name, tensor in self._tensors("adam/"):
+                position, key = name.split("/")
                 weight = weights[int(position)]
                 if tensor.shape == weight.shape:
-                    # Fused Adam goes through memory: a moment must lie there as its weight does.
+                    # Fused Adam walks through memory: a moment needs the layout of its weight.
                     tensor = torch.empty_like(weight).copy_(tensor)
                 state.setdefault(int(position), {})[key] = tensor
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of `training.safetensors` below a prefix; no others are read."""
+        path = self.folder / TRAINING
+        with _readable(path), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.startswith(prefix):
+                    yield name.removeprefix(prefix), file.get_tensor(name)
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what a sealed file of other contents raises into a `DataError`."""
+    """Turn what a sealed file with unexpected contents raises into a `DataError`."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
@@ -201,7 +202,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal."""
+    """Return the SHA-256 of a file, as hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,6 +1,6 @@
-"""What happened during a run: losses by step, metrics by epoch, λ of every tensor over time.
+"""The curves of a run: losses by step, metrics by epoch, λ of every tensor over time.
 
-It travels in every checkpoint, so a resumed run's curves are whole.
+Every checkpoint holds them, so the curves of a resumed run have no gap.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 @dataclass
 class History:
-    """Columns of equal length: one row a recorded step, one row an evaluation, one row of λ.
+    """Three tables: a row for each recorded step, each evaluation, and each reading of λ.
 
-    `tensor_names` and `tensor_kinds` say what the columns of λ belong to.
+    `tensor_names` and `tensor_kinds` describe the columns of λ.
     """
 
     steps: dict[str, list[float]] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class History:
         _append(self.steps, {"step": step, **values})
 
     def add_evaluation(self, epoch: int, values: dict[str, float], step: int) -> None:
-        """Record the metrics after `epoch` epochs, which ended at a global step."""
+        """Record the metrics after `epoch` epochs, at a global step."""
         self.evaluation_steps.append(step)
         _append(self.evaluations, {"epoch": epoch, **values})
 
@@ -47,21 +47,29 @@ class History:
         self.factor_rows.append(factors.astype(np.float32))
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps (T,) int64 and λ (T, n) float32."""
+        """Return steps (T,) int64 and λ (T, n) float32."""
         rows = np.stack(self.factor_rows) if self.factor_rows else np.zeros((0, 0), np.float32)
         return np.asarray(self.factor_steps, np.int64), rows
 
     def replay(self, log: Callable[[dict[str, float], int], None]) -> None:
-        """Log everything again, as it was logged when it happened: `log` leaves out what it has."""
+        """Log everything again as it was logged the first time; `log` ignores what it has."""
         for values in _rows(self.steps):
             log(values, int(values.pop("step")))
-        for step, values in zip(self.evaluation_steps, _rows(self.evaluations), strict=False):
-            log({k: v for k, v in values.items() if k != "epoch" and not math.isnan(v)}, step)
+        for step, values in zip(self.evaluation_steps, self.evaluation_rows(), strict=False):
+            log(values, step)
         for step, factors in zip(self.factor_steps, self.factor_rows, strict=True):
             log(factor_metrics(factors), step)
 
+    def evaluation_rows(self) -> list[dict[str, float]]:
+        """Return the metrics of each evaluation, without its epoch."""
+        columns = {name: values for name, values in self.evaluations.items() if name != "epoch"}
+        return [
+            {name: value for name, value in row.items() if not math.isnan(value)}
+            for row in _rows(columns)
+        ]
+
     def columns(self) -> dict[str, list[float]]:
-        """Step and evaluation columns together, for the curves."""
+        """Return step and evaluation columns together, for the curves."""
         return self.steps | self.evaluations
 
     def save(self, path: Path) -> None:
@@ -98,7 +106,7 @@ class History:
 
 
 def factor_metrics(factors: np.ndarray) -> dict[str, float]:
-    """What is tracked of λ (n,) of every tensor."""
+    """Return what is tracked of λ (n,) of all tensors."""
     low, middle, high = np.quantile(factors, [0, 0.5, 1]).tolist()
     return {"factor/min": low, "factor/median": middle, "factor/max": high}
 

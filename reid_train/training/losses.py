@@ -1,10 +1,35 @@
-"""The two losses of an objective head: label-smoothed cross-entropy, and batch-hard triplet."""
+"""The losses of an objective head.
+
+To add a loss: write a function that takes a `HeadBatch` and a `LossConfig`, add it to `LOSSES`, and
+add its weight to `LossConfig` in `reid_train/config.py` as `<name>_weight: float | None = None`.
+It is then trained, logged as `loss/<name>` and kept in the history whenever its weight is set.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from reid_train.config import LossConfig
+
+
+class HeadBatch(NamedTuple):
+    """What a loss sees of one head and one global batch, on one rank."""
+
+    pooled: Tensor
+    """(B, D) float32, this rank's features before batch norm, in [0, 1]."""
+    logits: Tensor
+    """(B, C) float32, this rank's logits."""
+    label: Tensor
+    """(B,) int64, this rank's labels, in 0..C-1."""
+    all_pooled: Tensor
+    """(N, D) float32, the features of all ranks; gradients flow to the rank they came from."""
+    all_label: Tensor
+    """(N,) int64, the labels of all ranks."""
 
 
 def label_smoothing_cross_entropy(logits: Tensor, label: Tensor, smoothing: float = 0.1) -> Tensor:
@@ -41,14 +66,14 @@ def batch_hard_triplet(
         candidate_pid: (N,) int64; given exactly when `candidates` is.
 
     Returns:
-        Scalar. An anchor of which no negative is among the candidates counts 0.
+        Scalar. An anchor without a negative among the candidates counts 0.
     """
     if candidates is None or candidate_pid is None:
         candidates, candidate_pid = embedding, pid
     anchors, candidates = embedding.float(), candidates.float()
     same = pid[:, None] == candidate_pid[None, :]
     with torch.no_grad():
-        # Who is hardest is decided outside autograd, so that only B pairs are differentiated and
+        # The hardest pairs are chosen outside autograd, so that only B pairs are differentiated and
         # no gradient of a zero distance arises. Exact differences: ‖a‖² + ‖b‖² − 2ab cancels.
         distance = torch.cdist(anchors, candidates, compute_mode="donot_use_mm_for_euclid_dist")
         positive = distance.masked_fill(~same, -torch.inf).argmax(dim=1)
@@ -62,3 +87,24 @@ def batch_hard_triplet(
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """Return sqrt(Σ (a − b)² + 1e-12) of rows, (B,): finite gradient where a equals b."""
     return ((a - b).square().sum(dim=1) + 1e-12).sqrt()
+
+
+def _cross_entropy(head: HeadBatch, config: LossConfig) -> Tensor:
+    return label_smoothing_cross_entropy(head.logits, head.label, config.label_smoothing)
+
+
+def _triplet(head: HeadBatch, config: LossConfig) -> Tensor:
+    return batch_hard_triplet(head.pooled, head.label, head.all_pooled, head.all_label)
+
+
+Loss = Callable[[HeadBatch, LossConfig], Tensor]
+"""Returns a scalar, the mean over this rank's part of the batch."""
+
+LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy, "triplet": _triplet}
+"""Every loss by its name; `LossConfig` has the weight of each as `<name>_weight`."""
+
+
+def loss_weights(config: LossConfig) -> dict[str, float]:
+    """Return the weight of each loss that is trained. A weight of None leaves a loss out."""
+    weights = {name: getattr(config, f"{name}_weight") for name in LOSSES}
+    return {name: weight for name, weight in weights.items() if weight is not None}

@@ -1,10 +1,10 @@
-"""What is not finite never reaches the weights: such a step's update is left out, on the device."""
+"""Skip optimizer steps whose gradient is not finite, without a host sync."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,17 +15,20 @@ from data_shards.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-class Guard:
-    """Decides, without waiting for the device, which updates are made.
+class NonFiniteFilter:
+    """Decides on the device which optimizer steps are taken.
 
-    A step whose gradient is not finite is skipped; once more steps were skipped than are allowed,
-    so is every later one, until the loop looks and stops. The averaged gradient is the same on
-    every rank, so every rank decides alike.
+    A step whose gradient is not finite is skipped. Once more steps were skipped than are allowed,
+    every later step is skipped too, until `check` reads the losses and stops the run. The averaged
+    gradient is the same on every rank, so every rank decides alike.
+
+    The step goes through a `torch.amp.GradScaler` whose scale stays 1: with fused Adam it leaves
+    weights and moments alone, without a host sync, if a gradient is not finite.
 
     Args:
         allowed: steps that may be skipped in a run.
         skipped: steps that the run has skipped already.
-        model: whose running statistics a skipped step must not change either.
+        model: its running statistics are restored after a skipped step.
     """
 
     def __init__(self, allowed: int, skipped: int, model: nn.Module) -> None:
@@ -33,7 +36,8 @@ class Guard:
         self.allowed = allowed
         self.skipped = skipped
         self._count = torch.tensor(skipped, device=device)
-        # With nothing allowed the first skipped step ends the run: its statistics are never used.
+        self._scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
+        # If no step may be skipped, the first one ends the run and its statistics are never used.
         self._buffers = [b for b in model.buffers() if b.is_floating_point()] if allowed else []
         self._before: list[Tensor] = []
 
@@ -41,13 +45,17 @@ class Guard:
         """Remember the running statistics."""
         self._before = [buffer.clone() for buffer in self._buffers]
 
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return the loss that `backward` is called on; its value is unchanged."""
+        return self._scaler.scale(loss)
+
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Adam, norm: Tensor) -> Tensor:
-        """Step the optimizer, or leave weights, moments and statistics as they were.
+        """Step the optimizer, or leave weights, moments and running statistics as they were.
 
         Args:
-            optimizer: fused Adam, which takes what gradient scalers tell it: `found_inf`.
-            norm: scalar, of the whole gradient.
+            optimizer: fused Adam.
+            norm: scalar, the norm of the whole gradient.
 
         Returns:
             Scalar bool: the gradient is not finite.
@@ -55,8 +63,14 @@ class Guard:
         bad = ~torch.isfinite(norm)
         self._count += bad
         skip = bad | (self._count > self.allowed)
-        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-        optimizer.step()
+        # The scaler skips exactly when it finds a gradient that is not finite: give it one.
+        gradient = next(
+            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+        )
+        gradient.masked_fill_(skip, torch.nan)
+        self._scaler.unscale_(optimizer)
+        self._scaler.step(optimizer)
+        self._scaler.update(1.0)
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(skip, before, buffer))
         return bad
@@ -64,57 +78,60 @@ class Guard:
     def check(
         self,
         rows: np.ndarray,
+        names: Sequence[str],
         first: int,
         images: Callable[[int], list[str]],
-        kept_step: int | None,
+        saved_step: int | None,
         *,
-        say: bool,
+        log: bool,
     ) -> None:
-        """Look at recent steps, and stop at the first that is wrong and may not be skipped.
+        """Count skipped steps, and stop at the first one that may not be skipped.
 
         Args:
-            rows: (n, 4), as `Meter.read` gives them.
+            rows: (n, m), the losses of recent steps, and in the last column 1 where the gradient
+                was not finite.
+            names: of the losses, m - 1.
             first: global step of the first row.
-            images: gives the names of a step's images.
-            kept_step: global step of the last checkpoint.
-            say: log what is skipped.
+            images: returns the names of a step's images.
+            saved_step: global step of the last checkpoint.
+            log: log what is skipped.
 
         Raises:
-            DataError: names the step, its images, and the last checkpoint.
+            DataError: names the step, its images and the last checkpoint.
         """
-        for step, (cross_entropy, triplet, penalty, bad) in enumerate(rows.tolist(), first):
-            finite = math.isfinite(cross_entropy + triplet + penalty)
+        for step, (*losses, bad) in enumerate(rows.tolist(), first):
+            finite = math.isfinite(sum(losses))
             if finite and not bad:
                 continue
+            values = [f"{name} {loss:.4g}" for name, loss in zip(names, losses, strict=True)]
             found = (
                 f"the {'gradient' if finite else 'loss'} is not finite at step {step} "
-                f"(cross-entropy {cross_entropy:.4g}, triplet {triplet:.4g}, penalty "
-                f"{penalty:.4g}; images {', '.join(images(step))})"
+                f"({', '.join(values)}; images {', '.join(images(step))})"
             )
             self.skipped += bool(bad)
             if bad and self.skipped <= self.allowed:
-                if say:
+                if log:
                     count = f"{self.skipped} of at most {self.allowed}"
                     logger.warning("%s: skipped, %s", found, count)
                 continue
-            kept = "none yet" if kept_step is None else f"after step {kept_step}"
+            saved = "none yet" if saved_step is None else f"after step {saved_step}"
             raise DataError(
-                f"{found}; last good checkpoint: {kept}. Train under another --name with a lower "
+                f"{found}; last good checkpoint: {saved}. Train under another --name with a lower "
                 "--optimizer.learning-rate or with --optimizer.clip-norm, or resume with "
                 f"--optimizer.skip-nonfinite {max(10, 2 * self.allowed)}"
             )
 
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse to write a checkpoint that nothing could go on from.
+    """Refuse to write a checkpoint with values that are not finite.
 
     Raises:
-        DataError: names the first tensor with a value that is not finite.
+        DataError: names the first such tensor.
     """
     for name, tensor in tensors:
         if not torch.isfinite(tensor).all():
             raise DataError(
-                f"no checkpoint written: {name} has values that are not finite; the one before it "
-                "is good. Train with a lower --optimizer.learning-rate or with "
+                f"no checkpoint written: {name} has values that are not finite; the checkpoint "
+                "before it is good. Train with a lower --optimizer.learning-rate or with "
                 "--optimizer.clip-norm, or check the memory of the machine"
             )

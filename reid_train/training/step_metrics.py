@@ -1,4 +1,4 @@
-"""Losses of recent steps, held on the device until it is time to look at them."""
+"""Losses of recent steps, kept on the device until they are read."""
 
 from __future__ import annotations
 
@@ -10,39 +10,38 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from reid_train.training.context import Asked, Worker
+from reid_train.training.context import StopRequest, WorkerContext
 
 T = TypeVar("T")
 
 
-class Look(NamedTuple):
-    """What has happened since the last look.
+class StepRows(NamedTuple):
+    """The steps since the last reading.
 
     Attributes:
-        rows: (n, 4) float64, cross-entropy, triplet, penalty and whether the gradient was not
-            finite (0 or 1), of each step.
-        step_seconds: of a step, on average.
-        wait_seconds: of these, waiting for the next batch.
-        asked: what the first rank was asked, the same on every rank.
+        rows: (n, m) float64, the metrics of each step.
+        step_seconds: average time of a step.
+        wait_seconds: average time that a step waited for its batch.
+        request: what rank 0 was asked to do; the same on every rank.
     """
 
     rows: np.ndarray
     step_seconds: float
     wait_seconds: float
-    asked: Asked
+    request: StopRequest
 
 
-class Meter:
-    """Collects the losses of steps and turns them into rows; looking waits for the device."""
+class StepWindow:
+    """Collects the metrics of steps without a host sync; reading them waits for the device."""
 
-    def __init__(self, worker: Worker):
-        self._worker = worker
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
         self._rows: list[torch.Tensor] = []
         self._clock = time.perf_counter()
         self._waited = 0.0
 
-    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; the time until each is there is counted."""
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the same batches, and measure how long each is waited for."""
         batches = iter(batches)
         while True:
             began = time.perf_counter()
@@ -54,30 +53,28 @@ class Meter:
             yield batch
 
     def restart_clock(self) -> None:
-        """Leave the time since the last look out of the throughput (evaluation, checkpoints)."""
+        """Leave the time since the last reading out of the speed (evaluation, checkpoints)."""
         self._clock, self._waited = time.perf_counter(), 0.0
 
     def add(self, row: torch.Tensor) -> None:
-        """Take one step's (cross-entropy, triplet, penalty, gradient not finite) of this rank.
-
-        (4,), without waiting.
-        """
+        """Add one step's metrics on this rank, (m,)."""
         self._rows.append(row)
 
-    def read(self) -> Look:
-        """Rows since the last look, averaged over ranks, the time they took, and what is asked."""
+    def read(self) -> StepRows:
+        """Return the rows since the last reading, averaged over ranks, and forget them."""
         values = torch.stack([*self._rows, torch.zeros_like(self._rows[0])]).double()
-        values[-1] = self._worker.asked()
+        values[-1] = self._context.stop_request()
         self._rows = []
-        if self._worker.world > 1:
-            # Each rank holds the mean over its own anchors; the batch's loss is the mean of those.
-            values[-1] *= self._worker.world if self._worker.rank == 0 else 0
+        if self._context.world > 1:
+            # Each rank has the mean over its own anchors; the batch's loss is the mean of those.
+            values[-1] *= self._context.world if self._context.rank == 0 else 0
             dist.all_reduce(values)
-            values /= self._worker.world
-        *rows, asked = values.cpu().numpy()
-        rows = np.stack(rows)
+            values /= self._context.world
+        *rows, request = values.cpu().numpy()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         waited, self._waited = self._waited, 0.0
         count = len(rows)
-        return Look(rows, seconds / count, waited / count, Asked(round(asked[0])))
+        return StepRows(
+            np.stack(rows), seconds / count, waited / count, StopRequest(round(request[0]))
+        )

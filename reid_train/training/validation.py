@@ -1,9 +1,9 @@
-"""Retrieval while training: embed query and gallery on all workers, rank on the first."""
+"""Evaluation while training: all workers embed query and gallery, rank 0 ranks them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,34 +11,46 @@ import numpy as np
 import torch
 
 from data_shards.dataset import Dataset
-from data_shards.loader import split_batches
+from data_shards.loader import Batch, split_batches
+from data_shards.progress import phase
 from reid_train.config import TrainConfig
 from reid_train.evaluation.extract import Autocast, embed_batches, gather_rows
 from reid_train.evaluation.ranking import rank as rank_gallery
 from reid_train.evaluation.ranking import top_matches
 from reid_train.model.network import ReidNet
-from reid_train.training.context import Worker
+from reid_train.training.context import WorkerContext
 
 QUERIES, MATCHES = 8, 10
 """Rows and columns of the rank-list picture."""
 THREADS = 16
-"""Of ranking, where the machine has as many cores."""
+"""Most threads of the ranking."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Metrics by name, and the rank list of a few queries; both empty except on rank 0."""
+    """Metrics by name and the rank list of a few queries. Both are empty on ranks above 0."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     rank_list: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def validate(
-    config: TrainConfig, dataset: Dataset, worker: Worker, model: ReidNet, autocast: Autocast
+    config: TrainConfig,
+    dataset: Dataset,
+    context: WorkerContext,
+    model: ReidNet,
+    autocast: Autocast,
 ) -> Validation:
     """Measure the model on the query and gallery splits, each image embedded exactly once.
 
     Collective: every rank calls it.
+
+    Args:
+        config: the run.
+        dataset: nothing is measured if it has no query or gallery.
+        context: this worker.
+        model: the network, without wrappers.
+        autocast: makes the context that the network runs in.
     """
     query, gallery = dataset.index("query"), dataset.index("gallery")
     if len(query) == 0 or len(gallery) == 0:
@@ -47,24 +59,28 @@ def validate(
     for split, index in (("query", query), ("gallery", gallery)):
         batches = split_batches(
             dataset,
-            worker.cache,
+            context.cache,
             split,
-            rank=worker.rank,
-            world=worker.world,
+            rank=context.rank,
+            world=context.world,
             batch=config.evaluation.batch,
             height=config.image.height,
             width=config.image.width,
             workers=config.loader.workers,
         )
         part = embed_batches(
-            model, batches, worker.device, mirror=config.evaluation.mirror, autocast=autocast
+            model,
+            _counted(batches, f"embedding {split}", len(index), context),
+            context.device,
+            mirror=config.evaluation.mirror,
+            autocast=autocast,
         )
-        embeddings.append(gather_rows(part, len(index), worker.rank, worker.world))
-    if worker.rank > 0:
+        embeddings.append(gather_rows(part, len(index), context.rank, context.world))
+    if context.rank > 0:
         return Validation()
     found, base = (part.numpy() for part in embeddings)
     metric = config.evaluation.metric
-    with _all_cores():
+    with _all_cores(), phase(context.progress, "ranking"):
         result = rank_gallery(
             found,
             base,
@@ -73,7 +89,7 @@ def validate(
             gallery.pid,
             gallery.camid,
             metric=metric,
-            device=worker.device,
+            device=context.device,
         )
     rows = _spread(result.average_precision)
     matches = top_matches(
@@ -94,8 +110,20 @@ def validate(
     return Validation(result.summary(), rank_list)
 
 
+def _counted(
+    batches: Iterable[Batch], stage: str, total: int, context: WorkerContext
+) -> Iterator[Batch]:
+    """Yield the same batches; rank 0 reports progress as if all ranks were equally fast."""
+    done = 0
+    for batch in batches:
+        yield batch
+        if context.rank == 0:
+            done = min(done + len(batch.row) * context.world, total)
+            context.progress(stage, done, total)
+
+
 def _cosine(query: np.ndarray, matches: np.ndarray) -> np.ndarray:
-    """Cosine similarity (q, k) of queries (q, D) and their matches (q, k, D)."""
+    """Return the cosine similarity (q, k) of queries (q, D) and their matches (q, k, D)."""
     products = np.einsum("qd,qkd->qk", query, matches)
     lengths = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(matches, axis=2)
     return products / np.maximum(lengths, 1e-12)
@@ -103,7 +131,7 @@ def _cosine(query: np.ndarray, matches: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """The other workers wait for this one to rank, and Ray gave it one thread."""
+    """Use all cores: Ray gave this worker one thread, and the others wait for it to rank."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, min(os.cpu_count() or 1, THREADS)))
     try:
@@ -113,7 +141,7 @@ def _all_cores() -> Iterator[None]:
 
 
 def _spread(average_precision: np.ndarray) -> np.ndarray:
-    """A few queries from the best found to the worst, so that the picture does not flatter."""
+    """Return rows of a few queries, evenly from the best average precision to the worst."""
     valid = np.flatnonzero(~np.isnan(average_precision))
     order = valid[np.argsort(-average_precision[valid], kind="stable")]
     return order[np.linspace(0, len(order) - 1, min(QUERIES, len(order))).astype(int)]

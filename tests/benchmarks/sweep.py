@@ -20,7 +20,7 @@ from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
 from reid_train.runs.console import Board
-from reid_train.runs.ray_trainer import make_trainer
+from reid_train.runs.ray_trainer import run_workers
 from reid_train.runs.run_dir import prepare
 from tune import runner
 from tune.controller import Controller
@@ -41,7 +41,7 @@ def one_by_one(config: TrainConfig, count: int) -> float:
     dataset = Dataset.open(config.data)
     start = time.perf_counter()
     for trial in trials(count):
-        make_trainer(trial.config(config), dataset, None).fit()
+        run_workers(trial.config(config), dataset, None)
     return time.perf_counter() - start
 
 

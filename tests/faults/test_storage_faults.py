@@ -6,6 +6,7 @@ bytes; what does not is one line, the right exit code, and nothing half-written 
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -26,7 +27,6 @@ from proxy import (
     trickle,
     truncate,
 )
-from ray.train import Checkpoint as RayCheckpoint
 
 import data_shards.cli
 from cluster.local.s3_server import S3Server
@@ -38,8 +38,8 @@ from data_shards.sources.synthetic import render as synthetic
 from data_shards.storage import open_storage, retry, s3
 from data_shards.storage.atomic import file_sha256
 from reid_train.recipes import recipe
-from reid_train.runs.ray_checkpoints import ray_checkpoint, ray_storage, upload
-from reid_train.runs.run_dir import Run, claim
+from reid_train.runs.checkpoint_store import download, upload
+from reid_train.runs.run_dir import Run, write
 from reid_train.training.checkpoint import FILES, SEAL
 
 BUCKET = "places"
@@ -83,10 +83,11 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint's files; what is in them does not matter to a copy."""
+    """A folder with a checkpoint's files; only their digests matter to a copy."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    for name in (*FILES, SEAL):
+    for name in FILES:
         (folder / name).write_bytes(os.urandom(50_000))
+    (folder / SEAL).write_text(json.dumps({name: file_sha256(folder / name) for name in FILES}))
     return folder
 
 
@@ -95,8 +96,8 @@ def there(proxy: S3Proxy, people: Path, checkpoint: Path) -> Dataset:
     """A dataset, a run and a checkpoint on S3, written when nothing failed."""
     build_at(DATA, people)
     dataset = Dataset.open(DATA)
-    claim(CONFIG, dataset, None)
-    upload(f"{RUNS}/saved", RayCheckpoint(str(checkpoint)), "checkpoint_000001")
+    write(Run(CONFIG, dataset.manifest.digest, None), new=True)
+    upload(f"{RUNS}/saved", checkpoint, "checkpoint_000001")
     return dataset
 
 
@@ -142,7 +143,7 @@ def read_all(folder: Path) -> tuple[Dataset, ShardCache]:
     for shard in dataset.manifest.shards:
         cache.path(shard)
     assert Run.read(RUNS, "saved").config == CONFIG
-    ray_checkpoint(SAVED).to_directory(str(folder / "checkpoint"))
+    download(SAVED, folder / "checkpoint")
     return dataset, cache
 
 
@@ -192,8 +193,9 @@ def test_writing_goes_on_through_what_passes(proxy, there, people, checkpoint, f
         for path in WRITTEN
     ]
     build_at(f"{where}/people", people)
-    claim(CONFIG.replace(output=f"{where}/runs"), there, None)
-    upload(f"{where}/runs/saved", RayCheckpoint(str(checkpoint)), "checkpoint_000001")
+    config = CONFIG.replace(output=f"{where}/runs")
+    write(Run(config, there.manifest.digest, None), new=True)
+    upload(f"{where}/runs/saved", checkpoint, "checkpoint_000001")
     assert [f.hits for f in faults] == [1] * len(WRITTEN)
     assert contents(f"{where}/people") == contents(DATA)
     written = contents(f"{where}/runs/saved/checkpoint_000001")
@@ -216,18 +218,6 @@ def test_large_upload_goes_on_through_a_fault_in_every_part(proxy, tmp_path, mon
     open_storage(f"s3://{BUCKET}").upload("large", file)
     assert [f.hits for f in faults] == [1] * len(faults)
     open_storage(f"s3://{BUCKET}").download("large", tmp_path / "back", sha256=file_sha256(file))
-
-
-def test_ray_keeps_its_snapshot_through_what_passes(proxy):
-    place = ray_storage(f"{RUNS}/ray")
-    path, filesystem = f"{place['storage_path']}/snapshot.json", place["storage_filesystem"]
-    fault = proxy.add(BUSY["500"], method="PUT", path="ray/snapshot", times=3)
-    with filesystem.open_output_stream(path) as file:
-        file.write(b"{}")
-    proxy.add(go_down, method="GET", path="ray/snapshot", proxy=proxy, seconds=3.0)
-    with filesystem.open_input_stream(path) as file:
-        assert file.read() == b"{}"
-    assert fault.hits == 3
 
 
 def say(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
@@ -310,7 +300,7 @@ def test_build_that_may_not_write_leaves_no_dataset_and_goes_on_later(proxy, the
 def test_upload_that_is_cut_off_lacks_its_seal(proxy, checkpoint):
     proxy.add(refuse, method="PUT", path="cut/.*history", status=403, code="AccessDenied")
     with pytest.raises(StorageError, match="denies access"):
-        upload(f"{RUNS}/cut", RayCheckpoint(str(checkpoint)), "checkpoint_000001")
+        upload(f"{RUNS}/cut", checkpoint, "checkpoint_000001")
     assert SEAL not in contents(f"{RUNS}/cut/checkpoint_000001")
 
 

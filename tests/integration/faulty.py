@@ -32,7 +32,7 @@ def faulty(settings: dict) -> None:
 
     from data_shards.storage import open_storage
     from reid_train import transforms
-    from reid_train.runs import ray_trainer as trainer
+    from reid_train.runs import checkpoint_store
     from reid_train.training.checkpoint import FILES
 
     context = ray.train.get_context()
@@ -40,7 +40,7 @@ def faulty(settings: dict) -> None:
     with (FOLDER / "worlds.txt").open("a") as file:
         file.write(f"{world}\n" if rank == 0 else "")
     step = 0
-    draw, whole, reduce = transforms.draw, trainer.upload, dist.all_reduce
+    draw, whole, reduce = transforms.draw, checkpoint_store.upload, dist.all_reduce
 
     def due(what: str, *, at_least: bool = False) -> str | None:
         """The fault's place among the steps, if it is due now; it is not due again."""
@@ -73,14 +73,14 @@ def faulty(settings: dict) -> None:
             die()
         return reduce(*arguments, **options)
 
-    def upload(run, checkpoint, name, **claim):
+    def upload(run, folder, name, **lock):
         if due("kill-upload", at_least=True):
             for file in FILES[: len(FILES) // 2]:
-                open_storage(run).child(name).upload(file, Path(checkpoint.path, file))
+                open_storage(run).child(name).upload(file, folder / file)
             die()
-        return whole(run, checkpoint, name, **claim)
+        whole(run, folder, name, **lock)
 
-    transforms.draw, trainer.upload, dist.all_reduce = count, upload, all_reduce
+    transforms.draw, checkpoint_store.upload, dist.all_reduce = count, upload, all_reduce
     nn.modules.module.register_module_forward_pre_hook(forward)
     train_worker(settings)
 

@@ -42,7 +42,7 @@ from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
 from reid_train.runs.console import Board
 from reid_train.training.checkpoint import MODEL, Checkpoint
-from reid_train.training.context import Worker
+from reid_train.training.context import WorkerContext
 from reid_train.training.loop import train
 from tune import controller as controllers
 from tune import runner
@@ -238,7 +238,7 @@ def uncut(config: TrainConfig, scratch: Path) -> Path:
         folders.append(folder)
 
     cache = ShardCache(dataset.storage, config.loader.cache, 10**9)
-    worker = Worker(0, 1, torch.device("cpu"), cache, report=report, scratch=scratch)
+    worker = WorkerContext(0, 1, torch.device("cpu"), cache, report=report, scratch=scratch)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     train(config, dataset, worker)

@@ -10,7 +10,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from reid_train.out_of_memory import out_of_memory
 from reid_train.recipes import recipe
-from reid_train.runs.ray_internals import _PermanentErrors
+from reid_train.runs.ray_internals import _FailurePolicy
 from reid_train.runs.ray_trainer import explained
 
 TEXT = """\
@@ -69,7 +69,7 @@ def test_a_gpu_that_is_too_small_is_said_with_what_to_do():
 
 
 def test_a_gpu_that_is_too_small_is_not_tried_again():
-    policy = _PermanentErrors(FailureConfig(max_failures=-1))
+    policy = _FailurePolicy(FailureConfig(max_failures=-1))
     error = WorkerGroupError(GPU_TEXT, {3: RuntimeError(GPU_TEXT)})
     assert policy.make_decision(error) == FailureDecision.RAISE
     other = WorkerGroupError("a cosmic ray", {3: RuntimeError("a cosmic ray")})

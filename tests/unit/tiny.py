@@ -19,7 +19,7 @@ from data_shards.dataset import Dataset
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
 from reid_train.training.checkpoint import MODEL, SEAL, TRAINING, Checkpoint
-from reid_train.training.context import Worker
+from reid_train.training.context import WorkerContext
 from reid_train.training.history import History
 from reid_train.training.loop import train
 
@@ -99,10 +99,10 @@ class Recorded:
 
 def make_worker(
     dataset: Dataset, scratch: Path, rank: int = 0, world: int = 1, device: str = "cpu"
-) -> tuple[Worker, Recorded]:
+) -> tuple[WorkerContext, Recorded]:
     """A worker of its own, or one of several, and what it will have recorded."""
     recorded = Recorded()
-    worker = Worker(
+    worker = WorkerContext(
         rank,
         world,
         torch.device(device),
@@ -128,7 +128,7 @@ def run(
 ) -> Recorded:
     """Train to the end in this process."""
     worker, recorded = make_worker(dataset, scratch, device=device)
-    train(settings, dataset, worker, start)
+    train(settings, dataset, worker, Checkpoint.open(start) if start else None)
     return recorded
 
 

@@ -21,7 +21,8 @@ from data_shards.loader import split_batches, train_batches
 from data_shards.sampler import slice_for_rank
 from data_shards.storage import LocalStorage
 from reid_train.training.checkpoint import MODEL, PROGRESS, TRAINING
-from reid_train.training.loop import epoch_plan, train, train_index
+from reid_train.training.data import epoch_plan, train_index
+from reid_train.training.loop import train
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from data_shards.errors import ConfigError
 from reid_train.cli import train
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
-from reid_train.runs.run_dir import Run, record
+from reid_train.runs.run_dir import Run, write
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_one_command_starts_a_run_and_continues_it(given, tmp_path):
     train(command(tmp_path, "--seed", "3", "--resume-or-start"))
     started, resumed = given.pop()
     assert (started.seed, resumed) == (3, False)
-    record(Run(started, "0" * 64, None))
+    write(Run(started, "0" * 64, None))
     train(command(tmp_path, "--seed", "3", "--resume-or-start", "--workers", "2"))
     continued, resumed = given.pop()
     assert resumed
@@ -42,7 +42,7 @@ def test_one_command_starts_a_run_and_continues_it(given, tmp_path):
 
 
 def test_resuming_takes_the_runs_own_settings(given, tmp_path):
-    record(Run(recipe("demo").replace(name="r", output=str(tmp_path), seed=5), "0" * 64, None))
+    write(Run(recipe("demo").replace(name="r", output=str(tmp_path), seed=5), "0" * 64, None))
     train(["--resume", "--name", "r", "--output", str(tmp_path)])
     assert given[0][0].seed == 5
     assert given[0][1]

@@ -10,7 +10,7 @@ import pytest
 from data_shards.errors import ConfigError, DataError
 from reid_train.recipes import recipe
 from reid_train.registry.registry import SUMMARY, fetch
-from reid_train.runs.run_dir import prepare, same_training, tidy
+from reid_train.runs.run_dir import prepare, same_training
 
 RUN = recipe("demo").replace(name="r")
 
@@ -63,27 +63,3 @@ def test_summary_without_a_checkpoint_is_said(tmp_path):
     (tmp_path / SUMMARY).write_text("{}")
     with pytest.raises(DataError, match="names no checkpoint"):
         fetch(tmp_path, Path("unused"))
-
-
-def test_copy_that_was_killed_goes_with_its_folder(tmp_path):
-    """Its temporary file is none of the storage's objects, and may be all that there is."""
-    run = tmp_path / "r"
-    for name in (
-        "checkpoint_1/model.safetensors",
-        "checkpoint_2/model.safetensors",
-        "checkpoint_2/.tmp-half",
-        "checkpoint_3/.tmp-half",
-        "checkpoint_manager_snapshot.json",
-        "report/index.html",
-        "run.json",
-    ):
-        (run / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / name).write_bytes(b"x")
-    tidy(RUN.replace(output=str(tmp_path)), {"checkpoint_1"})
-    assert {path.name for path in run.iterdir()} == {
-        "checkpoint_1",
-        "checkpoint_manager_snapshot.json",
-        "report",
-        "run.json",
-    }
-    assert list((run / "checkpoint_1").iterdir())

@@ -37,7 +37,7 @@ def leases(run: LocalStorage) -> list[str]:
     return [key for key, _ in run.list()]
 
 
-def test_lease_is_given_back(run):
+def test_lock_is_given_back(run):
     with held(run, "r"):
         assert leases(run) == ["lease/000001.json"]
     assert leases(run) == []
@@ -45,16 +45,16 @@ def test_lease_is_given_back(run):
         pass
 
 
-def test_claim_stands_for_as_long_as_its_driver_has_the_run(run):
-    with held(run, "r") as claim:
-        elsewhere = pickle.loads(pickle.dumps(claim))
+def test_lock_is_held_for_as_long_as_its_driver_has_the_run(run):
+    with held(run, "r") as lock:
+        elsewhere = pickle.loads(pickle.dumps(lock))
         elsewhere.require()
         leave(run, ELSEWHERE, 1)  # another got the same number
-        assert not elsewhere.stands()
-    with held(run, "r", beat=0.1, silent=0.2) as next_claim:
-        assert next_claim.stands()
+        assert not elsewhere.is_held()
+    with held(run, "r", beat=0.1, silent=0.2) as next_lock:
+        assert next_lock.is_held()
         with pytest.raises(ReidError, match=r"lease/000001\.json is gone: another driver took"):
-            claim.require()
+            lock.require()
 
 
 def test_second_driver_on_the_machine_is_refused_at_once(run):

@@ -21,8 +21,9 @@ from torchvision.models import resnet
 
 from data_shards.dataset import Dataset
 from reid_train.config import TrainConfig
-from reid_train.training import loop
-from reid_train.training.checkpoint import MODEL
+from reid_train.training import data
+from reid_train.training.checkpoint import MODEL, Checkpoint
+from reid_train.training.loop import train
 
 # A failing example is short enough as it is; to shrink it would take minutes.
 QUICK = {"deadline": None, "phases": [Phase.generate]}
@@ -86,7 +87,7 @@ def test_interrupted_run_ends_bitwise_as_the_quiet_one(tiny_dataset, quiet, deat
             worker, _ = make_worker(tiny_dataset, Path(folder))
             death.arm(worker, recorded)
             try:
-                loop.train(SETTINGS, tiny_dataset, worker, last(recorded))
+                train(SETTINGS, tiny_dataset, worker, opened(last(recorded)))
             except Killed:
                 continue
         after = run(tiny_dataset, SETTINGS, Path(folder), last(recorded))
@@ -99,6 +100,10 @@ def test_interrupted_run_ends_bitwise_as_the_quiet_one(tiny_dataset, quiet, deat
 
 def last(recorded: Recorded) -> Path | None:
     return recorded.checkpoints[-1] if recorded.checkpoints else None
+
+
+def opened(folder: str | Path | None) -> Checkpoint | None:
+    return Checkpoint.open(Path(folder)) if folder else None
 
 
 def without_speed(values: dict[str, float]) -> dict[str, float]:
@@ -122,7 +127,7 @@ def _live(
     resnet.resnet18 = narrow_resnet18
     dataset = Dataset.open(url)
     worker, recorded = make_worker(dataset, Path(scratch), rank, world)
-    rows, batches = [], loop.train_batches
+    rows, batches = [], data.train_batches
 
     def note(*arguments, **options):
         for batch in batches(*arguments, **options):
@@ -136,11 +141,9 @@ def _live(
 
     worker.report = report
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_batches", note)
+        patch.setattr(data, "train_batches", note)
         with contextlib.suppress(Killed):
-            loop.train(
-                TrainConfig.from_json(given), dataset, worker, Path(start) if start else None
-            )
+            train(TrainConfig.from_json(given), dataset, worker, opened(start))
     return {
         "rows": rows,
         "losses": {step: values["loss/total"] for step, values in recorded.steps.items()},
@@ -168,7 +171,7 @@ def _whole_and_resumed(rank: int, url: str, given: str, scratch: str) -> list[st
     dataset, start, ends = Dataset.open(url), None, []
     for _ in range(2):
         worker, recorded = make_worker(dataset, Path(scratch), rank, THREE)
-        loop.train(TrainConfig.from_json(given), dataset, worker, start)
+        train(TrainConfig.from_json(given), dataset, worker, opened(start))
         told = [[str(folder) for folder in recorded.checkpoints]]
         dist.broadcast_object_list(told, src=0)
         start = Path(told[0][-3]) if start is None else None

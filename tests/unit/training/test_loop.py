@@ -24,7 +24,8 @@ from reid_train.model.factory import build_model
 from reid_train.training import validation
 from reid_train.training.checkpoint import MODEL, TRAINING, Checkpoint
 from reid_train.training.context import UNMEASURED
-from reid_train.training.loop import epoch_plan, train
+from reid_train.training.data import epoch_plan
+from reid_train.training.loop import train
 from reid_train.training.losses import batch_hard_triplet, label_smoothing_cross_entropy
 from reid_train.training.optimizer import build_optimizer, build_regularizer, set_learning_rate
 
@@ -49,7 +50,7 @@ def next_checkpoint(dataset, settings: TrainConfig, scratch: Path, start: Path) 
 
     worker.report = report
     with pytest.raises(Enough):
-        train(settings, dataset, worker, start)
+        train(settings, dataset, worker, Checkpoint.open(start))
     return recorded.checkpoints[0]
 
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from tiny import config, make_worker, run, state
 
 from data_shards.errors import DataError
-from reid_train.training import loop
+from reid_train.training import loop, losses
 from reid_train.training.checkpoint import MODEL, TRAINING, Checkpoint
-from reid_train.training.loop import epoch_plan, train
+from reid_train.training.data import epoch_plan
+from reid_train.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 
@@ -28,7 +29,7 @@ BAD = 4  # the first step of the second epoch
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, forward: bool = False) -> None:
     """Make the loss, or its gradient alone, infinite at these steps."""
-    cross_entropy = loop.label_smoothing_cross_entropy
+    cross_entropy = losses.LOSSES["cross_entropy"]
 
     class Infinite(torch.autograd.Function):
         @staticmethod
@@ -40,7 +41,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, forward: bool = False) -
             return gradients[0] * float("inf")
 
     taken = 0
-    step = loop._Run.step
+    step = loop.TrainLoop.train_step
 
     def count(self, batches) -> None:
         nonlocal taken
@@ -53,8 +54,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, forward: bool = False) -
             return loss
         return loss * float("inf") if forward else Infinite.apply(loss)
 
-    monkeypatch.setattr(loop._Run, "step", count)
-    monkeypatch.setattr(loop, "label_smoothing_cross_entropy", spoilt)
+    monkeypatch.setattr(loop.TrainLoop, "train_step", count)
+    monkeypatch.setitem(losses.LOSSES, "cross_entropy", spoilt)
 
 
 @pytest.mark.parametrize("forward", [False, True], ids=["gradient", "loss"])
@@ -122,7 +123,7 @@ def test_skipped_step_leaves_weights_and_moments_as_they_were(tiny_dataset, tmp_
 
 def test_weights_that_are_not_finite_are_never_written(tiny_dataset, tmp_path, monkeypatch):
     worker, recorded = make_worker(tiny_dataset, tmp_path)
-    step = loop._Run.step
+    step = loop.TrainLoop.train_step
 
     def broken_memory(self, batches) -> None:
         step(self, batches)
@@ -130,7 +131,7 @@ def test_weights_that_are_not_finite_are_never_written(tiny_dataset, tmp_path, m
             with torch.no_grad():
                 next(self.model.parameters())[0, 0, 0, 0] = float("nan")
 
-    monkeypatch.setattr(loop._Run, "step", broken_memory)
+    monkeypatch.setattr(loop.TrainLoop, "train_step", broken_memory)
     with pytest.raises(DataError, match=r"no checkpoint written: .* not finite"):
         train(SETTINGS, tiny_dataset, worker)
     assert Checkpoint.open(recorded.checkpoints[-1]).progress.global_step == 3

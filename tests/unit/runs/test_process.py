@@ -8,7 +8,7 @@ from pathlib import Path
 
 WORKER = """
 import sys, tempfile
-from reid_train.runs.scratch import own_temporary_folder
+from reid_train.runs.process import own_temporary_folder
 own_temporary_folder()
 open(tempfile.mkdtemp() + "/checkpoint", "w").write("x")
 print(tempfile.gettempdir(), flush=True)

@@ -1,0 +1,262 @@
+"""The checkpoints of a run: `<run>/checkpoint_<time>/`, written, found again, and deleted.
+
+The run's folder is the only record of them. Kept are the newest checkpoint and the two best by mAP.
+A checkpoint is uploaded with its seal last, so one without a seal is not complete and is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_shards.errors import DataError, ObjectMissing
+from data_shards.storage import LocalStorage, open_storage
+from reid_train.runs.run_lock import RunLock
+from reid_train.training.checkpoint import FILES, PROGRESS, SEAL, Checkpoint
+from reid_train.training.context import UNMEASURED
+from reid_train.training.history import History
+
+logger = logging.getLogger(__name__)
+
+KEPT_BEST = 2
+"""Checkpoints kept for their mAP, besides the newest."""
+
+
+class Stored(NamedTuple):
+    """A checkpoint in a run's folder. They sort by how far the run had come, then by time."""
+
+    step: int
+    name: str
+    epoch: int
+
+
+def stored_checkpoints(run: str) -> list[Stored]:
+    """Return the checkpoints of a run that have a seal, the newest first.
+
+    Args:
+        run: the run's folder or s3:// URL; it may not exist yet.
+    """
+    storage = open_storage(run)
+    found = []
+    for key, _ in storage.list("checkpoint_"):
+        name, _, file = key.partition("/")
+        if file == SEAL:
+            try:
+                progress = json.loads(storage.read(f"{name}/{PROGRESS}"))["progress"]
+                found.append(Stored(int(progress["global_step"]), name, int(progress["epoch"])))
+            except (ObjectMissing, ValueError, LookupError, TypeError):
+                found.append(Stored(-1, name, -1))  # damaged: the last one to try
+    return sorted(found, reverse=True)
+
+
+def upload(run: str, folder: Path, name: str, *, lock: RunLock | None = None) -> None:
+    """Copy a checkpoint from a folder of this machine to `<run>/<name>`, its seal last.
+
+    Raises:
+        ReidError: the lock is no longer held.
+    """
+    storage = open_storage(run).child(name)
+    for file in (*FILES, SEAL):
+        if lock is not None and file in (FILES[0], SEAL):
+            lock.require()
+        storage.upload(file, folder / file)
+
+
+@contextmanager
+def opened(place: str, name: str) -> Iterator[Checkpoint]:
+    """Download a checkpoint, check it, and open it; delete the copy when the block ends.
+
+    Args:
+        place: the checkpoint's folder or s3:// URL.
+        name: of the folder that it is downloaded to.
+
+    Raises:
+        DataError: it is damaged or not there.
+    """
+    with tempfile.TemporaryDirectory(prefix="reid-checkpoint-") as temporary:
+        yield _fetch(place, Path(temporary, name))
+
+
+@contextmanager
+def newest_whole(run: str) -> Iterator[Checkpoint | None]:
+    """Download, check and open the newest checkpoint of a run that is not damaged, once.
+
+    Args:
+        run: the run's folder or s3:// URL; it may not exist yet.
+
+    Yields:
+        The checkpoint; None if the run has none. Its folder has the name it has in the run, and is
+        deleted when the block ends.
+
+    Raises:
+        DataError: the run has checkpoints, and all are damaged.
+    """
+    with first_whole(run, [stored.name for stored in stored_checkpoints(run)]) as checkpoint:
+        yield checkpoint
+
+
+@contextmanager
+def first_whole(run: str, names: list[str]) -> Iterator[Checkpoint | None]:
+    """As `newest_whole`, for the first of these checkpoints that is not damaged."""
+    with tempfile.TemporaryDirectory(prefix="reid-checkpoint-") as temporary:
+        for name in names:
+            folder = Path(temporary, name)
+            try:
+                found = _fetch(f"{run}/{name}", folder)
+            except DataError as error:
+                logger.warning("passing over %s, which is damaged: %s", name, error)
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            yield found
+            return
+        if names:
+            raise DataError(
+                f"no checkpoint of the run {run} is whole ({', '.join(names)}): restore one, or "
+                "start a new run under another --name"
+            )
+        yield None
+
+
+def download(place: str, folder: Path) -> None:
+    """Copy a checkpoint into a folder of this machine, and check its digests on the way.
+
+    A file that arrives damaged is fetched once more.
+
+    Raises:
+        DataError: it is damaged or not there.
+    """
+    storage = open_storage(place)
+    try:
+        storage.download(SEAL, folder / SEAL)
+        seal = json.loads((folder / SEAL).read_text())
+        for file in FILES:
+            storage.download(file, folder / file, sha256=seal[file])
+    except (ObjectMissing, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"checkpoint {place} is incomplete or damaged: {error}") from error
+
+
+def _fetch(place: str, folder: Path) -> Checkpoint:
+    download(place, folder)
+    return Checkpoint.open(folder, verify=False)
+
+
+def stored_evaluations(run: str) -> list[dict[str, Any]]:
+    """Return the metrics of a run's evaluated checkpoints, with `epoch`, `step` and `checkpoint`.
+
+    Args:
+        run: the run's folder or s3:// URL.
+    """
+    with newest_whole(run) as newest:
+        if newest is None:
+            return []
+        history = newest.history()
+    rows = dict(zip(history.evaluation_steps, history.evaluation_rows(), strict=False))
+    return [
+        rows[entry.step] | {"epoch": entry.epoch, "step": entry.step, "checkpoint": entry.name}
+        for entry in stored_checkpoints(run)
+        if entry.step in rows
+    ]
+
+
+def measured(history: History) -> dict[int, float]:
+    """Return the mAP of each evaluation, by the global step of its checkpoint."""
+    return dict(zip(history.evaluation_steps, history.evaluations.get("mAP", []), strict=False))
+
+
+def by_score(stored: list[Stored], scores: Mapping[int, float]) -> list[Stored]:
+    """Return the checkpoints that were evaluated, the best first; of equal ones the newer first.
+
+    Args:
+        stored: checkpoints of a run.
+        scores: mAP by global step.
+    """
+    known = [entry for entry in stored if entry.step in scores]
+    return sorted(known, key=lambda entry: (scores[entry.step], entry), reverse=True)
+
+
+@dataclass
+class Keeper:
+    """Uploads a run's checkpoints on rank 0 and deletes those that are no longer kept.
+
+    Args:
+        run: the run's folder or s3:// URL.
+        lock: has to be held whenever something is written or deleted; None for a sweep's trials.
+        resumed: the checkpoint that the run resumed from, if any.
+    """
+
+    run: str
+    lock: RunLock | None
+    resumed: Checkpoint | None
+
+    def __post_init__(self) -> None:
+        self._guard = threading.Lock()  # Ray uploads in threads
+        self._scores: dict[int, float] = {}
+        self._stored: list[Stored] = []
+        if self.resumed is not None:
+            self._scores = measured(self.resumed.history())
+            # Damaged ones, which it passed over, stay for a person to look at until the run ends.
+            newest = self.resumed.progress.global_step
+            self._stored = [s for s in stored_checkpoints(self.run) if 0 <= s.step <= newest]
+
+    def keep(self, folder: Path, name: str, metrics: Mapping[str, float]) -> None:
+        """Upload a checkpoint, then delete those that it supersedes.
+
+        Args:
+            folder: the checkpoint on this machine.
+            name: its folder in the run's.
+            metrics: as reported: `step`, `epoch` and `mAP`, `UNMEASURED` if it was not evaluated.
+        """
+        upload(self.run, folder, name, lock=self.lock)
+        with self._guard:
+            entry = Stored(int(metrics["step"]), name, int(metrics["epoch"]))
+            self._stored.append(entry)
+            if metrics["mAP"] > UNMEASURED:
+                self._scores[entry.step] = metrics["mAP"]
+            kept = kept_checkpoints(self._stored, self._scores)
+            for old in set(self._stored) - set(kept):
+                if self.lock is not None:
+                    self.lock.require()
+                _delete(self.run, old.name)
+            self._stored = kept
+
+
+def kept_checkpoints(stored: list[Stored], scores: Mapping[int, float]) -> list[Stored]:
+    """Return the newest checkpoint and the best two; those without an mAP count as the worst."""
+    ordered = sorted(stored, reverse=True)
+    best = [*by_score(ordered, scores), *(s for s in ordered if s.step not in scores)]
+    return sorted({*ordered[:1], *best[:KEPT_BEST]}, reverse=True)
+
+
+def delete_stale_checkpoints(run: str, scores: Mapping[int, float]) -> None:
+    """Delete the checkpoints that a run which has ended does not keep, and parts of uploads.
+
+    Args:
+        run: the run's folder or s3:// URL.
+        scores: mAP by global step.
+    """
+    kept = {entry.name for entry in kept_checkpoints(stored_checkpoints(run), scores)}
+    storage = open_storage(run)
+    names = {key.partition("/")[0] for key, _ in storage.list("checkpoint_") if "/" in key}
+    if isinstance(storage, LocalStorage):  # a copy that was killed is not listed
+        names |= {path.name for path in storage.root.glob("checkpoint_*") if path.is_dir()}
+    for name in names - kept:
+        _delete(run, name)
+
+
+def _delete(run: str, name: str) -> None:
+    """Delete a checkpoint, its seal first: what is left after a failure is not a checkpoint."""
+    storage = open_storage(run)
+    folder = storage.child(name)
+    folder.delete(SEAL)
+    for key, _ in list(folder.list()):
+        folder.delete(key)
+    if isinstance(storage, LocalStorage):
+        shutil.rmtree(storage.root / name, ignore_errors=True)

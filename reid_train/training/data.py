@@ -1,0 +1,74 @@
+"""The images of a training: the plan of an epoch, and this rank's batches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+
+from data_shards.dataset import Dataset
+from data_shards.errors import DataError
+from data_shards.loader import Batch, train_batches
+from data_shards.manifest import Index
+from data_shards.sampler import plan, slice_for_rank
+from reid_train.config import TrainConfig
+from reid_train.training.context import WorkerContext
+
+
+def train_index(dataset: Dataset) -> Index:
+    """Return the index of the training images.
+
+    Raises:
+        DataError: there are none.
+    """
+    index = dataset.index("train")
+    if len(index) == 0:
+        raise DataError(f"{dataset.url} has no train split: build it with training images")
+    return index
+
+
+def epoch_plan(config: TrainConfig, index: Index, epoch: int) -> np.ndarray:
+    """Return the rows of the train index for an epoch's global batches.
+
+    Returns:
+        (steps · accumulate, P·K) int64.
+    """
+    batch = config.batch
+    steps = batch.steps_per_epoch
+    rows = plan(
+        index,
+        seed=config.seed,
+        epoch=epoch,
+        identities=batch.identities,
+        images=batch.images,
+        window=batch.window,
+        steps=None if steps is None else steps * batch.accumulate,
+        small=batch.small_identities,
+    )
+    return rows[: len(rows) // batch.accumulate * batch.accumulate]
+
+
+def step_batches(
+    config: TrainConfig, dataset: Dataset, context: WorkerContext, rows: np.ndarray, start: int
+) -> Iterator[list[Batch]]:
+    """Yield this rank's batches of each optimizer step, `batch.accumulate` at a time.
+
+    Args:
+        config: the run.
+        dataset: what it trains on.
+        context: this worker.
+        rows: the epoch's plan.
+        start: the first optimizer step, counted from 0 within the epoch.
+    """
+    batches = train_batches(
+        dataset,
+        context.cache,
+        slice_for_rank(rows, context.rank, context.world),
+        start=start * config.batch.accumulate,
+        height=config.image.height,
+        width=config.image.width,
+        workers=config.loader.workers,
+    )
+    while group := list(islice(batches, config.batch.accumulate)):
+        yield group
