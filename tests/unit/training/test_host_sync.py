@@ -11,7 +11,7 @@ from tiny import config, make_worker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_shards.loader import Batch
-from reid_train.training import loop
+from reid_train.training import data, loop
 
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 
@@ -50,6 +50,8 @@ class Unstepped(torch.optim.Adam):
 
     def __init__(self, params, *, fused: bool, **options) -> None:
         super().__init__(params, **options)
+        # As fused Adam has it: the scaler leaves the decision to skip a step to the optimizer.
+        self._step_supports_amp_scaling = True
 
     def step(self, closure=None) -> None:
         assert any(p.grad is not None for group in self.param_groups for p in group["params"])
@@ -75,7 +77,7 @@ def train(monkeypatch, tiny_dataset, settings, tmp_path):
 
     def until_looked(device: str, mode: AbstractContextManager) -> None:
         taken = []
-        load = loop.train_batches
+        load = data.train_batches
 
         def looked() -> None:
             raise Looked
@@ -88,8 +90,8 @@ def train(monkeypatch, tiny_dataset, settings, tmp_path):
                     yield batch
 
         worker, _ = make_worker(tiny_dataset, tmp_path, device=device)
-        worker.asked = looked
-        monkeypatch.setattr(loop, "train_batches", loaded)
+        worker.stop_request = looked
+        monkeypatch.setattr(data, "train_batches", loaded)
         with pytest.raises(Looked):
             loop.train(settings, tiny_dataset, worker)
         assert len(taken) == 2 * STEPS
