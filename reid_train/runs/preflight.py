@@ -1,20 +1,22 @@
-"""Checks on the driver, before a run takes its name, of what would fail later."""
+"""Checks on the driver, before a run takes its name, of everything that would fail later."""
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from data_shards.dataset import Dataset
-from data_shards.errors import ConfigError
+from data_shards.errors import ConfigError, DataError
 from reid_train.config import TrainConfig
-from reid_train.model.factory import build_model
 from reid_train.runs.run_dir import Run
 from reid_train.training.data import epoch_plan, train_index
-from reid_train.training.optimizer import build_regularizer
+
+NOT_IN_MODEL_NAMES = "/:.%\"'"
+"""MLflow refuses the first two in names of registered models, the others in those of logged ones.
+"""
 
 
 def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> None:
-    """Plan an epoch, build the network, and run it on an empty image.
+    """Check the settings against the dataset, build the network, and run it on an empty image.
 
     Args:
         config: as `prepare` returned it.
@@ -22,16 +24,69 @@ def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> No
         saved: the run that is resumed; it no longer needs its pretrained weights.
 
     Raises:
-        ReidError: there is no train split or too few identities in it; weights are not there or do
-            not fit; images are too small for the stripes; an exclusion matches nothing.
+        ReidError: there is no train split or too few identities in it; the dataset has a query and
+            a gallery that cannot be measured; MLflow would refuse the model's name; weights are not
+            there or do not fit; images are too small for the stripes; an exclusion matches nothing.
     """
+    require_identities(config, dataset)
+    require_measurable(dataset)
+    require_model_name(config, dataset)
     if len(epoch_plan(config, train_index(dataset), 0)) == 0:
         raise ConfigError(
             f"an epoch of {dataset.url} has fewer global batches than one optimizer step averages: "
             "lower --batch.accumulate, or set --batch.steps-per-epoch"
         )
-    if saved is not None:
-        config = config.replace(model__weights="none")
+    _build(config if saved is None else config.replace(model__weights="none"), dataset)
+
+
+def require_identities(config: TrainConfig, dataset: Dataset) -> None:
+    """Raise `ConfigError` if the train split has too few identities for a batch."""
+    batch = config.batch
+    _, images = np.unique(train_index(dataset).label, return_counts=True)
+    fewest = batch.images if batch.small_identities == "drop" else 1
+    people = int((images >= fewest).sum())
+    if people >= batch.identities:
+        return
+    found = f"{batch.identities} people a batch, but the training split has {people}"
+    if fewest > 1:
+        found += f" with {fewest} images or more"
+    if people < 2:
+        raise ConfigError(f"{found}: training needs at least 2")
+    advice = f"give --batch.identities {people} or fewer"
+    if fewest > 1:
+        advice += ", or --batch.small-identities replace"
+    raise ConfigError(f"{found}: {advice}")
+
+
+def require_measurable(dataset: Dataset) -> None:
+    """Raise `DataError` if there are a query and a gallery, but no query has a match."""
+    if not len(dataset.index("query")) or not len(dataset.index("gallery")):
+        return  # it is trained without being measured
+    if reason := dataset.why_not_measurable():
+        raise DataError(
+            f"{dataset.url} cannot be measured: {reason}. Build it with other query and gallery "
+            "images, or without any to train without measuring"
+        )
+
+
+def require_model_name(config: TrainConfig, dataset: Dataset) -> None:
+    """Raise `ConfigError` if MLflow would refuse the name of the registered model."""
+    if config.tracking.uri == "off" or config.tracking.model_name == "off":
+        return
+    name = config.tracking.model_name or f"reid-{dataset.manifest.name}"
+    if bad := "".join(sorted(set(name) & set(NOT_IN_MODEL_NAMES))):
+        raise ConfigError(
+            f"MLflow cannot register a model named {name!r}, because of {bad}: give another name "
+            "with --tracking.model-name, or --tracking.model-name off to register nothing"
+        )
+
+
+def _build(config: TrainConfig, dataset: Dataset) -> None:
+    import torch
+
+    from reid_train.model.factory import build_model
+    from reid_train.training.optimizer import build_regularizer
+
     model = build_model(config, len(dataset.identities))
     build_regularizer(config, model)
     with torch.no_grad():

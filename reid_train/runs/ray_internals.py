@@ -4,8 +4,9 @@
 
 * `TorchTrainer._initialize_and_run_controller` and `_register_sigint_handler` (2.60): Ray has no
   setting for the failure policy, the scaling policy, or who handles SIGINT.
-* `DefaultFailurePolicy`, `ElasticScalingPolicy._count_possible_workers` (2.60): Ray retries errors
-  that were raised on purpose, and starts worker groups that cannot share the batch equally.
+* `DefaultFailurePolicy`, `ElasticScalingPolicy._count_possible_workers` and
+  `_get_resize_decision` (2.60): Ray retries errors that were raised on purpose, and starts worker
+  groups that cannot share the batch equally.
 * `ENV_VARS_TO_PROPAGATE` and the names of two variables (2.60): timeouts are set only through them.
 * `worker_group.placement_group` (2.60): reservations get no name otherwise, and without a name they
   cannot be found and given back if the controller is killed before its workers run.
@@ -38,7 +39,7 @@ from ray.train.v2._internal.constants import (
 from ray.train.v2._internal.execution import context as train_context
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
@@ -74,10 +75,13 @@ class ResilientTrainer(TorchTrainer):
         self._run, self._batch_size = run, batch_size
 
     def _initialize_and_run_controller(self, **arguments):
-        failures = self.run_config.failure_config or FailureConfig()
-        arguments["failure_policy"] = _FailurePolicy(failures)
-        if self.scaling_config.elasticity_enabled:
-            arguments["scaling_policy"] = _ScalingPolicy(self.scaling_config, self._batch_size)
+        elastic = self.scaling_config.elasticity_enabled
+        arguments["failure_policy"] = FailurePolicy(
+            self.run_config.failure_config or FailureConfig(),
+            most=self.scaling_config.max_workers if elastic else 0,
+        )
+        if elastic:
+            arguments["scaling_policy"] = ScalingPolicy(self.scaling_config, self._batch_size)
         arguments["callbacks"] = [*arguments["callbacks"], _NamedReservations(self._run)]
         release(self._run)
         try:
@@ -139,12 +143,41 @@ class _NamedReservations(ControllerCallback):
         module["placement_group"] = named
 
 
-class _FailurePolicy(DefaultFailurePolicy):
-    """Retries what a machine may have caused; an error raised on purpose would only recur."""
+class GroupSize:
+    """Numbers of workers that the two policies share. A controller's process has one run."""
+
+    started = 0
+    """Workers of the last group."""
+    least = 1
+    """Fewest workers whose share of the batch fits a GPU, as far as is known."""
+
+
+class FailurePolicy(DefaultFailurePolicy):
+    """Retries what a machine may have caused; an error raised on purpose would only recur.
+
+    If a GPU is too small for its share of the batch, an elastic run waits for more workers.
+
+    Args:
+        failure_config: Ray Train's.
+        most: most workers of an elastic run; 0 for one that is not elastic.
+    """
+
+    def __init__(self, failure_config: FailureConfig, most: int = 0) -> None:
+        super().__init__(failure_config)
+        self._most = most
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        if on_purpose(training_failed_error) or gpu_out_of_memory(str(training_failed_error)):
+        if on_purpose(training_failed_error):
             return FailureDecision.RAISE
+        if gpu_out_of_memory(str(training_failed_error)):
+            if GroupSize.started >= self._most:
+                return FailureDecision.RAISE
+            GroupSize.least = GroupSize.started + 1
+            logger.warning(
+                "a GPU is too small for the share of one of %d workers: waiting for more nodes",
+                GroupSize.started,
+            )
+            return FailureDecision.RETRY
         decision = super().make_decision(training_failed_error)
         if isinstance(training_failed_error, WorkerGroupError):
             for rank, failure in sorted(training_failed_error.worker_failures.items()):
@@ -153,8 +186,8 @@ class _FailurePolicy(DefaultFailurePolicy):
         return decision
 
 
-class _ScalingPolicy(ElasticScalingPolicy):
-    """Starts as many workers as fit and divide the global batch."""
+class ScalingPolicy(ElasticScalingPolicy):
+    """Starts as many workers as there is room for and as divide the global batch."""
 
     def __init__(self, scaling_config: ScalingConfig, batch_size: int) -> None:
         super().__init__(scaling_config)
@@ -162,7 +195,12 @@ class _ScalingPolicy(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources) -> int:
         room = super()._count_possible_workers(reserved_resources)
-        return next((n for n in range(room, 0, -1) if self._batch_size % n == 0), 0)
+        sizes = range(room, GroupSize.least - 1, -1)
+        return next((size for size in sizes if self._batch_size % size == 0), 0)
+
+    def _get_resize_decision(self, num_workers: int) -> ResizeDecision:
+        GroupSize.started = num_workers
+        return super()._get_resize_decision(num_workers)
 
 
 def on_purpose(error: Exception) -> ReidError | None:

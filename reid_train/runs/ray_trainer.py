@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 RESIZE_SECONDS = 30.0
 """How often an elastic run looks for new nodes."""
+LOCK_SECONDS = 5.0
+"""How often rank 0 checks that its driver has the run. A new driver's workers start later."""
 
 
 def fit(
@@ -233,7 +236,7 @@ def _train(settings: dict[str, Any]) -> None:
             ),
             report=_Report(Keeper(run, settings["lock"], resume) if rank == 0 else None, until),
             log=log,
-            stop_request=_StopRequests(board, rank),
+            stop_request=_StopRequests(board, rank, settings["lock"]),
         )
         if board is not None:
             context.show, context.progress = board.show.remote, reporter(board)
@@ -302,13 +305,25 @@ class _Report:
 
 
 class _StopRequests:
-    """What the driver, or Ray for a node that will be taken away, asks of the run."""
+    """What the driver, or Ray for a node that will be taken away, asks of the run.
 
-    def __init__(self, board: Any, rank: int) -> None:
+    Args:
+        board: the run's `Board`, if any.
+        rank: of this worker.
+        lock: the driver's. Workers may outlive a killed driver, and must not log steps that the
+            workers of the next one log too.
+    """
+
+    def __init__(self, board: Any, rank: int, lock: RunLock | None) -> None:
         self._stopping = getattr(board, "stopping", None) if rank == 0 else None
+        self._lock = lock if rank == 0 else None
+        self._checked = time.monotonic()
         self._saved = False
 
     def __call__(self) -> StopRequest:
+        if self._lock is not None and time.monotonic() - self._checked > LOCK_SECONDS:
+            self._checked = time.monotonic()
+            self._lock.require()
         leaving = ray.train.get_preemption_info() is not None  # every rank has to ask
         with contextlib.suppress(ray.exceptions.RayError):
             if self._stopping is not None and ray.get(self._stopping.remote(), timeout=10):

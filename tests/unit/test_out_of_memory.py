@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 from ray.exceptions import OutOfMemoryError
-from ray.train import FailureConfig
+from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from reid_train.out_of_memory import out_of_memory
 from reid_train.recipes import recipe
-from reid_train.runs.ray_internals import _FailurePolicy
+from reid_train.runs.ray_internals import FailurePolicy, GroupSize, ScalingPolicy
 from reid_train.runs.ray_trainer import explained
 
 TEXT = """\
@@ -69,11 +69,27 @@ def test_a_gpu_that_is_too_small_is_said_with_what_to_do():
 
 
 def test_a_gpu_that_is_too_small_is_not_tried_again():
-    policy = _FailurePolicy(FailureConfig(max_failures=-1))
+    policy = FailurePolicy(FailureConfig(max_failures=-1))
     error = WorkerGroupError(GPU_TEXT, {3: RuntimeError(GPU_TEXT)})
     assert policy.make_decision(error) == FailureDecision.RAISE
     other = WorkerGroupError("a cosmic ray", {3: RuntimeError("a cosmic ray")})
     assert policy.make_decision(other) == FailureDecision.RETRY
+
+
+def test_an_elastic_run_waits_for_workers_with_smaller_shares(monkeypatch):
+    monkeypatch.setattr(GroupSize, "started", 0)
+    monkeypatch.setattr(GroupSize, "least", 1)
+    scaling = ScalingPolicy(ScalingConfig(num_workers=(1, 4), use_gpu=True), batch_size=16)
+    one, four = ({"node": {"GPU": float(n), "CPU": 8.0}} for n in (1, 4))
+    assert scaling._count_possible_workers(one) == 1
+    scaling._get_resize_decision(1)
+    policy = FailurePolicy(FailureConfig(max_failures=0), most=4)
+    error = WorkerGroupError(GPU_TEXT, {0: RuntimeError(GPU_TEXT)})
+    assert policy.make_decision(error) == FailureDecision.RETRY
+    assert scaling._count_possible_workers(one) == 0, "it waits"
+    assert scaling._count_possible_workers(four) == 4
+    scaling._get_resize_decision(4)
+    assert policy.make_decision(error) == FailureDecision.RAISE, "there can be no more"
 
 
 @pytest.mark.parametrize("text", ["", "worker died"])

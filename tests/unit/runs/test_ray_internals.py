@@ -38,9 +38,12 @@ def test_policies_have_the_methods_that_are_replaced():
         "self",
         "reserved_resources",
     ]
-    assert "_count_possible_workers(" in inspect.getsource(
-        ElasticScalingPolicy.make_decision_for_non_running_worker_group
-    )
+    for decision in (
+        ElasticScalingPolicy.make_decision_for_non_running_worker_group,
+        ElasticScalingPolicy.make_decision_for_running_worker_group,
+    ):
+        assert "self._count_possible_workers(" in inspect.getsource(decision)
+        assert "self._get_resize_decision(num_workers)" in inspect.getsource(decision)
 
 
 def test_variables_are_propagated_from_a_set():

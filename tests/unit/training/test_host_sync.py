@@ -11,7 +11,7 @@ from tiny import config, make_worker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_shards.loader import Batch
-from reid_train.training import data, loop
+from reid_train.training import data, loop, losses
 
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 
@@ -110,9 +110,12 @@ def test_no_value_of_a_step_is_read(monkeypatch, train):
 
 
 def test_a_step_that_waits_is_noticed(monkeypatch, train):
-    loss = loop.batch_hard_triplet
-    monkeypatch.setattr(
-        loop, "batch_hard_triplet", lambda *a: loss(*a) if loss(*a).isfinite() else 0.0
-    )
+    loss = losses.LOSSES["triplet"]
+
+    def waiting(head, config) -> torch.Tensor:
+        value = loss(head, config)
+        return value if value.isfinite() else torch.zeros(())
+
+    monkeypatch.setitem(losses.LOSSES, "triplet", waiting)
     with pytest.raises(AssertionError, match="makes the host wait"):
         train("cpu", NoHostSync())

@@ -1,0 +1,149 @@
+"""What is checked before a run takes its name, and what is done for one that has finished."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny import build_dataset, config, make_worker
+
+from data_shards.dataset import Dataset
+from data_shards.errors import ConfigError, DataError, ReidError, StorageError
+from reid_train.config import TrainConfig
+from reid_train.registry.registry import SUMMARY
+from reid_train.runs import job, preflight
+from reid_train.runs.checkpoint_store import Keeper, newest_whole
+from reid_train.tracking.tracker import Tracker
+from reid_train.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("small_and_quick")
+
+
+@pytest.fixture
+def settings(tiny_dataset: Dataset, tmp_path: Path) -> TrainConfig:
+    return config(
+        data=tiny_dataset.url,
+        output=str(tmp_path / "runs"),
+        name="läuft",
+        tracking__uri="off",
+        optimizer__frozen_epochs=0,
+        loader__cache=tmp_path / "cache",
+        model__weights="none",
+    )
+
+
+@pytest.fixture
+def fitted(monkeypatch, tmp_path) -> list[TrainConfig]:
+    """The configurations that were trained; the training is in this process, without Ray."""
+    calls: list[TrainConfig] = []
+
+    def fit(config, dataset, run_id, lock, display) -> None:
+        calls.append(config)
+        run = f"{config.output}/{config.name}"
+        worker, _ = make_worker(dataset, tmp_path)
+        with newest_whole(run) as resume:
+            keeper = Keeper(run, lock, resume)
+
+            def report(metrics, folder) -> None:
+                keeper.keep(folder, f"checkpoint_{len(calls)}_{metrics['step']}", metrics)
+
+            worker.report = report
+            train(config, dataset, worker, resume)
+
+    monkeypatch.setattr(job, "fit", fit)
+    return calls
+
+
+def run(settings: TrainConfig, *, resume: bool = False) -> str:
+    """What is printed."""
+    screen = io.StringIO()
+    job.run(settings, resume=resume, console=Console(file=screen, width=200))
+    return screen.getvalue()
+
+
+def test_finished_run_is_not_trained_again(settings, fitted):
+    assert "before and after training" in run(settings)
+    assert run(settings, resume=True).strip().endswith("run läuft has finished; nothing to do")
+    assert len(fitted) == 1
+
+
+def test_finished_run_without_its_report_gets_it(settings, fitted):
+    run(settings)
+    summary = Path(settings.output, "läuft", SUMMARY)
+    before = json.loads(summary.read_text())
+    summary.unlink()
+    run(settings, resume=True)
+    assert json.loads(summary.read_text()) == before
+    assert len(fitted) == 1
+
+
+def test_finished_run_is_extended(settings, fitted):
+    run(settings)
+    more = settings.replace(optimizer__epochs=2, optimizer__schedule="constant")
+    with pytest.raises(ConfigError, match="other settings"):
+        run(more, resume=True)
+    constant = settings.replace(name="constant", optimizer__schedule="constant")
+    run(constant)
+    run(constant.replace(optimizer__epochs=2), resume=True)
+    assert [config.total_epochs for config in fitted] == [1, 1, 2]
+    assert "nothing to do" in run(constant.replace(optimizer__epochs=2), resume=True)
+
+
+def test_name_is_free_until_mlflow_has_the_run(settings, fitted, monkeypatch):
+    start = Tracker.start
+
+    def away(*arguments, **options):
+        raise StorageError("MLflow is away")
+
+    monkeypatch.setattr(Tracker, "start", away)
+    for _ in range(2):
+        with pytest.raises(StorageError, match="MLflow is away"):
+            run(settings)
+    assert not list(Path(settings.output).rglob("*.json"))
+    monkeypatch.setattr(Tracker, "start", start)
+    run(settings)
+
+
+def test_name_that_is_taken_is_refused_before_mlflow_is_asked(settings, fitted, monkeypatch):
+    run(settings)
+    monkeypatch.setattr(Tracker, "start", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(ConfigError, match="continue it with --resume"):
+        run(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"batch__identities": 16},
+            "16 people a batch, but the training split has 6: give --batch.identities 6 or fewer",
+        ),
+        (
+            {"batch__images": 8, "batch__small_identities": "drop"},
+            "4 people a batch, but the training split has 0 with 8 images or more: .* at least 2",
+        ),
+        (
+            {"tracking__uri": "sqlite:///x.db", "tracking__model_name": "a/b:c"},
+            r"'a/b:c'.* /:: give",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_the_flag(settings, fitted, changes, expected):
+    with pytest.raises(ReidError, match=expected):
+        run(settings.replace(**changes))
+    assert not Path(settings.output).exists()
+
+
+def test_dataset_that_cannot_be_measured_is_refused(settings, fitted, monkeypatch):
+    monkeypatch.setattr(Dataset, "why_not_measurable", lambda _: "all images are of one camera")
+    with pytest.raises(DataError, match="cannot be measured: all images are of one camera"):
+        run(settings)
+    assert not Path(settings.output).exists()
+
+
+def test_dataset_without_query_and_gallery_is_not_measured(tmp_path):
+    dataset = Dataset.open(build_dataset(tmp_path / "train-only", ("train",)))
+    preflight.require_measurable(dataset)
