@@ -81,7 +81,7 @@ def publish(
         scores = measured(history)
         ranked = [entry.name for entry in by_score(stored_checkpoints(run), scores)]
         if ranked and ranked[0] != newest.folder.name:
-            with first_whole(run, ranked) as best:
+            with first_whole(run, [*ranked, newest.folder.name]) as best:
                 assert best is not None
                 result = _publish(config, dataset, tracker, progress, history, best)
         else:
