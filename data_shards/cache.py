@@ -1,12 +1,12 @@
-"""A node's local copy of shards: one download however many processes, in bounded bytes.
+"""A node's cache of shards: one download for any number of processes, within a limit of bytes.
 
-Everything is in the cache's folder, so processes need nothing else to agree: `<sha256>.tar` is a
-shard, whole and checked; whoever holds the lock on `<sha256>.lock` may make it; that file's length
-is the room reserved while it does; the modification time is the last use. Names come from
-contents, so datasets can share a folder. A dataset in a local folder is read where it lies.
+Processes coordinate through the cache's folder only. `<sha256>.tar` is a whole, checked shard; its
+modification time is its last use. The process that holds the lock on `<sha256>.lock` may download
+it; the length of the lock file is the space it has reserved. Names come from contents, so datasets
+can share a folder. A dataset in a local folder is read in place.
 
-A shard is checked when it arrives, when a process first meets one that was there before, and when
-an image in it cannot be read; a damaged one is fetched again.
+A shard is checked when it arrives, when a process first uses one that was there before, and when
+an image in it cannot be read; a damaged shard is downloaded again.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 _ROOM_LOCK = "room.lock"
 _OPEN_ATTEMPTS = 3
-_checked = set[Path]()  # shards that this process, or the one it was forked from, found whole
-_POLL = 0.05  # seconds between looks for room that other processes' downloads hold
+_checked = set[Path]()  # shards that this process, or the one it was forked from, has checked
+_POLL = 0.05  # seconds between checks for space that downloads of other processes have reserved
 
 
 @dataclass
 class CacheStats:
-    """What a cache was asked for: shards found on the disk, and shards downloaded."""
+    """Shards found on the disk and shards downloaded."""
 
     hits: int = 0
     hit_bytes: int = 0
@@ -45,7 +45,7 @@ class CacheStats:
     download_bytes: int = 0
 
     def add(self, other: CacheStats) -> None:
-        """Count what another process saw as well."""
+        """Add the counts of another process."""
         self.hits += other.hits
         self.hit_bytes += other.hit_bytes
         self.downloads += other.downloads
@@ -53,25 +53,25 @@ class CacheStats:
 
 
 class ShardCache:
-    """Local files of a dataset's shards, the least recently used removed first.
+    """Local files of a dataset's shards; the least recently used are removed first.
 
-    Safe to share between threads; processes make their own over the same folder (a pickled copy
-    is such a one). A removed shard stays readable to whoever has it open.
+    Threads can share a cache. Each process makes its own over the same folder; unpickling does so.
+    A removed shard stays readable where it is open.
 
     Args:
         storage: where the shards are, rooted at the dataset.
         folder: made when first needed; other datasets may share it.
-        max_bytes: that the shards in `folder` may take together, those being downloaded included.
+        max_bytes: limit of all shards in `folder`, including those being downloaded.
     """
 
     def __init__(self, storage: Storage, folder: str | Path, max_bytes: int) -> None:
         if max_bytes < 1:
-            raise ConfigError(f"a cache of {max_bytes} bytes holds nothing")
+            raise ConfigError(f"--loader.cache-bytes must be positive, not {max_bytes}")
         self.storage = storage
         self.folder = Path(folder)
         self.max_bytes = max_bytes
         self.stats = CacheStats()
-        self._guard = threading.Lock()
+        self._mutex = threading.Lock()
         self._wanted: list[ShardInfo] = []
         self._waiting: list[ShardInfo] = []
         self._thread: threading.Thread | None = None
@@ -82,18 +82,18 @@ class ShardCache:
 
     @property
     def in_place(self) -> bool:
-        """Whether shards are read where they lie, without a copy."""
+        """Whether shards are read from the dataset's own folder, without a copy."""
         return isinstance(self.storage, LocalStorage)
 
     def path(self, shard: ShardInfo) -> Path:
-        """The shard's local file, downloaded first if need be. To read it, prefer `open`.
+        """The shard's local file, downloaded if necessary. To read it, prefer `open`.
 
         Raises:
-            ConfigError: the shard alone is larger than the cache may be.
+            ConfigError: the shard is larger than the whole cache.
             DataError: it arrived with another SHA-256, or a local one has another size.
-            StorageError: the storage or the cache's disk failed, here or in `prefetch` before.
+            StorageError: the storage or the cache's disk failed, now or in an earlier `prefetch`.
         """
-        with self._guard:
+        with self._mutex:
             failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -106,7 +106,7 @@ class ShardCache:
         return self._target(shard)
 
     def open(self, shard: ShardInfo) -> int:
-        """A file descriptor of the shard, which stays good when the shard is removed.
+        """Open the shard; the file descriptor stays valid when the shard is removed.
 
         Raises:
             ConfigError, DataError, StorageError: as `path` does.
@@ -115,18 +115,18 @@ class ShardCache:
             path = self.path(shard)
             try:
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:  # removed between the two lines above
+            except FileNotFoundError:  # removed since `path` returned
                 continue
         raise StorageError(
-            f"{path} keeps disappearing: allow the cache more than {self.max_bytes:,} bytes"
+            f"{path} is removed again and again: increase --loader.cache-bytes ({self.max_bytes:,})"
         )
 
     def reopen(self, shard: ShardInfo, descriptor: int) -> int | None:
-        """Look again at a shard that an image could not be read from.
+        """Check a shard again after an image in it could not be read.
 
         Returns:
-            A file descriptor of another copy, if the one behind `descriptor` was damaged or has
-            been replaced; None if it is whole, so that the image is to blame.
+            A file descriptor of another copy if the one behind `descriptor` was damaged or has
+            been replaced; None if it is whole, so that the image itself is damaged.
         """
         _checked.discard(self._target(shard))
         another = self.open(shard)
@@ -136,10 +136,10 @@ class ShardCache:
         return another
 
     def prefetch(self, shards: Sequence[ShardInfo]) -> None:
-        """Have these shards downloaded in the background, in this order, and kept meanwhile.
+        """Download these shards in the background, in this order, and keep them meanwhile.
 
-        Replaces what was asked for before; those beyond `max_bytes` are left out. A failure is
-        raised by the next `path`.
+        This replaces the list of an earlier call. Shards beyond `max_bytes` are skipped. The next
+        call of `path` raises an error of the background thread.
         """
         if self.in_place:
             return
@@ -149,41 +149,41 @@ class ShardCache:
             if room < 0:
                 break
             wanted.append(shard)
-        with self._guard:
+        with self._mutex:
             self._wanted, self._waiting = wanted, wanted[::-1]
             if self._waiting and self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
                 self._thread.start()
 
     def require(self, shards: Sequence[ShardInfo], at_once: int) -> None:
-        """Check that any `at_once` of these shards fit.
+        """Check that any `at_once` of these shards fit together.
 
         Raises:
-            ConfigError: they do not, with the number of bytes that would do.
+            ConfigError: they do not; the message says how many bytes are needed.
         """
         needed = sum(sorted((shard.bytes for shard in shards), reverse=True)[:at_once])
         if needed > self.max_bytes and not self.in_place:
             raise ConfigError(
-                f"the cache in {self.folder} may take {self.max_bytes:,} bytes, and {at_once}"
-                f" shards read at a time take up to {needed:,}: allow it {needed:,} or more (twice"
-                " that to load ahead), or lower the window"
+                f"--loader.cache-bytes is {self.max_bytes:,}, but the {at_once} shards of a window"
+                f" take up to {needed:,} bytes: increase it to {needed:,} or more (twice that to"
+                " load ahead), or lower --batch.window"
             )
 
     def _work(self) -> None:
         while True:
-            with self._guard:
+            with self._mutex:
                 if not self._waiting:
                     self._thread = None
                     return
                 shard, keep = self._waiting.pop(), self._wanted
             try:
-                # What will be wanted soon must not be the longest unused when room is made.
+                # Mark the shards wanted next as used, so that they are not removed to make space.
                 there = {s.name for s in keep if self._touch(s)}
                 if shard.name not in there or not self._whole(shard):
                     self._fetch(shard)
             except Exception as error:
-                log.warning("loading ahead stops: %s", error)
-                with self._guard:
+                log.warning("prefetching stopped: %s", error)
+                with self._mutex:
                     self._failure, self._waiting, self._thread = error, [], None
                 return
 
@@ -192,8 +192,8 @@ class ShardCache:
             size = path.stat().st_size
         if size != shard.bytes:
             raise DataError(
-                f"{path} has {size:,} bytes, not the {shard.bytes:,} of its manifest: restore it,"
-                " or build the dataset again"
+                f"{path} has {size:,} bytes, but the manifest says {shard.bytes:,}: restore it, or"
+                " build the dataset again"
             )
         self._count(CacheStats(hits=1, hit_bytes=size))
         return path
@@ -202,7 +202,7 @@ class ShardCache:
         return self.folder / f"{shard.sha256}.tar"
 
     def _count(self, stats: CacheStats) -> None:
-        with self._guard:
+        with self._mutex:
             self.stats.add(stats)
 
     def _touch(self, shard: ShardInfo) -> bool:
@@ -218,7 +218,7 @@ class ShardCache:
         return self._touch(shard) and self._whole(shard)
 
     def _whole(self, shard: ShardInfo) -> bool:
-        """Whether a shard that is there has its digest; read once by each process."""
+        """Whether a shard on disk has the right digest; each process reads it once."""
         path = self._target(shard)
         if path not in _checked:
             try:
@@ -256,11 +256,11 @@ class ShardCache:
         self._count(CacheStats(downloads=1, download_bytes=shard.bytes))
 
     def _reserve(self, shard: ShardInfo, lock: int) -> None:
-        """Make room, removing what was not used for longest, and hold it."""
+        """Reserve space for a download; remove the least recently used shards if necessary."""
         if shard.bytes > self.max_bytes:
             raise ConfigError(
-                f"the cache in {self.folder} may take {self.max_bytes:,} bytes, less than the"
-                f" {shard.bytes:,} of {shard.name}: allow it more"
+                f"--loader.cache-bytes is {self.max_bytes:,}, but {shard.name} has"
+                f" {shard.bytes:,} bytes: increase it"
             )
         while True:
             with _locked(self.folder / _ROOM_LOCK):
@@ -272,7 +272,7 @@ class ShardCache:
             time.sleep(_POLL)
 
     def _reserved(self) -> int:
-        """Bytes of the downloads under way. One whose process died holds no lock, and no room."""
+        """Bytes of downloads in progress. If a process died, its lock and its space are free."""
         total = 0
         for path in self.folder.glob("*.lock"):
             if size := path.stat().st_size:
@@ -285,7 +285,7 @@ class ShardCache:
         return total
 
     def _evict(self, excess: int) -> int:
-        """Remove shards until `excess` plus what remains is not above zero; return that sum."""
+        """Remove shards until the excess over the limit is zero; return the excess that is left."""
         files = []
         for path in self.folder.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):
@@ -302,7 +302,7 @@ class ShardCache:
 
 @contextlib.contextmanager
 def _lock_file(path: Path) -> Iterator[int]:
-    # Lock files stay: removing one would let two processes hold 'the same' lock.
+    # Lock files are never removed: else two processes could each lock a file of the same name.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         yield descriptor
@@ -312,7 +312,7 @@ def _lock_file(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Hold a file's lock, against threads and processes alike; a dead holder's is released."""
+    """Lock a file, among threads and processes; the lock of a process that dies is released."""
     with _lock_file(path) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor

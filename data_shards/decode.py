@@ -1,14 +1,16 @@
-"""Image bytes to uint8 RGB at the training size, written straight into the batch.
+"""Decode image bytes to uint8 RGB at the training size, directly into the batch.
 
-JPEGs go through libjpeg-turbo (simplejpeg), everything else through OpenCV. Pixels are taken as
-stored: EXIF orientation is ignored and an alpha channel is dropped, as the field's own loaders do.
+JPEGs are decoded by libjpeg-turbo (simplejpeg), other formats by OpenCV. Pixels are used as stored:
+EXIF orientation is ignored and an alpha channel is dropped, as other re-identification loaders do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 from collections.abc import Callable
+from itertools import islice
 
 import cv2
 import numpy as np
@@ -16,21 +18,23 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data_shards.errors import DataError
+from data_shards.jpeg import STRAY_BYTES, without_quirks, without_stray_bytes
 
-# Above this an image is refused before a pixel is decoded: 2^26 pixels take 200 MB as RGB.
+# A larger image is refused before a pixel is decoded: 2^26 pixels take 200 MB as RGB.
 MAX_PIXELS = 1 << 26
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_MAX_ATTEMPTS = 200  # to repair one JPEG: each takes as long as decoding it
 _scratch = threading.local()
 
-# Loader processes are the parallelism; a thread pool in each would only fight the others.
+# The loader runs several processes; a thread pool in each would only compete with the others.
 cv2.setNumThreads(0)
-# What OpenCV prints about a corrupt image says less than the DataError raised for it.
+# The DataError for a corrupt image says more than what OpenCV prints.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Read an image's size from its header, decoding nothing.
+    """Read an image's size from its header without decoding it.
 
     Args:
         data: the bytes of an image file.
@@ -43,11 +47,14 @@ def image_size(data: bytes) -> tuple[int, int]:
     """
     try:
         if data.startswith(_JPEG_MAGIC):
-            width, height, _ = _jpeg_header(data)
+            try:
+                width, height, _ = _jpeg_header(data)
+            except ValueError:
+                width, height, _ = _jpeg_header(without_quirks(data))
         else:
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
-    except UnidentifiedImageError:  # its text has a memory address, other at each build
+    except UnidentifiedImageError:  # its text has a memory address, which differs between builds
         raise DataError("not a readable image: of no known format, or without a header") from None
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"not a readable image: {error}") from error
@@ -73,8 +80,8 @@ def decode(data: bytes) -> np.ndarray:
 def decode_into(data: bytes, out: np.ndarray) -> None:
     """Decode an image and resize it to the size of `out`.
 
-    Bilinear; an image more than twice as large both ways is averaged over areas instead, because
-    bilinear would then skip pixels.
+    The resizing is bilinear. An image more than twice as large in both dimensions is averaged over
+    areas instead, because bilinear interpolation would skip pixels.
 
     Args:
         data: the bytes of an image file.
@@ -94,18 +101,43 @@ def decode_into(data: bytes, out: np.ndarray) -> None:
 
 
 def _decode(data: bytes, buffer_of: Callable[[int], np.ndarray]) -> np.ndarray:
-    if data.startswith(_JPEG_MAGIC):
-        try:
-            width, height, colorspace = _jpeg_header(data)
-            _check_pixels(width, height)
-            if colorspace in ("YCbCr", "Gray", "RGB"):
-                buffer = buffer_of(width * height * 3)
-                return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=buffer)
-        except ValueError as error:
-            raise DataError(f"corrupt JPEG: {error}") from error
-    else:
+    if not data.startswith(_JPEG_MAGIC):
         image_size(data)
-    return _decode_with_opencv(data)
+        return _decode_with_opencv(data)
+    with contextlib.suppress(ValueError):
+        return _decode_jpeg(data, buffer_of)
+    data, attempts = without_quirks(data), _MAX_ATTEMPTS
+    while True:
+        try:
+            return _decode_jpeg(data, buffer_of)
+        except ValueError as error:
+            warning = str(error)
+        for candidate in islice(without_stray_bytes(data, warning), attempts):
+            attempts -= 1
+            left = _first_warning(candidate)
+            if left is None or (left != warning and STRAY_BYTES.search(left)):
+                data = candidate
+                break
+        else:
+            raise DataError(f"corrupt JPEG: {warning}")
+
+
+def _decode_jpeg(data: bytes, buffer_of: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Decode strictly: raise ValueError on any error or warning of libjpeg."""
+    width, height, colorspace = _jpeg_header(data)
+    _check_pixels(width, height)
+    if colorspace not in ("YCbCr", "Gray", "RGB"):
+        return _decode_with_opencv(data)
+    buffer = buffer_of(width * height * 3)
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=buffer)
+
+
+def _first_warning(data: bytes) -> str | None:
+    try:
+        _decode_jpeg(data, _new_buffer)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _new_buffer(size: int) -> np.ndarray:
@@ -113,7 +145,7 @@ def _new_buffer(size: int) -> np.ndarray:
 
 
 def _scratch_buffer(size: int) -> np.ndarray:
-    """Memory that the thread's next call uses again: fresh pages cost a third of a decode."""
+    """Memory that the thread's next call reuses: fresh pages cost a third of a decode."""
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or len(buffer) < size:
         buffer = _scratch.buffer = _new_buffer(size)

@@ -1,8 +1,8 @@
-"""Planned rows to decoded batches, in worker processes.
+"""Load planned rows as decoded batches, in worker processes.
 
 A worker makes whole batches: it reads each image by offset from the cached shard and decodes it
-into shared memory, so uint8 pixels are all that leaves it, uncopied. The order is the plan's,
-however many workers. Flipping, cropping, erasing and normalising are the device's work.
+into shared memory, so that uint8 pixels leave it without a copy. The order is that of the plan for
+any number of workers. Flipping, cropping, erasing and normalising happen later, on the device.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from data_shards.errors import ConfigError, DataError, ReidError, StorageError
 from data_shards.manifest import Index, ShardInfo
 from data_shards.storage.atomic import disk_errors
 
-AHEAD = 2  # batches that each worker has before it or in its hands
-HELD = 4  # batches that the consumer may hold, and the one on its way
+AHEAD = 2  # batches queued for each worker
+HELD = 4  # batches that the consumer may hold, including the one being handed over
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as stored, resized, with what the index says about each.
+    """Resized images, otherwise as stored, with their entries in the index.
 
     Attributes:
         image: (B, H, W, 3) uint8, RGB.
@@ -46,7 +46,7 @@ class Batch:
     row: torch.Tensor
 
     def image_on(self, device: torch.device) -> torch.Tensor:
-        """The images on a device; to a GPU by way of pinned memory, which nothing waits for."""
+        """The images on a device; copied to a GPU from pinned memory, without waiting."""
         image = self.image.pin_memory() if device.type == "cuda" else self.image
         return image.to(device, non_blocking=True)
 
@@ -61,13 +61,13 @@ def train_batches(
     width: int,
     workers: int,
 ) -> Iterator[Batch]:
-    """The batches of a plan, or of one rank's slice of it, from step `start` on.
+    """Yield the batches of a plan, or of one rank's slice of it, from step `start` on.
 
     Args:
-        dataset: whose train split is read.
+        dataset: its train split is read.
         cache: of the dataset's shards.
         rows: (S, B) int64 rows of `dataset.index("train")`.
-        start: the first step to give; those before it cost nothing.
+        start: the first step to yield; those before it are not read.
         height: H, pixels.
         width: W, pixels.
         workers: worker processes; 0 decodes in this one.
@@ -97,27 +97,27 @@ def split_batches(
     width: int,
     workers: int,
 ) -> Iterator[Batch]:
-    """One rank's images of a split, each exactly once over all ranks, in index order.
+    """Yield one rank's images of a split, each exactly once over all ranks, in index order.
 
     Args:
-        dataset: whose split is read.
+        dataset: to read from.
         cache: of the dataset's shards.
         split: one of `SPLITS`.
-        rank: 0..world-1; gets a contiguous range of rows.
+        rank: 0..world-1; each rank gets a contiguous range of rows.
         world: number of ranks.
-        batch: B, images in a batch; the last one has what remains, without padding.
+        batch: B, images in a batch; the last batch is smaller if need be, without padding.
         height: H, pixels.
         width: W, pixels.
         workers: worker processes; 0 decodes in this one.
 
     Yields:
-        Batches of at most B images; none if the rank's range is empty.
+        Batches of at most B images; no batch if the rank's range is empty.
 
     Raises:
         ConfigError, DataError, StorageError: as `train_batches` does.
     """
     if batch < 1 or not 0 <= rank < world:
-        raise ConfigError(f"batches of {batch} for rank {rank} of {world} cannot be made")
+        raise ConfigError(f"cannot make batches of {batch} for rank {rank} of {world}")
     total = len(dataset.index(split))
     rows = np.arange(total * rank // world, total * (rank + 1) // world)
     return row_batches(
@@ -136,7 +136,7 @@ def row_batches(
     width: int,
     workers: int,
 ) -> Iterator[Batch]:
-    """Given rows (n,) of a split's index, in their order, as `split_batches` gives a range."""
+    """Yield the given (n,) rows of a split's index, in their order; else like `split_batches`."""
     steps = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     return _batches(dataset, cache, split, steps, (height, width), workers)
 
@@ -161,9 +161,9 @@ def _batches(
         collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
-        generator=torch.Generator(),  # or it would draw from the training's
+        generator=torch.Generator(),  # the default one would advance the training's
     )
-    made = iter(loader)  # forks the workers, which is best done before starting a thread
+    made = iter(loader)  # forks the workers; fork before starting a thread
     try:
         for step, rows in enumerate(steps):
             if ahead is not None and (wanted := ahead.advance(step)) is not None:
@@ -178,7 +178,7 @@ def _batches(
             yield Batch(image, label, pid, camid, _int64(rows))
     finally:
         cache.prefetch(())
-        del made  # ends the workers now: an error's traceback would keep them
+        del made  # ends the workers now: the traceback of an error would keep them alive
 
 
 def _int64(values: np.ndarray) -> torch.Tensor:
@@ -190,10 +190,10 @@ def _as_it_is(value: object) -> object:
 
 
 class _Slots:
-    """Memory for batches, each used again as soon as nobody holds the batch that was in it.
+    """Memory for batches; a slot is reused as soon as its last batch is no longer referenced.
 
-    Fresh memory for every batch would cost the workers as much time as decoding does: the system
-    has to find, clear and map each page.
+    Fresh memory for every batch would cost the workers as much time as decoding: the system has to
+    find, clear and map each page.
     """
 
     def __init__(self, shape: tuple[int, ...], *, shared: bool) -> None:
@@ -203,29 +203,28 @@ class _Slots:
                 self.memory.share_memory_()
             except RuntimeError as error:
                 raise StorageError(
-                    f"no shared memory for batches of {self.memory.nbytes:,} bytes ({error}):"
-                    " enlarge /dev/shm (of a container: --shm-size), or use fewer loader workers"
+                    f"cannot get {self.memory.nbytes:,} bytes of shared memory for batches"
+                    f" ({error}): enlarge /dev/shm (in a container: --shm-size), or lower"
+                    " --loader.workers"
                 ) from None
         self.free = list(range(len(self.memory)))
 
     def take(self) -> int | None:
-        """A slot to fill; None while the consumer holds too many batches."""
+        """Take a slot to fill; None while the consumer holds too many batches."""
         return self.free.pop() if self.free else None
 
     def lend(self, made: int | torch.Tensor, images: int) -> torch.Tensor:
         """The batch in a slot. The slot is free again when all views of the tensor are gone."""
         if isinstance(made, torch.Tensor):
-            image = made
-        else:
-            array = self.memory[made, :images].numpy()
-            weakref.finalize(array, self.free.append, made).atexit = False
-            image = torch.from_numpy(array)
-        return image
+            return made
+        array = self.memory[made, :images].numpy()
+        weakref.finalize(array, self.free.append, made).atexit = False
+        return torch.from_numpy(array)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """All that a worker needs to make a batch, so that it holds no index."""
+    """What a worker needs to make a batch, so that it needs no index."""
 
     shard: np.ndarray
     offset: np.ndarray
@@ -241,14 +240,14 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Made:
-    """A worker's answer: the slot that it filled, or a tensor where it was given none."""
+    """A worker's answer: the slot that it filled, or a tensor if it was given no slot."""
 
     image: int | torch.Tensor
     stats: CacheStats
 
 
 class _Decoder:
-    """Makes the pixels of a batch; lives in the workers."""
+    """Decodes batches; runs in the workers."""
 
     def __init__(
         self, cache: ShardCache, shards: tuple[ShardInfo, ...], memory: torch.Tensor
@@ -258,8 +257,8 @@ class _Decoder:
         self.memory = memory
 
     def __getitem__(self, job: _Job) -> _Made | ReidError:
-        if self.memory.is_shared():  # so this is a worker, with a cache, and counts, of its own
-            # Not the forked one: it may have a lock that another thread held at the fork.
+        if self.memory.is_shared():  # in a worker process
+            # Not the forked cache: another thread may have held its lock at the fork.
             cache = ShardCache(self.cache.storage, self.cache.folder, self.cache.max_bytes)
         else:
             cache = self.cache
@@ -271,7 +270,7 @@ class _Decoder:
             with disk_errors(cache.folder):
                 self._decode(job, cache, image.numpy())
         except ReidError as error:
-            # Returned: what a worker raises, torch wraps in another message.
+            # Returned, because torch wraps what a worker raises in another message.
             return error
         return _Made(image if job.slot is None else job.slot, cache.stats)
 
@@ -314,25 +313,25 @@ class _Decoder:
 
 
 class Lookahead:
-    """Which shards to have on the disk: those of the coming steps, as many steps as fit."""
+    """Which shards to keep on disk: those of the next steps, as many steps as fit."""
 
     def __init__(
         self, index: Index, shards: Sequence[ShardInfo], steps: list[np.ndarray], room: int
     ) -> None:
         self.shards = shards
         self.needs = [np.unique(index.shard[rows]).tolist() for rows in steps]
-        self.uses: dict[int, int] = {}  # in steps begin..end, by shard in order of first use
+        self.uses: dict[int, int] = {}  # of each shard in steps begin..end, in order of first use
         self.begin = self.end = 0
         self.room = room
         most = max((sum(shards[i].bytes for i in need) for need in self.needs), default=0)
         if most > room:
             raise ConfigError(
-                f"the cache may take {room:,} bytes, and one step reads shards of {most:,}:"
-                " allow it more, or lower the window"
+                f"--loader.cache-bytes is {room:,}, but one step reads shards of {most:,} bytes:"
+                " increase it, or lower --batch.window"
             )
 
     def advance(self, step: int) -> list[ShardInfo] | None:
-        """The shards from `step` on in order of first use; None if nothing came in sight."""
+        """The shards from `step` on in order of first use; None if no step was added."""
         for shard in (i for need in self.needs[self.begin : step] for i in need):
             self.uses[shard] -= 1
             if not self.uses[shard]:

@@ -1,8 +1,8 @@
-"""The contract of a sharded dataset: `manifest.json` and `index.parquet`.
+"""The format of a sharded dataset: `manifest.json` and `index.parquet`.
 
-The manifest names every shard with its bytes and SHA-256, and counts what is inside. The index
-has one row an image, so that any image can be read by offset without scanning a tar. Both are
-validated in full when they are read: whoever holds a `Manifest` or an `Index` can trust it.
+The manifest lists every shard with its bytes and SHA-256, and counts its images. The index has one
+row per image, so that any image can be read by offset without scanning a tar. Both are validated
+in full when they are read: a `Manifest` or an `Index` that exists is valid.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -35,16 +33,17 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.parquet"
 
 COLUMNS = {
-    "shard": pa.int32(),
-    "offset": pa.int64(),
-    "size": pa.int64(),
-    "pid": pa.int64(),
-    "label": pa.int64(),
-    "camid": pa.int32(),
-    "width": pa.int32(),
-    "height": pa.int32(),
-    "path": pa.string(),
+    "shard": "int32",
+    "offset": "int64",
+    "size": "int64",
+    "pid": "int64",
+    "label": "int64",
+    "camid": "int32",
+    "width": "int32",
+    "height": "int32",
+    "path": "string",
 }
+"""The type of each column, as Arrow names it."""
 
 
 def _inside(name: str) -> str:
@@ -56,7 +55,7 @@ def _inside(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_inside)]
-Count = Annotated[int, Field(ge=0, lt=1 << 62)]  # so that sums of a few fit into 64 bits
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]  # so that sums of several fit into 64 bits
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Split = Literal["train", "val", "query", "gallery"]
 
@@ -66,7 +65,7 @@ class _Model(BaseModel):
 
 
 class SplitInfo(_Model):
-    """How much a split holds."""
+    """How many images, identities and cameras a split has."""
 
     images: Count
     identities: Count
@@ -74,7 +73,7 @@ class SplitInfo(_Model):
 
 
 class FileInfo(_Model):
-    """A file of the dataset; `name` is its key below the dataset's URL."""
+    """A file of the dataset; `name` is its key under the dataset's URL."""
 
     name: Name
     bytes: Count
@@ -89,26 +88,26 @@ class ShardInfo(FileInfo):
 
 
 class LeftOut(_Model):
-    """An image of the source that is in no shard, and why."""
+    """An image of the source that is in no shard, and the reason."""
 
     path: str
     reason: str
 
 
 class Manifest(_Model):
-    """What a sharded dataset is made of.
+    """What a sharded dataset consists of.
 
     Attributes:
-        name: the dataset, as each image's JSON member has it.
+        name: the dataset's name, also in each image's JSON member.
         source: the parser that read it, such as `msmt17`.
         options: the parser's options, and `shard_bytes`.
         complete: whether all published counts were met.
-        content: SHA-256 over all images and what the source says of them; a build at a place that
-            holds a dataset already must have the same.
+        content: SHA-256 over all images and their labels; a build to a URL that already holds a
+            dataset must have the same.
         splits: counts for each split that has images.
-        shards: in the order that `Index.shard` counts in.
+        shards: `Index.shard` is a position in this list.
         index: the index file.
-        left_out: unreadable images that the user chose to go without.
+        left_out: unreadable images that the user chose to leave out.
     """
 
     schema_version: Literal[1] = 1
@@ -136,14 +135,14 @@ class Manifest(_Model):
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of everything in the manifest: the dataset's identity."""
+        """SHA-256, in hex, of everything in the manifest. It identifies the dataset."""
         return json_digest(self.model_dump(mode="json"))
 
     @property
     def evaluation_digest(self) -> str:
-        """SHA-256, in hex, of what an evaluation sees: the query and gallery images alone.
+        """SHA-256, in hex, of the query and gallery shards, which are all that an evaluation sees.
 
-        Two trainings on different train images, evaluated on the same test images, have the same.
+        Datasets with different train images and the same test images share it.
         """
         seen = [s for s in self.shards if s.split in ("query", "gallery")]
         return json_digest([[s.split, s.images, s.bytes, s.sha256] for s in seen])
@@ -165,8 +164,8 @@ class Manifest(_Model):
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the document"
             raise DataError(
-                f"manifest.json is not valid: {where}: {first['msg']}"
-                " (was it written by another version, or edited?)"
+                f"manifest.json is not valid: {where}: {first['msg']}. It was edited, or written by"
+                " another version: build the dataset again"
             ) from None
 
 
@@ -175,7 +174,7 @@ class Index:
     """Images in shard order, one row each, as columns of length N.
 
     Attributes:
-        shard: (N,) int32, position in `manifest.shards`.
+        shard: (N,) int32, a position in `manifest.shards`.
         offset: (N,) int64, bytes from the start of the shard to the encoded image.
         size: (N,) int64, bytes of the encoded image.
         pid: (N,) int64.
@@ -183,7 +182,7 @@ class Index:
         camid: (N,) int32.
         width: (N,) int32, pixels.
         height: (N,) int32, pixels.
-        path: (N,) object (str), path of the image in its source.
+        path: (N,) object (str), path of the image in its source dataset.
     """
 
     shard: np.ndarray
@@ -200,22 +199,22 @@ class Index:
         return len(self.shard)
 
     def select(self, rows: np.ndarray) -> Index:
-        """Some rows: `rows` is a boolean mask or integer positions."""
+        """Select rows by a boolean mask or by integer positions."""
         return Index(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @classmethod
     def from_columns(cls, columns: dict[str, Any]) -> Index:
-        """Build from one sequence a column, cast to the column's type."""
-        return cls(
-            **{
-                name: np.asarray(columns[name], object if kind == pa.string() else str(kind))
-                for name, kind in COLUMNS.items()
-            }
-        )
+        """Build an index from one sequence per column, cast to the column's type."""
+        kinds = {name: object if kind == "string" else kind for name, kind in COLUMNS.items()}
+        return cls(**{name: np.asarray(columns[name], kind) for name, kind in kinds.items()})
 
     def to_parquet(self) -> bytes:
-        """The bytes of `index.parquet`: the same for the same rows."""
-        table = pa.table({name: pa.array(getattr(self, name), t) for name, t in COLUMNS.items()})
+        """The bytes of `index.parquet`; the same rows give the same bytes."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = [pa.array(getattr(self, name), kind) for name, kind in COLUMNS.items()]
+        table = pa.table(columns, list(COLUMNS))
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd", row_group_size=1 << 17)
         return sink.getvalue()
@@ -225,14 +224,20 @@ class Index:
         """Read `index.parquet` and check it against the manifest.
 
         Raises:
-            DataError: not Parquet, other columns, or rows that the manifest's shards cannot hold.
+            DataError: it is not Parquet, has other columns, or does not agree with the manifest.
         """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             table = pq.read_table(pa.BufferReader(data))
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{INDEX_NAME} is not readable Parquet: {error}") from None
-        if table.schema.names != list(COLUMNS) or table.schema.types != list(COLUMNS.values()):
-            raise DataError(f"{INDEX_NAME} has columns {table.schema.names}: another version's?")
+        if [(field.name, str(field.type)) for field in table.schema] != list(COLUMNS.items()):
+            raise DataError(
+                f"{INDEX_NAME} has columns {table.schema.names}, not {list(COLUMNS)}: was it"
+                " written by another version?"
+            )
         if any(column.null_count for column in table.columns):
             raise DataError(f"{INDEX_NAME} has empty cells")
         index = cls(**{n: table[n].to_numpy(zero_copy_only=False) for n in COLUMNS})
@@ -241,7 +246,7 @@ class Index:
 
 
 def split_of_rows(index: Index, manifest: Manifest) -> np.ndarray:
-    """The split of each row, (N,) int8: a position in `SPLITS`."""
+    """The split of each row, (N,) int8, as a position in `SPLITS`."""
     of_shard = np.array([SPLITS.index(shard.split) for shard in manifest.shards], np.int8)
     return of_shard[index.shard]
 
@@ -264,10 +269,16 @@ def _check_index(index: Index, manifest: Manifest) -> None:
 
     shards = manifest.shards
     shard, offset, size = index.shard, index.offset, index.size
-    require(bool(((shard >= 0) & (shard < len(shards))).all()), "a row names no shard")
+    require(
+        bool(((shard >= 0) & (shard < len(shards))).all()),
+        "a row names no shard",
+    )
     require(bool((np.diff(shard) >= 0).all()), "its rows are not in shard order")
     counts = np.bincount(shard, minlength=len(shards))
-    require(counts.tolist() == [s.images for s in shards], "a shard has other images than listed")
+    require(
+        counts.tolist() == [s.images for s in shards],
+        "a shard has more or fewer images than listed",
+    )
     capacity = np.array([s.bytes for s in shards], np.int64)[shard]
     # `size <= capacity` first, so that the sum below cannot overflow.
     fits = (offset >= 0) & (size > 0) & (size <= capacity) & (offset <= capacity - size)

@@ -1,18 +1,18 @@
-"""The plan of an epoch: which images make each global batch.
+"""The plan of an epoch: which images make up each global batch.
 
-A pure function of the index, the seed and the epoch, so a run resumes at any step, or on another
-number of workers, and sees the same batches. All guarantees hold by construction, none by retry:
+The plan is a pure function of the index, the seed and the epoch. So a run that resumes at any
+step, or on another number of workers, sees the same batches. It guarantees by construction:
 
 * A step is P identities × K images, and no identity is in a step twice.
 * An image is used at most once in a pass over the data, unless its identity has fewer than K.
-* K images of an identity come from as many cameras as its images allow.
-* Steps come window by window, so that training needs a few shards on its disk at a time.
+* The K images of an identity come from as many cameras as its images allow.
+* Steps come window by window, so that training needs only a few shards on disk at a time.
 
-It works like dealing cards. In a window, each identity's images are dealt into groups of K; the
-groups, identity after identity, are dealt to T steps: an identity with at most T groups then
-cannot meet itself. Afterwards steps are paired at random, and each pair's groups are put together
-in a random order of identities and dealt to the two again: an identity that both had is two
-neighbours in that order, and the deal parts them once more.
+It works like dealing cards. In a window, the images of each identity are dealt into groups of K.
+The groups, sorted by identity, are dealt to T steps in turn, so an identity with at most T groups
+is never twice in a step. Then the steps are mixed: they are paired at random, and the groups of
+each pair are sorted by a random order of identities and dealt to the two steps again. Two groups
+of one identity are neighbours in that order, so they go to different steps again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import numpy as np
 from data_shards.errors import ConfigError
 from data_shards.manifest import Index
 
-# After r rounds two identities that started in one step share one with a chance of about 2^-r
-# above what is natural; ten leave nothing to measure.
+# After r rounds of mixing, two identities that began in the same step are together more often than
+# by chance by about 2^-r. With ten rounds no test can measure it.
 _ROUNDS = 10
 
 
@@ -50,15 +50,15 @@ def plan(
         epoch: >= 0; another epoch is another order.
         identities: P, identities in a global batch.
         images: K, images of each.
-        window: shards that are read at a time. Larger mixes better and needs more disk. Neighbours
-            are joined where a window alone has fewer than P identities.
-        steps: S; None takes what one pass over the data gives. More than that goes on with
-            further passes, each in another order.
-        small: an identity with fewer than K images has all of them in a group filled up by
+        window: shards that are read at a time. A larger window mixes better and needs more disk.
+            A window with fewer than P identities is joined with its neighbour.
+        steps: S; None takes the steps of one pass over the data. More steps take more passes, each
+            in another order.
+        small: an identity with fewer than K images has all of them in one group that is filled by
             sampling with replacement ("replace"), or is left out ("drop", the authors' rule).
 
     Returns:
-        (S, P * K) int64 rows of `index`, each step P blocks of K rows of one identity.
+        (S, P * K) int64 rows of `index`. Each step is P blocks of K rows of one identity.
 
     Raises:
         ConfigError: a setting is out of range, or the data has fewer than P usable identities.
@@ -71,9 +71,9 @@ def plan(
     usable = _usable(index.label, fewest)
     if usable < identities:
         raise ConfigError(
-            f"a batch of {identities} identities cannot be made: the training split has {usable}"
-            f" with {fewest} images or more; lower `identities`"
-            + (", lower `images` or set small='replace'" if small == "drop" else "")
+            f"a batch has {identities} people, but the training split has {usable} with"
+            f" {fewest} or more images: give --batch.identities {max(usable, 1)} or fewer"
+            + (", or --batch.small-identities replace" if small == "drop" else "")
         )
 
     planned: list[np.ndarray] = []
@@ -93,7 +93,7 @@ def plan(
 
 
 def slice_for_rank(plan: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """One rank's share of a plan: the same contiguous block of each batch.
+    """Take one rank's part of a plan: the same contiguous block of each batch.
 
     Args:
         plan: (S, P * K) int64, from `plan`.
@@ -101,16 +101,16 @@ def slice_for_rank(plan: np.ndarray, rank: int, world: int) -> np.ndarray:
         world: number of ranks.
 
     Returns:
-        (S, P * K / world) int64. Ranks 0, 1, … side by side are `plan` again.
+        (S, P * K / world) int64. The parts of all ranks side by side are `plan`.
 
     Raises:
         ConfigError: `world` does not divide the batch.
     """
     batch = plan.shape[1]
     if not 0 <= rank < world:
-        raise ConfigError(f"rank {rank} is not among the {world} ranks")
+        raise ConfigError(f"rank must be from 0 to {world - 1}, not {rank}")
     if batch % world:
-        raise ConfigError(f"a batch of {batch} images cannot be shared evenly by {world} workers")
+        raise ConfigError(f"{world} workers do not divide a batch of {batch} images evenly")
     share = batch // world
     return plan[:, rank * share : (rank + 1) * share]
 
@@ -118,7 +118,7 @@ def slice_for_rank(plan: np.ndarray, rank: int, world: int) -> np.ndarray:
 def _check(**settings: tuple[int, int]) -> None:
     for name, (value, least) in settings.items():
         if value < least:
-            raise ConfigError(f"{name} is {value}: it must be at least {least}")
+            raise ConfigError(f"{name} must be at least {least}, not {value}")
 
 
 def _usable(label: np.ndarray, fewest: int) -> int:
@@ -128,7 +128,7 @@ def _usable(label: np.ndarray, fewest: int) -> int:
 def _windows(
     index: Index, window: int, identities: int, fewest: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    """Rows of the shards of each window, the shards in random order."""
+    """Yield the rows of each window's shards, the shards in random order."""
     by_shard = np.argsort(index.shard, kind="stable")
     _, starts = np.unique(index.shard[by_shard], return_index=True)
     shards = np.split(by_shard, starts[1:])
@@ -150,23 +150,23 @@ def _windows(
 def _groups(
     rows: np.ndarray, index: Index, images: int, fewest: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Deal the images of each identity into groups of K, cameras spread as evenly as can be.
+    """Deal the images of each identity into groups of K, cameras spread as evenly as possible.
 
     Returns:
-        (G, K) rows and (G,) identities, numbered 0.. in the window, groups in their order.
+        (G, K) rows and (G,) identities, numbered from 0 in the window; groups sorted by identity.
     """
     rows = rng.permutation(rows)
     present = np.bincount(index.label[rows]) > 0
     identity = (np.cumsum(present) - 1)[index.label[rows]]
     amount = np.bincount(identity)
     first = np.cumsum(amount) - amount
-    # Cameras in another order for each identity; which, the exclusive or decides without a table.
+    # XOR with a random number per identity gives each identity its own order of cameras.
     camera = index.camid[rows] ^ rng.integers(1 << 16, size=len(amount), dtype=np.int32)[identity]
     rows = rows[np.lexsort((camera, identity))]
     identity = np.repeat(np.arange(len(amount)), amount)
 
-    # Leave out the n mod K that fill no group: evenly spaced from a random start, which is every
-    # image with the same chance, and every camera in proportion.
+    # Leave out the n mod K images that fill no group. They are evenly spaced from a random start,
+    # so each image has the same chance and each camera loses in proportion.
     full = amount // images
     extra = np.where(full > 0, amount % images, 0)
     number = np.arange(extra.sum()) - np.repeat(np.cumsum(extra) - extra, extra)
@@ -176,7 +176,7 @@ def _groups(
     keep = (full > 0)[identity]
     keep[np.repeat(first, extra) + out] = False
 
-    # Image i of an identity goes to its group i mod n: neighbours, who share a camera, part.
+    # Image i of an identity goes to group i mod n, so neighbours of the same camera are separated.
     dealt, owner = rows[keep], np.repeat(np.arange(len(amount)), full)
     begin = np.cumsum(full) - full
     place = np.arange(len(dealt)) - np.repeat(begin * images, full * images)
@@ -192,20 +192,20 @@ def _groups(
 
 
 def _deal(owner: np.ndarray, identities: int, rng: np.random.Generator) -> np.ndarray:
-    """Deal groups to steps so that no identity meets itself.
+    """Deal groups to steps so that no identity is twice in a step.
 
     Args:
-        owner: (G,) identity of each group; an identity's groups are contiguous.
+        owner: (G,) identity of each group; the groups of an identity are contiguous.
         identities: P.
 
     Returns:
-        (T, P) int64 positions in `owner`, T the most steps there can be.
+        (T, P) int64 positions in `owner`, with T as large as possible.
     """
     amount = np.bincount(owner)
     steps = len(owner) // identities
     while (most := int(np.minimum(amount, steps).sum()) // identities) < steps:
         steps = most
-    # Of an identity with more groups than steps a random `steps` stay, then a random surplus goes.
+    # Keep at most `steps` groups of an identity, at random; then drop a random surplus.
     shuffled = rng.permutation(len(owner))
     grouped = shuffled[np.argsort(owner[shuffled], kind="stable")]
     present = amount[amount > 0]
@@ -222,6 +222,6 @@ def _deal(owner: np.ndarray, identities: int, rng: np.random.Generator) -> np.nd
 
 
 def _by_identity(groups: np.ndarray, owner: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Sort each line of (L, n) groups by a random order of the identities."""
+    """Sort each row of (L, n) groups by a random order of the identities."""
     rank = rng.permutation(int(owner.max()) + 1)
     return np.sort(rank[owner[groups]] << 32 | groups, axis=1) & 0xFFFFFFFF

@@ -188,7 +188,11 @@ def _sanitized(name: str) -> str:
 
 def _check_records(records: Sequence[ImageRecord], root: Path) -> None:
     """Check what the source says, before the images are read."""
+    seen = set[str]()
     for record in records:
+        if record.relative in seen:
+            raise DataError(f"{record.relative} is listed twice under {root}: remove one entry")
+        seen.add(record.relative)
         if not (0 <= record.pid < 1 << 63 and 0 <= record.camid < 1 << 31):
             raise DataError(
                 f"{record.path}: pid {record.pid} or camid {record.camid} is out of range"

@@ -1,4 +1,4 @@
-"""The datasets that can be sharded, by name."""
+"""The datasets that can be sharded, by the name of their source."""
 
 from __future__ import annotations
 

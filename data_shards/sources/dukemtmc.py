@@ -1,6 +1,6 @@
 """DukeMTMC-reID: Market-1501's folders; `0002_c1_f0044158.jpg`.
 
-Its authors have withdrawn it. This reads a copy that one has; there is nothing to download.
+Its authors have withdrawn it, so it cannot be downloaded; this reads an existing copy.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What the parsers share: finding a dataset's folder, trusting no path, counting."""
+"""What the parsers share: finding a dataset's folder, checking paths, counting."""
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -24,7 +25,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset's parser: `read(root, **options)` gives its records; `counts` what to expect."""
+    """A dataset's parser: `read(root, **options)` returns its records; `counts` is its size."""
 
     title: str
     read: Callable[..., list[ImageRecord]]
@@ -44,7 +45,7 @@ def count(records: list[ImageRecord]) -> Counts:
 
 
 def difference(source: Source, records: list[ImageRecord], root: Path) -> str | None:
-    """How the records fall short of the published counts, as a sentence; None if they do not."""
+    """How the records differ from the published counts, as a sentence; None if they do not."""
     if source.counts is None:
         return None
     found, wrong = count(records), []
@@ -59,31 +60,36 @@ def difference(source: Source, records: list[ImageRecord], root: Path) -> str | 
 
 
 def require_folder(root: Path) -> Path:
-    """The root itself, if it is a folder."""
+    """Return the root if it is a folder."""
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder: give the dataset's own with --root")
+        raise DataError(f"{root} is not a folder: give the dataset's folder with --root")
     return root
 
 
-def inside(root: Path, relative: str, where: str) -> Path:
-    """The file at `relative` under `root`, which it must not lead out of."""
+def is_of_macos(path: str) -> bool:
+    """Whether macOS made a file beside the images: `._name` or `.DS_Store`."""
+    return posixpath.basename(path).startswith(("._", ".DS_Store"))
+
+
+def normalized(root: Path, relative: str, where: str) -> str:
+    """Check a path under `root` and return its shortest form, such as `a/b.jpg` of `./a//b.jpg`."""
     if not relative or relative.startswith("/") or "\\" in relative or "\0" in relative:
         raise DataError(f"{where}: {relative!r} is not a path relative to {root}")
     if ".." in relative.split("/"):
         raise DataError(f"{where}: {relative!r} leads out of {root}")
-    return root / relative
+    return posixpath.normpath(relative)
 
 
 def read_folders(root: Path, title: str, below: str, pattern: re.Pattern[str]) -> list[ImageRecord]:
     """Read Market-1501's layout: three folders, with pid and camid in each file's name.
 
-    Images of pid -1 (detections of no one) are dropped; pid 0 (distractors) is kept.
+    Images of pid -1 (false detections) are dropped; pid 0 (distractors) is kept.
 
     Args:
-        root: the folder that holds `bounding_box_train`, or that holds `below`, which does.
+        root: the folder that holds `bounding_box_train`, or its parent.
         title: the dataset, for messages.
-        below: the name its archive unpacks to.
-        pattern: matches a file name; groups `pid` and `camid`.
+        below: the name of that folder in the dataset's archive.
+        pattern: matches a file name; has the groups `pid` and `camid`.
     """
     folders = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
     candidates = (require_folder(root), root / below)
@@ -93,11 +99,11 @@ def read_folders(root: Path, title: str, below: str, pattern: re.Pattern[str]) -
     records = []
     for folder, split in folders.items():
         for path in sorted((base / folder).iterdir()):
-            if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+            if path.suffix.lower() not in (".jpg", ".jpeg", ".png") or is_of_macos(path.name):
                 continue  # Thumbs.db and the like
             match = pattern.match(path.name)
             if match is None:
-                raise DataError(f"{title}: {path} does not say whose image it is in its name")
+                raise DataError(f"{title}: the name of {path} has no identity and camera")
             pid, camid = int(match["pid"]), int(match["camid"])
             if pid >= 0:
                 records.append(ImageRecord(path, f"{folder}/{path.name}", pid, camid, split))

@@ -8,7 +8,7 @@ from pathlib import Path
 from data_shards.records import ImageRecord
 from data_shards.sources.layout import Counts, read_folders
 
-# The gallery's 19,732 files less its 3,819 of pid -1; 2,798 of the rest are distractors.
+# The gallery has 19,732 files: 3,819 of pid -1 are dropped, 2,798 of pid 0 are distractors.
 COUNTS = Counts(12_936, 751, 3_368, 15_913, 6)
 NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_")
 

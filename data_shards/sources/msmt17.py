@@ -1,17 +1,20 @@
 """MSMT17, V1 and V2: four lists of `0000/0000_000_01_0303morning_0008_0.jpg 0`.
 
 A line is a path and an identity; the camera is the third field of the file's name. Identities
-start at 0 in train and in test alike, and are different people there.
+start at 0 in both train and test, and are different people there.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
 from data_shards.errors import DataError
 from data_shards.records import ImageRecord
-from data_shards.sources.layout import Counts, inside, require_folder
+from data_shards.sources.layout import Counts, is_of_macos, normalized, require_folder
+
+log = logging.getLogger(__name__)
 
 COUNTS = Counts(32_621, 1_041, 11_659, 82_161, 15)
 
@@ -21,12 +24,12 @@ _FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))  # V1, V2
 def read(root: Path, *, val: Literal["merge", "separate"] = "merge") -> list[ImageRecord]:
     """Read MSMT17 from its unpacked archive.
 
-    Images that a list names and the folder lacks are passed over: the counts tell.
+    Images that a list names but that do not exist are skipped; a warning and the counts tell.
 
     Args:
-        root: the folder that holds `list_train.txt`, or the one above it.
-        val: whether the images of `list_val.txt`, of training identities, join `train` as the
-            published numbers have it, or are kept apart as the split `val`.
+        root: the folder that holds `list_train.txt`, or its parent.
+        val: whether the images of `list_val.txt`, which are of training identities, become part of
+            `train`, as in the published numbers, or of a split `val`.
     """
     base, train, test = _find(root)
     folder = {"train": train, "val": train, "query": test, "gallery": test}
@@ -54,26 +57,41 @@ def _find(root: Path) -> tuple[Path, str, str]:
         )
     if len(found) > 1:
         places = " and ".join(str(base / train) for base, train, _ in found)
-        raise DataError(f"MSMT17: both {places} are there; name one version's folder with --root")
+        raise DataError(f"MSMT17: both {places} exist: give the folder of one version with --root")
     return found[0]
 
 
 def _read_list(listing: Path, base: Path, folder: str, split: str) -> list[ImageRecord]:
     if not listing.is_file():
-        raise DataError(f"MSMT17: {listing} is not there: is the archive complete?")
-    records = []
-    for number, line in enumerate(listing.read_text().splitlines(), 1):
-        if not line.strip():
+        raise DataError(f"MSMT17: {listing} does not exist: is the archive complete?")
+    records, missing = [], []
+    for number, line in enumerate(_read_text(listing).split("\n"), 1):
+        line = line.strip(" \t\r")
+        name, _, pid = line.rpartition(" ")
+        if not line or is_of_macos(name):
             continue
         where = f"{listing}, line {number}"
-        name, _, pid = line.strip().rpartition(" ")
         fields = name.rpartition("/")[2].split("_")
-        if not pid.isdecimal() or len(fields) < 3 or not fields[2].isdecimal():
-            raise DataError(
-                f"{where}: {line.strip()!r} is not a path with a camera, and an identity"
-            )
-        path = inside(base / folder, name, where)
+        if not (pid.isascii() and pid.isdecimal()) or len(fields) < 3 or not fields[2].isdecimal():
+            raise DataError(f"{where}: {line!r} is not a path with a camera, and an identity")
+        name = normalized(base / folder, name.strip(" \t"), where)
+        path = base / folder / name
         if path.is_file():
             relative = f"{folder}/{name}"
             records.append(ImageRecord(path, relative, int(pid), int(fields[2]), split))
+        else:
+            missing.append(path)
+    if missing:
+        log.warning(
+            "%s names %d files that do not exist, such as %s", listing, len(missing), missing[0]
+        )
     return records
+
+
+def _read_text(path: Path) -> str:
+    """Read a list in UTF-8, with a byte-order mark or without, or in Latin-1."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")

@@ -24,8 +24,8 @@ def open_storage(url: str) -> Storage:
     Raises:
         ConfigError: the location has another form; the message gives the right one.
     """
-    scheme, _, rest = url.partition("://")
-    if scheme == "s3":
+    scheme, separator, rest = url.partition("://")
+    if separator and scheme == "s3":
         # Not urlsplit: in an S3 key, # and ? are ordinary letters.
         bucket, _, prefix = rest.partition("/")
         if not bucket:
@@ -33,7 +33,7 @@ def open_storage(url: str) -> Storage:
         from data_shards.storage.s3 import S3Storage  # boto3 takes half a second to import
 
         return S3Storage(bucket, prefix.strip("/"))
-    if scheme == "file" and rest.startswith(("/", "localhost/")):
+    if separator and scheme == "file" and rest.startswith(("/", "localhost/")):
         return LocalStorage(Path(unquote(rest.removeprefix("localhost"))))
     if match := _MISSPELT.fullmatch(url):
         right = "s3://" if match[1].lower() == "s3" else "file:///"

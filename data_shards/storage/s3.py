@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ MAX_PARTS = 10_000  # S3's limit
 T = TypeVar("T")
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
-_DENIED |= {"InvalidToken", "AuthorizationHeaderMalformed", "401", "403"}
+_DENIED |= {"InvalidToken", "401", "403"}
+_WRONG_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "301"}
 _MISSING = {"NoSuchKey", "NotFound", "404"}
 
 
@@ -108,6 +110,13 @@ class S3Storage:
             ) from None
         if code in _MISSING:
             raise ObjectMissing(f"{where} does not exist") from None
+        region = _region_in(error)
+        if code in _WRONG_REGION or region not in (None, _client().meta.region_name):
+            right = f"the region {region}" if region else "another region"
+            raise StorageError(
+                f"{_endpoint()} expects {right} for {where}, not {_client().meta.region_name}:"
+                f" set AWS_DEFAULT_REGION{'=' + region if region else ''}"
+            ) from None
         if code in _DENIED:
             raise StorageError(
                 f"{_endpoint()} denies access to {where} ({code}): check AWS_ACCESS_KEY_ID,"
@@ -237,12 +246,18 @@ class S3Storage:
 
     def size(self, key: str) -> int:
         where = self._where(key)
-        try:
-            return self._try(key, lambda client: client.head_object(**where))["ContentLength"]
-        except ObjectMissing:
-            # A HEAD's 404 does not say whether the object or the bucket is missing.
-            self._try("", lambda client: client.list_objects_v2(Bucket=self.bucket, MaxKeys=1))
-            raise
+
+        def head(client: Any) -> int:
+            try:
+                return client.head_object(**where)["ContentLength"]
+            except boto.ClientError as error:
+                # The answer to a HEAD does not say whether the object or the bucket is missing, or
+                # what is wrong with the request. The answer to another request does.
+                if code_of(error) in ("404", "400", "301"):
+                    client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+                raise
+
+        return self._try(key, head)
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         root = f"{self.prefix}/" if self.prefix else ""
@@ -276,6 +291,15 @@ def _endpoint() -> str:
     """The server's address, without a password."""
     parts = urlsplit(_client().meta.endpoint_url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+def _region_in(error: Exception) -> str | None:
+    """The bucket's region, if the server's answer names one."""
+    if not isinstance(error, boto.ClientError):
+        return None
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region = error.response.get("Error", {}).get("Region") or headers.get("x-amz-bucket-region")
+    return region if re.fullmatch(r"[a-z0-9-]+", str(region)) else None
 
 
 @dataclass
@@ -319,9 +343,6 @@ class _MultipartUpload:
         self._complete(upload_id, parts)
         note.unlink()
 
-    def _expected(self, number: int, part_bytes: int) -> int:
-        return min(part_bytes, self.size - (number - 1) * part_bytes)
-
     def _resume(self, note: Path, identity: dict[str, Any]) -> tuple[str | None, dict[int, str]]:
         """The interrupted upload, if there is one, and its finished parts' ETags."""
         try:
@@ -342,8 +363,8 @@ class _MultipartUpload:
                 log.info("starting the upload of %s again: %s", self.key, error)
                 return None, {}
             for part in page.get("Parts", ()):
-                number = part["PartNumber"]
-                if part["Size"] == self._expected(number, identity["part_bytes"]):
+                number, part_bytes = part["PartNumber"], identity["part_bytes"]
+                if part["Size"] == min(part_bytes, self.size - (number - 1) * part_bytes):
                     done[number] = part["ETag"]
             if not page.get("IsTruncated"):
                 break

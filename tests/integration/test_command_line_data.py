@@ -45,7 +45,7 @@ def test_root_is_asked_for(say, tmp_path):
         (
             lambda rows: [*rows, ("x.png", 0, 0, "train")],
             COLUMNS,
-            r"line 18: .*x\.png is not there",
+            r"line 18: .*x\.png does not exist",
         ),
         (lambda rows: [*rows, ("../x.png", 0, 0, "train")], COLUMNS, "line 18: .*leads out of"),
         (lambda rows: [*rows, ("0-0.png", 0, 0, "train")], COLUMNS, "line 18: .*on line 2 already"),

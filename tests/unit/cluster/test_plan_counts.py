@@ -122,7 +122,7 @@ def test_a_folder_is_read_in_place(tiny_dataset):
 
 
 def test_cache_that_cannot_hold_a_window_is_refused(remote):
-    with pytest.raises(ConfigError, match="lower the window"):
+    with pytest.raises(ConfigError, match=r"lower --batch\.window"):
         counted(tiny_config(loader__cache_bytes=30_000), remote)
 
 

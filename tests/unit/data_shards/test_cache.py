@@ -323,7 +323,7 @@ def test_a_cache_smaller_than_a_shard_is_refused_with_the_bytes_needed(tmp_path,
 def test_a_cache_smaller_than_a_window_is_refused_with_the_bytes_needed(tmp_path, shards):
     cache = make_cache(tmp_path, room=3)
     cache.require(shards, 3)
-    with pytest.raises(ConfigError, match=f"allow it {4 * SIZE:,} or more"):
+    with pytest.raises(ConfigError, match=f"increase it to {4 * SIZE:,} or more"):
         cache.require(shards, 4)
 
 
@@ -337,7 +337,7 @@ def test_a_local_dataset_is_read_where_it_lies(tmp_path, shards):
 def test_a_local_shard_of_another_size_is_an_error(tmp_path, shards):
     cache = ShardCache(LocalStorage(tmp_path / "data"), tmp_path / "cache", SIZE)
     os.truncate(tmp_path / "data" / shards[0].name, SIZE // 2)
-    with pytest.raises(DataError, match="10,000 bytes, not the 20,000"):
+    with pytest.raises(DataError, match="10,000 bytes, but the manifest says 20,000"):
         cache.path(shards[0])
 
 

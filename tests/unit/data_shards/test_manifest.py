@@ -152,7 +152,7 @@ def test_shard_listed_twice_is_refused(small):
     [
         ("shard", 0, -1, "names no shard"),
         ("shard", 5, 9, "names no shard"),
-        ("shard", 1, 1, "other images than listed"),
+        ("shard", 1, 1, "more or fewer images than listed"),
         ("shard", 0, 3, "shard order"),
         ("offset", 0, -5, "outside its shard"),
         ("offset", 2, 1 << 62, "outside its shard"),

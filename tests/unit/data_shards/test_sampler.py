@@ -260,12 +260,12 @@ def test_msmt17_is_planned_quickly_and_hardly_an_image_waits_for_the_next_epoch(
     ("change", "message"),
     [
         ({"identities": 4}, "the training split has 3"),
-        ({"small": "drop", "images": 7}, "with 7 images or more"),
+        ({"small": "drop", "images": 7}, "with 7 or more images"),
         ({"small": "often"}, "choose 'replace' or 'drop'"),
-        ({"window": 0}, "window is 0"),
-        ({"steps": 0}, "steps is 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"images": 0}, "images is 0"),
+        ({"window": 0}, "window must be at least 1, not 0"),
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"images": 0}, "images must be at least 1, not 0"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):

@@ -70,7 +70,7 @@ def test_msmt17_val_can_stay_apart(tmp_path):
 def test_msmt17_two_versions_side_by_side_need_a_choice(tmp_path):
     msmt17(tmp_path / "MSMT17_V1")
     msmt17(tmp_path / "MSMT17_V2", "mask_train_v2", "mask_test_v2")
-    with pytest.raises(DataError, match="name one version"):
+    with pytest.raises(DataError, match="folder of one version"):
         read("msmt17", tmp_path)
 
 
@@ -107,8 +107,30 @@ def test_msmt17_list_does_not_lead_out(tmp_path, name):
 def test_msmt17_missing_list_is_named(tmp_path):
     root = msmt17(tmp_path)
     (root / "list_gallery.txt").unlink()
-    with pytest.raises(DataError, match=r"list_gallery\.txt is not there"):
+    with pytest.raises(DataError, match=r"list_gallery\.txt does not exist"):
         read("msmt17", root)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_msmt17_lists_in_any_encoding(tmp_path, encoding, line_end):
+    root = msmt17(tmp_path)
+    expected = brief(read("msmt17", root))
+    name = "0000/0000_000_01_0303café\u00a0x_0008_0.jpg"
+    touch(root / "train", name)
+    listing = root / "list_train.txt"
+    lines = [*listing.read_text().splitlines(), f"./{name} 0", ""]
+    listing.write_bytes(line_end.join(lines).encode(encoding))
+    records = brief(read("msmt17", root))
+    assert [r for r in records if r[0] != f"train/{name}"] == expected
+    assert (f"train/{name}", 0, 1, "train") in records
+
+
+def test_msmt17_missing_image_is_warned_of(tmp_path, caplog):
+    root = msmt17(tmp_path)
+    (root / "train/0000/0000_000_01_0303morning_0008_0.jpg").unlink()
+    read("msmt17", root)
+    assert "list_train.txt names 1 files that do not exist" in caplog.text
 
 
 # Market-1501 and DukeMTMC-reID
@@ -117,6 +139,7 @@ def test_msmt17_missing_list_is_named(tmp_path):
 def test_market1501_drops_junk_and_keeps_distractors(tmp_path):
     root = tmp_path / "Market-1501-v15.09.15"
     touch(root / "bounding_box_train", "0002_c1s1_000451_03.jpg", "Thumbs.db")
+    touch(root / "bounding_box_train", "._0002_c1s1_000451_03.jpg", "._holiday.jpg", ".DS_Store")
     touch(root / "query", "0001_c6s1_001051_00.jpg")
     touch(root / "bounding_box_test", "-1_c1s1_000401_03.jpg", "0000_c2s1_000151_01.jpg")
     for place in (tmp_path, root):
@@ -208,12 +231,12 @@ def test_csv_names_are_numbered_by_their_order(tmp_path):
         ("b/c.png,7,1.5,train", r"line 3: camid '1\.5'"),
         ("b/c.png,7,,train", r"line 3: camid ''"),
         ("b/c.png,7,1,test", r"line 3: split 'test' is none of train, val, query, gallery"),
-        ("b/c.png,7,1", r"line 3: it has too few fields"),
-        ("gone.jpg,7,1,train", r"line 3: .*gone\.jpg is not there"),
+        ("b/c.png,7,1", r"line 3: too few fields"),
+        ("gone.jpg,7,1,train", r"line 3: .*gone\.jpg does not exist"),
         ("../x.jpg,7,1,train", r"line 3: '\.\./x\.jpg' leads out"),
         ("/etc/passwd,7,1,train", r"line 3: '/etc/passwd' is not a path relative"),
         (",7,1,train", r"line 3: '' is not a path"),
-        ("a.jpg,7,1,train", r"line 3: 'a\.jpg' is on line 2 already"),
+        ("a.jpg,7,1,train", r"line 3: 'a\.jpg' is already listed on line 2"),
     ],
 )
 def test_csv_bad_line_is_named(tmp_path, line, complaint):
@@ -236,6 +259,46 @@ def test_csv_that_is_none_is_refused(tmp_path, data):
 def test_csv_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"none\.csv is not a file"):
         read("csv", tmp_path / "none.csv")
+
+
+def test_csv_header_may_have_spaces(tmp_path):
+    path = csv(tmp_path, "a.jpg,5,1,train", header="\ufeffpath, pid ,camid ,\tsplit")
+    assert brief(read("csv", path)) == [("a.jpg", 5, 1, "train")]
+
+
+def test_csv_with_windows_line_ends(tmp_path):
+    path = csv(tmp_path, "a.jpg,5,1,train")
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert brief(read("csv", path)) == [("a.jpg", 5, 1, "train")]
+
+
+def test_csv_skips_files_of_macos(tmp_path, caplog):
+    touch(tmp_path, "._a.jpg", "b/._c.png")
+    lines = ("._a.jpg,5,1,train", "a.jpg,5,1,train", "b/._c.png,5,1,train", ".DS_Store,5,1,train")
+    assert brief(read("csv", csv(tmp_path, *lines))) == [("a.jpg", 5, 1, "train")]
+    assert "skipped 3 files" in caplog.text
+
+
+@pytest.mark.parametrize("spelling", ["./a.jpg", "b/./../a.jpg", ".//a.jpg", "a.jpg"])
+def test_csv_same_image_twice_is_named_however_it_is_spelt(tmp_path, spelling):
+    expected = "leads out" if ".." in spelling else r"line 3: .*a\.jpg' is already listed on line 2"
+    with pytest.raises(DataError, match=expected):
+        read("csv", csv(tmp_path, "a.jpg,5,1,train", f"{spelling},5,1,train"))
+
+
+def test_csv_paths_are_recorded_in_their_shortest_form(tmp_path):
+    path = csv(tmp_path, "./a.jpg,5,1,train", "b//c.png,5,1,train")
+    assert [r.relative for r in read("csv", path)] == ["a.jpg", "b/c.png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a\u00a0b.jpg", "at 9.41\u202fPM.jpg", "人\u3000a.jpg", "👩\u200d🔬.jpg", "e\u0301.jpg"],
+    ids=["no-break space", "macOS screenshot", "ideographic space", "joined emoji", "combining"],
+)
+def test_csv_takes_every_valid_name(tmp_path, name):
+    touch(tmp_path, name)
+    assert brief(read("csv", csv(tmp_path, f"{name},5,1,train"))) == [(name, 5, 1, "train")]
 
 
 # Synthetic people

@@ -18,7 +18,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing, StorageError
-from data_shards.storage import Storage, open_storage, retry, s3
+from data_shards.storage import Storage, open_file, open_storage, retry, s3
 from data_shards.storage import atomic as files
 
 SECRET = "do-not-show-this-anywhere"
@@ -165,6 +165,46 @@ class TestBothKinds:
 def test_urls_that_cannot_be_opened(url):
     with pytest.raises(ConfigError):
         open_storage(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "right"),
+    [
+        ("s3:/bucket/x", "s3://bucket/x"),
+        ("s3:bucket/x", "s3://bucket/x"),
+        ("S3://bucket/x", "s3://bucket/x"),
+        ("s3:///bucket", "s3://bucket/prefix"),
+        ("file:/data/x", "file:///data/x"),
+        ("file://data/x", "file:///data/x"),
+        ("FILE:///data/x", "file:///data/x"),
+    ],
+)
+def test_misspelt_url_is_refused_with_the_right_form(url, right, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(right)):
+        open_storage(url)
+    with pytest.raises(ConfigError, match=re.escape(right)):
+        open_file(f"{url}/file")
+
+
+@pytest.mark.parametrize("folder", ["s3", "files/s3:x", "./s3:x", "a:b"])
+def test_path_that_only_looks_like_a_url_is_a_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_storage(folder).url == str(tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    ("url", "folder", "name"),
+    [
+        ("s3://b/a/x.pt", "s3://b/a", "x.pt"),
+        ("s3://b/x.pt", "s3://b", "x.pt"),
+        ("/a/x.pt", "/a", "x.pt"),
+        ("/x.pt", "/", "x.pt"),
+    ],
+)
+def test_file_is_found_in_its_folder(url, folder, name):
+    storage, key = open_file(url)
+    assert (storage.url, key) == (folder, name)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +411,33 @@ def test_refused_credentials_are_not_repeated(monkeypatch):
             use("k")
         assert SECRET not in str(caught.value)
     assert len(server.seen) == 3, "what is refused is not asked again"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            "<Region>eu-north-1</Region>",
+            "expects the region eu-north-1 .* AWS_DEFAULT_REGION=eu-north",
+        ),
+        ("", "expects another region for s3://b/x/k, not us-east-1: set AWS_DEFAULT_REGION$"),
+    ],
+)
+def test_wrong_region_is_explained(monkeypatch, answer, message):
+    class Elsewhere(Faulty):
+        def handle(self, request, body):
+            text = f"<Error><Code>AuthorizationHeaderMalformed</Code>{answer}</Error>"
+            request.send_response(400)
+            request.send_header("Content-Length", str(len(text)))
+            request.end_headers()
+            if request.command != "HEAD":
+                request.wfile.write(text.encode())
+
+    Elsewhere(monkeypatch)
+    storage = open_storage("s3://b/x")
+    for use in (storage.read, storage.exists, lambda key: storage.write(key, b"")):
+        with pytest.raises(StorageError, match=message):
+            use("k")
 
 
 class Proxy(Faulty):
