@@ -112,10 +112,9 @@ class S3Storage:
             raise ObjectMissing(f"{where} does not exist") from None
         region = _region_in(error)
         if code in _WRONG_REGION or region not in (None, _client().meta.region_name):
-            right = f"the region {region}" if region else "another region"
             raise StorageError(
-                f"{_endpoint()} expects {right} for {where}, not {_client().meta.region_name}:"
-                f" set AWS_DEFAULT_REGION{'=' + region if region else ''}"
+                f"{_endpoint()} expects {region or 'another region'} for {where}, not"
+                f" {_client().meta.region_name}: set AWS_DEFAULT_REGION={region or ''}".rstrip("=")
             ) from None
         if code in _DENIED:
             raise StorageError(

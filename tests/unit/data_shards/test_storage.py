@@ -418,7 +418,7 @@ def test_refused_credentials_are_not_repeated(monkeypatch):
     [
         (
             "<Region>eu-north-1</Region>",
-            "expects the region eu-north-1 .* AWS_DEFAULT_REGION=eu-north",
+            "expects eu-north-1 for .* AWS_DEFAULT_REGION=eu-north",
         ),
         ("", "expects another region for s3://b/x/k, not us-east-1: set AWS_DEFAULT_REGION$"),
     ],
