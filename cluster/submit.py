@@ -1,8 +1,8 @@
-"""`python -m cluster submit`: run a command as a job on a Ray cluster, and stay with it.
+"""`python -m cluster submit`: run a command as a job on a Ray cluster, and follow its log.
 
-What travels: the working directory without data, caches and .git, and where S3 and MLflow are. Keys
-and passwords stay here. A cluster's nodes have their own, by instance profile, service account, or
-the environment that Ray was started in; a job's metadata can be read by all who reach the cluster.
+The job gets the working directory, without data, caches and .git, and the addresses of S3 and
+MLflow. It gets no keys or passwords: everyone who reaches the cluster can read a job's metadata. Nodes
+have their own, from an instance profile, a service account, or the environment of Ray.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import shlex
 import sys
 import time
 import tomllib
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-from rich.console import Console
 
 from cluster.local import servers as local
 from data_shards.errors import ConfigError, ReidError
@@ -28,6 +28,7 @@ from reid_train.tracking.uris import redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
+    from rich.console import Console
 
 SETTINGS = (
     "AWS_DEFAULT_REGION",
@@ -39,21 +40,23 @@ SETTINGS = (
     "MLFLOW_S3_ENDPOINT_URL",
     "MLFLOW_TRACKING_URI",
 )
-"""Variables that a job is given: where things are, never how to sign in."""
+"""Variables that a job gets: addresses, never keys."""
 EXCLUDES = (
     ".git", ".venv", "venv", "__pycache__", ".demo", ".cluster", ".pytest_cache", ".ruff_cache",
     ".hypothesis", "*.egg-info", "mlruns", "mlflow.db", "*.tar", "*.zip", "*.safetensors", "*.pth",
     "*.parquet",
 )  # fmt: skip
-"""Left out of the working directory, beside what its .gitignore names."""
+"""Not sent with the working directory, as everything that its .gitignore names."""
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 STOP_WAIT_SECONDS = 600
-"""Between SIGTERM to a job that is stopped and SIGKILL. Ray's 3 s are too few for a checkpoint."""
+"""Between SIGTERM and SIGKILL of a stopped job. Ray's 3 s are too few for a checkpoint."""
 CONSTRAINTS = "constraints.txt"
+ANSWER_SECONDS = 20.0
+"""How long a job server may take for its first answer."""
 PAUSE_SECONDS = 1.0
-"""Between a connection's end and the next."""
+"""Between the end of a connection and the next one."""
 GIVE_UP_SECONDS = 600.0
-"""How long a server may not say how a job is before following it ends. The job goes on."""
+"""How long the job server may be silent until the log is no longer followed; the job continues."""
 
 
 def submit(
@@ -67,19 +70,21 @@ def submit(
     """Run a command as a job; follow its log; return its exit code.
 
     Args:
-        command: the job's words, such as `python -m reid_train train …`.
-        address: of the job server; by default as the environment says, or the local stack's.
-        working_dir: what the job runs in; packaged and sent.
+        command: of the job, such as `python -m reid_train train …`.
+        address: of the job server; by default RAY_API_SERVER_ADDRESS, or the local stack's.
+        working_dir: that the job runs in; it is packaged and sent.
         install: install the dependencies on the nodes, at the versions of constraints.txt.
         detach: return when the job is accepted.
 
     Raises:
-        ConfigError: no command, no cluster, or nothing fit to send.
-        ReidError: the cluster cannot be reached, or not any more.
+        ConfigError: no command, no cluster, or nothing to install from.
+        ReidError: the cluster does not answer, or no longer answers.
     """
     if not command:
         raise ConfigError("no command: python -m cluster submit -- python -m reid_train train …")
-    console = Console(stderr=True)
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     address = _address(address)
     client = _connect(address)
     runtime_env = {
@@ -93,35 +98,37 @@ def submit(
         job = client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
     except (RuntimeError, ValueError, OSError) as error:
         raise ReidError(
-            f"{address} does not take the job: {' '.join(str(error).split())[:400]}. If the package"
-            " is too large, name what is not needed in .gitignore"
+            f"{address} refused the job: {_line(error)}. If the package is too large, name what is "
+            "not needed in .gitignore"
         ) from None
-    how = f"ray job logs {job} --follow --address {address}"
-    console.print(f"job {job} on {address}", highlight=False)
+    at = f"--address {shlex.quote(address)}"
+    how = f"ray job logs {job} --follow {at}"
+    console.print(f"job {job} on {address}")
     if detach:
-        console.print(f"follow it: {how}\nstop it:   ray job stop {job} --address {address}")
+        console.print(f"follow it: {how}\nstop it:   ray job stop {job} {at}")
         return 0
     try:
         details = asyncio.run(_follow(client, job, how))
     except KeyboardInterrupt:
         if not _asked_to_stop(console):
-            console.print(f"the job goes on; follow it: {how}", soft_wrap=True)
+            console.print(f"the job continues; follow it: {how}")
             return 130
         client.stop_job(job)
-        console.print("stopping it; a training writes a checkpoint first, which may take minutes")
+        console.print("stopping the job; a training first writes a checkpoint: up to minutes")
         details = asyncio.run(_follow(client, job, how, quiet=True))
     return _exit_code(details, console)
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a job is given: no secret is among them.
+    """The variables that a job gets; none of them is a secret.
 
-    A tracking URI's user and password are left out, and one that is a file here is, too.
+    A tracking URI loses its user and password; one that is a file on this machine is not passed on.
     """
     chosen = {name: environment[name] for name in SETTINGS if environment.get(name)}
     if urlsplit(chosen.get("MLFLOW_TRACKING_URI", "")).scheme not in ("http", "https"):
         chosen.pop("MLFLOW_TRACKING_URI", None)
     chosen[STOP_WAIT] = environment.get(STOP_WAIT) or str(STOP_WAIT_SECONDS)
+    chosen["RAY_COLOR_PREFIX"] = "0"  # a job's log is no terminal
     commit = code_commit()
     return {name: redact(value) for name, value in chosen.items()} | (
         {"REID_COMMIT": commit} if commit else {}
@@ -132,7 +139,7 @@ def requirements(working_dir: Path) -> list[str]:
     """Lines of a requirements file: the project's dependencies, pinned by its constraints.
 
     Raises:
-        ConfigError: the working directory is no project with constraints.
+        ConfigError: the working directory has no project or no constraints.
     """
     try:
         project = tomllib.loads((working_dir / "pyproject.toml").read_text())["project"]
@@ -145,7 +152,7 @@ def requirements(working_dir: Path) -> list[str]:
 
 
 def _address(given: str | None) -> str:
-    """The job server's address; the local stack's variables are taken over if it is that."""
+    """The job server's address; for the local stack, this process takes its variables too."""
     found = given or os.environ.get("RAY_API_SERVER_ADDRESS")
     folder = local.FOLDER.absolute()
     stack = local.running(folder)
@@ -157,41 +164,55 @@ def _address(given: str | None) -> str:
             "no cluster: give --address http://HOST:8265, set RAY_API_SERVER_ADDRESS, or start one "
             "here with `python -m cluster local up`"
         )
+    if urlsplit(found).scheme not in ("http", "https"):
+        raise ConfigError(f"{found} is no address of a job server: give http://HOST:8265")
     return found
 
 
 def _connect(address: str) -> JobSubmissionClient:
-    # Only now: Ray reads the local stack's variables as it is imported.
+    try:  # Ray's client would wait without a limit
+        urllib.request.urlopen(f"{address}/api/version", timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # a server answers; what it refuses, Ray explains
+    except (OSError, ValueError) as error:
+        raise ReidError(
+            f"no Ray job server answers at {address} ({_line(error)}): start the cluster, or give "
+            "its --address"
+        ) from None
+    # Ray reads the local stack's variables when it is imported.
     from ray.job_submission import JobSubmissionClient
 
-    # Its own lines tell of every file and connection; ours say what matters.
+    # Ray lists every ignored file and every connection.
     for name in ("ray", "ray.dashboard", "ray._private.runtime_env.packaging"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
-    except Exception as error:  # whatever requests, Ray's sign-in or a wrong address raise
-        said = " ".join(str(error).split())[:300]
-        raise ReidError(f"no Ray job server answers at {address}: {said}") from None
+    except Exception as error:  # of requests, of Ray's authentication, or RuntimeError
+        raise ReidError(f"{address} is no Ray job server for you: {_line(error)}") from None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 async def _follow(
     client: JobSubmissionClient, job: str, how: str, *, quiet: bool = False
 ) -> JobDetails:
-    """Print a job's log until the job has ended, over as many connections as it takes.
+    """Print a job's log until the job ends; connect again when the connection is lost.
 
     Args:
         client: of the job server.
         job: its id.
-        how: the command that follows it, for messages.
+        how: the command that follows the job, for messages.
         quiet: print nothing of the log.
 
     Returns:
-        What the server says of the job that ended.
+        The server's details of the job that ended.
 
     Raises:
-        ReidError: the server did not say for `GIVE_UP_SECONDS` how the job is.
+        ReidError: the server was silent for `GIVE_UP_SECONDS`.
     """
-    from aiohttp import ClientError  # comes with Ray, whose client lets it through
+    from aiohttp import ClientError  # Ray's client does not catch it
 
     shown, silent_since, complaint = 0, None, ""
     while True:
@@ -206,25 +227,24 @@ async def _follow(
         except (ClientError, RuntimeError, OSError) as error:
             if str(error) != complaint:  # once, if it stays the same
                 complaint = str(error)
-                print(f"the log was cut off ({complaint}); asking again", file=sys.stderr)
+                print(f"the connection to the log ended ({complaint}); retrying", file=sys.stderr)
         try:
             details = client.get_job_info(job)
             if details.status.is_terminal():
                 return details
             silent_since = None
-        except (RuntimeError, OSError) as error:  # of requests, whose errors are OSErrors
+        except (RuntimeError, OSError) as error:  # errors of requests are OSErrors
             silent_since = silent_since or time.monotonic()
             if time.monotonic() - silent_since > GIVE_UP_SECONDS:
                 raise ReidError(
-                    f"no word of job {job} for {GIVE_UP_SECONDS / 60:.0f} minutes ("
-                    f"{' '.join(str(error).split())[:300]}): it goes on where its cluster does;"
-                    f" follow it: {how}"
+                    f"the job server was silent about {job} for {GIVE_UP_SECONDS / 60:.0f} minutes "
+                    f"({_line(error)}). The job continues if its cluster does; follow it: {how}"
                 ) from None
         await asyncio.sleep(PAUSE_SECONDS)
 
 
 def _asked_to_stop(console: Console) -> bool:
-    """Ask whether to stop the job; where nobody can answer, it goes on."""
+    """Ask whether to stop the job; without a terminal it continues."""
     if not sys.stdin.isatty():
         return False
     try:
@@ -239,6 +259,6 @@ def _exit_code(details: JobDetails, console: Console) -> int:
     if details.status == "STOPPED":
         console.print("the job was stopped")
         return 130
-    message = " ".join((details.message or "").split())
-    console.print(f"the job failed: {message[:400]}", highlight=False, soft_wrap=True)
+    message = " ".join((details.message or "").split())[:400]
+    console.print(f"the job failed: {message}", markup=False)
     return details.driver_exit_code or 1

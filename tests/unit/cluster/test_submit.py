@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -74,7 +75,12 @@ def test_installation_needs_a_project(tmp_path):
     [
         (["submit"], 2, "no command"),
         (["submit", "--", "true"], 2, "no cluster: give --address"),
-        (["submit", "--address", "http://127.0.0.1:9", "--", "true"], 1, "no Ray job server"),
+        (
+            ["submit", "--address", "http://127.0.0.1:9", "--", "true"],
+            1,
+            "no Ray job server answers",
+        ),
+        (["submit", "--address", "head:8265", "--", "true"], 2, "give http://HOST:8265"),
         (["local", "status", "--folder", "nowhere"], 1, "no stack runs on"),
         (["submitt"], 2, "no command 'submitt'"),
     ],
@@ -131,7 +137,7 @@ def test_job_is_followed_over_dropped_connections(monkeypatch, capsys):
 def test_server_that_is_gone_for_long_is_given_up_in_one_line(monkeypatch):
     server = Server([[OSError("refused")]] * 10_000, [RuntimeError("refused\n\nby all")] * 10_000)
     monkeypatch.setattr(cluster.submit, "GIVE_UP_SECONDS", 0.1)
-    with pytest.raises(ReidError, match=r"refused by all.*goes on.*: ray job logs job") as raised:
+    with pytest.raises(ReidError, match=r"refused by all.*continues.*: ray job logs job") as raised:
         follow(server, monkeypatch)
     assert raised.value.exit_code == 1
     assert "\n" not in str(raised.value)
@@ -142,9 +148,17 @@ def test_log_that_cannot_be_had_is_said_once_and_the_job_followed(monkeypatch, c
     monkeypatch.setattr(cluster.submit, "GIVE_UP_SECONDS", 0)
     server = Server([[HANDSHAKE]] * 101, statuses)
     assert follow(server, monkeypatch).status == JobStatus.FAILED
-    assert capsys.readouterr().err.count("asking again") == 1
+    assert capsys.readouterr().err.count("retrying") == 1
+
+
+def test_job_server_that_accepts_and_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(cluster.submit, "ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ReidError, match="no Ray job server answers"):
+            cluster.submit.submit(["true"], address=address)
 
 
 def test_down_where_nothing_runs_is_no_error(tmp_path, capsys):
     local.down(tmp_path)
-    assert "nothing ran" in capsys.readouterr().out
+    assert "nothing runs" in capsys.readouterr().out
