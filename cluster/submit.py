@@ -1,8 +1,8 @@
 """`python -m cluster submit`: run a command as a job on a Ray cluster, and follow its log.
 
 The job gets the working directory, without data, caches and .git, and the addresses of S3 and
-MLflow. It gets no keys or passwords: everyone who reaches the cluster can read a job's metadata. Nodes
-have their own, from an instance profile, a service account, or the environment of Ray.
+MLflow. It gets no keys or passwords: everyone who reaches the cluster can read a job's metadata.
+Nodes have their own, from an instance profile, a service account, or the environment of Ray.
 """
 
 from __future__ import annotations

@@ -1,9 +1,16 @@
-"""Ray's environment variables: quiet, and off the network. Set them before importing Ray."""
+"""What to do before Ray is imported: quiet, off the network, and a cluster that answers."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import socket
+from urllib.parse import urlsplit
 
+from data_shards.errors import ConfigError, ReidError
+
+ANSWER_SECONDS = 10.0
+"""How long the head of a cluster may take to answer."""
 NOISE = (
     # Ray Train's own actor; nothing depends on its restart (Ray's issue 53727).
     "PreemptionWatcher",
@@ -29,3 +36,48 @@ def prepare_ray() -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # Ray's default for a new cluster, which it otherwise prints a notice about.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def require_ray_cluster() -> None:
+    """Check that the cluster at RAY_ADDRESS answers, if there is one; Ray would wait for minutes.
+
+    Raises:
+        ConfigError: RAY_ADDRESS is a job server's, or none at all.
+        ReidError: nothing answers there.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "auto", "local"):
+        return
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.scheme in ("http", "https"):
+        raise ConfigError(
+            f"RAY_ADDRESS is {address}, the address of a job server. Send the command there as a "
+            f"job (python -m cluster submit --address {shlex.quote(address)} -- python -m …), or set "
+            "RAY_ADDRESS to the cluster's head, HOST:6379, or unset it to run on this machine"
+        )
+    advice = "start the cluster, correct RAY_ADDRESS, or unset it to run on this machine"
+    try:
+        where = (parts.hostname or "", parts.port or 0)
+    except ValueError:
+        where = ("", 0)
+    if not all(where):
+        raise ConfigError(f"RAY_ADDRESS is {address}, not HOST:PORT of a cluster's head")
+    try:
+        socket.create_connection(where, timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ReidError(
+            f"no Ray cluster answers at RAY_ADDRESS {address} ({error}): {advice}"
+        ) from None
+    if os.environ.get("RAY_USE_TLS", "0") in ("", "0") and not _speaks_grpc(*where):
+        raise ReidError(f"what answers at RAY_ADDRESS {address} is no Ray head: {advice}")
+
+
+def _speaks_grpc(host: str, port: int) -> bool:
+    import grpc  # a dependency of Ray
+
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
+        except grpc.FutureTimeoutError:
+            return False
+    return True

@@ -7,6 +7,7 @@ import numpy as np
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError
 from reid_train.config import TrainConfig
+from reid_train.ray_utils import require_ray_cluster
 from reid_train.runs.run_dir import Run
 from reid_train.training.data import epoch_plan, train_index
 
@@ -24,10 +25,11 @@ def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> No
         saved: the run that is resumed; it no longer needs its pretrained weights.
 
     Raises:
-        ReidError: there is no train split or too few identities in it; the dataset has a query and
+        ReidError: the Ray cluster does not answer; there is no train split or too few identities in it; the dataset has a query and
             a gallery that cannot be measured; MLflow would refuse the model's name; weights are not
             there or do not fit; images are too small for the stripes; an exclusion matches nothing.
     """
+    require_ray_cluster()
     require_identities(config, dataset)
     require_measurable(dataset)
     require_model_name(config, dataset)

@@ -36,6 +36,7 @@ from data_shards.errors import DataError, Interrupted, ReidError
 from data_shards.progress import Display, phase
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import gpu_out_of_memory, out_of_memory
+from reid_train.ray_utils import require_ray_cluster
 from reid_train.runs.checkpoint_store import (
     Keeper,
     first_whole,
@@ -171,18 +172,26 @@ def ray_name(name: str) -> str:
 
 
 def start_ray(cpus: int, *, logs: bool = True) -> None:
-    """Connect to the Ray cluster at hand, or start one here with at least `cpus` CPUs.
+    """Connect to the cluster at RAY_ADDRESS, or start Ray here with at least `cpus` CPUs.
 
     Args:
-        cpus: of a cluster that this starts.
+        cpus: of a Ray that this starts.
         logs: show here what workers print and log.
+
+    Raises:
+        ReidError: the cluster does not answer, or refuses the connection.
     """
     if ray.is_initialized():
         return
+    require_ray_cluster()
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": logs}
     if not os.environ.get("RAY_ADDRESS"):
         options |= {"address": "local", "num_cpus": max(cpus, os.cpu_count() or 1)}
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = os.environ.get("RAY_ADDRESS") or "this machine"
+        raise ReidError(f"Ray on {where} does not start: {' '.join(str(error).split())}") from error
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
