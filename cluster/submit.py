@@ -128,7 +128,6 @@ def settings(environment: Mapping[str, str]) -> dict[str, str]:
     if urlsplit(chosen.get("MLFLOW_TRACKING_URI", "")).scheme not in ("http", "https"):
         chosen.pop("MLFLOW_TRACKING_URI", None)
     chosen[STOP_WAIT] = environment.get(STOP_WAIT) or str(STOP_WAIT_SECONDS)
-    chosen["RAY_COLOR_PREFIX"] = "0"  # a job's log is no terminal
     commit = code_commit()
     return {name: redact(value) for name, value in chosen.items()} | (
         {"REID_COMMIT": commit} if commit else {}

@@ -52,8 +52,8 @@ def require_ray_cluster() -> None:
     if parts.scheme in ("http", "https"):
         raise ConfigError(
             f"RAY_ADDRESS is {address}, the address of a job server. Send the command there as a "
-            f"job (python -m cluster submit --address {shlex.quote(address)} -- python -m …), or set "
-            "RAY_ADDRESS to the cluster's head, HOST:6379, or unset it to run on this machine"
+            f"job: `python -m cluster submit --address {shlex.quote(address)} -- python -m …`. Or "
+            "set RAY_ADDRESS to the cluster's head, HOST:6379, or unset it to run on this machine"
         )
     advice = "start the cluster, correct RAY_ADDRESS, or unset it to run on this machine"
     try:
