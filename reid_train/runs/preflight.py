@@ -25,9 +25,10 @@ def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> No
         saved: the run that is resumed; it no longer needs its pretrained weights.
 
     Raises:
-        ReidError: the Ray cluster does not answer; there is no train split or too few identities in it; the dataset has a query and
-            a gallery that cannot be measured; MLflow would refuse the model's name; weights are not
-            there or do not fit; images are too small for the stripes; an exclusion matches nothing.
+        ReidError: the Ray cluster does not answer; there is no train split or too few identities in
+            it; the dataset has a query and a gallery that cannot be measured; MLflow would refuse
+            the model's name; weights are not there or do not fit; images are too small for the
+            stripes; an exclusion matches nothing.
     """
     require_ray_cluster()
     require_identities(config, dataset)
