@@ -59,17 +59,17 @@ class Embed:
     """MLflow, for models:/…; by default MLFLOW_TRACKING_URI."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
-    def check(self) -> None:
-        """Raise `ConfigError` for numbers out of range."""
-        if self.workers < 1:
-            raise ConfigError(f"--workers must be at least 1, not {self.workers}")
-        if self.batch is not None and self.batch < 1:
-            raise ConfigError(f"--batch must be at least 1, not {self.batch}")
+
+def check_counts(workers: int, batch: int | None) -> None:
+    """Raise `ConfigError` for numbers below 1."""
+    for name, number in (("--workers", workers), ("--batch", batch)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} must be at least 1, not {number}")
 
 
 def embed(settings: Embed, console: Console) -> int:
     """Run the command; return the number of images."""
-    settings.check()
+    check_counts(settings.workers, settings.batch)
     from reid_train.runs.ray_trainer import start_ray
 
     start_ray(settings.workers)

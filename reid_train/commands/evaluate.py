@@ -13,7 +13,7 @@ import tyro
 
 from data_shards.errors import ConfigError
 from data_shards.progress import display
-from reid_train.commands.embed import Embed, embed
+from reid_train.commands.embed import Embed, check_counts, embed
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.measures import Measures
 
@@ -73,9 +73,7 @@ class Evaluate:
     def check(self) -> None:
         """Raise `ConfigError` for what does not go together or is out of range."""
         self.measures.check()
-        for name, number in (("--workers", self.workers), ("--batch", self.batch)):
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} must be at least 1, not {number}")
+        check_counts(self.workers, self.batch)
         if self.output is not None and (
             self.output == "" or self.output.endswith("/") or os.path.isdir(self.output)
         ):
@@ -110,12 +108,15 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
     import ray
 
     from data_shards.dataset import Dataset
+    from reid_train.evaluation.ground_truth import Labels, find_ground_truth
     from reid_train.runs.ray_trainer import start_ray
     from reid_train.tracking.tracker import run_page
 
     assert settings.data is not None
     dataset = Dataset.open(settings.data)
-    settings.measures.check(len(dataset.index("query")), len(dataset.index("gallery")))
+    query, gallery = dataset.index("query"), dataset.index("gallery")
+    find_ground_truth(Labels(query.pid, query.camid, gallery.pid, gallery.camid))
+    settings.measures.check(len(query), len(gallery))
     start_ray(settings.workers)
     if settings.embeddings is None and len(ray.nodes()) > 1:
         raise ConfigError(

@@ -171,9 +171,9 @@ def test_a_model_measures_the_same_on_one_worker_and_on_two(data, tmp_path, monk
         loader=loader,
     )
     spread = evaluate(both, console)
-    alone = evaluate(Evaluate(embeddings=embeddings), console)
-    assert spread.result.summary() == alone.result.summary()
-    assert json.loads(Path(output).read_text())["metrics"] == alone.result.summary()
+    local = evaluate(Evaluate(embeddings=embeddings), console)
+    assert spread.result.summary() == local.result.summary()
+    assert json.loads(Path(output).read_text())["metrics"] == local.result.summary()
 
 
 def test_measures_of_a_model_are_tracked_under_names_that_mlflow_takes(data, tmp_path):
@@ -226,6 +226,6 @@ def test_worker_that_is_lost_for_good_ends_the_job_in_one_line(data):
         ),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_starts(settings, words):
+def test_what_cannot_be_measured_is_refused_before_anything_starts(settings, words):
     with pytest.raises(ConfigError, match=words):
         evaluate(settings, Console(quiet=True))

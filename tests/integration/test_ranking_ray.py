@@ -72,7 +72,7 @@ def assert_same_bits(found: RankingResult, expected: RankingResult) -> None:
     np.testing.assert_array_equal(found.first_match_rank, expected.first_match_rank)
 
 
-def spread_and_alone(files: EmbeddingFiles, measures: Measures) -> tuple[Measurement, Measurement]:
+def spread_and_local(files: EmbeddingFiles, measures: Measures) -> tuple[Measurement, Measurement]:
     """On three workers, and in this process."""
     return (
         evaluate_files(files, measures, workers=3),
@@ -100,24 +100,24 @@ def small_blocks(monkeypatch):
     ids=["ranking", "re-ranking", "expansion", "augmentation", "all"],
 )
 def test_three_workers_measure_as_one_process_does(files, measures):
-    spread, alone = spread_and_alone(files, measures)
-    assert_same_bits(spread.result, alone.result)
+    spread, local = spread_and_local(files, measures)
+    assert_same_bits(spread.result, local.result)
 
 
 @pytest.mark.parametrize("expand", [0, 3])
 def test_three_workers_count_camera_pairs_as_one_process_does(files, expand):
-    spread, alone = spread_and_alone(files, Measures(camera_pairs=True, expand=expand))
-    assert list(spread.pairs) == list(alone.pairs)
-    for pair, result in alone.pairs.items():
+    spread, local = spread_and_local(files, Measures(camera_pairs=True, expand=expand))
+    assert list(spread.pairs) == list(local.pairs)
+    for pair, result in local.pairs.items():
         assert_same_bits(spread.pairs[pair], result)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_three_workers_count_false_accepts_as_one_process_does(files, metric):
-    spread, alone = spread_and_alone(
+    spread, local = spread_and_local(
         files, Measures(false_accept_rates=(0.001, 0.01, 0.1), metric=metric)
     )
-    assert spread.result.tar_at_far == alone.result.tar_at_far
+    assert spread.result.tar_at_far == local.result.tar_at_far
 
 
 def test_progress_advances_by_tasks_to_its_end(files):

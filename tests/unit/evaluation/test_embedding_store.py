@@ -1,4 +1,4 @@
-"""Files of embeddings: what is written is read, and what is wrong is said."""
+"""Files of embeddings: parts are read as they were written, and damage is reported."""
 
 from __future__ import annotations
 

@@ -26,12 +26,12 @@ def evaluated(measures: Measures, output: str | None = None):
 
 @pytest.mark.parametrize(("rerank", "mAP"), [(False, "mAP"), (True, "reranked_mAP")])
 def test_the_golden_file_is_measured(rerank, mAP):
-    found, said = evaluated(Measures(rerank=rerank))
+    found, printed = evaluated(Measures(rerank=rerank))
     expected = float(np.load(GOLDEN)[mAP])
     assert found.result.mAP == pytest.approx(expected, abs=1e-6)
-    assert f"{100 * expected:.2f} %" in said
-    assert "120 queries × 900 gallery images × 48 dimensions: at most about" in said
-    assert "12 queries without a match were left out" in said
+    assert f"{100 * expected:.2f} %" in printed
+    assert "120 queries × 900 gallery images × 48 dimensions: at most about" in printed
+    assert "12 queries without a match were left out" in printed
 
 
 def test_the_measurement_is_written_as_json(tmp_path):
@@ -49,11 +49,11 @@ def test_the_measurement_is_written_as_json(tmp_path):
 
 def test_reranking_shows_and_writes_the_plain_ranking_beside_it(tmp_path):
     path = tmp_path / "metrics.json"
-    found, said = evaluated(Measures(rerank=True), str(path))
+    found, printed = evaluated(Measures(rerank=True), str(path))
     golden = np.load(GOLDEN)
     assert found.plain.mAP == pytest.approx(float(golden["mAP"]), abs=1e-6)
     for name in ("mAP", "reranked_mAP"):
-        assert f"{100 * float(golden[name]):.2f} %" in said
+        assert f"{100 * float(golden[name]):.2f} %" in printed
     assert json.loads(path.read_text())["metrics_before_reranking"] == found.plain.summary()
 
 

@@ -1,4 +1,4 @@
-"""Embeddings whose float32 products are worse than chance would make them."""
+"""Embeddings with float32 products that are worse than chance would make them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_near_collinear_embeddings_are_ranked_as_float64_does(make):
 
 @pytest.mark.parametrize(("metric", "dimensions"), [("cosine", 995), ("euclidean", 1024)])
 def test_a_collapsed_model_is_ranked_by_index_where_its_own_items_show_nothing(metric, dimensions):
-    # Matches lie in the first block alone; the rounding of all products is as one-sided as can be.
+    # All matches are in the first block; the roundings of all products have one sign.
     made = np.full((16 + 2560, dimensions), 0.37, np.float32)
     pid, gallery_pid = np.arange(16), np.arange(2560)
     camid = np.zeros(16, int), np.ones(2560, int)
