@@ -57,6 +57,6 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         with display(console) as progress, phase(progress, "stopping the servers"):
             local.stop(folder)
     console.rule("to look at")
-    console.print(f"report   {report / 'report.html'}", soft_wrap=True)
+    console.print(f"report   {report / 'report.html'}")
     again = f"python -m cluster local up --folder {folder}"
-    console.print(f"servers  {again}  (MLflow, S3 and Ray, as they were)", soft_wrap=True)
+    console.print(f"servers  {again}  (MLflow, S3 and Ray, as they were)")

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from cluster.local import servers as local
 from data_shards.errors import ConfigError, ReidError
+from data_shards.progress import make_console
 from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.uris import redact
 
@@ -82,9 +83,7 @@ def submit(
     """
     if not command:
         raise ConfigError("no command: python -m cluster submit -- python -m reid_train train …")
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = make_console(stderr=True)
     address = _address(address)
     client = _connect(address)
     runtime_env = {
@@ -259,5 +258,5 @@ def _exit_code(details: JobDetails, console: Console) -> int:
         console.print("the job was stopped")
         return 130
     message = " ".join((details.message or "").split())[:400]
-    console.print(f"the job failed: {message}", markup=False)
+    console.print(f"the job failed: {message}")
     return details.driver_exit_code or 1

@@ -144,7 +144,7 @@ def _show(url: str, manifest: Manifest) -> None:
     from rich.table import Table
 
     console = make_console()
-    console.print(f"{manifest.name} at {url}", soft_wrap=True)
+    console.print(f"{manifest.name} at {url}")
     table = Table("split")
     for heading in ("images", "identities", "cameras", "shards", "MB"):
         table.add_column(heading, justify="right")

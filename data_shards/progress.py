@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done, and the total. The stage ends when `done` reaches
@@ -43,10 +44,19 @@ def phase(progress: Progress, name: str) -> Iterator[None]:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """The console of every command. Text is printed as it is: square brackets are no markup."""
+    """The console of every command. It prints text as it is: no markup, and no breaks in lines."""
     from rich.console import Console
 
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table at its full width: no cell is wrapped or shortened, on narrow terminals too."""
+    before = console.width
+    console.width = 10_000
+    console.width = max(before, console.measure(table).maximum)
+    console.print(table, crop=False)
+    console.width = before
 
 
 def duration(seconds: float | None) -> str:

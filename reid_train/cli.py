@@ -9,7 +9,7 @@ import tyro
 
 from data_shards.command_line import Command, command, parse, peek, program, run_one_of
 from data_shards.errors import ConfigError
-from data_shards.progress import make_console
+from data_shards.progress import make_console, print_table
 from reid_train.config import TrainConfig
 from reid_train.recipes import PURPOSES, RECIPES, parse_with_recipe
 
@@ -66,14 +66,16 @@ def models(tracking_uri: str | None = None) -> None:
     Args:
         tracking_uri: MLflow tracking URI; by default MLFLOW_TRACKING_URI.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from reid_train.registry.registry import list_models
 
-    table = Table("model", "version", "aliases", "mAP", "rank-1", "dataset", "created", "run")
+    names = "model", "version", "aliases", "mAP", "rank-1", "dataset", "created", "run"
+    table = Table(*names, box=SIMPLE_HEAD)
     for model in list_models(tracking_uri):
         table.add_row(*model.row())
-    make_console().print(table)
+    print_table(make_console(), table)
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -20,6 +20,7 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.local.stack import (
     ANY_PORTS,
@@ -31,7 +32,7 @@ from cluster.local.stack import (
     healthy,
 )
 from data_shards.errors import ConfigError, ReidError
-from data_shards.progress import display, make_console, phase
+from data_shards.progress import display, make_console, phase, print_table
 
 FOLDER = Path(".cluster")
 
@@ -46,12 +47,12 @@ def up(
         ports: Where to listen; free ports by default.
     """
     folder = folder.resolve()
-    console = Console()
+    console = make_console()
     addresses = start(folder, ports, console)
     _print(folder, addresses, console)
     console.print("\nTo use them in this shell, and to stop them:\n")
-    console.print(f"  source {shlex.quote(str(folder / 'environment'))}", soft_wrap=True)
-    console.print(f"  python -m cluster local down --folder {folder}", soft_wrap=True)
+    console.print(f"  source {shlex.quote(str(folder / 'environment'))}")
+    console.print(f"  python -m cluster local down --folder {folder}")
 
 
 def status(folder: Path = FOLDER) -> None:
@@ -64,7 +65,7 @@ def status(folder: Path = FOLDER) -> None:
     addresses = running(folder)
     if addresses is None:
         raise ReidError(f"no stack runs on {folder}: python -m cluster local up --folder {folder}")
-    if silent := _print(folder, addresses, Console()):
+    if silent := _print(folder, addresses, make_console()):
         raise ReidError(f"{', '.join(silent)} of {folder} does not answer: look into {folder}/logs")
 
 
@@ -203,12 +204,12 @@ def _print(folder: Path, addresses: Addresses, console: Console) -> list[str]:
     logs = {"s3": "../s3/logs", "mlflow": "mlflow.log", "ray": "ray/"}
     table = Table("service", "address", "state", "logs", box=box.SIMPLE_HEAD)
     for name, answer in answers.items():
-        state = "[green]healthy" if answer else "[red]no answer"
+        state = Text("healthy", "green") if answer else Text("no answer", "red")
         log = os.path.normpath(folder / "logs" / logs[name])
         table.add_row(name, getattr(addresses, name), state, log)
         if name == "ray":
             table.add_row("dashboard", addresses.dashboard, state, "")
-    console.print(table)
+    print_table(console, table)
     return [name for name, answer in answers.items() if not answer]
 
 

@@ -14,6 +14,7 @@ import tyro
 from cluster.measure import OWN, PACKAGED, Measurement, read_table, steps_needed
 from data_shards.command_line import program
 from data_shards.errors import ConfigError
+from data_shards.progress import make_console
 from data_shards.storage.atomic import atomic_write, disk_errors
 from reid_train.config import TrainConfig
 from reid_train.recipes import parse_with_recipe
@@ -145,7 +146,6 @@ def unmeasured(table: list[Measurement], options: Plan) -> str:
 
 def show(options: Plan, values: dict[str, Any]) -> None:
     """Print a plan as a person reads it."""
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
@@ -193,4 +193,4 @@ def show(options: Plan, values: dict[str, Any]) -> None:
     if best < options.gpus:
         advice += f" {options.gpus} GPUs are slower than {best}: use {best} GPU{'s' * (best > 1)}."
     for part in (table, scaling, advice):
-        Console().print(part, highlight=False)
+        make_console().print(part)

@@ -6,9 +6,11 @@ import io
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from data_shards import progress
 from data_shards.progress import display, duration, phase, silent
@@ -155,3 +157,36 @@ def test_the_module_does_not_import_rich():
     silent("x", 0, 1)
     code = "import sys, data_shards.progress; assert 'rich' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_square_brackets_are_text_and_lines_stay_whole():
+    console = progress.make_console()
+    console.file = io.StringIO()
+    console.width = 40
+    line = "model r50[bf16] [/b] [red] at :smile: " + "x" * 80
+    console.print(line)
+    assert lines(console) == [line]
+
+
+def test_a_table_never_shortens_or_wraps_a_name():
+    console = progress.make_console()
+    console.file = io.StringIO()
+    console.width = 40
+    table = Table("model", "run")
+    name, run_name = "reid-r50[bf16]-" + "x" * 80, "[/b] a name"
+    table.add_row(name, run_name)
+    progress.print_table(console, table)
+    assert any(name in line and run_name in line for line in lines(console))
+    assert console.width == 40
+
+
+def test_every_console_is_made_in_one_place():
+    """Another one would take square brackets in names for markup."""
+    root = Path(progress.__file__).parents[1]
+    for package in ("data_shards", "reid_train", "tune", "cluster"):
+        for file in (root / package).rglob("*.py"):
+            text = file.read_text()
+            if file != Path(progress.__file__):
+                assert not re.search(r"\bConsole\(", text), file
+            assert not re.search(r"\[/?(bold|dim|red|green|yellow|cyan)\]", text), file
+            assert "markup=True" not in text, file
