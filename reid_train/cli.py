@@ -9,7 +9,7 @@ import tyro
 
 from data_shards.command_line import Command, command, parse, peek, program, run_one_of
 from data_shards.errors import ConfigError
-from data_shards.progress import make_console, print_table
+from data_shards.progress import display, make_console, phase, print_table
 from reid_train.config import TrainConfig
 from reid_train.recipes import PURPOSES, RECIPES, parse_with_recipe
 
@@ -42,9 +42,10 @@ def train(arguments: list[str]) -> None:
         resume = resume or Run.exists(known.output, known.name)
         base = Run.read(known.output, known.name).config if resume else None
     parsed = parse_with_recipe(Train, arguments, f"{PROGRAM} train", base)
-    from reid_train.runs.job import run
-
-    run(parsed.config, resume=resume, console=make_console())
+    console = make_console()
+    with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
+        from reid_train.runs.job import run
+    run(parsed.config, resume=resume, console=console)
 
 
 def recipes() -> None:

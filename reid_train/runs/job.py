@@ -58,7 +58,8 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
         else:
             same_training(saved.config, config)
             same_dataset(saved, dataset)
-        preflight.check(config, dataset, saved)
+        with phase(shown, "checking the settings"):
+            preflight.check(config, dataset, saved)
         folder = open_storage(config.output).child(str(config.name))
         with run_lock.held(folder, str(config.name)) as lock:
             finished = saved is not None and _is_finished(config)

@@ -121,7 +121,10 @@ class Nodes:
         home.mkdir(exist_ok=True)
         with open(self.folder / f"{name}.log", "wb") as log:
             return subprocess.Popen(
-                command, env=os.environ | {"HOME": str(home)}, stdout=log, stderr=log
+                command,
+                env=os.environ | {"HOME": str(home), "REID_LOG_LEVEL": "DEBUG"},
+                stdout=log,
+                stderr=log,
             )
 
 
