@@ -1,6 +1,7 @@
-"""A real S3 server on this machine: OpenStack Swift with its S3 door, on loopback, data on disk.
+"""A real S3 server on this machine: OpenStack Swift with its S3 API, on loopback, data on disk.
 
-It checks signatures, survives restarts, needs no root, and ends with the process that started it:
+It checks signatures, keeps its data over restarts, needs no root, and ends with the process that
+started it:
 
     with S3Server("/tmp/objects") as server:
         os.environ.update(server.environment())
@@ -20,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from cluster.local.swift import (
     REGION,
     SERVERS,
     STORAGE,
+    last_lines,
+    stop_process,
     write_private,
     write_settings,
 )
@@ -42,8 +46,8 @@ class S3Server:
     """An S3 server for one machine, owned by the process that starts it.
 
     Args:
-        folder: where objects, settings, logs and credentials live. A server started on the same
-            folder later has the same objects and the same credentials.
+        folder: for objects, settings, logs and credentials. A server started later on the same
+            folder has the same objects and credentials.
         port: the port to listen on; 0 picks a free one at each start.
         host: the address to listen on, loopback unless asked otherwise.
     """
@@ -76,52 +80,34 @@ class S3Server:
         """Whether its processes are alive."""
         return self._supervisor is not None and self._supervisor.poll() is None
 
-    @property
-    def access_key(self) -> str:
-        return self._credentials["access_key"]
-
-    @property
-    def secret_key(self) -> str:
-        return self._credentials["secret_key"]
-
     def environment(self) -> dict[str, str]:
         """Variables by which boto3, pyarrow, Ray and MLflow find this server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ACCESS_KEY_ID": self._credentials["access_key"],
+            "AWS_SECRET_ACCESS_KEY": self._credentials["secret_key"],
             "AWS_DEFAULT_REGION": REGION,
             "MLFLOW_S3_ENDPOINT_URL": self.endpoint,
-            # A ranged read comes with the whole object's checksum: botocore's default would fail.
+            # Swift sends the whole object's checksum with a range; botocore's default compares it.
             "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
         }
 
     def client(self, **config: Any) -> Any:
-        """A boto3 S3 client signed in to this server; `config` goes to botocore's `Config`."""
-        import boto3
-        from botocore.config import Config
-
-        return boto3.client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-            region_name=REGION,
-            config=Config(proxies={}, response_checksum_validation="when_required", **config),
-        )
+        """A boto3 S3 client of this server; `config` goes to botocore's `Config`."""
+        return s3_client(self.environment(), **config)
 
     def create_bucket(self, name: str) -> None:
-        """Create a bucket; one that is there already is left as it is."""
+        """Create a bucket; one that exists is left as it is."""
         client = self.client()
         with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
             client.create_bucket(Bucket=name)
 
     def start(self) -> None:
-        """Start the server and return when it answers; does nothing when it runs already.
+        """Start the server and return when it answers; do nothing when it runs.
 
         Raises:
             StorageError: Swift is not installed, the folder cannot hold its data or is served by
-                another process, or the servers do not come up (the message has their log's end).
+                another process, or the servers do not start (the message has the end of their log).
         """
         if self.running:
             return
@@ -145,7 +131,7 @@ class S3Server:
             ports = free_ports(len(SERVERS))
             ports[-1] = self._port or ports[-1]
             write_settings(self.folder, ports, self._credentials, self._host)
-            # The supervisor inherits the lock and so holds it for as long as it lives.
+            # The supervisor inherits the lock and holds it while it lives.
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-m", "cluster.local.swift", self.folder, str(os.getpid())]
                 + [str(port) for port in ports],
@@ -167,12 +153,7 @@ class S3Server:
     def stop(self) -> None:
         """Stop the server and wait until all its processes are gone; the data stays."""
         if self._supervisor is not None:
-            self._supervisor.terminate()
-            try:
-                self._supervisor.wait(timeout=15)
-            except subprocess.TimeoutExpired:
-                self._supervisor.kill()  # its servers have its death as their own kill signal
-                self._supervisor.wait()
+            stop_process(self._supervisor, seconds=15)  # killed, it takes its servers with it
         self._supervisor = self._endpoint = None
 
     def _wait_until_healthy(self, ports: list[int]) -> None:
@@ -190,9 +171,29 @@ class S3Server:
                 if self._supervisor.poll() is not None or time.monotonic() > deadline:
                     raise StorageError(
                         f"S3 server on {self.folder} did not start ({error}); its logs in "
-                        f"{self.logs} end with: {_last_lines(self.logs)}"
+                        f"{self.logs} end with: {last_lines(sorted(self.logs.glob('*.log')), 5)}"
                     ) from error
             time.sleep(0.05)
+
+
+def s3_client(environment: Mapping[str, str], **config: Any) -> Any:
+    """A boto3 client of the server whose `S3Server.environment` is given.
+
+    Args:
+        environment: the variables.
+        config: for botocore's `Config`.
+    """
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        region_name=environment["AWS_DEFAULT_REGION"],
+        config=Config(proxies={}, response_checksum_validation="when_required", **config),
+    )
 
 
 def _check_attributes(folder: Path) -> None:
@@ -203,15 +204,15 @@ def _check_attributes(folder: Path) -> None:
         os.setxattr(probe, "user.probe", b"1")
     except (OSError, AttributeError) as error:
         raise StorageError(
-            f"S3 server: the filesystem of {folder} takes no user extended attributes ({error}); "
-            "choose a folder on a Linux filesystem that does, such as ext4, xfs or btrfs"
+            f"S3 server: the filesystem of {folder} has no user extended attributes ({error}); "
+            "choose a folder on a Linux filesystem that has them, such as ext4, xfs or btrfs"
         ) from error
     finally:
         probe.unlink(missing_ok=True)
 
 
 def _credentials(path: Path) -> dict[str, str]:
-    """Read the folder's credentials, or generate them into a file that only its owner can read."""
+    """Read the folder's credentials, or create them in a file that only its owner can read."""
     if not path.exists():
         values = {
             "access_key": f"reid:{secrets.token_hex(8)}",
@@ -229,8 +230,3 @@ def free_ports(count: int) -> list[int]:
         for held in sockets:
             held.bind((HOST, 0))
         return [held.getsockname()[1] for held in sockets]
-
-
-def _last_lines(logs: Path) -> str:
-    lines = [line for log in sorted(logs.glob("*.log")) for line in log.read_text().splitlines()]
-    return " | ".join(lines[-5:]) or "nothing"

@@ -22,15 +22,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cluster.local.s3_server import s3_client
 from cluster.local.stack import (
     ANY_PORTS,
     MARK,
     START_SECONDS,
     STOP_SECONDS,
+    TOKEN,
     Addresses,
     Ports,
     healthy,
 )
+from cluster.local.swift import last_lines
 from data_shards.errors import ConfigError, ReidError
 from data_shards.progress import display, make_console, phase, print_table
 
@@ -40,23 +43,21 @@ FOLDER = Path(".cluster")
 def up(
     folder: Path = FOLDER, ports: Annotated[Ports, tyro.conf.arg(name="port")] = ANY_PORTS
 ) -> None:
-    """Start S3, MLflow and Ray, or find them running, and say how to use them.
+    """Start S3, MLflow and Ray, or find them running, and print how to use them.
 
     Args:
         folder: Where objects, MLflow's database and logs are kept; they stay after `down`.
         ports: Where to listen; free ports by default.
     """
     folder = folder.resolve()
-    console = make_console()
-    addresses = start(folder, ports, console)
-    _print(folder, addresses, console)
-    console.print("\nTo use them in this shell, and to stop them:\n")
-    console.print(f"  source {shlex.quote(str(folder / 'environment'))}")
-    console.print(f"  python -m cluster local down --folder {folder}")
+    _show(folder, start(folder, ports))
+    print(f"Ray's dashboard asks for a token: it is in {folder / TOKEN}")
+    print("To use the servers in this shell, and to stop them:\n")
+    print(f"  source {shlex.quote(str(folder / 'environment'))}\n  {_command('down', folder)}")
 
 
 def status(folder: Path = FOLDER) -> None:
-    """Say what runs and whether it answers; exit code 1 if something does not.
+    """Print whether each server answers; exit code 1 if one does not.
 
     Args:
         folder: The stack's.
@@ -64,9 +65,9 @@ def status(folder: Path = FOLDER) -> None:
     folder = folder.resolve()
     addresses = running(folder)
     if addresses is None:
-        raise ReidError(f"no stack runs on {folder}: python -m cluster local up --folder {folder}")
-    if silent := _print(folder, addresses, make_console()):
-        raise ReidError(f"{', '.join(silent)} of {folder} does not answer: look into {folder}/logs")
+        raise ReidError(f"no stack runs on {folder}: start it with {_command('up', folder)}")
+    if silent := _show(folder, addresses):
+        raise ReidError(f"{', '.join(silent)} of {folder} does not answer: see {folder}/logs")
 
 
 def down(folder: Path = FOLDER) -> None:
@@ -76,8 +77,7 @@ def down(folder: Path = FOLDER) -> None:
         folder: The stack's.
     """
     folder = folder.resolve()
-    count = stop(folder)
-    print(f"stopped; the data stays in {folder}" if count else f"nothing ran on {folder}")
+    print(f"stopped; the data is in {folder}" if stop(folder) else f"nothing runs on {folder}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"up": up, "status": status, "down": down}
@@ -92,15 +92,25 @@ def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None
     """
     console = console or make_console()
     if (found := running(folder)) is not None:
-        _require(found, ports, folder)
+        for name, port in asdict(ports).items():
+            if port and not getattr(found, name).endswith(f":{port}"):
+                raise ConfigError(
+                    f"{name} of the stack on {folder} runs at {getattr(found, name)}, not on port "
+                    f"{port}: stop it first with {_command('down', folder)}"
+                )
         return found
-    stop(folder)  # what a stack that was killed may have left
+    stop(folder)  # what a killed stack may have left
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")  # so that no package of a job takes the keys along
-    command = [sys.executable, "-m", "cluster.local.stack", folder]
+    (folder / ".gitignore").write_text("*\n")  # keeps the keys out of the packages of jobs
     with open(folder / "logs" / "stack.log", "wb") as log:
         process = subprocess.Popen(
-            [*command, *(str(port) for port in asdict(ports).values())],
+            [
+                sys.executable,
+                "-m",
+                "cluster.local.stack",
+                folder,
+                *map(str, asdict(ports).values()),
+            ],
             cwd=Path(__file__).parents[2],
             env=os.environ | {MARK: str(folder)},
             stdin=subprocess.DEVNULL,
@@ -122,15 +132,14 @@ def _wait(folder: Path, process: subprocess.Popen[bytes]) -> Addresses:
         ended = process.poll()
         if (ended is not None and not _locked(folder)) or time.monotonic() > deadline:
             log = folder / "logs" / "stack.log"
-            lines = log.read_text(errors="replace").strip().splitlines()[-1:]
-            said = lines[0].removeprefix("error: ") if lines else "no word why"
-            raise ReidError(f"the stack on {folder} did not start: {said} (more in {log.parent})")
+            why = last_lines([log], 1).removeprefix("error: ")
+            raise ReidError(f"the stack on {folder} did not start: {why} (see {log.parent})")
         time.sleep(0.2)
     return addresses
 
 
 def stop(folder: Path) -> int:
-    """Stop a folder's stack and wait until none of its processes is left; returns their number."""
+    """Stop a folder's stack; return how many processes it had when none of them is left."""
     left = _processes(folder)
     count = len(left)
     if _locked(folder):
@@ -139,11 +148,12 @@ def stop(folder: Path) -> int:
         deadline = time.monotonic() + 3 * STOP_SECONDS
         while _locked(folder) and time.monotonic() < deadline:
             time.sleep(0.1)
-    while left := _processes(folder):  # also what a stack that was killed left behind
+    # Ray's agents outlive it by seconds, and a killed stack leaves everything.
+    while left := {process for process in left | _processes(folder) if _alive(process)}:
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=STOP_SECONDS)
+        psutil.wait_procs(left, timeout=1)
     for name in ("environment", "stack.json"):
         (folder / name).unlink(missing_ok=True)
     return count
@@ -152,13 +162,10 @@ def stop(folder: Path) -> int:
 def running(folder: Path) -> Addresses | None:
     """Addresses of the stack on a folder; None if none is up."""
     try:
-        return (
-            Addresses(**json.loads((folder / "stack.json").read_text()))
-            if _locked(folder)
-            else None
-        )
+        addresses = Addresses(**json.loads((folder / "stack.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
+    return addresses if _locked(folder) else None
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -168,13 +175,8 @@ def environment(folder: Path) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _require(found: Addresses, asked: Ports, folder: Path) -> None:
-    for name, port in asdict(asked).items():
-        if port and not getattr(found, name).endswith(f":{port}"):
-            raise ConfigError(
-                f"the stack on {folder} runs with {name} at {getattr(found, name)}: "
-                f"`python -m cluster local down --folder {folder}` first"
-            )
+def _command(name: str, folder: Path) -> str:
+    return f"python -m cluster local {name} --folder {shlex.quote(str(folder))}"
 
 
 def _locked(folder: Path) -> bool:
@@ -188,50 +190,43 @@ def _locked(folder: Path) -> bool:
     return False
 
 
-def _processes(folder: Path) -> list[psutil.Process]:
-    """Every process that carries the folder's mark."""
-    found = []
+def _processes(folder: Path) -> set[psutil.Process]:
+    """The processes with the folder's mark, and theirs: Ray's agents overwrite the mark."""
+    found = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get(MARK) == str(folder) and process.pid != os.getpid():
-                found.append(process)
+                found |= {process, *process.children(recursive=True)}
     return found
 
 
-def _print(folder: Path, addresses: Addresses, console: Console) -> list[str]:
-    """Print a table of the services; those that do not answer are returned."""
+def _alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _show(folder: Path, addresses: Addresses) -> list[str]:
+    """Print a table of the services; return those that do not answer."""
     answers = {"s3": _s3_answers(folder), **healthy(addresses)}
-    logs = {"s3": "../s3/logs", "mlflow": "mlflow.log", "ray": "ray/"}
+    logs = {"s3": "s3/logs", "mlflow": "logs/mlflow.log", "ray": "logs/ray/"}
     table = Table("service", "address", "state", "logs", box=box.SIMPLE_HEAD)
     for name, answer in answers.items():
         state = Text("healthy", "green") if answer else Text("no answer", "red")
-        log = os.path.normpath(folder / "logs" / logs[name])
-        table.add_row(name, getattr(addresses, name), state, log)
+        table.add_row(name, getattr(addresses, name), state, str(folder / logs[name]))
         if name == "ray":
             table.add_row("dashboard", addresses.dashboard, state, "")
-    print_table(console, table)
+    print_table(make_console(), table)
     return [name for name, answer in answers.items() if not answer]
 
 
 def _s3_answers(folder: Path) -> bool:
     """Whether a signed request is answered."""
-    import boto3
-    from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
+    limits = {"connect_timeout": 5, "read_timeout": 10, "retries": {"max_attempts": 0}}
     try:
-        known = environment(folder)
-        client = boto3.client(
-            "s3",
-            endpoint_url=known["AWS_ENDPOINT_URL"],
-            aws_access_key_id=known["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=known["AWS_SECRET_ACCESS_KEY"],
-            region_name=known["AWS_DEFAULT_REGION"],
-            config=Config(
-                proxies={}, connect_timeout=5, read_timeout=10, retries={"max_attempts": 0}
-            ),
-        )
-        client.list_buckets()
+        s3_client(environment(folder), **limits).list_buckets()
     except (OSError, KeyError, BotoCoreError, ClientError):
         return False
     return True

@@ -1,21 +1,19 @@
 """The local stack: S3, MLflow and Ray on loopback, kept by one background process.
 
-`local.py` starts it as a command and talks to it through its folder:
+`servers.py` starts it as a command and talks to it through its folder:
 
     lock            held while the stack lives; contains its process id
-    stack.json      the addresses, from when everything answers until it goes
-    environment     what to export to use it; only its owner can read it
+    stack.json      the addresses, while everything answers
+    environment     the variables that clients need; only its owner can read it
+    ray-token       the token that Ray asks every client for; only its owner can read it
     s3/ mlflow.db   the data, which stays
     logs/           of all services
-
-Ray listens on loopback alone, and asks every client for the token in `ray-token`.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import secrets
 import shlex
@@ -26,20 +24,18 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.local.s3_server import S3Server, free_ports
-from cluster.local.swift import HOST, write_private
+from cluster.local.swift import HOST, last_lines, stop_process, write_private
 from data_shards.errors import ReidError
 
-logger = logging.getLogger(__name__)
-
 BUCKET = "reid"
+TOKEN = "ray-token"
 MARK = "REID_STACK"
-"""Environment variable of every process of a stack, so that none is forgotten when it goes."""
+"""Environment variable of the processes of a stack, by which `down` finds them."""
 START_SECONDS = 240.0
 STOP_SECONDS = 30.0
 
@@ -75,19 +71,13 @@ def serve(folder: Path, ports: Ports) -> None:
     """Run the stack until SIGTERM, or until one of its services ends.
 
     Raises:
-        ReidError: a service did not start; the message names its log.
+        ReidError: a service did not start, or ended; the message names its log.
     """
-    os.environ |= {
-        # A job's `python` is this one.
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        # MLflow's server would keep eight processes for jobs that nobody gives it.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     for name in ("environment", "stack.json"):
         (folder / name).unlink(missing_ok=True)
     asked = asdict(ports).values()
-    ports = Ports(*(a or free for a, free in zip(asked, free_ports(len(asked)), strict=True)))
+    ports = Ports(*(port or free for port, free in zip(asked, free_ports(len(asked)), strict=True)))
     with ExitStack() as stack:
         s3 = stack.enter_context(S3Server(folder / "s3", ports.s3))
         s3.create_bucket(BUCKET)
@@ -99,26 +89,30 @@ def serve(folder: Path, ports: Ports) -> None:
         )
         environment = s3.environment() | _environment(folder, addresses)
         os.environ |= environment
+        # A job's `python` is this one.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         services = {
             "mlflow": _start("mlflow", _mlflow(folder, ports), folder),
             "ray": _start("ray", _ray(folder, ports, stack), folder),
         }
         for service in services.values():
-            stack.callback(_stop, service)
+            stack.callback(stop_process, service, STOP_SECONDS)
         _wait_until_healthy(addresses, services, folder)
         exports = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
-        write_private(folder / "environment", "".join(exports))
-        stack.callback((folder / "environment").unlink, missing_ok=True)
-        write_private(folder / "stack.json", json.dumps(asdict(addresses)))
-        stack.callback((folder / "stack.json").unlink, missing_ok=True)
+        for name, text in (
+            ("environment", "".join(exports)),
+            ("stack.json", json.dumps(asdict(addresses))),
+        ):
+            write_private(folder / name, text)
+            stack.callback((folder / name).unlink, missing_ok=True)
         while s3.running and all(service.poll() is None for service in services.values()):
             time.sleep(0.3)
-        ended = [name for name, service in services.items() if service.poll() is not None]
-        raise ReidError(f"{ended[0] if ended else 's3'} ended by itself, so all of the stack does")
+        ended = [name for name, service in services.items() if service.poll() is not None] or ["s3"]
+        raise ReidError(f"{ended[0]} ended, so the whole stack stops; see {folder / 'logs'}")
 
 
 def healthy(addresses: Addresses) -> dict[str, bool]:
-    """Which of MLflow and Ray answer now."""
+    """Whether MLflow and Ray answer."""
     return {
         "mlflow": _answers(f"{addresses.mlflow}/health"),
         "ray": _answers(f"{addresses.dashboard}/api/gcs_healthz"),
@@ -126,8 +120,8 @@ def healthy(addresses: Addresses) -> dict[str, bool]:
 
 
 def _environment(folder: Path, addresses: Addresses) -> dict[str, str]:
-    """What clients of MLflow and Ray need, beside the S3 server's own variables."""
-    token = folder / "ray-token"
+    """What clients of MLflow and Ray need, beside the S3 server's variables."""
+    token = folder / TOKEN
     if not token.exists():
         write_private(token, secrets.token_hex(32))
     return {
@@ -136,13 +130,13 @@ def _environment(folder: Path, addresses: Addresses) -> dict[str, str]:
         "RAY_API_SERVER_ADDRESS": addresses.dashboard,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        # Ray takes a loopback address for the machine's own, and would listen to the network. It
-        # has this switch for systems with firewalls that ask; it does the same here.
+        # Without it Ray replaces a loopback address by the machine's own and listens there.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
 
 
 def _mlflow(folder: Path, ports: Ports) -> list[str]:
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # eight processes that nobody needs
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST]
     command += ["--port", str(ports.mlflow), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
@@ -150,7 +144,7 @@ def _mlflow(folder: Path, ports: Ports) -> list[str]:
 
 
 def _ray(folder: Path, ports: Ports, stack: ExitStack) -> list[str]:
-    # Ray's sockets lie in its folder, and a socket's path has room for about a hundred letters.
+    # Ray's sockets are in its folder, and the path of a socket has at most about 100 characters.
     session = Path(tempfile.mkdtemp(prefix="reid-ray-"))
     logs = folder / "logs" / "ray"
     if logs.is_symlink():
@@ -186,15 +180,6 @@ def _start(name: str, command: list[str], folder: Path) -> subprocess.Popen[byte
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
-def _stop(service: subprocess.Popen[bytes]) -> None:
-    service.terminate()
-    try:
-        service.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        service.kill()
-        service.wait()
-
-
 def _wait_until_healthy(
     addresses: Addresses, services: dict[str, subprocess.Popen[bytes]], folder: Path
 ) -> None:
@@ -204,23 +189,21 @@ def _wait_until_healthy(
             late = not answers[name] and time.monotonic() > deadline
             if late or service.poll() is not None:
                 log = folder / "logs" / f"{name}.log"
-                end = " | ".join(log.read_text(errors="replace").splitlines()[-3:])
-                raise ReidError(f"{name} did not start; {log} ends with: {end}")
+                raise ReidError(f"{name} did not start; {log} ends with: {last_lines([log])}")
         time.sleep(0.3)
 
 
 def _answers(url: str) -> bool:
-    # Never through a proxy of the environment: these are on this machine.
-    opener: Callable = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    # Without the environment's proxies: the services are on this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener(url, timeout=5) as answer:
+        with opener.open(url, timeout=5) as answer:
             return answer.status == 200
     except OSError:
         return False
 
 
-def _main() -> int:
-    folder, ports = Path(sys.argv[1]), Ports(*(int(port) for port in sys.argv[2:]))
+def _main(folder: Path, ports: Ports) -> int:
     with open(folder / "lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,4 +221,4 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(_main())
+    raise SystemExit(_main(Path(sys.argv[1]), Ports(*map(int, sys.argv[2:]))))

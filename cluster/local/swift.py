@@ -1,8 +1,8 @@
-"""OpenStack Swift's four servers and the process that watches over them; see `s3.py`.
+"""OpenStack Swift's four servers and the process that supervises them; see `s3_server.py`.
 
-Run as a command by `S3Server`: it builds the one-replica rings, starts Swift's account, container,
-object and proxy servers, and stops them when its parent goes. It polls its parent's id for that,
-because Linux's parent-death signal fires when the starting *thread* ends.
+`S3Server` runs it as a command. It writes rings of one replica, starts Swift's account, container,
+object and proxy servers, and stops them when its parent ends. It polls for that, because Linux's
+parent-death signal is already sent when the starting *thread* ends.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 HOST = "127.0.0.1"
@@ -20,8 +21,8 @@ REGION = "us-east-1"
 STORAGE = ("account", "container", "object")
 SERVERS = (*STORAGE, "proxy")
 
-# The time limits are generous because no updater runs beside the servers: an update that timed
-# out on a busy machine would leave an object out of its bucket's listing for good.
+# Long timeouts: no updater runs beside the servers, so an update that timed out on a busy machine
+# would never reach the bucket's listing.
 COMMON_CONF = """\
 [DEFAULT]
 bind_ip = {bind}
@@ -46,7 +47,7 @@ pipeline = {name}-server
 [app:{name}-server]
 use = egg:swift#{name}
 """
-# No cache filter: it would share answers through whatever memcached this machine happens to run.
+# No cache filter: it would use any memcached that runs on this machine.
 PROXY_CONF = """\
 [pipeline:main]
 pipeline = catch_errors listing_formats s3api tempauth bulk slo proxy-server
@@ -69,7 +70,7 @@ use = egg:swift#bulk
 [filter:slo]
 use = egg:swift#slo
 max_manifest_segments = 10000
-# What a deleted object was made of goes with it: later, no expirer would come.
+# Delete the segments of a large object with it: no expirer runs that would do it later.
 allow_async_delete = false
 """
 
@@ -107,8 +108,24 @@ def write_private(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def stop_process(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ask a process to end; kill it if it is still there after so many seconds."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def last_lines(logs: Iterable[Path], count: int = 3) -> str:
+    """The end of some logs in one line, for a message."""
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines() if line]
+    return " | ".join(lines[-count:]) or "nothing"
+
+
 def _build_rings(conf: Path, ports: list[int]) -> None:
-    """Write the rings that map everything to the one disk; made anew because ports change."""
+    """Write the rings that map everything to the one disk; new each time, because ports change."""
     from swift.common.ring import RingBuilder  # pyright: ignore[reportMissingImports]
 
     for name, port in zip(STORAGE, ports, strict=False):
@@ -145,10 +162,7 @@ def _supervise(folder: Path, parent: int, ports: list[int]) -> None:
         for server in servers:
             server.terminate()
         for server in servers:
-            try:
-                server.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                server.kill()
+            stop_process(server, seconds=5)
 
 
 if __name__ == "__main__":

@@ -258,10 +258,19 @@ def test_stack_that_was_killed_is_started_again_with_its_models(trained, folder)
     assert client.get_model_version_by_alias(MODEL, "champion").version == champion.version
 
 
+def test_up_says_where_rays_token_is_and_does_not_print_it(folder):
+    up = run("cluster", "local", "up", "--folder", folder)
+    assert str(folder / "ray-token") in up.stdout.replace("\n", "")
+    assert (folder / "ray-token").read_text() not in up.stdout + up.stderr
+
+
 def test_down_leaves_nothing_running_and_the_data_where_it_was(trained, folder):
+    stack = psutil.Process(int((folder / "lock").read_text()))
+    processes = stack.children(recursive=True)  # Ray's agents hide the mark
     down = run("cluster", "local", "down", "--folder", folder)
     assert down.returncode == 0, down.stderr
     assert marked(folder) == []
+    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not (folder / "environment").exists()
     assert (folder / "logs" / "ray" / "gcs_server.out").exists()
     status = run("cluster", "local", "status", "--folder", folder)

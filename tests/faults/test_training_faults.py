@@ -159,7 +159,7 @@ def place(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
             runtime_env={"worker_process_setup_hook": "small_network.install"},
         )
         try:
-            yield Place(proxy, folder, s3_server.secret_key)
+            yield Place(proxy, folder, s3_server.environment()["AWS_SECRET_ACCESS_KEY"])
         finally:
             ray.shutdown()
 

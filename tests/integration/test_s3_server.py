@@ -34,6 +34,12 @@ def servers_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def credentials(server: S3Server) -> tuple[str, str]:
+    """A server's access key and secret key."""
+    given = server.environment()
+    return given["AWS_ACCESS_KEY_ID"], given["AWS_SECRET_ACCESS_KEY"]
+
+
 def wait_until_gone(folder: Path, seconds: float = 15) -> list[psutil.Process]:
     deadline = time.monotonic() + seconds
     while (left := servers_of(folder)) and time.monotonic() < deadline:
@@ -103,7 +109,7 @@ def test_create_once_refuses_a_second_write(s3):
 
 @pytest.mark.parametrize("wrong", ["access_key", "secret_key"])
 def test_wrong_credentials_are_refused(s3, wrong):
-    keys = {"access_key": s3.server.access_key, "secret_key": s3.server.secret_key}
+    keys = dict(zip(("access_key", "secret_key"), credentials(s3.server), strict=True))
     keys[wrong] = keys[wrong][:-1] + "x"
     client = boto3.client(
         "s3",
@@ -140,12 +146,12 @@ def test_pyarrow_writes_folders_and_files_as_ray_does(s3):
 
 def test_restart_keeps_objects_and_credentials(tmp_path):
     with S3Server(tmp_path) as server:
-        keys = server.access_key, server.secret_key
+        keys = credentials(server)
         server.create_bucket("kept")
         server.client().put_object(Bucket="kept", Key="object", Body=b"still here")
     assert servers_of(tmp_path) == []
     with S3Server(tmp_path) as server:
-        assert (server.access_key, server.secret_key) == keys
+        assert credentials(server) == keys
         answer = server.client().get_object(Bucket="kept", Key="object")
         assert answer["Body"].read() == b"still here"
 
@@ -188,7 +194,7 @@ def test_servers_end_when_what_started_them_is_killed(tmp_path, victim):
 
 def test_credentials_are_readable_by_their_owner_only(tmp_path):
     with S3Server(tmp_path) as server:
-        secret = server.secret_key
+        _, secret = credentials(server)
     holders = [path for path in tmp_path.rglob("*") if path.is_file()]
     holders = [path for path in holders if secret.encode() in path.read_bytes()]
     assert tmp_path / "credentials.json" in holders

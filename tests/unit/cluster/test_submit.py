@@ -161,4 +161,4 @@ def test_job_server_that_accepts_and_never_answers_is_given_up(monkeypatch):
 
 def test_down_where_nothing_runs_is_no_error(tmp_path, capsys):
     local.down(tmp_path)
-    assert "nothing ran" in capsys.readouterr().out
+    assert "nothing runs" in capsys.readouterr().out
