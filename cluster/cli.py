@@ -28,21 +28,19 @@ def local(arguments: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Submit:
-    """Run a command as a job on a Ray cluster; follow its log; end with its exit code.
+    """Run a command as a job on a Ray cluster, follow its log, and end with its exit code.
 
     python -m cluster submit -- python -m reid_train train --recipe msmt17_resnet50 …
     """
 
     address: str | None = None
-    """The job server, such as http://HOST:8265; by default RAY_API_SERVER_ADDRESS, or the local
-    stack."""
+    """Job server, such as http://HOST:8265; None: RAY_API_SERVER_ADDRESS, or the local stack."""
     working_dir: Path = Path()
-    """What the job runs in: packaged without data, caches and .git, and sent."""
+    """Folder that is sent and that the job runs in, without data, caches and .git."""
     install: bool = False
-    """Install the dependencies on the nodes, at the versions of constraints.txt; an image made by
-    cluster/Dockerfile has them."""
+    """Install the dependencies on the nodes, as in constraints.txt; cluster/Dockerfile has them."""
     detach: bool = False
-    """Return when the job is accepted."""
+    """Return as soon as the job is accepted."""
 
 
 def submit(arguments: list[str]) -> int:

@@ -18,16 +18,16 @@ PROGRAM = program("reid_train", "reid-train")
 
 @dataclass(frozen=True)
 class Train:
-    """Train with a recipe's values and any of them overridden; measure, track and register.
+    """Train with the settings of a recipe; options override them. Then track and register.
 
     python -m reid_train train --recipe msmt17_resnet50 --data s3://bucket/msmt17 --output s3://runs
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     resume: bool = False
-    """Continue the run --name under --output from its last checkpoint, with its own settings."""
+    """Continue the run --name in --output from its newest checkpoint, with its own settings."""
     resume_or_start: bool = False
-    """Continue that run if there is one, else start it: for whatever tries a command again."""
+    """Continue the run if it exists, else start it: for jobs that are tried again."""
 
 
 def train(arguments: list[str]) -> None:

@@ -21,23 +21,22 @@ from tune.space import default, overrides, read_file
 
 @dataclass(frozen=True)
 class Tune:
-    """Search amplitude and learning rates with many trainings; the same command continues.
+    """Search amplitude and learning rates with many trainings. The same command continues a search.
 
     python -m tune --recipe msmt17_resnet50 --data s3://bucket/msmt17 --output s3://bucket/runs
     --trials 40 --workers-per-trial 4 --search loss.label_smoothing="uniform(0, 0.3)"
 
-    All options of `python -m reid_train train` set what every trial starts from.
+    The options of `python -m reid_train train` are the settings that every trial starts from.
     """
 
     sweep: Annotated[Sweep, tyro.conf.arg(name="")]
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     workers_per_trial: int | None = None
-    """Training workers of each trial (one GPU each where there are GPUs)."""
+    """Training workers of each trial, with a GPU each if there are GPUs."""
     space: Path | None = None
-    """JSON file with what is searched instead of the default: field name to range."""
+    """JSON file with the ranges to search instead of the default ones: field name to range."""
     search: tuple[str, ...] = ()
-    """More of it, name=range: uniform(LOW, HIGH), loguniform(LOW, HIGH), integer(LOW, HIGH),
-    choice(A, B, ...), or fixed to leave a field out."""
+    """More ranges, FIELD=RANGE: [log]uniform(LOW, HIGH), integer(LOW, HIGH), choice(A, B), fixed."""
 
 
 def main(arguments: list[str] | None = None) -> int:
