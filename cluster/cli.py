@@ -38,7 +38,7 @@ class Submit:
     working_dir: Path = Path()
     """Folder that is sent and that the job runs in, without data, caches and .git."""
     install: bool = False
-    """Install the dependencies on the nodes, as in constraints.txt; cluster/Dockerfile has them."""
+    """Install the dependencies of constraints.txt on the nodes; cluster/Dockerfile has them."""
     detach: bool = False
     """Return as soon as the job is accepted."""
 
