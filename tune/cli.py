@@ -36,7 +36,7 @@ class Tune:
     space: Path | None = None
     """JSON file with the ranges to search instead of the default ones: field name to range."""
     search: tuple[str, ...] = ()
-    """More ranges, FIELD=RANGE: [log]uniform(LOW, HIGH), integer(LOW, HIGH), choice(A, B), fixed."""
+    """More ranges, FIELD=RANGE: [log]uniform(L, H), integer(L, H), choice(A, B) or fixed."""
 
 
 def main(arguments: list[str] | None = None) -> int:
