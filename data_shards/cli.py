@@ -65,7 +65,8 @@ def build_command(
         source: Kind of dataset; csv is for your own.
         out: Where to write it: s3://bucket/prefix or a folder.
         root: The dataset's folder. For csv the CSV file. For synthetic where to draw them.
-        name: Name of the dataset inside the shards (default: the source's).
+        name: Name of the dataset; its models are called reid-NAME in MLflow (default: the source's
+            name; for csv the name of the file).
         val: [msmt17] Merge list_val.txt into train, or keep it as a split (default: merge).
         images: [csv] The folder that its paths are relative to (default: the CSV file's).
         identities: [synthetic] How many people, half of them for training (default: 64).

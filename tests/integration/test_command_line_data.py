@@ -41,14 +41,14 @@ def test_root_is_asked_for(say, tmp_path):
 @pytest.mark.parametrize(
     ("change", "columns", "expected"),
     [
-        (lambda rows: rows, ("path", "pid", "camid"), "no column split: its first line must name"),
+        (lambda rows: rows, ("path", "pid", "camid"), "no column split: its first line must be"),
         (
             lambda rows: [*rows, ("x.png", 0, 0, "train")],
             COLUMNS,
             r"line 18: .*x\.png does not exist",
         ),
         (lambda rows: [*rows, ("../x.png", 0, 0, "train")], COLUMNS, "line 18: .*leads out of"),
-        (lambda rows: [*rows, ("0-0.png", 0, 0, "train")], COLUMNS, "line 18: .*on line 2 already"),
+        (lambda rows: [*rows, ("0-0.png", 0, 0, "train")], COLUMNS, "line 18: .*already listed on line 2"),
         (
             lambda rows: [("0-0.png", 0, 0, "test")],
             COLUMNS,
@@ -108,7 +108,7 @@ def test_other_data_never_replaces_a_dataset(say, pictures, dataset):
     root = write_csv(folder, "fewer", rows[:-1])
     code, said = say("data_shards", "build", "--source", "csv", "--root", root, "--out", dataset)
     assert code == 3
-    assert "stays as it is: choose another --out" in error_line(said)
+    assert "it was not changed: choose another --out" in error_line(said)
     assert {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()} == before
 
 

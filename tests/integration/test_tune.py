@@ -416,12 +416,12 @@ def test_mlflow_has_a_parent_with_pictures_and_a_child_a_trial(survived: Survive
 
 def test_the_best_model_is_registered_once_and_is_the_champion(survived: Survived):
     client = MlflowClient(survived.uri)
-    (version,) = client.search_model_versions("name = 'reid-csv'")
+    (version,) = client.search_model_versions("name = 'reid-table'")
     best = survived.outcome.entries[0].trial
     assert version.run_id == best.mlflow_run_id
     assert float(version.tags["mAP"]) == pytest.approx(best.score)
     assert survived.outcome.champion
-    assert client.get_model_version_by_alias("reid-csv", "champion").version == version.version
+    assert client.get_model_version_by_alias("reid-table", "champion").version == version.version
 
 
 # --- what is not retried for ever, and resources --------------------------------------------------

@@ -41,7 +41,7 @@ class Camera:
         shadow = (x - 26 * self.light, y - 8), (140, 28), 0
         cv2.ellipse(canvas, shadow, (70, 70, 76), cv2.FILLED)
         turn = self.yaw + (math.pi if rng.random() < 0.3 else 0) + rng.normal(0, 0.5)
-        scale = rng.uniform(380, 465) * who.height
+        scale = rng.uniform(405, 465) * who.height
         Figure(canvas, who, (x, y), scale, turn, rng.uniform(-0.12, 0.12)).draw()
         if rng.random() < 0.1:  # someone else, half in the picture
             place = (rng.choice([0, WIDTH]) + rng.uniform(-15, 15), 500)
