@@ -1,11 +1,11 @@
-"""How fast images arrive: this loader, a plain one on the same files, and what decoding allows.
+"""Measure images/s of this loader, of a plain loader on the same files, and of decoding only.
 
     python tests/benchmarks/loader.py [--images 4000] [--workers 2] [--repeats 3]
 
-All in one run, since only ratios carry over to another machine; each figure is the best of the
-repeats. The plain loader is what peers do: a map-style dataset, Pillow, torchvision's v1
-transforms. It delivers augmented float32, while ours ships uint8 and leaves augmentation to the
-device: most of the gap is that design, and is meant to be.
+All are measured in one run, because only ratios are comparable between machines. Each figure is the
+best of the repeats. The plain loader is the usual one: a map-style dataset, Pillow, and transforms
+of torchvision. It delivers augmented float32, while ours delivers uint8 and leaves augmentation to
+the device. Most of the difference comes from that.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SHARD_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder whose shards have to be downloaded, as a bucket's would."""
+    """A folder that looks like a bucket: its shards have to be downloaded."""
 
     root: Path
 
@@ -60,7 +60,7 @@ class RemoteFolder:
 
 
 def person(rng: np.random.Generator) -> np.ndarray:
-    """A pedestrian crop's size and spectrum: body, background, texture, and a sensor's noise.
+    """An image with the size and spectrum of a pedestrian crop: body, background, texture, noise.
 
     About 19 kB at quality 90. Smoother images decode faster, while resizing costs the same: they
     leave any loader a smaller part of the decode limit.
@@ -95,7 +95,7 @@ def render(folder: Path, count: int) -> list[Path]:
 
 
 class Plain(TorchDataset):
-    """What most re-identification code bases do."""
+    """The loader of most re-identification code bases."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -120,7 +120,7 @@ class Plain(TorchDataset):
 
 
 def rate(images: int, run: Callable[[], Iterable[object]]) -> float:
-    """Images a second from the call to the last batch, so starting the workers counts."""
+    """Images per second from the call to the last batch, including the start of the workers."""
     began = time.perf_counter()
     for _ in run():
         pass
@@ -128,7 +128,7 @@ def rate(images: int, run: Callable[[], Iterable[object]]) -> float:
 
 
 def decode_limit(paths: list[Path]) -> float:
-    """libjpeg-turbo on one core: from memory into one fixed buffer, nothing else."""
+    """libjpeg-turbo on one core: from memory into one fixed buffer."""
     images = [path.read_bytes() for path in paths]
     buffer = bytearray(1 << 20)
     began = time.perf_counter()
@@ -138,7 +138,7 @@ def decode_limit(paths: list[Path]) -> float:
 
 
 def decode_limit_of_all(paths: list[Path], workers: int) -> float:
-    """The same on `workers` cores at once, for one of them: what a shared machine really has."""
+    """The same on `workers` cores at once, per core: the speed of a shared machine."""
     with ProcessPoolExecutor(workers) as pool:
         return float(np.mean(list(pool.map(decode_limit, [paths] * workers))))
 

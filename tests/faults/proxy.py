@@ -1,9 +1,9 @@
-"""A proxy in front of an S3 server that fails as it is told; the rest goes through untouched.
+"""A proxy in front of an S3 server that causes faults; it passes all other requests on unchanged.
 
     with S3Proxy(server.endpoint) as proxy:
         proxy.add(reset, path=r"shards/", times=2, after=1000)
 
-Signatures cover the Host header, so it goes on as the client sent it.
+Signatures cover the Host header, so it is passed on as the client sent it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _OWN_HEADERS = {"transfer-encoding", "connection", "date", "server"}
 
 @dataclass
 class Request:
-    """What a client asked for, and how to answer it."""
+    """A client's request, and ways to answer it."""
 
     handler: BaseHTTPRequestHandler
     body: bytes
     ask: Callable[[bytes], tuple[int, list[tuple[str, str]], bytes]]
-    """Asks the server behind, with that body; returns status, headers and body."""
+    """Sends the request with this body to the real server; returns status, headers and body."""
 
     def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         """Send an answer whole."""
@@ -67,7 +67,7 @@ class Request:
 
 
 def refuse(request: Request, *, status: int, code: str) -> None:
-    """Answer with an S3 error and leave the server behind alone."""
+    """Answer with an S3 error without asking the real server."""
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>x</Message></Error>"
     request.answer(status, [("Content-Type", "application/xml")], body.encode())
 
@@ -82,7 +82,7 @@ def reset(request: Request, *, after: int = 0) -> None:
 
 
 def truncate(request: Request, *, after: int) -> None:
-    """Announce the whole body, send so many bytes of it, and close in an orderly way."""
+    """Announce the whole body, send so many bytes of it, and close the connection normally."""
     status, headers, body = request.ask(request.body)
     request.send_head(status, headers, len(body))
     request.send(body[:after])
@@ -120,7 +120,7 @@ def flip_request(request: Request, *, at: float = 0.5) -> None:
 
 
 def lose_answer(request: Request) -> None:
-    """Let the server do what it is asked for, and reset the connection instead of saying so."""
+    """Let the server handle the request, and reset the connection instead of answering."""
     request.ask(request.body)
     request.hang_up()
 
@@ -134,7 +134,7 @@ def _flipped(body: bytes, at: float) -> bytes:
 
 @dataclass
 class Fault:
-    """What happens to which requests.
+    """A fault, and the requests that it affects.
 
     Args:
         act: one of this module's functions.
@@ -191,14 +191,14 @@ class S3Proxy:
         times: int | None = 1,
         **options: Any,
     ) -> Fault:
-        """Have something happen to the next requests that match; see `Fault`."""
+        """Cause a fault in the next requests that match; see `Fault`."""
         fault = Fault(act, method, path, skip, times, options)
         with self._lock:
             self.faults.append(fault)
         return fault
 
     def clear(self) -> None:
-        """Behave from now on."""
+        """Cause no more faults."""
         with self._lock:
             self.faults.clear()
             self.seen.clear()

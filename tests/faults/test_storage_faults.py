@@ -258,7 +258,7 @@ def test_missing_objects_are_named(proxy, there, tmp_path):
 def test_server_that_stays_down_is_named_and_leaves_nothing(proxy, there, tmp_path, monkeypatch):
     monkeypatch.setattr(retry, "RETRY_SECONDS", 0.5)
     cache = ShardCache(there.storage, tmp_path / "cache", 10**9)
-    with proxy.down(), pytest.raises(StorageError, match=r"cannot reach .* server up"):
+    with proxy.down(), pytest.raises(StorageError, match=r"cannot reach .* server running"):
         cache.path(there.manifest.shards[0])
     assert list(cache.folder.glob("*.tar")) == []
     assert cache.path(there.manifest.shards[0]).stat().st_size == there.manifest.shards[0].bytes

@@ -48,7 +48,11 @@ def test_root_is_asked_for(say, tmp_path):
             r"line 18: .*x\.png does not exist",
         ),
         (lambda rows: [*rows, ("../x.png", 0, 0, "train")], COLUMNS, "line 18: .*leads out of"),
-        (lambda rows: [*rows, ("0-0.png", 0, 0, "train")], COLUMNS, "line 18: .*already listed on line 2"),
+        (
+            lambda rows: [*rows, ("0-0.png", 0, 0, "train")],
+            COLUMNS,
+            "line 18: .*already listed on line 2",
+        ),
         (
             lambda rows: [("0-0.png", 0, 0, "test")],
             COLUMNS,
