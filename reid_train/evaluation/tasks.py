@@ -169,7 +169,7 @@ class Pool:
             for reference in ready:
                 try:
                     yield ray.get(reference)
-                except RayTaskError as error:  # one of ours comes out as it is
+                except RayTaskError as error:  # raise the task's own error, as in one process
                     raise error.cause from None
                 count(running.pop(reference))
 
