@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_shards.errors import ConfigError, DataError, ObjectExists, ReidError
-from data_shards.progress import Progress, display, silent
+from data_shards.progress import Progress, display, phase, silent
 from reid_train.config import LoaderConfig
 
 if TYPE_CHECKING:
@@ -70,15 +70,24 @@ def check_counts(workers: int, batch: int | None) -> None:
 def embed(settings: Embed, console: Console) -> int:
     """Run the command; return the number of images."""
     check_counts(settings.workers, settings.batch)
-    from reid_train.runs.ray_trainer import start_ray
-
-    start_ray(settings.workers)
+    connect_ray(settings.workers, console)
     with display(console) as progress:
         images = embed_dataset(settings, progress)
     console.print(
         f"{images:,} embeddings at {settings.out}", highlight=False, markup=False, soft_wrap=True
     )
     return images
+
+
+def connect_ray(workers: int, console: Console) -> None:
+    """Connect to the Ray cluster at hand, or start one here, as a phase on the console."""
+    import ray
+
+    from reid_train.runs.ray_trainer import start_ray
+
+    if not ray.is_initialized():
+        with display(console) as progress, phase(progress, "starting Ray"):
+            start_ray(workers)
 
 
 @dataclass(frozen=True)
@@ -123,8 +132,9 @@ def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
     if not tasks:
         raise DataError(f"{settings.data} has no images in {', '.join(settings.splits)}")
     with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
-        folder = fetch(settings.model, Path(temporary), settings.tracking_uri)
-        Embedder.from_folder(folder, "cpu")  # raises what is wrong before anything starts
+        with phase(progress, "loading the model"):
+            folder = fetch(settings.model, Path(temporary), settings.tracking_uri)
+            Embedder.from_folder(folder, "cpu")  # raises what is wrong before anything starts
         weights, config = ((folder / name).read_bytes() for name in (WEIGHTS, CONFIG))
     there = {key for key, _ in storage.list("part-")}
     missing = [task for task in tasks if task.key not in there]

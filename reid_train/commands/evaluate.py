@@ -13,7 +13,7 @@ import tyro
 
 from data_shards.errors import ConfigError
 from data_shards.progress import display
-from reid_train.commands.embed import Embed, check_counts, embed
+from reid_train.commands.embed import Embed, check_counts, connect_ray, embed
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.measures import Measures
 
@@ -109,7 +109,6 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
 
     from data_shards.dataset import Dataset
     from reid_train.evaluation.ground_truth import Labels, find_ground_truth
-    from reid_train.runs.ray_trainer import start_ray
     from reid_train.tracking.tracker import run_page
 
     assert settings.data is not None
@@ -117,7 +116,7 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
     query, gallery = dataset.index("query"), dataset.index("gallery")
     find_ground_truth(Labels(query.pid, query.camid, gallery.pid, gallery.camid))
     settings.measures.check(len(query), len(gallery))
-    start_ray(settings.workers)
+    connect_ray(settings.workers, console)
     if settings.embeddings is None and len(ray.nodes()) > 1:
         raise ConfigError(
             "on several nodes, give a place that all can write to: --embeddings s3://bucket/prefix"
@@ -171,9 +170,7 @@ def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
             f"write it with row_group_size={ROWS} to divide it better",
         )
     if workers > 1:
-        from reid_train.runs.ray_trainer import start_ray
-
-        start_ray(workers)
+        connect_ray(workers, console)
     say_needed(*sizes, files.dimensions, measures, console, workers=workers)
     with display(console, units=UNITS) as progress:
         found = evaluate_files(files, measures, workers=workers, progress=progress)

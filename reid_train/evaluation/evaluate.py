@@ -40,7 +40,16 @@ from reid_train.evaluation.reranking import (
     room_for_scores,
 )
 from reid_train.evaluation.similarity import Features, check_inputs, metric_code
-from reid_train.evaluation.tasks import Joined, Pool, Range, Separate, Streamed, length, ranges
+from reid_train.evaluation.tasks import (
+    Joined,
+    Pool,
+    Range,
+    Separate,
+    Streamed,
+    length,
+    ranges,
+    read_all,
+)
 from reid_train.evaluation.verification import BLOCK as ACCEPT_BLOCK
 from reid_train.evaluation.verification import count_distances, rates_of
 
@@ -137,7 +146,7 @@ def evaluate_files(
     find_ground_truth(labels)
     measures.check(len(labels.query_pid), len(labels.gallery_pid))
     if workers == 1 or measures.compares_all:
-        source = pool.one("reading embeddings", Joined.read, files)
+        source = pool.one("reading embeddings", read_all, files)
         edges = ranges(len(labels.gallery_pid), BLOCK)
     else:
         source = pool.put(Streamed(Features.of(files.read("query")), files))

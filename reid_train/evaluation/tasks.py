@@ -60,11 +60,11 @@ class Joined:
         """Only the gallery."""
         return self.both.rows(self.queries, len(self.both))
 
-    @classmethod
-    def read(cls, files: EmbeddingFiles) -> Joined:
-        """Read all embeddings into memory."""
-        both = Features.of(files.read("query", "gallery"))
-        return cls(both, int(np.count_nonzero(files.split == "query")))
+
+def read_all(files: EmbeddingFiles) -> Joined:
+    """Read all embeddings into memory."""
+    both = Features.of(files.read("query", "gallery"))
+    return Joined(both, int(np.count_nonzero(files.split == "query")))
 
 
 @dataclass(frozen=True)
