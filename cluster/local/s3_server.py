@@ -177,7 +177,7 @@ class S3Server:
 
 
 def s3_client(environment: Mapping[str, str], **config: Any) -> Any:
-    """A boto3 client of the server whose `S3Server.environment` is given.
+    """A boto3 client of the server that `S3Server.environment` describes.
 
     Args:
         environment: the variables.

@@ -49,7 +49,7 @@ class CountingProxy:
             def forward(self) -> None:
                 size = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(size) if size else None
-                # The signature covers Host: it goes on as the client wrote it.
+                # The signature covers Host: forward it as the client wrote it.
                 skip = ("expect", "connection")
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in skip}
                 with closing(http.client.HTTPConnection(where, timeout=120)) as server:
@@ -157,14 +157,16 @@ def compare(args: argparse.Namespace, folder: Path, proxy: CountingProxy) -> Non
         planned = make(parse([*given, *asked]))
         row = planned["plan"]
         table = Table("", "planned", "seen", "seen / planned", title=f"{workers} workers")
-        for what, said, found in (
+        for what, planned_value, found in (
             ("GETs of the data, at most", row["gets"], gets),
             ("bytes of the data", row["bytes"], size),
             ("checkpoint, bytes", planned["checkpoint"], checkpoint_bytes(run)),
             ("images/s", row["images_per_second"], seen.images_per_second),
             ("seconds of the command", row["seconds"], seconds),
         ):
-            table.add_row(what, f"{said:,.1f}", f"{found:,.1f}", f"{found / said:.3f}")
+            table.add_row(
+                what, f"{planned_value:,.1f}", f"{found:,.1f}", f"{found / planned_value:.3f}"
+            )
         console.print(table)
         assert row["bytes"] == size, "the plan's bytes are wrong"
         assert row["gets"] >= gets, "the plan's GETs are too few"

@@ -228,8 +228,8 @@ def test_interrupted_submission_asks_and_stops_the_job(folder):
         new = [job for job in client.list_jobs() if job.submission_id not in before]
     process.send_signal(signal.SIGINT)
     os.write(keyboard, b"s\n")
-    _, said = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130, said
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, errors
     assert client.get_job_status(new[0].submission_id or "") == JobStatus.STOPPED
 
 

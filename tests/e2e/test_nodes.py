@@ -39,7 +39,7 @@ CACHED = re.compile(r"RayTrainWorker pid=\d+(?:, ip=([\d.]+))?\).* cached (\S+) 
 def cluster() -> Iterator[Nodes]:
     """Two nodes with two CPUs each, and an S3 server with a dataset, which all of them reach."""
     with (
-        # Ray's sockets lie below, and their paths must be short.
+        # Ray's sockets are in it, and their paths must be short.
         tempfile.TemporaryDirectory(prefix="n-") as temporary,
         nodes(Path(temporary)) as cluster,
         S3Server(cluster.folder / "s3", host=cluster.host) as server,
@@ -66,7 +66,7 @@ def cluster() -> Iterator[Nodes]:
 
 
 def train(name: str, workers: int, *more: str) -> str:
-    """Train, and return what was said."""
+    """Train, and return the output."""
     command = [sys.executable, "-m", "reid_train", "train", *TINY, "--output", OUTPUT]
     command += ["--name", name, "--workers", str(workers), "--tracking.uri", "off", *more]
     done = subprocess.run(
@@ -87,13 +87,13 @@ def losses(name: str, folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def said(cluster: Nodes) -> str:
-    """What a training of four workers on two nodes said."""
+def output(cluster: Nodes) -> str:
+    """The output of a training of four workers on two nodes."""
     return train("both", 4)
 
 
-def test_a_node_downloads_a_shard_at_most_once_and_no_other_than_planned(cluster, said):
-    found = Counter(CACHED.findall(said))
+def test_a_node_downloads_a_shard_at_most_once_and_no_other_than_planned(cluster, output):
+    found = Counter(CACHED.findall(output))
     config = Run.read(OUTPUT, "both").config
     dataset = Dataset.open(DATA)
     plan = plans(config, dataset)
@@ -105,16 +105,16 @@ def test_a_node_downloads_a_shard_at_most_once_and_no_other_than_planned(cluster
         assert set(found.values()) == {1}
 
 
-def test_two_nodes_take_the_steps_that_one_worker_takes(said, tmp_path):
-    train("alone", 1)
-    alone, both = (losses(name, tmp_path / name) for name in ("alone", "both"))
+def test_two_nodes_take_the_steps_that_one_worker_takes(output, tmp_path):
+    train("single", 1)
+    single, both = (losses(name, tmp_path / name) for name in ("single", "both"))
     assert len(both) == STEPS * EPOCHS
-    assert both == pytest.approx(alone, rel=1e-3)
+    assert both == pytest.approx(single, rel=1e-3)
 
 
-def test_checkpoint_of_a_node_that_is_gone_is_continued_on_another(cluster, said, tmp_path):
+def test_checkpoint_of_a_node_that_is_gone_is_continued_on_another(cluster, output, tmp_path):
     cluster.stop_node(1)
     cluster.wait_for(2)
-    said = train("both", 2, "--resume", "--optimizer.epochs", str(EPOCHS + 1))
-    assert f"continuing at epoch {EPOCHS}" in said
+    output = train("both", 2, "--resume", "--optimizer.epochs", str(EPOCHS + 1))
+    assert f"continuing at epoch {EPOCHS}" in output
     assert len(losses("both", tmp_path)) == STEPS * (EPOCHS + 1)

@@ -36,7 +36,7 @@ def blocks(page: str) -> list[str]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Path]:
-    """A copy of the packages beside `people.csv`, whose stack is stopped afterwards."""
+    """A copy of the packages and `people.csv`; a stack in it is stopped afterwards."""
     for name in ("data_shards", "reid_train", "tune", "cluster"):
         shutil.copytree(
             PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__")

@@ -1,4 +1,4 @@
-"""`python -m cluster plan` and `measure`: what they say, refuse, and write."""
+"""`python -m cluster plan` and `measure`: what they print, refuse and write."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ def test_help_says_of_which_gpus_a_speed_is_packaged():
 )
 def test_bad_input_is_one_line_and_a_code(plan, capsys, more, code, message):
     assert plan("--images-per-second", "9", *more) == code
-    said = capsys.readouterr().err
-    assert message in said
-    assert len(said.strip().splitlines()) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
 
 
 def test_measured_speed_is_taken_as_it_is():

@@ -27,7 +27,7 @@ from reid_train.training.loop import train
 
 @dataclass(frozen=True)
 class Remote:
-    """A folder whose shards have to be downloaded, as a bucket's have."""
+    """A folder with shards that must be downloaded, as from a bucket."""
 
     root: Path
 

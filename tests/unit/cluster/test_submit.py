@@ -98,22 +98,22 @@ def test_bad_command_line_is_one_line_and_an_exit_code(
 
 
 class Server:
-    """A job server whose log and status are what a script says; an error is raised."""
+    """A job server with given logs and statuses; it raises those that are errors."""
 
     def __init__(self, logs: list, statuses: list) -> None:
         self.logs, self.statuses = logs, statuses
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
-        for said in self.logs.pop(0):
-            if isinstance(said, Exception):
-                raise said
-            yield said
+        for item in self.logs.pop(0):
+            if isinstance(item, Exception):
+                raise item
+            yield item
 
     def get_job_info(self, job: str) -> SimpleNamespace:
-        said = self.statuses.pop(0)
-        if isinstance(said, Exception):
-            raise said
-        return SimpleNamespace(status=said)
+        item = self.statuses.pop(0)
+        if isinstance(item, Exception):
+            raise item
+        return SimpleNamespace(status=item)
 
 
 HANDSHAKE = aiohttp.WSServerHandshakeError(SimpleNamespace(real_url="ws://head"), (), status=502)
