@@ -313,7 +313,7 @@ def test_the_job_waits_for_gpus_and_never_trains_on_cpus_instead():
 
 
 def test_kuberays_own_rules_hold():
-    """Rules of the operator's validation that are in no schema, and that these files could break."""
+    """Rules of the operator's validation that are in no schema and that these files could break."""
     scaled = CLUSTER["spec"]["autoscalerOptions"]["version"] == "v2"
     for pod in pods(CLUSTER).values():
         assert not scaled or pod.get("restartPolicy", "Never") == "Never"
