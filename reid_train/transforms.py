@@ -1,8 +1,8 @@
 """Augmentation of whole batches on the device: flip, pad and crop, random erasing, normalise.
 
-What is done to an image is drawn on the CPU for the whole global batch from a counter-based
-generator keyed by (seed, step), then sliced by rank. So the augmented images depend neither on the
-number of workers, nor on the device, nor on whether the run was resumed.
+The parameters are drawn on the CPU for the whole global batch, by a counter-based generator with
+the key (seed, step), and each rank takes its slice. So the augmented images do not depend on the
+number of workers, on the device, or on whether the run was resumed.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# torchvision's ImageNet weights want RGB / 255, less the mean, over the standard deviation.
+# torchvision's ImageNet weights expect (RGB / 255 − mean) / standard deviation.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-# (0.4914, 0.4822, 0.4465) × 255, cut to the bytes that the authors' images hold.
+# (0.4914, 0.4822, 0.4465) × 255, rounded down, because the authors' images hold bytes.
 ERASED = (125, 122, 113)
-ERASED_AREA = (0.02, 0.4)  # of the image's
+ERASED_AREA = (0.02, 0.4)  # fraction of the image's area
 ERASED_ASPECT = (0.3, 1 / 0.3)  # height over width
 TRIES = 100
 
 
 @dataclass(frozen=True, slots=True)
 class AugmentParams:
-    """What happens to each image of a batch: columns of length B, int32 (flip: bool).
+    """How to augment each image of a batch: arrays of length B, int32 (flip: bool).
 
-    The output pixel (y, x) is that of the flipped image at (y + top, x + left), black outside it;
-    then the box [erase_top, erase_bottom) × [erase_left, erase_right) is filled: empty for none.
+    The image is flipped if `flip`. The output's pixel (y, x) is its pixel (y + top, x + left),
+    black outside the image. Then the box [erase_top, erase_bottom) × [erase_left, erase_right) is
+    filled. An empty box erases nothing.
     """
 
     flip: np.ndarray
@@ -44,7 +45,7 @@ class AugmentParams:
         return len(self.flip)
 
     def rows(self, rows: slice) -> AugmentParams:
-        """Return the columns of some images, as of one rank's slice of the global batch."""
+        """Return the parameters of some of the images, such as one rank's slice."""
         return AugmentParams(
             self.flip[rows],
             self.top[rows],
@@ -67,17 +68,17 @@ def draw(
     pad: int = 10,
     erase: float = 0.5,
 ) -> AugmentParams:
-    """Draw what happens to each image of a global batch: a pure function of its arguments.
+    """Draw how to augment each image of a global batch: a pure function of its arguments.
 
-    Random erasing (Zhong et al., AAAI 2020) tries up to 100 boxes of random area and aspect ratio
-    and takes the first that fits; where none does, nothing is erased.
+    Random erasing (Zhong et al., AAAI 2020) draws up to 100 boxes of random area and aspect ratio
+    and takes the first that fits. If none fits, nothing is erased.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         step: number of the batch within the run.
         batch: B, images of the global batch.
-        height: of the images, pixels.
-        width: of the images, pixels.
+        height: height of the images, pixels.
+        width: width of the images, pixels.
         flip: probability of a mirror image.
         pad: pixels added to each side before an image-sized crop at a random place.
         erase: probability of random erasing.
@@ -104,15 +105,15 @@ def draw(
 
 
 def apply(image: Tensor, params: AugmentParams, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Augment and normalise a batch, on its device and without waiting for it.
+    """Augment and normalize a batch, on its device and without waiting for it.
 
     Args:
         image: (B, H, W, 3) uint8, RGB.
-        params: of these B images.
-        dtype: of the result.
+        params: how to augment these B images.
+        dtype: type of the result.
 
     Returns:
-        (B, 3, H, W), channels_last, of the ImageNet weights' scale.
+        (B, 3, H, W), channels_last, scaled as the ImageNet weights expect.
     """
     return normalize(_erased(_moved(image, params), params), dtype)
 
@@ -138,14 +139,14 @@ def _moved(image: Tensor, params: AugmentParams) -> Tensor:
     source = np.arange(count)
     source[flipped] = count + np.arange(len(flipped))
 
-    # Mirror images stand behind the originals, all within a black frame.
+    # The originals, then the mirror images, all within a black frame.
     padded = image.new_zeros(count + len(flipped), height + 2 * pad, width + 2 * pad, 3)
     inner = padded[:, pad : pad + height, pad : pad + width]
     inner[:count] = image
     inner[count:] = image.index_select(0, _to_device(flipped, image.device)).flip(2)
 
-    # A crop's rows are contiguous bytes of `padded`. So view it as one window of a row's length
-    # at every pixel, overlapping, and gather the windows where rows start.
+    # Each row of a crop is contiguous in `padded`. So view `padded` as overlapping windows of a
+    # row's length, one at every pixel, and gather the windows at which rows start.
     windows = padded.view(-1).as_strided((padded.numel() // 3 - width + 1, 3 * width), (3, 1))
     first = (source * padded.shape[1] + params.top + pad) * padded.shape[2] + params.left + pad
     below = torch.arange(height, device=image.device) * padded.shape[2]
@@ -162,7 +163,7 @@ def _erased(image: Tensor, params: AugmentParams) -> Tensor:
     top, bottom, left, right = _to_device(bounds, image.device)[:, :, None]
     y = torch.arange(height, device=image.device)
     x = torch.arange(3 * width, device=image.device) // 3
-    # All bits or none, so that a mask is a bitwise operation on bytes.
+    # Bytes of all ones or all zeros, so that masking is a bitwise operation.
     chosen_y = ((y >= top) & (y < bottom)).to(torch.uint8).neg_()[:, :, None]  # (B, H, 1)
     chosen_x = ((x >= left) & (x < right)).to(torch.uint8).neg_()[:, None, :]  # (B, 1, 3 W)
     fill = _row(ERASED, width, torch.uint8, image.device)

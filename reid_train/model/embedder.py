@@ -1,7 +1,7 @@
-"""From a folder with weights to embeddings, with nothing of training: what a served model runs.
+"""Compute embeddings with a trained model: the code that a served model runs.
 
-This module and what it imports need torch, torchvision, NumPy, OpenCV, pydantic and safetensors;
-`registry.py` names their versions in each registered model.
+This module and its imports need only torch, torchvision, NumPy, OpenCV, pydantic and safetensors.
+`registry.py` records their versions in each registered model.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 class Embedder:
-    """A trained network: crops of people in, embeddings out.
+    """A trained network that turns crops of people into embeddings.
 
     Args:
-        network: its weights set.
-        config: the training's; gives the size of the input, and whether to average with the mirror.
+        network: the network with its trained weights.
+        config: the training's configuration: size of the input, mirror images, batch.
         device: where to run; None takes a GPU if there is one.
     """
 
@@ -44,7 +44,7 @@ class Embedder:
 
     @classmethod
     def from_folder(cls, folder: str | Path, device: torch.device | str | None = None) -> Embedder:
-        """Read `model.safetensors` and `config.json`, as a checkpoint has them.
+        """Read `model.safetensors` and `config.json` from a folder, such as a checkpoint.
 
         Raises:
             DataError: a file is missing or damaged, or the weights are another network's.
@@ -73,7 +73,7 @@ class Embedder:
 
     @property
     def embedding_size(self) -> int:
-        """D."""
+        """D, the length of an embedding."""
         return self.network.embedding_size
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -113,13 +113,13 @@ def embed(
     mirror: bool = True,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> torch.Tensor:
-    """Embeddings of a batch, averaged with those of the mirrored images (METHOD §2).
+    """Return the embeddings of a batch, averaged with those of the mirror images.
 
     Args:
         model: a network in evaluation mode.
         image: (B, H, W, 3) uint8, on the model's device.
-        mirror: average with the mirror image.
-        autocast: makes the context that the network runs in.
+        mirror: whether to average with the mirror images.
+        autocast: returns the context that the network runs in.
 
     Returns:
         (B, D) float32, on the same device.
@@ -133,7 +133,7 @@ def embed(
 
 
 def resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (N, H, W, 3) uint8 to (N, height, width, 3), by the rule of `data_shards.decode`."""
+    """Resize (N, H, W, 3) uint8 to (N, height, width, 3), as `data_shards.decode` does."""
     if images.shape[1:3] == (height, width):
         return np.ascontiguousarray(images)
     shrinks = images.shape[1] > 2 * height and images.shape[2] > 2 * width

@@ -31,14 +31,14 @@ def load_backbone(network: ReidNet, source: str) -> None:
     """Set a network's backbone from pretrained weights; its heads stay as they are.
 
     Args:
-        network: whose backbone, both copies of the last stage included, is set.
+        network: its backbone is set, with both copies of the last stage.
         source: "none" leaves the initial weights; "imagenet" means torchvision's IMAGENET1K_V1
             for this backbone; anything else is a path or an s3:// URL of a ResNet's state dict in
             torchvision's names, .safetensors or .pt / .pth. Its classifier is dropped.
 
     Raises:
-        ConfigError: "imagenet" cannot be downloaded, or the file's type is unknown.
-        DataError: the file is broken, needs pickle, or does not fit the backbone.
+        ConfigError: "imagenet" cannot be downloaded, or the file has an unknown ending.
+        DataError: the file is damaged, is something else, or does not fit the backbone.
         StorageError: the file is not there or cannot be read.
     """
     if source == "none":
@@ -48,39 +48,136 @@ def load_backbone(network: ReidNet, source: str) -> None:
 
 
 def read_state(source: str) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors, .pt or .pth file, at a path or an s3:// URL."""
-    name = source.rpartition("/")[2]
-    if not name.endswith((".safetensors", ".pt", ".pth")):
+    """Return the tensors of a .safetensors, .pt or .pth file, at a path or an s3:// URL.
+
+    What the file is, its content decides, not its name. Nothing but tensors is unpickled.
+
+    Raises:
+        ConfigError: the name has none of the three endings.
+        DataError: the file is not a state dict.
+        StorageError: the file is not there or cannot be read.
+    """
+    if not source.endswith((".safetensors", ".pt", ".pth")):
         raise ConfigError(
             f"weights: {source!r} is neither 'imagenet', 'none', nor a path or s3:// URL that ends "
             "in .safetensors, .pt or .pth"
         )
     try:
-        storage, key = open_file(source)
-        content = storage.read(key)
+        storage, name = open_file(source)
+        content = storage.read(name)
     except ObjectMissing:
         raise ObjectMissing(
             f"weights: {source} is not there; --model.weights is 'imagenet', 'none', or a path or "
             "s3:// URL of a state dict"
         ) from None
-    if name.endswith(".safetensors"):
-        try:
-            return safetensors.torch.load(content)
-        except SafetensorError as error:
-            raise DataError(f"weights: {source} is not a safetensors file: {error}") from error
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    if (found := _not_weights(content)) is not None:
         raise DataError(
-            f"weights: {source} holds more than tensors, and running a pickle from outside is "
-            "refused: save its state dict as .safetensors"
+            f"weights: {source} is {found}, not a file of weights: get the file itself, and save "
+            "its state dict as .safetensors or .pth"
+        )
+    state = _safetensors(content, source) if _is_safetensors(content) else _torch(content, source)
+    return _state_dict(state, source)
+
+
+# What a wrong or failed download begins with.
+SIGNATURES = {
+    b"version https://git-lfs.github.com/": "a Git LFS pointer (run git lfs pull)",
+    b"\x1f\x8b": "compressed by gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ\0": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file, as Keras saves",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"%PDF": "a PDF document",
+    b"GGUF": "a GGUF file",
+}
+
+
+def _not_weights(content: bytes) -> str | None:
+    """Return what a file is if it is something well known and not weights."""
+    if not content:
+        return "empty"
+    for start, name in SIGNATURES.items():
+        if content.startswith(start):
+            return name
+    if content[257:262] == b"ustar" and not _is_torch_tar(content):
+        return "a tar archive"
+    if content.startswith(b"PK\x03\x04") and b"data.pkl" not in content:
+        return "a ZIP archive or the beginning of one"
+    text = content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "an HTML page"
+    if text.startswith((b"<?xml", b"<error")):
+        return "an XML document (an object store's error?)"
+    if text.startswith((b"{", b"[")) and not _is_safetensors(content):
+        return "JSON"
+    readable = sum(32 <= byte < 127 or byte in b"\t\r\n" for byte in content[:1000])
+    return "text" if readable == len(content[:1000]) else None
+
+
+def _is_safetensors(content: bytes) -> bool:
+    """Return whether a file begins as safetensors do: the header's length, then JSON."""
+    return len(content) > 8 and content[8:9] == b"{" and content[6:8] == b"\0\0"
+
+
+def _is_torch_tar(content: bytes) -> bool:
+    """Return whether a tar archive is one of PyTorch's, from before version 0.4."""
+    return content[:512].split(b"\0", 1)[0] in (b"sys_info", b"pickle", b"storages", b"tensors")
+
+
+def _safetensors(content: bytes, source: str) -> Mapping[str, Tensor]:
+    try:
+        return safetensors.torch.load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DataError(f"weights: {source} is a damaged safetensors file: {error}") from error
+
+
+def _torch(content: bytes, source: str) -> object:
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        pickled = content[:1] == b"\x80" and content[1:2] <= b"\x05"
+        if pickled or content.startswith(b"PK\x03\x04"):
+            raise DataError(
+                f"weights: {source} holds more than tensors, and running a pickle from outside is "
+                "refused: save its state dict as .safetensors"
+            ) from error
+        raise DataError(
+            f"weights: {source} is neither safetensors nor a file of torch.save; it begins with "
+            f"{content[:8]!r}"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise DataError(f"weights: {source} cannot be read: {error}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise DataError(f"weights: {source} is not a state dict: a mapping of names to tensors")
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"weights: {source} is damaged or cut off: {reason[0][:100]}") from error
+
+
+def _state_dict(state: object, source: str) -> dict[str, Tensor]:
+    """Return the tensors by name, out of what training programs wrap them in."""
+    for key in ("state_dict", "model_state_dict", "model", "net", "network"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping):
+        kind = type(state).__name__
+        raise DataError(
+            f"weights: {source} is not a state dict, a mapping of names to tensors, but a {kind}"
+        )
+    if not state:
+        raise DataError(f"weights: {source} is an empty state dict")
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise DataError(
+                f"weights: {source} is not a state dict: it has the key {name!r}, not a name"
+            )
+        if not isinstance(value, Tensor):
+            others = ", ".join(str(key) for key in list(state)[:5])
+            raise DataError(
+                f"weights: {source} is not a state dict: {name} is a {type(value).__name__}, not a "
+                f"tensor; it has {others}"
+            )
     return dict(state)
 
 
@@ -90,14 +187,14 @@ def fitted(
     """Return exactly the tensors that a backbone wants.
 
     Args:
-        state: tensors by torchvision's names, with or without DDP's "module." before them.
-        shapes: what is wanted.
+        state: tensors by torchvision's names, perhaps after the prefixes of wrappers.
+        shapes: the tensors that the backbone wants.
         source: where the state is from, for the error.
 
     Raises:
         DataError: tensors are missing, left over or of another shape.
     """
-    found = {name.removeprefix("module."): value for name, value in state.items()}
+    found = {_without_wrappers(name): value for name, value in state.items()}
     found = {name: value for name, value in found.items() if not name.startswith("fc.")}
     for name in shapes:  # files from before torch 0.4.1 do not count batches
         if name.endswith("num_batches_tracked"):
@@ -119,6 +216,13 @@ def fitted(
         )
         raise DataError(f"weights: {source} does not fit the backbone: {listed}")
     return found
+
+
+def _without_wrappers(name: str) -> str:
+    """Return a parameter's name without what DDP, torch.compile and trainers put before it."""
+    while (shorter := name.removeprefix("module.").removeprefix("_orig_mod.")) != name:
+        name = shorter
+    return name.removeprefix("model.").removeprefix("backbone.").removeprefix("encoder.")
 
 
 def _imagenet(backbone: str) -> dict[str, Tensor]:

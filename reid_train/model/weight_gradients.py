@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from reid_train.model.sharding import local_part
 
+EXACT = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+"""Types in which a product with a float32 scale keeps the scale's digits."""
+
 
 def add_scaled_weights(weights: Sequence[nn.Parameter], scales: Tensor) -> Tensor:
     """Add s_n · w_n to the gradient of each trainable weight, without waiting for a GPU.
@@ -51,59 +54,65 @@ def _add(weights: Sequence[nn.Parameter], scales: Tensor) -> Tensor:
         # sum. (On the CPU the list operations are loops, too.)
         numbers = scales.tolist()
         for i in trainable:
-            squares[i] = _accurate_squared_norm(local_part(weights[i])).to(scales.dtype)
-            _add_one(weights[i], numbers[i])
-        return torch.stack(squares)
-    for i, square in zip(trainable, _add_lists(weights, trainable, scales), strict=True):
-        squares[i] = square
-    return torch.stack(squares)
-
-
-def _add_lists(weights: Sequence[nn.Parameter], chosen: list[int], scales: Tensor) -> list[Tensor]:
-    """Do the work for the chosen weights by operations on lists; return their ‖w‖².
-
-    The scales stay on the device, as tensors of no dimension, so that nothing waits for them.
-    """
+            part = local_part(weights[i])
+            squares[i] = _accurate_squared_norm(part)
+            _add_one(weights[i], part, numbers[i])
+        return torch.stack(squares).to(scales.dtype)
+    # The scales stay on the device, as tensors of no dimension, so that nothing waits for them.
     factors = scales.unbind()
-    gradients, parts, factors_of_parts = [], [], []
-    for i in chosen:
-        weight = weights[i]
-        if _dense_gradient(weight) and _norm_dtype(weight) == _real(local_part(weight)).dtype:
-            gradients.append(local_part(weight.grad))  # type: ignore[arg-type]
-            parts.append(local_part(weight))
-            factors_of_parts.append(factors[i])
-        else:
-            _add_one(weight, factors[i])
-    if parts:
-        torch._foreach_addcmul_(gradients, parts, factors_of_parts)  # pyright: ignore[reportPrivateImportUsage]
-    norms: dict[int, Tensor] = {}
-    values = {i: _real(local_part(weights[i])) for i in chosen}
-    for dtype in dict.fromkeys(_norm_dtype(value) for value in values.values()):
-        alike = [i for i in chosen if _norm_dtype(values[i]) == dtype]
-        found = torch._foreach_norm([values[i] for i in alike], 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
-        norms |= {i: norm.square().to(scales.dtype) for i, norm in zip(alike, found, strict=True)}
-    return [norms[i] for i in chosen]
+    norms = _add_lists([weights[i] for i in trainable], [factors[i] for i in trainable])
+    for i, norm in zip(trainable, norms, strict=True):
+        squares[i] = norm
+    return torch.stack(squares).to(scales.dtype).square_()
 
 
-def _add_one(weight: nn.Parameter, scale: float | Tensor) -> None:
-    part = local_part(weight)
-    if _dense_gradient(weight):
-        gradient = local_part(weight.grad)  # type: ignore[arg-type]
-        if isinstance(scale, float):
-            gradient.add_(part, alpha=scale)
-        else:  # the product in float32: in bfloat16 the scale would lose its digits
-            gradient.add_(part.to(torch.promote_types(part.dtype, torch.float32)) * scale)
-    elif weight.grad is not None:
-        weight.grad = part * scale + weight.grad
+def _add_lists(weights: Sequence[nn.Parameter], scales: Sequence[Tensor]) -> list[Tensor]:
+    """Do the work for trainable weights by operations on lists; return their ‖w‖."""
+    parts = [local_part(weight) for weight in weights]
+    gradients = [_gradient(weight, part) for weight, part in zip(weights, parts, strict=True)]
+    alike = [
+        n
+        for n, (part, gradient) in enumerate(zip(parts, gradients, strict=True))
+        if part.dtype in EXACT and gradient is not None and gradient.layout == torch.strided
+    ]
+    if alike:
+        targets = [gradient for n in alike if (gradient := gradients[n]) is not None]
+        torch._foreach_addcmul_(  # pyright: ignore[reportPrivateImportUsage]
+            targets, [parts[n] for n in alike], [scales[n] for n in alike]
+        )
+    for n in sorted(set(range(len(parts))) - set(alike)):
+        _add_one(weights[n], parts[n], scales[n])
+    values = [_real(part) for part in parts]
+    norms = list(scales)  # replaced below
+    for dtype in dict.fromkeys(_norm_dtype(value) for value in values):
+        chosen = [n for n, value in enumerate(values) if _norm_dtype(value) == dtype]
+        found = torch._foreach_norm([values[n] for n in chosen], 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
+        for n, norm in zip(chosen, found, strict=True):
+            norms[n] = norm
+    return norms
 
 
-def _dense_gradient(weight: nn.Parameter) -> bool:
-    """Create a missing gradient; return whether there is one, and dense."""
-    if weight.grad is None:
+def _add_one(weight: nn.Parameter, part: Tensor, scale: float | Tensor) -> None:
+    """Add scale · w to a weight's gradient; `part` is this rank's part of the weight."""
+    gradient = _gradient(weight, part)
+    if gradient is None:
+        return
+    if gradient.layout != torch.strided:
+        weight.grad = part * scale + gradient
+    elif isinstance(scale, float):
+        gradient.add_(part, alpha=scale)
+    else:  # the product in float32: in bfloat16 the scale would lose its digits
+        gradient.add_(part.to(_norm_dtype(part)) * scale)
+
+
+def _gradient(weight: nn.Parameter, part: Tensor) -> Tensor | None:
+    """Return this rank's part of `.grad`, created if it is missing."""
+    gradient = weight.grad
+    if gradient is None:
         if weight.numel() == 0:  # as a rank's part in FSDP1, to which no gradient may be given
-            return False
-        weight.grad = torch.zeros_like(weight)
-    return weight.grad.layout == torch.strided
+            return None
+        weight.grad = gradient = torch.zeros_like(weight)
+    return gradient if part is weight else local_part(gradient)
 
 
 def _accurate_squared_norm(weight: Tensor) -> Tensor:
@@ -112,13 +121,12 @@ def _accurate_squared_norm(weight: Tensor) -> Tensor:
     By rows, because the CPU's norm adds all elements up in a few float32 lanes: over the 19 million
     of a reduction convolution it is 0.1 % too small, and slower.
     """
-    weight = _real(weight)
-    dtype = _norm_dtype(weight)
+    weight, dtype = _real(weight), _norm_dtype(weight)
     if weight.ndim > 1:
         # Moving the channels to the end flattens a channels_last weight without a copy.
         rows = weight if weight.is_contiguous() else weight.movedim(1, -1)
         weight = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=dtype)
-    flat = weight.to(dtype).reshape(-1)
+    flat = (weight.float() if dtype == torch.float32 else weight.double()).reshape(-1)
     return torch.dot(flat, flat)
 
 
@@ -129,5 +137,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _norm_dtype(tensor: Tensor) -> torch.dtype:
     """Return the real type that a norm is computed in: float32, or float64."""
-    dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
-    return torch.promote_types(dtype, torch.float32)
+    dtype = tensor.dtype
+    if dtype == torch.float32:
+        return dtype
+    return torch.promote_types(dtype.to_real() if dtype.is_complex else dtype, torch.float32)

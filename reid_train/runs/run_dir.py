@@ -90,7 +90,8 @@ def prepare(config: TrainConfig) -> TrainConfig:
         name=config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
         data=_absolute(config.data),
         output=_absolute(config.output),
-        model__weights=_absolute(weights) if Path(weights).exists() else weights,
+        # A folder named "imagenet" or "none" here is not what is meant.
+        model__weights=_absolute(weights) if Path(weights).is_file() else weights,
         # `~` is the home of each node, not of the driver.
         loader__cache=cache if cache.parts[:1] == ("~",) else cache.absolute(),
     )

@@ -50,12 +50,9 @@ def way(request, monkeypatch) -> None:
     if request.param == "by lists":
 
         def add(weights, scales: Tensor) -> Tensor:
-            squares = [scales.new_zeros(())] * len(weights)
-            trainable = [i for i, weight in enumerate(weights) if weight.requires_grad]
-            found = weight_gradients._add_lists(weights, trainable, scales)
-            for i, square in zip(trainable, found, strict=True):
-                squares[i] = square
-            return torch.stack(squares)
+            trainable = [weight for weight in weights if weight.requires_grad]
+            assert len(trainable) == len(weights)
+            return torch.stack(weight_gradients._add_lists(weights, scales.unbind())).float() ** 2
 
         monkeypatch.setattr(weight_gradients, "_add", add)
 

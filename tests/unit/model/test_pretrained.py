@@ -92,10 +92,28 @@ class Unpleasant:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("code.pth", {"weight": Unpleasant()}, "safetensors"),
-        ("list.pt", [torch.zeros(1)], "not a state dict"),
-        ("broken.safetensors", b"\x08\0\0\0\0\0\0\0{]", "not a safetensors file"),
-        ("broken.pth", b"PK\x03\x04 cut off", "cannot be read"),
+        ("code.pth", {"weight": Unpleasant()}, "holds more than tensors.* refused"),
+        ("list.pt", [torch.zeros(1)], "not a state dict.* but a list"),
+        ("none.pt", {}, "an empty state dict"),
+        ("integers.pth", {0: torch.zeros(1)}, "has the key 0, not a name"),
+        ("other.pth", {"epoch": 3, "weights": {}}, "epoch is a int, not a tensor; it has epoch, w"),
+        ("broken.safetensors", b"\x08\0\0\0\0\0\0\0{]", "a damaged safetensors file"),
+        ("broken.pth", b"PK\x03\x04 data.pkl cut off", "damaged or cut off"),
+        ("zip.pth", b"PK\x03\x04 cut off", "is a ZIP archive"),
+        ("page.pth", b"\n<!DOCTYPE html><html>virus scan warning</html>", "is an HTML page"),
+        (
+            "pointer.pth",
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "Git LFS.*git lfs pull",
+        ),
+        ("error.pth", b'{"message": "Not Found"}', "is JSON"),
+        ("error.pt", b'<?xml version="1.0"?><Error/>', "is an XML document"),
+        ("packed.pth", b"\x1f\x8b\x08\0\0", "is compressed by gzip"),
+        ("packed.safetensors", b"\x1f\x8b\x08\0\0", "is compressed by gzip"),
+        ("page.safetensors", b"<html></html>", "is an HTML page"),
+        ("note.pth", b"404: Not Found", "is text"),
+        ("nothing.pth", b"", "is empty"),
+        ("noise.pth", bytes(range(130, 255)), "neither safetensors nor a file of torch.save"),
     ],
 )
 def test_files_that_are_no_state_dict_are_refused(tmp_path, network, name, content, message):
@@ -106,6 +124,39 @@ def test_files_that_are_no_state_dict_are_refused(tmp_path, network, name, conte
         torch.save(content, path)
     with pytest.raises(DataError, match=message):
         load_backbone(network, str(path))
+
+
+def test_the_content_decides_and_not_the_name(tmp_path, network, pretrained):
+    safetensors.torch.save_file(pretrained, tmp_path / "safe.pth")
+    torch.save(pretrained, tmp_path / "torch.safetensors")
+    torch.save(pretrained, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("safe.pth", "torch.safetensors", "old.pth"):
+        load_backbone(ReidNet("resnet18", identities=4), str(tmp_path / name))
+    load_backbone(network, str(tmp_path / "torch.safetensors"))
+    _assert_loaded(network, pretrained)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "backbone."])
+def test_wrappers_around_a_state_dict_are_seen_through(tmp_path, network, pretrained, key, prefix):
+    state = {prefix + name: value for name, value in pretrained.items()}
+    torch.save({"epoch": 3, key: state}, tmp_path / "wrapped.pth")
+    load_backbone(network, str(tmp_path / "wrapped.pth"))
+    _assert_loaded(network, pretrained)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "none"])
+def test_a_folder_of_that_name_does_not_hide_the_setting(tmp_path, monkeypatch, network, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    loaded = []
+    monkeypatch.setattr(weights, "_imagenet", lambda backbone: loaded.append(backbone) or {})
+    if name == "none":
+        load_backbone(network, name)
+    else:
+        with pytest.raises(DataError, match="missing"):
+            load_backbone(network, name)
+    assert loaded == ["resnet18"] * (name == "imagenet")
 
 
 def test_a_missing_file_is_a_storage_error(tmp_path, network):

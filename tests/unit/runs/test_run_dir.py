@@ -22,6 +22,17 @@ def test_a_slash_at_the_end_of_a_place_makes_no_other_place():
     assert (local.data, local.output) == (str(Path.cwd() / "people"), str(Path.cwd() / "runs"))
 
 
+@pytest.mark.parametrize("name", ["imagenet", "none"])
+def test_weights_by_name_are_no_folder_of_that_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / "r18.pth").touch()
+    config = RUN.replace(data="people", output="runs", model__weights=name)
+    assert prepare(config).model.weights == name
+    config = config.replace(model__weights="r18.pth")
+    assert prepare(config).model.weights == str(tmp_path / "r18.pth")
+
+
 @pytest.mark.parametrize("schedule", ["step", "constant"])
 def test_a_run_is_extended_where_its_rates_do_not_depend_on_its_length(schedule):
     old = RUN.replace(optimizer__schedule=schedule)
