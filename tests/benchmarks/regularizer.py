@@ -45,6 +45,7 @@ def main() -> None:
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     adaptive, constant = AdaptiveL2(model), ConstantL2(model, 0.0025)
+    adaptive.parameter_groups(lr=0.0)  # as Adam below: no step has to move θ
     adaptive.add_gradients()  # creates θ's gradient once
     tasks: dict[str, Callable[[], object]] = {
         "AdaptiveL2.add_gradients": adaptive.add_gradients,
