@@ -104,7 +104,7 @@ def test_dataset_without_train_split_is_refused(say, pictures, tmp_path):
         (["--batch.steps-per-epoch", "None", "--batch.accumulate", 9], 2, "--batch.accumulate"),
         (["--model.weights", "nowhere.pt"], 4, "nowhere.pt is not there; --model.weights is"),
         (["--model.weights", "weights.bin"], 2, "ends in .safetensors, .pt or .pth"),
-        (["--model.weights", "rubbish.safetensors"], 3, "rubbish.safetensors is neither safetensors"),
+        (["--model.weights", "rubbish.safetensors"], 3, "rubbish.safetensors is neither safe"),
         (["--model.weights", "pickle.pt"], 3, "pickle from outside is refused"),
     ],
 )
