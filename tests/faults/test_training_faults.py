@@ -237,7 +237,6 @@ def test_run_on_a_failing_server_ends_with_the_same_bytes(place, quiet):
         add(reset, method="PUT", path=checkpoint + "training"),
         add(flip_request, method="PUT", path=checkpoint + "history"),
         add(lose_answer, method="PUT", path=checkpoint + "checkpoint.json"),
-        add(refuse, method="PUT", path="failing/checkpoint_manager", status=500, code="Internal"),
         add(reset, method="PUT", path="runs/failing/report/report.html"),
         add(refuse, method="PUT", path="/mlflow/", status=503, code="SlowDown", times=2),
     ]
