@@ -46,7 +46,7 @@ def find_finished(storage: Storage, content: str) -> Manifest | None:
         images = sum(info.images for info in manifest.splits.values())
         raise DataError(
             f"{storage.url} holds another dataset ({manifest.name}, {images:,} images), or the same"
-            " one with other options; it was not changed: choose another --out"
+            " one with another --name or other options; it was not changed: choose another --out"
         )
     remove_notes(storage)
     return manifest
