@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import config, run, state
 from torch import nn
 
 from reid_train.evaluation.ranking import rank
+from reid_train.model import batch_norm
 from reid_train.regularization import AdaptiveL2
 
 pytestmark = [
@@ -80,3 +82,23 @@ def test_penalty_and_gradients_are_those_of_the_cpu():
         found.append([value.to("cpu", copy=True) for value in (regularizer.last_penalty, *grads)])
     for host, device in zip(*found, strict=True):
         torch.testing.assert_close(device, host, rtol=1e-5, atol=1e-7)
+
+
+def test_global_batch_norm_is_that_of_one_process_in_float64(monkeypatch):
+    monkeypatch.setattr(batch_norm, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2.0))  # a rank of equals
+    torch.manual_seed(0)
+    image = torch.randn(4, 8, 6, 5, device="cuda").to(memory_format=torch.channels_last) + 100.0
+    upstream = torch.randn_like(image)
+    found = []
+    for norm, dtype in (
+        (batch_norm.GlobalBatchNorm(8), torch.float32),
+        (nn.BatchNorm2d(8), torch.float64),
+    ):
+        norm, x = norm.to("cuda", dtype), image.to(dtype, copy=True).requires_grad_()
+        output = norm(x)
+        output.backward(upstream.to(output.dtype))
+        assert x.grad is not None
+        found.append([output.detach(), x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), reference.double(), rtol=1e-4, atol=1e-4)
