@@ -33,9 +33,10 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         addresses = local.start(folder, console=console)
         os.environ |= local.environment(folder)
         prepare_ray()
-        # Ray reads these variables as it is imported.
-        from reid_train.runs.job import run
-        from reid_train.runs.run_dir import REPORT
+        with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
+            # Ray reads these variables as it is imported.
+            from reid_train.runs.job import run
+            from reid_train.runs.run_dir import REPORT
 
         console.print(f"S3         {addresses.s3}")
         console.print(f"MLflow     {addresses.mlflow}")
