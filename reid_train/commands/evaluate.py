@@ -109,7 +109,7 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
 
     from data_shards.dataset import Dataset
     from reid_train.evaluation.ground_truth import Labels, find_ground_truth
-    from reid_train.tracking.tracker import run_page
+    from reid_train.tracking.server import run_page
 
     assert settings.data is not None
     dataset = Dataset.open(settings.data)

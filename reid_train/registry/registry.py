@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
 from data_shards.storage import LocalStorage, open_storage
-from reid_train.tracking.tracker import connect
+from reid_train.tracking.server import connect
 from reid_train.tracking.uris import redact, registry_uri
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from reid_train.runs.run_dir import (
     write,
 )
 from reid_train.tracking.provenance import code_commit, submitted_job
-from reid_train.tracking.tracker import Tracker, has_run, last_step
+from reid_train.tracking.server import has_run, last_step
+from reid_train.tracking.tracker import Tracker
 from reid_train.tracking.uris import training_uri
 
 

@@ -224,7 +224,11 @@ def _train(settings: dict[str, Any]) -> None:
     run_id = settings["run_id"] if rank == 0 else None
     uri = config.tracking.uri if run_id else None
     show_gauges = prometheus.gauges(ray_name(config.name or ""))
-    with Tracker(uri, run_id) as tracker, _resume(run, rank, settings["start"]) as resume:
+    lock = settings["lock"]
+    with (
+        Tracker(uri, run_id, may_send=lock and lock.is_held) as tracker,
+        _resume(run, rank, settings["start"]) as resume,
+    ):
 
         def log(values: dict[str, float], step: int) -> None:
             tracker.log(values, step)
@@ -243,9 +247,9 @@ def _train(settings: dict[str, Any]) -> None:
             cache=ShardCache(
                 dataset.storage, config.loader.cache.expanduser(), config.loader.cache_bytes
             ),
-            report=_Report(Keeper(run, settings["lock"], resume) if rank == 0 else None, until),
+            report=_Report(Keeper(run, lock, resume) if rank == 0 else None, until),
             log=log,
-            stop_request=_StopRequests(board, rank, settings["lock"]),
+            stop_request=_StopRequests(board, rank, lock),
         )
         if board is not None:
             context.show, context.progress = board.show.remote, reporter(board)

@@ -16,11 +16,9 @@ The driver owns the run. A worker joins it by its id to log the steps:
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
-import os
 import re
-import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from data_shards.errors import Interrupted, StorageError
+from reid_train.tracking.server import connect, explain, is_final, status
 from reid_train.tracking.uris import artifacts_beside, redact
 
 if TYPE_CHECKING:
@@ -44,15 +43,9 @@ LONGEST_WAIT = 60.0
 UNACCEPTABLE = {400, 413, 422}
 """HTTP status of values that MLflow will never take. 401, 403 and 404 are not among them: a gateway
 answers so while credentials have expired or a route is gone."""
-QUIET = (
-    "alembic",
-    "mlflow.pyfunc",
-    "mlflow.store.db.utils",
-    "mlflow.store.model_registry.abstract_store",
-    "mlflow.system_metrics",
-)
-"""Loggers that print MLflow's own work to the terminal, at INFO."""
-
+KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
+"""Tag that lets an experiment open on its training runs in MLflow's pages. Without it the page for
+traces of language models opens."""
 _SECRET_NAME = re.compile(r"secret|password|passwd|token|credential|access_?key|api_?key", re.I)
 
 
@@ -77,6 +70,8 @@ class Tracker:
         owner: end the run when the context ends; `start` sets it.
         system_metrics: log CPU, memory, disk, network and GPU use of this machine.
         interval: seconds between two sends.
+        may_send: asked before each send; once it says no, this process sends nothing more. It keeps
+            the workers of a killed driver from logging steps that another driver logs again.
     """
 
     def __init__(
@@ -87,12 +82,14 @@ class Tracker:
         owner: bool = False,
         system_metrics: bool = True,
         interval: float = 3.0,
+        may_send: Callable[[], bool] | None = None,
     ) -> None:
         self.uri = uri
         self.run_id = run_id
         self._owner = owner
         self._system_metrics = system_metrics
         self._interval = interval
+        self._may_send = may_send
         self._last_steps: dict[str, int] = {}
         self._buffer: list[Point] = []
         self._lock = threading.Lock()
@@ -131,8 +128,8 @@ class Tracker:
             try:
                 run_id = _open_run(uri, experiment, run_name, run_id)
             except Exception as error:
-                reason = redact(str(error))
-                if run_id is None or _is_final(error):
+                reason = explain(error, uri)
+                if run_id is None or is_final(error):
                     raise StorageError(
                         f"MLflow at {redact(uri)}: cannot start a run in experiment "
                         f"{experiment!r}: {reason}; check --tracking.uri, or turn tracking off"
@@ -228,7 +225,7 @@ class Tracker:
                 call(connect(self.uri), self.run_id)
                 return
             except Exception as error:
-                if wait is None or _is_final(error):
+                if wait is None or is_final(error):
                     logger.warning("MLflow: %s not logged: %s", what, redact(str(error)))
                     return
                 time.sleep(wait)
@@ -243,6 +240,9 @@ class Tracker:
             if time.monotonic() >= self._deadline:
                 break  # `close` warns of it
             try:
+                if self._buffer and self._may_send and not self._may_send():
+                    self._drop()
+                    break
                 client = connect(uri)
                 if not begun:
                     # Only the message form of a run has the steps. Its dictionary of metrics has
@@ -280,11 +280,18 @@ class Tracker:
                 # drops values whose name, time, step and value it has.
                 client.log_batch(run_id, metrics=fresh)
             except Exception as error:
-                if _status(error) not in UNACCEPTABLE:
+                if status(error) not in UNACCEPTABLE:
                     raise
                 logger.warning("MLflow refuses %d values: %s", len(fresh), redact(str(error)))
             with self._lock:
                 del self._buffer[: len(points)]
+
+    def _drop(self) -> None:
+        """Send nothing more: another driver has the run."""
+        logger.warning("MLflow: another driver has %s now; this one sends no more", self.run_id)
+        self._thread = None
+        with self._lock:
+            self._buffer.clear()
 
     def _warn_once(self, error: Exception) -> None:
         if not self._warned:
@@ -297,62 +304,6 @@ class Tracker:
         self._warned = True
 
 
-@functools.cache
-def connect(uri: str) -> MlflowClient:
-    """A client of the tracking server and the model registry at a URI."""
-    settings = {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        # MLflow's own retries take minutes; the tracker retries instead.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        # boto3 retries what goes to artifacts on S3: for a minute, not for two seconds.
-        "AWS_RETRY_MODE": "standard",
-        "AWS_MAX_ATTEMPTS": "12",
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It would warn at each retry; the tracker warns once.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    return MlflowClient(uri, registry_uri=uri)
-
-
-def run_page(uri: str, run_id: str) -> str:
-    """Where to look at a run: its page on an MLflow server, or the command that shows a file's."""
-    try:
-        experiment = connect(uri).get_run(run_id).info.experiment_id
-    except Exception:  # only to print it: what MLflow raises when it is gone has no common base
-        return f"run {run_id} at {redact(uri)}"
-    page = f"#/experiments/{experiment}/runs/{run_id}"
-    if uri.startswith(("http://", "https://")):
-        return f"{redact(uri).rstrip('/')}/{page}"
-    return f"http://127.0.0.1:5000/{page} after: mlflow ui --backend-store-uri {shlex.quote(uri)}"
-
-
-def has_run(uri: str | None, run_id: str) -> bool:
-    """Return whether MLflow has a run; True if it does not answer."""
-    try:
-        return uri is not None and connect(uri).get_run(run_id) is not None
-    except Exception as error:
-        return not _is_final(error)
-
-
-def last_step(uri: str | None, run_id: str | None, metric: str) -> int | None:
-    """Return the last step of a run's metric; None if it has none or MLflow does not answer."""
-    if uri is None or run_id is None:
-        return None
-    try:
-        found = connect(uri).get_run(run_id).data.to_proto().metrics
-    except Exception as error:
-        logger.warning("MLflow at %s does not answer: %s", redact(uri), redact(str(error)))
-        return None
-    return next((point.step for point in found if point.key == metric), None)
-
-
 def _open_run(uri: str, experiment: str, run_name: str | None, run_id: str | None) -> str:
     client = connect(uri)
     if run_id is not None:
@@ -361,8 +312,13 @@ def _open_run(uri: str, experiment: str, run_name: str | None, run_id: str | Non
     found = client.get_experiment_by_name(experiment)
     if found is not None:
         identifier = found.experiment_id
+        if KIND not in found.tags:
+            with contextlib.suppress(Exception):  # another user's experiment may refuse tags
+                client.set_experiment_tag(identifier, KIND, TRAINING)
     else:
-        identifier = client.create_experiment(experiment, artifact_location=artifacts_beside(uri))
+        identifier = client.create_experiment(
+            experiment, artifact_location=artifacts_beside(uri), tags={KIND: TRAINING}
+        )
     return client.create_run(identifier, run_name=run_name).info.run_id
 
 
@@ -377,12 +333,3 @@ def _start_monitor(uri: str, run_id: str) -> Any:
 def _public(values: Mapping[str, object]) -> dict[str, str]:
     """The values as text, without those whose names look like secrets."""
     return {k: redact(str(v)) for k, v in values.items() if not _SECRET_NAME.search(k)}
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether MLflow refused the request itself, so that it is no use to repeat it soon."""
-    return 400 <= _status(error) < 500 and _status(error) not in (408, 429)
-
-
-def _status(error: Exception) -> int:
-    return getattr(error, "get_http_status_code", lambda: 500)()

@@ -305,7 +305,7 @@ def test_upload_that_is_cut_off_lacks_its_seal(proxy, checkpoint):
 
 
 def test_mlflow_keeps_artifacts_on_s3_through_what_passes(proxy, tmp_path, monkeypatch):
-    from reid_train.tracking.tracker import connect
+    from reid_train.tracking.server import connect
     from reid_train.tracking.uris import local_tracking
 
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", proxy.endpoint)

@@ -37,7 +37,7 @@ from data_shards.errors import StorageError
 from data_shards.storage import Storage, open_storage
 from reid_train.recipes import recipe
 from reid_train.runs.job import run
-from reid_train.tracking.tracker import connect
+from reid_train.tracking.server import connect
 from reid_train.tracking.uris import local_tracking
 from reid_train.training.checkpoint import MODEL, TRAINING, Checkpoint
 

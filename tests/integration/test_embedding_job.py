@@ -26,7 +26,7 @@ from reid_train.evaluation.measures import Measures
 from reid_train.model.embedder import CONFIG, WEIGHTS
 from reid_train.model.factory import build_model
 from reid_train.recipes import recipe
-from reid_train.tracking.tracker import connect
+from reid_train.tracking.server import connect
 from reid_train.tracking.uris import local_tracking
 
 

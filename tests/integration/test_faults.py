@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 import reid_train.cli
 from data_shards.building.build import build
-from reid_train.tracking.tracker import connect
+from reid_train.tracking.server import connect
 from reid_train.tracking.uris import local_tracking
 from reid_train.training.checkpoint import MODEL, SEAL, TRAINING, Checkpoint
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from reid_train.tracking.tracker import Tracker, connect
+from reid_train.tracking.server import connect
+from reid_train.tracking.tracker import Tracker
 from reid_train.training.history import History
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

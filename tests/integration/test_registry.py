@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ from reid_train.config import ImageConfig, ModelConfig, TrainConfig
 from reid_train.model.embedder import Embedder, resize
 from reid_train.model.network import ReidNet
 from reid_train.registry.registry import list_models, load, register, should_promote
-from reid_train.tracking.tracker import Tracker, connect
+from reid_train.tracking.names import require_names
+from reid_train.tracking.server import connect, require_experiment
+from reid_train.tracking.tracker import Tracker
 from reid_train.tracking.uris import local_tracking
 
 SMALL = TrainConfig(
@@ -392,3 +395,34 @@ def test_run_keeps_parameters_tags_artifacts_and_system_metrics(
     ]
     place = str(client.get_run(run.run_id).info.artifact_uri)
     assert place.startswith((Path(registry.folders[0]).parent / "tracking" / "artifacts").as_uri())
+
+
+@pytest.mark.parametrize(
+    ("revision", "reason"),
+    [("0000", "written by a newer MLflow"), ("bd07f7e963c5", "mlflow db upgrade sqlite:///")],
+)
+def test_a_database_of_another_mlflow_is_named(registry, tmp_path, revision, reason):
+    source = Path(registry.uri.removeprefix("sqlite:///"))
+    with sqlite3.connect(source) as database, sqlite3.connect(tmp_path / "mlflow.db") as copy:
+        database.backup(copy)
+        copy.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    with pytest.raises(StorageError, match=reason) as raised:
+        require_experiment(local_tracking(tmp_path), "reid")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["two words", "läuft", "人", "😀", "a#b", "[b]=,;*", "x" * 250])
+def test_names_that_are_checked_as_good_are_taken_by_mlflow(registry, name):
+    require_names(model=name, experiment=name, run=name)
+    tracker = Tracker.start(registry.uri, name, run_name=name)
+    tracker.close()
+    registry.register(name, 0.5, run_id=tracker.run_id)
+    assert load(f"models:/{name}@champion", tracking_uri=registry.uri, device="cpu")
+
+
+def test_a_deleted_experiment_is_found_before_a_run_starts(registry):
+    client = connect(registry.uri)
+    require_experiment(registry.uri, "short-lived")
+    client.delete_experiment(client.create_experiment("short-lived"))
+    with pytest.raises(ConfigError, match="is deleted. Restore it"):
+        require_experiment(registry.uri, "short-lived")

@@ -20,7 +20,7 @@ from mlflow.protos.databricks_pb2 import (
 from data_shards.errors import ConfigError, StorageError
 from reid_train.tracking import tracker as tracking
 from reid_train.tracking.provenance import code_commit
-from reid_train.tracking.tracker import Tracker
+from reid_train.tracking.tracker import KIND, Tracker
 from reid_train.tracking.uris import local_tracking, redact, without_password
 
 URI = "http://user:hunter2@mlflow.invalid"
@@ -38,6 +38,7 @@ class FakeMlflow:
     batches: list[int] = field(default_factory=list)
     status: str | None = None
     experiments: dict[str, str | None] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
 
     def _meet(self) -> None:
         time.sleep(self.delay)
@@ -61,12 +62,22 @@ class FakeMlflow:
         )
 
     def get_experiment_by_name(self, name: str) -> Any:
-        return SimpleNamespace(experiment_id=name) if name in self.experiments else None
+        if name not in self.experiments:
+            return None
+        tags = {KIND: self.kinds[name]} if name in self.kinds else {}
+        return SimpleNamespace(experiment_id=name, tags=tags)
 
-    def create_experiment(self, name: str, artifact_location: str | None) -> str:
+    def create_experiment(
+        self, name: str, artifact_location: str | None, tags: dict[str, str]
+    ) -> str:
         self._meet()
         self.experiments[name] = artifact_location
+        self.kinds[name] = tags[KIND]
         return name
+
+    def set_experiment_tag(self, experiment: str, key: str, value: str) -> None:
+        assert key == KIND
+        self.kinds[experiment] = value
 
     def create_run(self, experiment: str, run_name: str | None) -> Any:
         self.status = "RUNNING"
@@ -180,6 +191,49 @@ def test_steps_repeated_after_a_restart_appear_once(mlflow):
         second.log({"mAP": 0.6}, 6)
     assert [step for name, step, _ in mlflow.points if name == "loss"] == list(range(8))
     assert [step for name, step, _ in mlflow.points if name == "mAP"] == [2, 6]
+
+
+def test_a_killed_drivers_worker_sends_no_step_that_another_driver_logs_again(mlflow, caplog):
+    holders = {"old"}
+    with Tracker(
+        URI, "run-1", system_metrics=False, interval=0.02, may_send=lambda: "old" in holders
+    ) as old:
+        old.log({"loss": 0.0}, 0)
+        wait_for(lambda: mlflow.points)
+        holders.clear()  # another driver takes the run, and trains from an earlier checkpoint
+        old.log({"loss": 1.0}, 1)
+        wait_for(lambda: "another driver has run-1 now" in caplog.text)
+        with join() as new:
+            new.log({"loss": 1.0}, 1)
+            new.log({"loss": 2.0}, 2)
+        old.log({"loss": 2.0}, 2)
+    assert [step for _, step, _ in mlflow.points] == [0, 1, 2]
+
+
+def test_values_wait_while_it_is_not_known_whose_the_run_is(mlflow):
+    answers = [ConnectionError("no S3"), True]
+
+    def may_send() -> bool:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return bool(answer)
+
+    with Tracker(URI, "run-1", system_metrics=False, interval=0.02, may_send=may_send) as tracker:
+        tracker.log({"loss": 1.0}, 0)
+    assert mlflow.points == [("loss", 0, 1.0)]
+
+
+def test_an_experiment_opens_on_its_training_runs(mlflow):
+    Tracker.start(URI, "new").finish()
+    assert mlflow.kinds == {"new": "custom_model_development"}
+    mlflow.experiments["old"] = None
+    Tracker.start(URI, "old").finish()
+    assert mlflow.kinds["old"] == "custom_model_development"
+    mlflow.kinds["other"] = "genai_development"
+    mlflow.experiments["other"] = None
+    Tracker.start(URI, "other").finish()
+    assert mlflow.kinds["other"] == "genai_development"  # as its owner chose
 
 
 @pytest.mark.parametrize(("uri", "run_id"), [(None, None), (None, "run-1"), (URI, None)])

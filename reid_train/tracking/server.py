@@ -1,0 +1,215 @@
+"""Connect to MLflow, check that it answers, and explain its errors in one line."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import shlex
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from data_shards.errors import ConfigError, StorageError
+from reid_train.tracking.uris import redact
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 25.0
+"""How long `require_experiment` waits for an answer."""
+QUIET = (
+    "alembic",
+    "mlflow.pyfunc",
+    "mlflow.store.db.utils",
+    "mlflow.store.model_registry.abstract_store",
+    "mlflow.system_metrics",
+)
+"""Loggers that print MLflow's own work to the terminal, at INFO."""
+_CAUSE = re.compile(r"Caused by (\w+)\((.*)\)\)$", re.S)
+_REASONS = {
+    "NewConnectionError": "nothing listens there",
+    "NameResolutionError": "its host name is not known",
+    "ConnectTimeoutError": "it does not answer",
+    "ReadTimeoutError": "it does not answer",
+    "SSLError": "TLS fails: the server may want http:// instead of https://, or its certificate is "
+    "not trusted",
+    "ProxyError": "the proxy of HTTP_PROXY or HTTPS_PROXY does not reach it; see NO_PROXY",
+}
+_KNOWN = {
+    "unable to open database file": "the file cannot be opened: check its path and permissions",
+    "file is not a database": "the file is not a SQLite database: give another path",
+    "readonly database": "the file may not be written: check its permissions",
+    "database is locked": "another process keeps the file locked: stop it, or use an MLflow server",
+    "out-of-date database schema": "the database was written by an older MLflow: make a backup and "
+    "run: mlflow db upgrade {uri}",
+    "Can't locate revision": "the database was written by a newer MLflow than this one, {version}: "
+    "install the version that wrote it",
+    "filesystem tracking backend": "MLflow keeps no runs in plain folders any more: give "
+    "sqlite:////path/mlflow.db, or a server with http:// before its address",
+    "unsupported URI": "MLflow does not know such addresses: give http://host:port, or "
+    "sqlite:////path/mlflow.db",
+    "not in a valid JSON format": "the server there is not MLflow: check host, port and path",
+    "error code 302": "it redirects to a login page, or is not MLflow: check host, port and path",
+}
+
+
+@functools.cache
+def connect(uri: str) -> MlflowClient:
+    """A client of the tracking server and the model registry at a URI."""
+    settings = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # MLflow's own retries take minutes; the tracker retries instead.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        # boto3 retries what goes to artifacts on S3: for a minute, not for two seconds.
+        "AWS_RETRY_MODE": "standard",
+        "AWS_MAX_ATTEMPTS": "12",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    _bypass_proxy(uri)
+    from mlflow import MlflowClient
+
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # It would warn at each retry; the tracker warns once.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    return MlflowClient(uri, registry_uri=uri)
+
+
+def require_experiment(uri: str, experiment: str) -> None:
+    """Check within half a minute that MLflow answers and that an experiment takes runs.
+
+    Args:
+        uri: tracking URI.
+        experiment: name of the experiment. It need not exist, since a run creates it.
+
+    Raises:
+        ConfigError: the experiment is deleted.
+        StorageError: MLflow does not answer, refuses, or is not MLflow.
+    """
+    try:
+        found = _within(ANSWER_SECONDS, lambda: connect(uri).get_experiment_by_name(experiment))
+    except Exception as error:
+        raise StorageError(
+            f"MLflow at {redact(uri)}: {explain(error, uri)}. Correct --tracking.uri, or use "
+            "--tracking.uri off"
+        ) from error
+    if found is None:
+        return
+    if found.name != experiment:
+        raise StorageError(f"MLflow at {redact(uri)}: the server there is not MLflow")
+    if found.lifecycle_stage == "deleted":
+        raise ConfigError(
+            f"MLflow at {redact(uri)}: experiment {experiment!r} is deleted. Restore it with "
+            f"MLFLOW_TRACKING_URI={redact(uri)} mlflow experiments restore --experiment-id "
+            f"{found.experiment_id}, or give another --tracking.experiment"
+        )
+
+
+def run_page(uri: str, run_id: str) -> str:
+    """Where to look at a run: its page on a server, or the command that serves a SQLite file."""
+    try:
+        experiment = connect(uri).get_run(run_id).info.experiment_id
+    except Exception:  # MLflow's errors have no common base, and this is only for printing
+        return f"run {run_id} at {redact(uri)}"
+    page = f"#/experiments/{experiment}/runs/{run_id}"
+    if uri.startswith(("http://", "https://")):
+        return f"{redact(uri).rstrip('/')}/{page}"
+    command = f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"
+    return f"{command}, then open http://127.0.0.1:5000/{page}"
+
+
+def has_run(uri: str | None, run_id: str) -> bool:
+    """Return whether MLflow has a run; True if it does not answer."""
+    try:
+        return uri is not None and connect(uri).get_run(run_id) is not None
+    except Exception as error:
+        return not is_final(error)
+
+
+def last_step(uri: str | None, run_id: str | None, metric: str) -> int | None:
+    """Return the last step of a run's metric; None if it has none or MLflow does not answer."""
+    if uri is None or run_id is None:
+        return None
+    try:
+        found = connect(uri).get_run(run_id).data.to_proto().metrics
+    except Exception as error:
+        logger.warning("MLflow at %s does not answer: %s", redact(uri), explain(error, uri))
+        return None
+    return next((point.step for point in found if point.key == metric), None)
+
+
+def explain(error: Exception, uri: str) -> str:
+    """Say in one line, without secrets, what an error of MLflow means and what to do."""
+    import mlflow
+
+    text = redact(str(error))
+    for part, reason in _KNOWN.items():
+        if part in text:
+            return reason.format(uri=redact(uri), version=mlflow.__version__)
+    code = getattr(error, "error_code", "")
+    if code == "UNAUTHENTICATED":
+        return (
+            "it wants a login (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN"
+        )
+    if code == "PERMISSION_DENIED":
+        return f"it refuses access (403): use the login of a user who has it ({_first_line(text)})"
+    if code == "ENDPOINT_NOT_FOUND":
+        return "the server there is not MLflow (404): check host, port and path"
+    if cause := _CAUSE.search(text):
+        kind, detail = cause.groups()
+        return f"it cannot be reached: {_REASONS.get(kind) or detail.strip(chr(39))}"
+    return _first_line(text) or type(error).__name__
+
+
+def is_final(error: Exception) -> bool:
+    """Whether MLflow refused the request itself, so that it is no use to repeat it soon."""
+    return 400 <= status(error) < 500 and status(error) not in (408, 429)
+
+
+def status(error: Exception) -> int:
+    """HTTP status of an error of MLflow; 500 for any other error."""
+    return getattr(error, "get_http_status_code", lambda: 500)()
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Call in a thread and give up waiting after some time: MLflow may retry for minutes."""
+    outcome: list[Any] = []
+    failure: list[Exception] = []
+
+    def work() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="mlflow-check", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise TimeoutError(f"it does not answer within {seconds:.0f} s")
+    return outcome[0]
+
+
+def _bypass_proxy(uri: str) -> None:
+    """Reach MLflow on this machine directly: no proxy can reach it for us."""
+    host = urlsplit(uri).hostname or ""
+    if host == "localhost" or host.startswith("127.") or host == "::1":
+        for name in ("NO_PROXY", "no_proxy"):
+            known = os.environ.get(name, "")
+            if host not in known.split(","):
+                os.environ[name] = f"{known},{host}" if known else host
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
