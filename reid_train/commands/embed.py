@@ -124,7 +124,7 @@ def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
     from data_shards.dataset import Dataset
     from data_shards.storage import open_storage
     from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
-    from reid_train.registry.registry import fetch
+    from reid_train.registry.load import fetch
     from reid_train.runs.ray_trainer import use_gpu
 
     dataset, storage = Dataset.open(settings.data), open_storage(settings.out)

@@ -1,4 +1,4 @@
-"""Register, promote, list and load trained models in MLflow's registry.
+"""Register, promote and list trained models in MLflow's registry.
 
 The tags of a version hold its metrics and the dataset that they were measured on. The alias
 `champion` marks the model to use. It moves only to a version with a higher mAP on the same query
@@ -7,36 +7,28 @@ and gallery.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
-from data_shards.storage import LocalStorage, open_storage
-from reid_train.tracking.server import connect
+from data_shards.errors import ObjectMissing, StorageError
+from reid_train.tracking.names import accepted
+from reid_train.tracking.server import connect, explain
 from reid_train.tracking.uris import redact, registry_uri
 
 if TYPE_CHECKING:
-    import torch
     from mlflow import MlflowClient
 
-    from reid_train.model.embedder import Embedder
 
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
-SUMMARY = "report/summary.json"
-"""File of a finished run that has its metrics and the name of its best checkpoint."""
-_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
-_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias
 
 
 @dataclass(frozen=True)
@@ -123,10 +115,10 @@ def register(
         "evaluation_digest": evaluation_digest,
     }
     tags = {key: str(value) for key, value in tags.items() if value is not None}
-    with _mlflow_errors(f"registering {name}", uri):
+    with mlflow_errors(f"registering {name}", uri):
         client = connect(uri)
         model = log_model(client, Path(folder), embedder, name, run_id, tags)
-        if not _all(client.search_registered_models, f"name = '{name}'"):
+        if not all_pages(client.search_registered_models, f"name = '{name}'"):
             client.create_registered_model(name)
         made = client.create_model_version(
             name, model.artifact_location, run_id, tags, model_id=model.model_id
@@ -139,6 +131,30 @@ def register(
     return registered
 
 
+def default_name(dataset: str, evaluation_digest: str, tracking_uri: str | None = None) -> str:
+    """Name a dataset's models `reid-<dataset>`, so that all with one name can be compared.
+
+    Two datasets may have the same name. If the registered models of that name were measured on
+    another query and gallery, the name ends in the start of the digest.
+
+    Args:
+        dataset: name of the dataset.
+        evaluation_digest: digest of its query and gallery.
+        tracking_uri: as for `register`.
+
+    Raises:
+        StorageError: MLflow failed.
+    """
+    name = accepted(f"reid-{dataset}")
+    uri = registry_uri(tracking_uri)
+    with mlflow_errors(f"looking up {name}", uri):
+        versions = all_pages(connect(uri).search_model_versions, f"name = '{name}'")
+    measured = {version.tags.get("evaluation_digest") for version in versions}
+    if measured and evaluation_digest not in measured:
+        return f"{name}-{evaluation_digest[:8]}"
+    return name
+
+
 def registered_version(
     name: str, run_id: str, metrics: Mapping[str, float], tracking_uri: str
 ) -> Registered | None:
@@ -147,9 +163,9 @@ def registered_version(
     Raises:
         StorageError: MLflow failed.
     """
-    with _mlflow_errors(f"looking for versions of {name}", tracking_uri):
+    with mlflow_errors(f"looking for versions of {name}", tracking_uri):
         client = connect(tracking_uri)
-        for version in _all(client.search_model_versions, f"name = '{name}'"):
+        for version in all_pages(client.search_model_versions, f"name = '{name}'"):
             if version.run_id == run_id and version.tags.get("mAP") == str(metrics.get("mAP")):
                 champion = CHAMPION in client.get_model_version(name, version.version).aliases
                 return Registered(name, int(version.version), champion, "registered before")
@@ -193,113 +209,14 @@ def list_models(tracking_uri: str | None = None) -> list[ModelVersion]:
     """
     uri = registry_uri(tracking_uri)
     found = []
-    with _mlflow_errors("listing models", uri):
+    with mlflow_errors("listing models", uri):
         client = connect(uri)
-        for model in _all(client.search_registered_models):
+        for model in all_pages(client.search_registered_models):
             # A search returns versions without their aliases, but the model has them.
-            for item in _all(client.search_model_versions, f"name = '{model.name}'"):
+            for item in all_pages(client.search_model_versions, f"name = '{model.name}'"):
                 aliases = (a for a, v in model.aliases.items() if int(v) == int(item.version))
                 found.append(_described(item, tuple(sorted(aliases))))
     return sorted(found, key=lambda item: (item.name, -item.version))
-
-
-def load(
-    uri: str | Path, *, tracking_uri: str | None = None, device: torch.device | str | None = None
-) -> Embedder:
-    """Load a registered model or a checkpoint.
-
-    Args:
-        uri: `models:/name@champion`, `models:/name/3`, or the folder or s3:// URL of a checkpoint
-            or of a finished run, whose best checkpoint is taken.
-        tracking_uri: where models are registered; None takes MLFLOW_TRACKING_URI, or ./mlflow.db.
-        device: where to run; None takes a GPU if there is one.
-
-    Raises:
-        DataError: what is there is not a model.
-        StorageError: it is not there, or cannot be read.
-    """
-    from reid_train.model.embedder import Embedder
-
-    with tempfile.TemporaryDirectory(prefix="reid-model-") as temporary:
-        return Embedder.from_folder(fetch(uri, Path(temporary), tracking_uri), device)
-
-
-def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Path:
-    """Fetch the files of a model into `folder`; a model that is on this machine stays in place.
-
-    Args:
-        uri: as for `load`.
-        folder: where to put the files.
-        tracking_uri: as for `load`.
-
-    Returns:
-        The folder that has the files.
-    """
-    from reid_train.model.embedder import CONFIG, WEIGHTS
-
-    location = str(uri)
-    if location.startswith("models:/"):
-        return _download(location, registry_uri(tracking_uri), folder)
-    if not open_storage(location).exists(CONFIG):
-        location = best_checkpoint(location)
-    storage = open_storage(location)
-    if isinstance(storage, LocalStorage):
-        return storage.root
-    for file in (WEIGHTS, CONFIG):
-        storage.download(file, folder / file)
-    return folder
-
-
-def best_checkpoint(run: str) -> str:
-    """Find the best checkpoint of a finished run from its summary.
-
-    Args:
-        run: folder or s3:// URL of a run. Anything that has no summary is returned as it is.
-
-    Raises:
-        DataError: there is a summary, but it names no checkpoint; or there is none, but checkpoints
-            are there, as in the folder of a run that was stopped. The message names them.
-    """
-    from reid_train.model.embedder import WEIGHTS
-
-    folder = open_storage(run)
-    try:
-        name = json.loads(folder.read(SUMMARY))["checkpoint"]
-        return folder.child(PurePosixPath(name).name).url
-    except ObjectMissing:
-        found = [key.rpartition("/")[0] for key, _ in folder.list() if key.endswith(f"/{WEIGHTS}")]
-        if not found:
-            return run
-        places = ", ".join(folder.child(name).url for name in sorted(found))
-        raise DataError(
-            f"{run} is a run that has not finished, so its best checkpoint is not known: give one "
-            f"of its checkpoints: {places}"
-        ) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{run} is a run whose {SUMMARY} names no checkpoint ({error!r}): give the folder of a "
-            "checkpoint"
-        ) from error
-
-
-def _download(location: str, uri: str, folder: Path) -> Path:
-    """Fetch the files of `models:/name@alias` or `models:/name/version`.
-
-    MLflow's own functions for such addresses use the registry of the whole process.
-    """
-    match = _MODEL_URI.fullmatch(location)
-    if match is None:
-        raise ConfigError(f"{location}: not models:/name@alias or models:/name/version")
-    from mlflow.artifacts import download_artifacts
-
-    with _mlflow_errors(f"loading {location}", uri):
-        client = connect(uri)
-        name, alias, version = match.group("name", "alias", "version")
-        if alias:
-            version = client.get_model_version_by_alias(name, alias).version
-        source = client.get_model_version_download_uri(name, version)
-        got = download_artifacts(f"{source}/artifacts", dst_path=str(folder), tracking_uri=uri)
-    return Path(got)
 
 
 def _champion_tags(client: MlflowClient, name: str) -> dict[str, str] | None:
@@ -331,7 +248,7 @@ def _number(text: str | None) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _all(search: Callable[..., Any], query: str | None = None) -> list[Any]:
+def all_pages(search: Callable[..., Any], query: str | None = None) -> list[Any]:
     """All pages of a search."""
     found: list[Any] = []
     token = None
@@ -344,7 +261,7 @@ def _all(search: Callable[..., Any], query: str | None = None) -> list[Any]:
 
 
 @contextmanager
-def _mlflow_errors(what: str, uri: str) -> Iterator[None]:
+def mlflow_errors(what: str, uri: str) -> Iterator[None]:
     """Turn what MLflow and its artifact stores raise into a StorageError."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
@@ -353,6 +270,6 @@ def _mlflow_errors(what: str, uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, Boto3Error, BotoCoreError, ClientError, OSError) as error:
-        missing = getattr(error, "error_code", "") in _MISSING
+        missing = getattr(error, "error_code", "") in MISSING
         kind = ObjectMissing if missing else StorageError
-        raise kind(f"{what} at {redact(uri)}: {redact(str(error))}") from error
+        raise kind(f"{what}: MLflow at {redact(uri)}: {explain(error, uri)}") from error

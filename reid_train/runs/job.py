@@ -13,7 +13,7 @@ from data_shards.errors import ObjectMissing
 from data_shards.progress import display, make_console, phase
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
-from reid_train.registry.registry import SUMMARY
+from reid_train.registry.load import SUMMARY
 from reid_train.runs import preflight, run_lock
 from reid_train.runs.checkpoint_store import newest_whole, stored_checkpoints
 from reid_train.runs.console import UNITS

@@ -17,7 +17,13 @@ from data_shards.errors import DataError, StorageError
 from data_shards.progress import Progress, phase, silent
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
-from reid_train.registry.registry import SUMMARY, Registered, register, registered_version
+from reid_train.registry.load import SUMMARY
+from reid_train.registry.registry import (
+    Registered,
+    default_name,
+    register,
+    registered_version,
+)
 from reid_train.report.page import Picture, write_page
 from reid_train.report.summary import Row, print_summary
 from reid_train.runs.checkpoint_store import (
@@ -230,8 +236,10 @@ def _register(
 ) -> Registered | None:
     if tracker.run_id is None or tracker.uri is None or config.tracking.model_name == "off":
         return None
-    name = config.tracking.model_name or f"reid-{dataset.manifest.name}"
     try:
+        name = config.tracking.model_name or default_name(
+            dataset.manifest.name, best.origin.evaluation_digest, tracker.uri
+        )
         return registered_version(name, tracker.run_id, metrics, tracker.uri) or register(
             best.folder,
             name,

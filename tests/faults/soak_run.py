@@ -21,7 +21,7 @@ from cluster.local.s3_server import S3Server
 from data_shards.building.build import build
 from data_shards.dataset import Dataset
 from data_shards.storage import open_storage
-from reid_train.registry.registry import SUMMARY
+from reid_train.registry.load import SUMMARY
 from reid_train.tracking.server import connect
 from reid_train.tracking.uris import local_tracking
 from reid_train.training.checkpoint import HISTORY, MODEL, SEAL, TRAINING

@@ -25,7 +25,7 @@ from data_shards.storage import LocalStorage
 from reid_train.evaluation.embedding_store import EmbeddingTable, read_embeddings, write_part
 from reid_train.model.pretrained import read_state
 from reid_train.recipes import recipe
-from reid_train.registry.registry import load
+from reid_train.registry.load import load
 from reid_train.runs.run_dir import Run
 from reid_train.training import checkpoint
 from reid_train.training.checkpoint import FILES, SEAL, Checkpoint, Origin, Progress

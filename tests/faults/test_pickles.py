@@ -15,7 +15,7 @@ from data_shards.manifest import sha256
 from reid_train.evaluation.embedding_store import read_embeddings
 from reid_train.model.pretrained import read_state
 from reid_train.recipes import recipe
-from reid_train.registry.registry import load
+from reid_train.registry.load import load
 from reid_train.training.checkpoint import (
     CONFIG,
     FILES,

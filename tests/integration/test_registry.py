@@ -25,7 +25,8 @@ from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageErr
 from reid_train.config import ImageConfig, ModelConfig, TrainConfig
 from reid_train.model.embedder import Embedder, resize
 from reid_train.model.network import ReidNet
-from reid_train.registry.registry import list_models, load, register, should_promote
+from reid_train.registry.load import load
+from reid_train.registry.registry import default_name, list_models, register, should_promote
 from reid_train.tracking.names import require_names
 from reid_train.tracking.server import connect, require_experiment
 from reid_train.tracking.tracker import Tracker
@@ -266,15 +267,57 @@ def test_checkpoint_is_loaded_from_s3(registry, s3, images):
     np.testing.assert_array_equal(load(f"{s3.url}/best", device="cpu")(images), expected)
 
 
-def test_unknown_model_is_a_clear_error(registry):
-    with pytest.raises(ObjectMissing, match="models:/nobody@champion"):
+def test_an_unknown_model_is_an_error_that_lists_the_registered_ones(registry):
+    registry.register("somebody", 0.5)
+    with pytest.raises(ObjectMissing, match=r"models:/nobody@champion is not.* are: .*somebody"):
         load("models:/nobody@champion", tracking_uri=registry.uri)
 
 
-def test_unknown_alias_is_a_clear_error(registry):
-    registry.register("known", 0.5)
-    with pytest.raises(ObjectMissing, match="models:/known@best"):
-        load("models:/known@best", tracking_uri=registry.uri)
+@pytest.mark.parametrize("address", ["models:/known@best", "models:/known/7", "models:/known/1"])
+def test_an_unknown_alias_or_version_is_an_error_that_lists_what_there_is(registry, address):
+    client = connect(registry.uri)
+    if not [m for m in client.search_registered_models() if m.name == "known"]:
+        registry.register("known", 0.5)
+        registry.register("known", 0.6)
+        client.delete_model_version("known", "1")
+    with pytest.raises(ObjectMissing) as raised:
+        load(address, tracking_uri=registry.uri)
+    assert f"{address} is not registered at sqlite:///" in str(raised.value)
+    assert str(raised.value).endswith("known has the versions 2 and the aliases champion (2)")
+
+
+def test_a_model_of_another_project_is_named_as_such(registry, tmp_path):
+    client = connect(registry.uri)
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "model.pkl").write_bytes(b"")
+    client.create_registered_model("foreign")
+    client.create_model_version("foreign", tmp_path.as_uri())
+    with pytest.raises(DataError, match=r"models:/foreign/1 .* has no model\.safetensors"):
+        load("models:/foreign/1", tracking_uri=registry.uri)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated"])
+def test_a_damaged_registered_model_is_named_by_its_address(registry, damage):
+    version = registry.register(f"damaged-{damage}", 0.5)
+    source = connect(registry.uri).get_model_version(version.name, str(version.version)).source
+    stored = Path(source.removeprefix("file://")) / "artifacts" / "model.safetensors"
+    if damage == "deleted":
+        stored.unlink()
+    else:
+        stored.write_bytes(stored.read_bytes()[:1000])
+    with pytest.raises(DataError) as raised:
+        load(version.uri, tracking_uri=registry.uri)
+    assert str(raised.value).startswith(version.uri)
+    assert "reid-model-" not in str(raised.value)
+
+
+def test_datasets_of_one_name_share_a_model_name_only_if_they_share_the_evaluation(registry):
+    assert default_name("people_v1.0", "e" * 64, registry.uri) == "reid-people_v1-0"
+    registry.register("reid-people_v1-0", 0.9)
+    assert default_name("people_v1.0", "e" * 64, registry.uri) == "reid-people_v1-0"
+    other = default_name("people_v1.0", "f" * 64, registry.uri)
+    assert other == "reid-people_v1-0-ffffffff"
+    assert registry.register(other, 0.1, evaluation_digest="f" * 64).champion
 
 
 def test_model_address_without_a_version_is_a_clear_error(registry):
@@ -424,5 +467,5 @@ def test_a_deleted_experiment_is_found_before_a_run_starts(registry):
     client = connect(registry.uri)
     require_experiment(registry.uri, "short-lived")
     client.delete_experiment(client.create_experiment("short-lived"))
-    with pytest.raises(ConfigError, match="is deleted. Restore it"):
+    with pytest.raises(ConfigError, match=r"is deleted\. Restore it"):
         require_experiment(registry.uri, "short-lived")

@@ -15,7 +15,7 @@ import pytest
 from cluster.local.s3_server import S3Server
 from data_shards.building.build import build
 from data_shards.storage import open_storage
-from reid_train.registry.registry import load
+from reid_train.registry.load import load
 from reid_train.tracking.server import connect
 from reid_train.tracking.uris import local_tracking
 

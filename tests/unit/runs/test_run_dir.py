@@ -9,7 +9,7 @@ import pytest
 
 from data_shards.errors import ConfigError, DataError
 from reid_train.recipes import recipe
-from reid_train.registry.registry import SUMMARY, fetch
+from reid_train.registry.load import SUMMARY, fetch
 from reid_train.runs.run_dir import prepare, same_training
 
 RUN = recipe("demo").replace(name="r")

@@ -1,0 +1,157 @@
+"""Load a model: a registered one, a checkpoint, or the best checkpoint of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from data_shards.errors import ConfigError, DataError, ObjectMissing
+from data_shards.storage import LocalStorage, open_storage
+from reid_train.registry.registry import MISSING, all_pages, mlflow_errors
+from reid_train.tracking.server import connect
+from reid_train.tracking.uris import redact, registry_uri
+
+if TYPE_CHECKING:
+    import torch
+    from mlflow import MlflowClient
+
+    from reid_train.model.embedder import Embedder
+
+SUMMARY = "report/summary.json"
+"""File of a finished run that has its metrics and the name of its best checkpoint."""
+_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
+
+def load(
+    uri: str | Path, *, tracking_uri: str | None = None, device: torch.device | str | None = None
+) -> Embedder:
+    """Load a registered model or a checkpoint.
+
+    Args:
+        uri: `models:/name@champion`, `models:/name/3`, or the folder or s3:// URL of a checkpoint
+            or of a finished run, whose best checkpoint is taken.
+        tracking_uri: where models are registered; None takes MLFLOW_TRACKING_URI, or ./mlflow.db.
+        device: where to run; None takes a GPU if there is one.
+
+    Raises:
+        DataError: what is there is not a model.
+        StorageError: it is not there, or cannot be read.
+    """
+    from reid_train.model.embedder import Embedder
+
+    with tempfile.TemporaryDirectory(prefix="reid-model-") as temporary:
+        folder = fetch(uri, Path(temporary), tracking_uri)
+        try:
+            return Embedder.from_folder(folder, device)
+        except DataError as error:
+            # The person knows the address that was given, not a temporary folder.
+            raise DataError(str(error).replace(str(folder), str(uri).rstrip("/"))) from error
+
+
+def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Path:
+    """Fetch the files of a model into `folder`; a model that is on this machine stays in place.
+
+    Args:
+        uri: as for `load`.
+        folder: where to put the files.
+        tracking_uri: as for `load`.
+
+    Returns:
+        The folder that has the files.
+    """
+    from reid_train.model.embedder import CONFIG, WEIGHTS
+
+    location = str(uri)
+    if location.startswith("models:/"):
+        return _download(location, registry_uri(tracking_uri), folder)
+    if not open_storage(location).exists(CONFIG):
+        location = best_checkpoint(location)
+    storage = open_storage(location)
+    if isinstance(storage, LocalStorage):
+        return storage.root
+    for file in (WEIGHTS, CONFIG):
+        storage.download(file, folder / file)
+    return folder
+
+
+def best_checkpoint(run: str) -> str:
+    """Find the best checkpoint of a finished run from its summary.
+
+    Args:
+        run: folder or s3:// URL of a run. Anything that has no summary is returned as it is.
+
+    Raises:
+        DataError: there is a summary, but it names no checkpoint; or there is none, but checkpoints
+            are there, as in the folder of a run that was stopped. The message names them.
+    """
+    from reid_train.model.embedder import WEIGHTS
+
+    folder = open_storage(run)
+    try:
+        name = json.loads(folder.read(SUMMARY))["checkpoint"]
+        return folder.child(PurePosixPath(name).name).url
+    except ObjectMissing:
+        found = [key.rpartition("/")[0] for key, _ in folder.list() if key.endswith(f"/{WEIGHTS}")]
+        if not found:
+            return run
+        places = ", ".join(folder.child(name).url for name in sorted(found))
+        raise DataError(
+            f"{run} is a run that has not finished, so its best checkpoint is not known: give one "
+            f"of its checkpoints: {places}"
+        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{run} is a run whose {SUMMARY} names no checkpoint ({error!r}): give the folder of a "
+            "checkpoint"
+        ) from error
+
+
+def _download(location: str, uri: str, folder: Path) -> Path:
+    """Fetch the files of `models:/name@alias` or `models:/name/version`.
+
+    MLflow's own functions for such addresses use the registry of the whole process.
+    """
+    match = _MODEL_URI.fullmatch(location)
+    if match is None:
+        raise ConfigError(f"{location}: not models:/name@alias or models:/name/version")
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    from reid_train.model.embedder import CONFIG, WEIGHTS
+
+    name, alias, version = match.group("name", "alias", "version")
+    with mlflow_errors(f"loading {location}", uri):
+        client = connect(uri)
+        try:
+            if alias:
+                version = client.get_model_version_by_alias(name, alias).version
+            source = client.get_model_version_download_uri(name, version)
+        except MlflowException as error:
+            if error.error_code not in MISSING:
+                raise
+            raise ObjectMissing(
+                f"{location} is not registered at {redact(uri)}; {_registered(client, name)}"
+            ) from None
+        folder = Path(
+            download_artifacts(f"{source}/artifacts", dst_path=str(folder), tracking_uri=uri)
+        )
+    for file in (WEIGHTS, CONFIG):
+        if not (folder / file).exists():
+            raise DataError(
+                f"{location} at {redact(uri)} is not a model of this project: it has no {file}"
+            )
+    return folder
+
+
+def _registered(client: MlflowClient, name: str) -> str:
+    """What a person can choose from instead of a model that is not registered."""
+    models = {model.name: model for model in all_pages(client.search_registered_models)}
+    if name not in models:
+        return f"the registered models are: {', '.join(sorted(models)) or 'none'}"
+    found = all_pages(client.search_model_versions, f"name = '{name}'")
+    versions = ", ".join(str(v) for v in sorted(int(item.version) for item in found)) or "none"
+    aliases = ", ".join(f"{a} ({v})" for a, v in sorted(models[name].aliases.items())) or "none"
+    return f"{name} has the versions {versions} and the aliases {aliases}"
