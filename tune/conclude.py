@@ -17,6 +17,7 @@ from data_shards.errors import DataError
 from reid_train.config import TrainConfig
 from reid_train.runs.publish import publish
 from reid_train.runs.run_dir import REPORT
+from reid_train.tracking.server import run_page
 from reid_train.tracking.tracker import Tracker
 from tune import plots
 from tune.results import Entry, command, markdown, ranking, verdict
@@ -101,7 +102,7 @@ def _publish(best: Trial, base: TrainConfig, dataset: Dataset, store: Store) -> 
     return noted
 
 
-def show(outcome: Outcome, config: TrainConfig, console: Console) -> None:
+def show(outcome: Outcome, parent: Tracker, console: Console) -> None:
     """Print the ranking, the verdict, and where to look."""
     title = Text(f"{outcome.name}: ranking")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
@@ -120,10 +121,7 @@ def show(outcome: Outcome, config: TrainConfig, console: Console) -> None:
     if outcome.model:
         note = "now the champion" if outcome.champion else "the champion stays"
         lines.append(f"model      {outcome.model} ({note})")
-    uri = config.tracking.uri
-    if uri and uri.startswith("sqlite:"):
-        lines.append(f"MLflow     mlflow ui --backend-store-uri {uri}")
-    elif uri not in (None, "off"):
-        lines.append(f"MLflow     {uri}")
+    if parent.uri and parent.run_id:
+        lines.append(f"MLflow     {run_page(parent.uri, parent.run_id)}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

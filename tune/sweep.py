@@ -51,10 +51,10 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     dataset = Dataset.open(config.data)
     if not len(dataset.index("query")) or not len(dataset.index("gallery")):
         raise DataError(f"{config.data} has no query or gallery: a sweep compares by mAP on them")
+    config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
     preflight.check(config, dataset)
     runner.connect()
-    tracking_uri = training_uri(config.tracking.uri, config.output)
-    config = runner.resolve_device(config.replace(tracking__uri=tracking_uri))
+    config = runner.resolve_device(config)
     at_a_time = runner.slots(config, settings.concurrent)
     store = Store.open(settings, config, dataset.manifest.digest)
     base = config.replace(
@@ -80,7 +80,7 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
                 extra = wanted(trials, base, settings)
                 trials = search.run([*trials, *extra], Searcher(), len(trials) + len(extra))
         outcome = conclude(config, base, plan.space, trials, dataset, store, parent)
-    show(outcome, config, console)
+    show(outcome, parent, console)
     return outcome
 
 

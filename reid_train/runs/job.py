@@ -73,7 +73,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
                 else:
                     fit(config, dataset, tracker.run_id, lock, shown)
                 summary, rows = publish(config, dataset, tracker, shown)
-    show(summary, rows, config, console)
+    show(summary, rows, config, tracker, console)
     return summary
 
 

@@ -9,11 +9,9 @@ from data_shards.errors import ConfigError, DataError
 from reid_train.config import TrainConfig
 from reid_train.ray_utils import require_ray_cluster
 from reid_train.runs.run_dir import Run
+from reid_train.tracking.names import require_names
+from reid_train.tracking.server import require_experiment
 from reid_train.training.data import epoch_plan, train_index
-
-NOT_IN_MODEL_NAMES = "/:.%\"'"
-"""MLflow refuses the first two in names of registered models, the others in those of logged ones.
-"""
 
 
 def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> None:
@@ -33,7 +31,7 @@ def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> No
     require_ray_cluster()
     require_identities(config, dataset)
     require_measurable(dataset)
-    require_model_name(config, dataset)
+    require_tracking(config, saved)
     if len(epoch_plan(config, train_index(dataset), 0)) == 0:
         raise ConfigError(
             f"an epoch of {dataset.url} has fewer global batches than one optimizer step averages: "
@@ -72,16 +70,18 @@ def require_measurable(dataset: Dataset) -> None:
         )
 
 
-def require_model_name(config: TrainConfig, dataset: Dataset) -> None:
-    """Raise `ConfigError` if MLflow would refuse the name of the registered model."""
-    if config.tracking.uri == "off" or config.tracking.model_name == "off":
+def require_tracking(config: TrainConfig, saved: Run | None) -> None:
+    """Raise a `ReidError` if MLflow would refuse a name, or does not take a new run.
+
+    A run that is resumed continues while MLflow is away.
+    """
+    tracking = config.tracking
+    if tracking.uri == "off":
         return
-    name = config.tracking.model_name or f"reid-{dataset.manifest.name}"
-    if bad := "".join(sorted(set(name) & set(NOT_IN_MODEL_NAMES))):
-        raise ConfigError(
-            f"MLflow cannot register a model named {name!r}, because of {bad}: give another name "
-            "with --tracking.model-name, or --tracking.model-name off to register nothing"
-        )
+    model = None if tracking.model_name == "off" else tracking.model_name
+    require_names(model=model, experiment=tracking.experiment, run=config.name)
+    if tracking.uri is not None and saved is None:
+        require_experiment(tracking.uri, tracking.experiment)
 
 
 def _build(config: TrainConfig, dataset: Dataset) -> None:

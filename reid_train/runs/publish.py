@@ -36,6 +36,7 @@ from reid_train.runs.checkpoint_store import (
 )
 from reid_train.runs.run_dir import REPORT
 from reid_train.tracking.provenance import code_commit
+from reid_train.tracking.server import run_page
 from reid_train.tracking.tracker import Tracker
 from reid_train.training.checkpoint import RANK_LIST, Checkpoint
 from reid_train.training.history import History
@@ -145,7 +146,9 @@ def _publish(
     return summary, rows
 
 
-def show(summary: Summary, rows: list[Row], config: TrainConfig, console: Console) -> None:
+def show(
+    summary: Summary, rows: list[Row], config: TrainConfig, tracker: Tracker, console: Console
+) -> None:
     """Print the table, and where the report, the model and MLflow are."""
     print_summary(console, rows, title=f"{summary.name}: before and after training")
     console.print(f"report     {summary.report}", highlight=False, soft_wrap=True)
@@ -155,11 +158,9 @@ def show(summary: Summary, rows: list[Row], config: TrainConfig, console: Consol
     else:
         model = f"{config.output.rstrip('/')}/{summary.name}/{summary.checkpoint}"
     console.print(f"model      {model}", highlight=False, soft_wrap=True)
-    if config.tracking.uri and config.tracking.uri.startswith("sqlite:"):
-        command = f"mlflow ui --backend-store-uri {config.tracking.uri}"
-        console.print(f"MLflow     {command}", highlight=False, soft_wrap=True)
-    elif config.tracking.uri not in (None, "off"):
-        console.print(f"MLflow     {config.tracking.uri}", highlight=False, soft_wrap=True)
+    if tracker.uri and tracker.run_id:
+        page = run_page(tracker.uri, tracker.run_id)
+        console.print(f"MLflow     {page}", highlight=False, soft_wrap=True)
 
 
 def _before_and_after(

@@ -27,7 +27,7 @@ def told(model: str | None) -> str:
         champion=model is not None,
     )
     screen = io.StringIO()
-    show(summary, [], RUN, Console(file=screen, width=60))
+    show(summary, [], RUN, Tracker(None, None), Console(file=screen, width=60))
     return screen.getvalue()
 
 
