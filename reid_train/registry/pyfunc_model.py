@@ -25,10 +25,14 @@ class EmbeddingModel(PythonModel):
         """Read the weights; use a GPU if there is one."""
         self._embedder = Embedder.from_folder(Path(context.artifacts["weights"]).parent)
 
-    def predict(
-        self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None
-    ) -> np.ndarray:
+    # MLflow warns of type hints that it cannot turn into a signature, so the input has none.
+    def predict(self, context, model_input, params: dict[str, Any] | None = None) -> np.ndarray:
         """Embed a batch.
+
+        Args:
+            context: not used.
+            model_input: (N, H, W, 3) uint8, RGB.
+            params: not used.
 
         Raises:
             MlflowException: the images have another shape or type; the message says how to convert

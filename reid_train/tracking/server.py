@@ -45,10 +45,8 @@ _KNOWN = {
     "file is not a database": "the file is not a SQLite database: give another path",
     "readonly database": "the file may not be written: check its permissions",
     "database is locked": "another process keeps the file locked: stop it, or use an MLflow server",
-    "out-of-date database schema": "the database was written by an older MLflow: make a backup and "
-    "run: mlflow db upgrade {uri}",
-    "Can't locate revision": "the database was written by a newer MLflow than this one, {version}: "
-    "install the version that wrote it",
+    "out-of-date database schema": "the database is of another MLflow than {version}. If that is "
+    "older, make a backup and run: mlflow db upgrade {uri}. If it is newer, install that version",
     "filesystem tracking backend": "MLflow keeps no runs in plain folders any more: give "
     "sqlite:////path/mlflow.db, or a server with http:// before its address",
     "unsupported URI": "MLflow does not know such addresses: give http://host:port, or "
