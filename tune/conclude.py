@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +58,7 @@ def conclude(
     """
     entries = ranking(trials, base)
     if not entries:
-        reasons = {trial.reason for trial in trials if trial.reason}
-        raise DataError(f"no trial was trained to its end: {'; '.join(sorted(reasons))}")
+        raise DataError(common_cause(trials))
     best = entries[0].best
     summary = _publish(best, base, dataset, store)
     sentences = verdict(entries)
@@ -85,6 +87,20 @@ def conclude(
         report=f"{base.output}/{REPORT}",
         model=summary["model"],
         champion=summary["champion"],
+    )
+
+
+def common_cause(trials: Sequence[Trial]) -> str:
+    """One line on trials of which none was trained to its end."""
+    failed = [trial for trial in trials if trial.state == "failed"]
+    # The same cause has other numbers in each trial: steps, values, bytes.
+    kinds = Counter(re.sub(r"\d[\d.,e+-]*", "0", trial.reason) for trial in failed)
+    (kind, count), *others = kinds.most_common()
+    example = next(t for t in failed if re.sub(r"\d[\d.,e+-]*", "0", t.reason) == kind)
+    share = "all" if not others else f"{count} of them"
+    return (
+        f"none of {len(trials)} trials was trained to its end; {len(failed)} failed, {share} as "
+        f"{example.name}: {example.reason}"
     )
 
 

@@ -43,7 +43,7 @@ class Sweep(Section):
     grace: Count | None = None
     """Epochs before a trial may be stopped; None is the first evaluation after the frozen phase and
     the warm-up that follows it (earlier in a short run, but not while the backbone is frozen)."""
-    reduction: Annotated[float, Field(gt=1)] = 3
+    reduction: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3
     """asha and hyperband keep one in so many trials at each rung."""
     interval: Count | None = None
     """Epochs between a population's exchanges; None is the evaluations' interval. The first

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from data_shards.errors import ConfigError
+from data_shards.errors import ConfigError, Interrupted
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import out_of_memory
+from reid_train.runs.process import Stop, stop_signals
 from reid_train.runs.ray_internals import release
 from reid_train.runs.ray_trainer import start_ray
 from tune.controller import Controller
@@ -71,7 +74,8 @@ def run(
         stopping: judges evaluations; None stops no trial.
 
     Raises:
-        KeyboardInterrupt: it was interrupted; the sweep can be continued from its store.
+        Interrupted: SIGTERM or SIGINT ended it; the sweep can be continued from its store.
+        ReidError: the store cannot be written, or another error that a person can mend.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -81,7 +85,8 @@ def run(
     # each time that MLflow takes half a second.
     for noisy in ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="reid-tune-") as folder:
+    with tempfile.TemporaryDirectory(prefix="reid-tune-") as folder, stop_signals() as stop:
+        ending = _Ending(stop)
         # Ray Tune's own pickled state is never read again: a sweep continues from its store.
         tuner = tune.Tuner(
             tune.with_resources(
@@ -90,8 +95,8 @@ def run(
                 {"memory": 1 << 20},
             ),
             tune_config=tune.TuneConfig(
-                search_alg=_NextTrial(controller),
-                scheduler=_Results(controller, stopping),
+                search_alg=_NextTrial(controller, ending),
+                scheduler=_Results(controller, stopping, ending),
                 num_samples=-1,
                 max_concurrent_trials=at_a_time,
                 trial_name_creator=_name,
@@ -101,12 +106,19 @@ def run(
                 name="tune",
                 storage_path=str(Path(folder)),
                 verbose=0,
+                stop=ending,
                 # The controller runs a lost trial again; Ray Tune would give up one that is lost
                 # as it starts.
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
         tuner.fit()
+    if ending.error is not None:
+        raise ending.error
+    if stop.signal is not None and not controller.over:
+        raise Interrupted(
+            f"stopped by {stop.signal.name}; the same command continues the sweep", stop.signal
+        )
 
 
 class _Unsaved:
@@ -116,15 +128,43 @@ class _Unsaved:
         return {}
 
 
+class _Ending(_Unsaved, tune.Stopper):
+    """Ends the run after a signal, or an error in the controller, such as a full disk.
+
+    Ray Tune would take such an error for the trial's, or print it in a traceback of its own.
+    """
+
+    def __init__(self, stop: Stop):
+        self._stop = stop
+        self.error: Exception | None = None
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Keep an error of the block until Ray Tune has ended."""
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.error is not None or self._stop.signal is not None
+
+
 class _NextTrial(_Unsaved, Searcher):
     """Hands the controller's next trial to Ray Tune."""
 
-    def __init__(self, controller: Controller):
+    def __init__(self, controller: Controller, ending: _Ending):
         super().__init__()
-        self._controller = controller
+        self._controller, self._ending = controller, ending
 
     def suggest(self, trial_id: str) -> Any:
-        trial = self._controller.next()
+        trial = None
+        if not self._ending.stop_all():
+            with self._ending.guard():
+                trial = self._controller.next()
         if trial is None:
             # None: another may come, for example a lost one that has to run again.
             return Searcher.FINISHED if self._controller.over else None
@@ -151,13 +191,14 @@ class _NextTrial(_Unsaved, Searcher):
 class _Results(_Unsaved, FIFOScheduler):
     """Hands what Ray Tune reports of trials to the controller, and its decision back."""
 
-    def __init__(self, controller: Controller, stopping: EarlyStopping | None):
+    def __init__(self, controller: Controller, stopping: EarlyStopping | None, ending: _Ending):
         super().__init__()
-        self._controller, self._stopping = controller, stopping
+        self._controller, self._stopping, self._ending = controller, stopping, ending
 
     def on_trial_add(self, tune_controller, trial) -> None:
         if self._stopping is not None:
-            self._stopping.add(tune_controller, trial.config["number"], trial)
+            with self._ending.guard():
+                self._stopping.add(tune_controller, trial.config["number"], trial)
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
         number, stopping = trial.config["number"], self._stopping
@@ -165,15 +206,20 @@ class _Results(_Unsaved, FIFOScheduler):
         def lags(evaluation: dict[str, Any]) -> bool:
             return stopping is not None and stopping.lags(tune_controller, number, evaluation)
 
-        if "failure" in result:
-            self._controller.fail(number, result["failure"])
-            return TrialScheduler.CONTINUE
-        evaluations = result.get("kept", [{n: result[n] for n in result if _is_metric(n)}])
-        stops = self._controller.result(number, evaluations, lags)
+        stops = False
+        with self._ending.guard():
+            if "failure" in result:
+                self._controller.fail(number, result["failure"])
+            else:
+                one = {name: result[name] for name in result if _is_metric(name)}
+                stops = self._controller.result(number, result.get("kept", [one]), lags)
         return TrialScheduler.STOP if stops else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller, trial, result: dict[str, Any]) -> None:
-        self._controller.finish(trial.config["number"])
+        # Trials also complete when the run ends early: theirs is not the end of a training.
+        if not self._ending.stop_all():
+            with self._ending.guard():
+                self._controller.finish(trial.config["number"])
 
     def on_trial_error(self, tune_controller, trial) -> None:
         number, controller = trial.config["number"], self._controller

@@ -243,7 +243,10 @@ def grid(space: Space, points: int) -> list[dict[str, Value]]:
         steps += 1
     if fixed > points or (ranges and steps < 2):
         least = fixed * 2 ** len(ranges)
-        raise ConfigError(f"a grid over this space has {least} points or more, not {points}")
+        raise ConfigError(
+            f"a grid over this space has {least} points or more, and --trials leaves {points} for "
+            f"it: give {least - points} more, or search fewer fields"
+        )
     axes = [
         d.values
         if isinstance(d, Choice)

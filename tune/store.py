@@ -165,7 +165,7 @@ class Store:
         """All trials, by number.
 
         Raises:
-            ConfigError: one cannot be read.
+            ConfigError: one cannot be read, or is missing.
         """
         found = []
         for key, _ in self.storage.list("trials/"):
@@ -176,7 +176,14 @@ class Store:
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"{self.storage.url}/{key} is damaged: {error}") from error
             found.append(trial)
-        return sorted(found, key=lambda trial: trial.number)
+        found.sort(key=lambda trial: trial.number)
+        for number, trial in enumerate(found):
+            if trial.number != number:
+                raise ConfigError(
+                    f"{self.storage.url}/trials/trial-{number:03d}.json is missing, and later "
+                    "trials are there: restore it, or start a new sweep under another --name"
+                )
+        return found
 
 
 def _same_population(before: dict, after: dict, where: str) -> None:
@@ -191,11 +198,15 @@ def _same_population(before: dict, after: dict, where: str) -> None:
 
 
 def _changed(before: dict, after: dict) -> list[str]:
-    """Names of settings that differ and may not."""
+    """Names of settings that differ and may not.
+
+    A setting that an older version did not know counts as its default.
+    """
     names = []
-    for part in ("sweep", "config"):
-        old, new = _flat(before[part]), _flat(after[part])
-        free = EXTENDABLE if part == "sweep" else NEUTRAL
+    defaults = {"sweep": Sweep(), "config": TrainConfig()}
+    for part, free in (("sweep", EXTENDABLE), ("config", NEUTRAL)):
+        new = _flat(after[part])
+        old = _flat(defaults[part].model_dump(mode="json")) | _flat(before[part])
         names += [
             name
             for name in sorted(old.keys() | new.keys())

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 
 from data_shards.dataset import Dataset
-from data_shards.errors import DataError, StorageError
+from data_shards.errors import DataError, ReidError, StorageError
 from data_shards.progress import make_console
 from reid_train.config import TrainConfig
-from reid_train.runs import preflight
+from reid_train.runs import preflight, run_lock
 from reid_train.runs.console import Board, beside_driver
 from reid_train.runs.run_dir import prepare
 from reid_train.tracking.provenance import code_commit
@@ -61,12 +61,15 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
         output=f"{config.output.rstrip('/')}/{config.name}", evaluation__initial=False
     )
     console.print(_announcement(plan, at_a_time), soft_wrap=True, markup=False, highlight=False)
-    with Tracker.start(
-        None if config.tracking.uri == "off" else config.tracking.uri,
-        config.tracking.experiment,
-        run_name=config.name,
-        run_id=store.noted("mlflow").get("run_id"),
-    ) as parent:
+    with (
+        run_lock.held(store.storage, str(config.name)),
+        Tracker.start(
+            None if config.tracking.uri == "off" else config.tracking.uri,
+            config.tracking.experiment,
+            run_name=config.name,
+            run_id=store.noted("mlflow").get("run_id"),
+        ) as parent,
+    ):
         if not store.noted("mlflow"):
             store.note("mlflow", {"run_id": parent.run_id})
             parent.log_parameters(config.flat() | settings.model_dump(mode="json"))
@@ -123,11 +126,20 @@ class _Search:
             originals = [trial for trial in trials if trial.repeats is None]
             stopping = EarlyStopping(self.settings, self.base, originals)
         board = beside_driver(Board).remote()
-        with watch(controller, board, self.console, total, self.at_a_time):
-            runner.run(controller, board, self.at_a_time, stopping)
-        if not controller.over:
-            raise KeyboardInterrupt
+        try:
+            with watch(controller, board, self.console, total, self.at_a_time):
+                runner.run(controller, board, self.at_a_time, stopping)
+        except ReidError:
+            self._release(controller.trials)
+            raise
         return controller.trials
+
+    def _release(self, trials: Sequence[Trial]) -> None:
+        """Let MLflow show what was cut short as killed; continuing opens the runs again."""
+        for trial in trials:
+            if trial.state == "running" and trial.mlflow_run_id is not None:
+                uri = self.base.tracking.uri
+                Tracker(uri, trial.mlflow_run_id, system_metrics=False).finish("KILLED")
 
     def _ended(self, trial: Trial) -> None:
         _end_child(trial, self.base)

@@ -315,6 +315,25 @@ def test_a_damaged_trial_is_named(store):
         store.trials()
 
 
+def test_a_missing_trial_is_named(store):
+    for number in (0, 2):
+        store.save(Trial(number, {}))
+    with pytest.raises(ConfigError, match=r"trial-001\.json is missing.*another --name"):
+        store.trials()
+
+
+def test_a_setting_that_an_older_version_did_not_know_counts_as_its_default(tmp_path):
+    config = BASE.replace(output=str(tmp_path))
+    Store.open(SETTINGS, config, "digest")
+    path = tmp_path / "s" / "sweep.json"
+    saved = json.loads(path.read_text())
+    del saved["sweep"]["interval"], saved["config"]["loss"]["label_smoothing"]
+    path.write_text(json.dumps(saved))
+    Store.open(SETTINGS, config, "digest")
+    with pytest.raises(ConfigError, match=r"other settings of loss\.label_smoothing"):
+        Store.open(SETTINGS, config.replace(loss__label_smoothing=0.05), "digest")
+
+
 def test_a_sweep_may_grow_but_not_change(tmp_path):
     config = BASE.replace(output=str(tmp_path))
     Store.open(SETTINGS, config, "digest")

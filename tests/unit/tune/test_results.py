@@ -23,6 +23,7 @@ from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
 from reid_train.training.history import History
 from tune import plots
+from tune.conclude import common_cause
 from tune.console import Paces, describe, ending, summary, table, watch
 from tune.results import command, held, markdown, ranking, survivors, verdict
 from tune.space import AMPLITUDE, MODE, THETA_MULTIPLIER, build, default, draw, first_points
@@ -170,6 +171,23 @@ def test_the_command_line_trains_the_same_configuration(changes):
         config=(tyro.conf.AvoidSubcommands,),
     ).config
     assert parsed == config.replace(output="s3://b/runs", name=None)
+
+
+def test_trials_that_all_failed_are_one_line_with_the_common_cause():
+    def failed(number: int, reason: str) -> Trial:
+        return Trial(number, {}, state="failed", reason=reason)
+
+    trials = [failed(n, f"the loss is not finite at step {n + 3}") for n in range(4)]
+    assert common_cause(trials) == (
+        "none of 4 trials was trained to its end; 4 failed, all as trial-000: "
+        "the loss is not finite at step 3"
+    )
+    trials += [failed(4, "memory ran out"), Trial(5, {}, state="stopped", reason="behind others")]
+    text = common_cause(trials)
+    assert text.startswith(
+        "none of 6 trials was trained to its end; 5 failed, 4 of them as trial-0"
+    )
+    assert "memory" not in text
 
 
 def test_tables_name_every_trial():
