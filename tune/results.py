@@ -79,8 +79,8 @@ class Entry:
 def ranking(trials: Sequence[Trial], base: TrainConfig) -> list[Entry]:
     """Configurations that were trained to the end, the best first.
 
-    Those repeated with fresh seeds come before those trained once: a single high score among many
-    is mostly luck.
+    Those repeated with fresh seeds come before those trained once: one high score among many is
+    mostly luck.
     """
     entries = []
     for trial in trials:
@@ -110,7 +110,7 @@ def held(trials: Sequence[Trial], base: TrainConfig) -> Trial | None:
     """A repeat of the best adaptive configuration with θ's learning rate at 0.
 
     Over constant L2 and no L2, which keep the base's learning rate, that configuration has two
-    advantages: it was searched for, and its λ are learnt. This takes the second away.
+    advantages: it was searched for, and its λ are learnt. This removes the second.
     """
     best = next((e.trial for e in ranking(trials, base) if e.mode == "adaptive"), None)
     if best is None:

@@ -1,4 +1,4 @@
-"""What is searched: ranges of configuration fields, and the points that a sweep starts with.
+"""What is searched: ranges of configuration fields, and the first points of a sweep.
 
 Pure functions on values. A space maps dotted names of `TrainConfig` fields to dimensions:
 
@@ -27,11 +27,11 @@ LEARNING_RATE = "optimizer.learning_rate"
 THETA_MULTIPLIER = "regularization.theta_lr_multiplier"
 MODE = "regularization.mode"
 SECTIONS = ("batch", "image", "augment", "model", "regularization", "loss", "optimizer")
-"""Sections whose fields can be searched; the others do not change what is learnt."""
+"""Sections with fields that can be searched; the others do not change what is learnt."""
 FIXED = "fixed"
 """In place of a dimension: the field keeps its configured value."""
 GOLDEN = (math.sqrt(5) - 1) / 2
-"""A share of a range; irrational, so that of round ends it makes no whole number."""
+"""A share of a range that falls on no whole number: it shows whether a field takes only integers."""
 _CALL = re.compile(r"\s*(\w+)\s*\((.*)\)\s*")
 
 
@@ -44,7 +44,7 @@ class Real:
     log: bool = False
 
     def near(self, value: float) -> float:
-        """The value with four digits, or the end of the range that it is beyond with those."""
+        """The value with four digits, clipped to the range."""
         return min(max(significant(value), self.low), self.high)
 
     def at(self, quantile: float) -> float:
@@ -55,7 +55,7 @@ class Real:
         return self.near(self.low + quantile * (self.high - self.low))
 
     def edges(self) -> tuple[Value, ...]:
-        """Values at which a configuration is checked: the ends, and one that is no whole number."""
+        """Values at which a configuration is checked: the ends, and one that is not an integer."""
         return self.low, self.low + GOLDEN * (self.high - self.low), self.high
 
 
@@ -95,10 +95,10 @@ Space = dict[str, Dimension]
 
 
 def default(config: TrainConfig) -> dict[str, str]:
-    """Amplitude, learning rate and θ's multiplier: λ falls from A/2 at a pace set by the rates.
+    """The ranges searched by default: amplitude, learning rate and θ's learning-rate multiplier.
 
-    The range of the learning rate is widened where the configuration's own lies near or beyond
-    its ends.
+    λ falls from A/2 at a pace set by both rates. The range of the learning rate is widened if the
+    configuration's own is near its ends, or outside.
     """
     own = config.optimizer.learning_rate
     low = max(min(5e-5, own / 2), config.optimizer.minimum_learning_rate)
@@ -177,7 +177,9 @@ def build(texts: Mapping[str, str], config: TrainConfig) -> Space:
         except ConfigError as error:
             tried = ", ".join(f"{name} = {value}" for name, value in point.items())
             hint = "; write integer(LOW, HIGH)" if "valid integer" in str(error) else ""
-            raise ConfigError(f"the space holds what cannot run, {tried}: {error}{hint}") from error
+            raise ConfigError(
+                f"the space has a value that cannot run, {tried}: {error}{hint}"
+            ) from error
     return space
 
 
@@ -226,12 +228,12 @@ def first_points(config: TrainConfig, factors: Iterable[float]) -> dict[str, dic
 
 
 def draw(space: Space, rng: np.random.Generator) -> dict[str, Value]:
-    """One point of the space, each dimension by itself."""
+    """A random point of the space, each field drawn independently."""
     return {name: dimension.at(float(rng.random())) for name, dimension in space.items()}
 
 
 def grid(space: Space, points: int) -> list[dict[str, Value]]:
-    """The finest regular grid of at most `points` points: as many values on each continuous axis.
+    """The finest grid of at most `points` points, with as many values on each numeric axis.
 
     Raises:
         ConfigError: even two values an axis are too many.
@@ -257,7 +259,7 @@ def grid(space: Space, points: int) -> list[dict[str, Value]]:
 
 
 def coordinates(space: Space, config: TrainConfig) -> dict[str, Value] | None:
-    """Where a configuration lies in the space; None if outside."""
+    """A configuration's values of what is searched; None if one is outside its range."""
     flat = config.flat()
     if MODE not in space and config.regularization.mode != "adaptive":
         return None

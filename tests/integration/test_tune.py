@@ -356,7 +356,7 @@ def test_a_killed_driver_is_continued_and_nothing_is_run_twice(survived: Survive
             assert steps_of(trial, survived.folder) == list(range(1, EPOCHS * STEPS + 1))
 
 
-def test_a_diverging_trial_is_marked_with_the_reason_and_the_sweep_goes_on(survived: Survived):
+def test_a_diverging_trial_is_marked_with_the_reason_and_the_sweep_continues(survived: Survived):
     assert [t.state for t in survived.outcome.trials] == [
         "finished",
         "finished",
@@ -369,7 +369,7 @@ def test_a_diverging_trial_is_marked_with_the_reason_and_the_sweep_goes_on(survi
     assert not trial.evaluations
 
 
-def test_a_trial_whose_process_and_node_were_lost_goes_on_from_its_checkpoint(survived: Survived):
+def test_a_trial_whose_process_and_node_were_lost_resumes_from_its_checkpoint(survived: Survived):
     trial = survived.outcome.trials[3]
     assert trial.state == "finished"
     # One curve without a gap or a step seen twice: what came before the kills is in it.

@@ -76,6 +76,6 @@ def test_a_trial_that_runs_out_of_memory_is_marked_with_where_and_what_used_it(t
     assert "--resume" not in trials[0].reason
 
 
-def test_the_sweep_goes_on_after_it(trials):
+def test_the_sweep_continues_after_it(trials):
     assert trials[1].state == "finished"
     assert trials[1].evaluations

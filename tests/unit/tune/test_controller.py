@@ -106,7 +106,7 @@ def test_a_search_begins_with_the_first_points_and_ends(store, name):
 
 
 @pytest.mark.parametrize("name", ["tpe", "random", "grid", "population"])
-def test_a_killed_driver_goes_on_and_runs_nothing_twice(store, name):
+def test_a_killed_driver_continues_and_runs_nothing_twice(store, name):
     whole = Controller(Store(store.storage.child("whole")), BASE, first(), searcher(name))
     play(whole)
     begun: list[tuple[int, int]] = []
@@ -273,7 +273,7 @@ def test_explored_settings_stay_near_or_inside():
         assert moved != values
 
 
-def test_a_member_goes_on_from_its_own_or_its_donors_checkpoint(store):
+def test_a_member_continues_from_its_own_or_its_donors_checkpoint(store):
     population = Population(4, 2, SPACE, BASE, 0)
     controller = Controller(store, BASE, [], population)
     for _ in range(4):
