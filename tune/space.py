@@ -31,7 +31,7 @@ SECTIONS = ("batch", "image", "augment", "model", "regularization", "loss", "opt
 FIXED = "fixed"
 """In place of a dimension: the field keeps its configured value."""
 GOLDEN = (math.sqrt(5) - 1) / 2
-"""A share of a range that falls on no whole number: it shows whether a field takes only integers."""
+"""A share of a range that is no whole number: a field that takes only integers refuses it."""
 _CALL = re.compile(r"\s*(\w+)\s*\((.*)\)\s*")
 
 
