@@ -303,10 +303,10 @@ def test_a_member_continues_from_its_own_or_its_donors_checkpoint(store):
 
 
 def test_a_trial_reads_as_it_was_written(store):
-    trial = Trial(7, {AMPLITUDE: 0.01}, seed=3, repeats=2, evaluations=[report(1, 0.5)])
+    trial = Trial(0, {AMPLITUDE: 0.01}, seed=3, repeats=2, evaluations=[report(1, 0.5)])
     store.save(trial)
     assert store.trials() == [trial]
-    assert json.loads(store.storage.read("trials/trial-007.json")) == asdict(trial)
+    assert json.loads(store.storage.read("trials/trial-000.json")) == asdict(trial)
 
 
 def test_a_damaged_trial_is_named(store):
