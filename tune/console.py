@@ -159,20 +159,25 @@ def table(trials: Sequence[Trial], paces: Paces) -> Table:
 
 def summary(trials: Sequence[Trial], paces: Paces, total: int, slots: int) -> str:
     """One line on the whole sweep."""
-    counts = {s: sum(t.state == s for t in trials) for s in ("running", *ENDED)}
-    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    counts = {state: sum(t.state == state for t in trials) for state in ("running", *ENDED)}
+    running = counts.pop("running")
+    ended = sum(counts.values())
+    states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    parts = [f"{ended} of {total} trials ended" + (f" ({states})" if states else "")]
+    parts.append(f"{running} running")
     best = max((t for t in trials if t.evaluations), key=lambda t: t.score, default=None)
-    leads = f", best mAP {100 * best.score:.1f} ({best.name})" if best else ""
-    lefts = [paces.left(t.number) for t in trials if t.state == "running"]
+    if best is not None:
+        parts.append(f"best mAP {100 * best.score:.1f} ({best.name})")
     took = [t.ended - t.began for t in trials if t.state in ENDED and t.ended > t.began]
     took = took or paces.whole()
     left = None
     if took:
         mean = sum(took) / len(took)
-        ahead = max(total - len(trials), 0) * mean
+        lefts = [paces.left(t.number) for t in trials if t.state == "running"]
         known = [mean if seconds is None else seconds for seconds in lefts]
+        ahead = max(total - ended - running, 0) * mean
         left = max((ahead + sum(known)) / slots, *known, 0.0)
-    return f"{len(trials)} of {total} trials: {text or 'starting'}{leads}; {duration(left)} left"
+    return f"{', '.join(parts)}; {duration(left)} left"
 
 
 def ending(trial: Trial, trials: Sequence[Trial]) -> str:

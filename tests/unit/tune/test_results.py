@@ -218,12 +218,12 @@ def test_the_live_table_shows_speed_and_time_left():
 
 
 def test_the_summary_estimates_the_time_left_before_a_trial_has_ended():
-    trials, paces = [Trial(0, {}, state="running")], Paces()
-    assert summary(trials, paces, 4, 1) == "1 of 4 trials: 1 running; ? left"
+    trials, paces = [Trial(0, {}, state="running"), Trial(1, {})], Paces()
+    assert summary(trials, paces, 4, 1) == "0 of 4 trials ended, 1 running; ? left"
     for step, now in ((5, 100.0), (10, 110.0)):
         paces.update(trials, {"trial-000": progress(0, step)}, now)
     # 60 s of this one, and three of 80 s.
-    assert summary(trials, paces, 4, 1) == "1 of 4 trials: 1 running; 0:05:00 left"
+    assert summary(trials, paces, 4, 1) == "0 of 4 trials ended, 1 running; 0:05:00 left"
     assert summary(trials, paces, 4, 2).endswith("0:02:30 left")
     assert summary(trials, paces, 4, 9).endswith("0:01:00 left")
 
@@ -231,7 +231,9 @@ def test_the_summary_estimates_the_time_left_before_a_trial_has_ended():
 def test_the_summary_counts_trials_and_names_the_best():
     trials = [trained(0, 0.5), Trial(1, {}, state="failed", reason="x"), Trial(2, {})]
     line = summary(trials, Paces(), total=4, slots=2)
-    assert line.startswith("3 of 4 trials: 1 finished, 1 failed, best mAP 50.0 (trial-000); ")
+    assert line.startswith(
+        "2 of 4 trials ended (1 finished, 1 failed), 0 running, best mAP 50.0 (trial-000); "
+    )
 
 
 def test_a_trial_that_ended_is_printed_with_its_rank():
@@ -257,7 +259,9 @@ def test_each_trial_that_ends_has_a_line_in_a_log_though_the_board_is_slow():
     with watch(sweep, SlowBoard, Console(file=text, width=60), 2, 1):
         time.sleep(1.2)
         sweep.trials = [trained(0, 0.5, label="paper")]
-    assert "trial-000 finished, mAP 50.0, rank 1 of 1 (paper); 1 of 2 trials: " in text.getvalue()
+    assert (
+        "trial-000 finished, mAP 50.0, rank 1 of 1 (paper); 1 of 2 trials ended" in text.getvalue()
+    )
     assert text.getvalue().count("trial-000 finished") == 1
 
 
