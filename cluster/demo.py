@@ -54,6 +54,9 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         run_folder = open_storage(output).child(summary.name)
         for key, _ in run_folder.list(f"{REPORT}/"):
             run_folder.download(key, report / Path(key).name)
+        import ray
+
+        ray.shutdown()  # a Ray head that still has a driver takes half a minute to stop
     finally:
         with display(console) as progress, phase(progress, "stopping the servers"):
             local.stop(folder)

@@ -115,6 +115,8 @@ def _counted(
 ) -> Iterator[Batch]:
     """Yield the same batches; rank 0 reports progress as if all ranks were equally fast."""
     done = 0
+    if context.rank == 0:
+        context.progress(stage, 0, total)
     for batch in batches:
         yield batch
         if context.rank == 0:
