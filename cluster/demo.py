@@ -56,7 +56,7 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
             run_folder.download(key, report / Path(key).name)
         import ray
 
-        ray.shutdown()  # a Ray head that still has a driver takes half a minute to stop
+        ray.shutdown()  # before its head stops
     finally:
         with display(console) as progress, phase(progress, "stopping the servers"):
             local.stop(folder)
