@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from data_shards.errors import ConfigError, ObjectExists
+from data_shards.errors import ConfigError
 from data_shards.storage import Storage, open_storage
 from reid_train.config import TrainConfig
 from tune.config import EXTENDABLE, NEUTRAL, Sweep
@@ -121,8 +121,16 @@ class Store:
     storage: Storage
 
     @classmethod
-    def open(cls, settings: Sweep, config: TrainConfig, manifest_digest: str) -> Store:
+    def open(
+        cls, settings: Sweep, config: TrainConfig, manifest_digest: str, *, create: bool = True
+    ) -> Store:
         """Create a sweep's folder, or continue the same sweep.
+
+        Args:
+            settings: of the sweep.
+            config: what every trial starts from.
+            manifest_digest: of the dataset.
+            create: False only checks: a new sweep takes its name after all other checks.
 
         Raises:
             ConfigError: another sweep, or a run, has that name.
@@ -136,16 +144,17 @@ class Store:
         where = f"{config.output}/{config.name}"
         if store.storage.exists("run.json"):
             raise ConfigError(f"{where} is a training run: give the sweep another --name")
-        try:
-            store.storage.write("sweep.json", _json(saved), create_once=True)
-        except ObjectExists:
-            before = json.loads(store.storage.read("sweep.json"))
-            _same_population(before["sweep"], saved["sweep"], where)
-            if changed := _changed(before, saved):
-                raise ConfigError(
-                    f"the sweep {where} had other settings of {', '.join(changed)}: leave them as "
-                    "they were to continue it, or give another --name"
-                ) from None
+        if not store.storage.exists("sweep.json"):
+            if create:
+                store.storage.write("sweep.json", _json(saved), create_once=True)
+            return store
+        before = json.loads(store.storage.read("sweep.json"))
+        _same_population(before["sweep"], saved["sweep"], where)
+        if changed := _changed(before, saved):
+            raise ConfigError(
+                f"the sweep {where} had other settings of {', '.join(changed)}: leave them as "
+                "they were to continue it, or give another --name"
+            )
         return store
 
     def note(self, name: str, values: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
         raise DataError(f"{config.data} has no query or gallery: a sweep compares by mAP on them")
     config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
     preflight.check(config, dataset)
+    Store.open(settings, config, dataset.manifest.digest, create=False)
     runner.connect()
     config = runner.resolve_device(config)
     at_a_time = runner.slots(config, settings.concurrent)

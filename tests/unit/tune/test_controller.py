@@ -356,6 +356,15 @@ def test_a_population_does_not_grow(tmp_path):
         Store.open(settings.model_copy(update={"trials": 99}), config, "digest")
 
 
+def test_a_sweep_is_checked_without_taking_its_name(tmp_path):
+    config = BASE.replace(output=str(tmp_path))
+    Store.open(SETTINGS, config, "digest", create=False)
+    assert not (tmp_path / "s").exists()
+    Store.open(SETTINGS, config, "digest")
+    with pytest.raises(ConfigError, match="other settings"):
+        Store.open(SETTINGS, config, "other", create=False)
+
+
 def test_a_run_of_that_name_is_not_touched(tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "run.json").write_text("{}")
