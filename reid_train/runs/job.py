@@ -71,6 +71,8 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
                 if finished:
                     _send_missing(config, tracker)
                 else:
+                    if saved and not stored_checkpoints(folder.url):
+                        shown.print(f"{folder.url} has no checkpoint: training starts at step 1")
                     fit(config, dataset, tracker.run_id, lock, shown)
                 summary, rows = publish(config, dataset, tracker, shown)
     show(summary, rows, config, tracker, console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import build_dataset, config, make_worker
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ReidError, StorageError
 from reid_train.config import TrainConfig
-from reid_train.registry.registry import SUMMARY
+from reid_train.registry.load import SUMMARY
 from reid_train.runs import job, preflight
 from reid_train.runs.checkpoint_store import Keeper, newest_whole
 from reid_train.tracking.tracker import Tracker
@@ -78,6 +79,14 @@ def test_finished_run_without_its_report_gets_it(settings, fitted):
     run(settings, resume=True)
     assert json.loads(summary.read_text()) == before
     assert len(fitted) == 1
+
+
+def test_resuming_a_run_whose_checkpoints_are_gone_starts_over_and_says_so(settings, fitted):
+    run(settings)
+    for folder in Path(settings.output, "läuft").glob("checkpoint_*"):
+        shutil.rmtree(folder)
+    assert "läuft has no checkpoint: training starts at step 1" in run(settings, resume=True)
+    assert len(fitted) == 2
 
 
 def test_finished_run_is_extended(settings, fitted):
