@@ -32,7 +32,7 @@ def test_wrong_credentials_are_told_and_not_repeated(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name, value in change.items():
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
-    secrets = [s3.server.secret_key, "=wrong"]
+    secrets = [s3.server.environment()["AWS_SECRET_ACCESS_KEY"], "=wrong"]
     for code, said in (
         say("data_shards", "info", f"{s3.url}/data"),
         train(say, "--data", dataset, "--output", f"{s3.url}/runs"),
