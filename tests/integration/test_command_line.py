@@ -98,7 +98,7 @@ def test_dataset_without_train_split_is_refused(say, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        (["--batch.identities", 3], 2, "a batch has 3 people, but the training split has 2"),
+        (["--batch.identities", 3], 2, "3 people a batch, but the training split has 2: give --batch.identities 2"),
         (["--image.height", 16], 2, "use higher images or fewer stripes"),
         (["--regularization.exclude", "x*"], 2, "exclude pattern 'x.' matches no parameter"),
         (["--batch.steps-per-epoch", "None", "--batch.accumulate", 9], 2, "--batch.accumulate"),
@@ -147,7 +147,7 @@ def test_tracking_server_that_is_not_there_is_named(say, dataset, tmp_path):
     code, said = train(say, *arguments, "--tracking.uri", "http://127.0.0.1:9")
     assert code == 4
     assert "MLflow at http://127.0.0.1:9" in error_line(said)
-    assert "check --tracking.uri" in error_line(said)
+    assert "Correct --tracking.uri" in error_line(said)
 
 
 def test_name_that_is_taken_is_refused(say, dataset, tmp_path):
