@@ -98,7 +98,7 @@ def test_dataset_without_train_split_is_refused(say, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        (["--batch.identities", 3], 2, "3 people a batch, but the training split has 2: give --batch.identities 2"),
+        (["--batch.identities", 3], 2, "3 people a batch, .* has 2: give --batch.identities 2"),
         (["--image.height", 16], 2, "use higher images or fewer stripes"),
         (["--regularization.exclude", "x*"], 2, "exclude pattern 'x.' matches no parameter"),
         (["--batch.steps-per-epoch", "None", "--batch.accumulate", 9], 2, "--batch.accumulate"),
