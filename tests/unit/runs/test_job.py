@@ -136,7 +136,7 @@ def test_name_that_is_taken_is_refused_before_mlflow_is_asked(settings, fitted, 
         ),
         (
             {"tracking__uri": "sqlite:///x.db", "tracking__model_name": "a/b:c"},
-            r"'a/b:c'.* /:: give",
+            "--tracking.model-name 'a/b:c': MLflow does not accept / : in",
         ),
     ],
 )
