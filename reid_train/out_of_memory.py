@@ -1,4 +1,4 @@
-"""What is said of a machine or a GPU that ran out of memory, in one line."""
+"""One line for a machine or a GPU that ran out of memory."""
 
 from __future__ import annotations
 
