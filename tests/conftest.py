@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,15 @@ from cluster.local.s3_server import S3Server
 
 # Ray starts its workers at niceness 15: beside a second test process they would hardly run.
 os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+@pytest.fixture(autouse=True)
+def own_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what a test does to `sys.path`, which processes that later tests spawn inherit.
+
+    MLflow puts the code that is stored with a model first there when it loads the model.
+    """
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @dataclass(frozen=True)
