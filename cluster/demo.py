@@ -14,7 +14,6 @@ from cluster.local import servers as local
 from cluster.local.stack import BUCKET
 from data_shards.cli import build_command
 from data_shards.progress import display, make_console, phase
-from data_shards.storage import open_storage
 from reid_train.ray_utils import prepare_ray
 from reid_train.recipes import recipe
 
@@ -36,7 +35,7 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
             # Ray reads these variables as it is imported.
             from reid_train.runs.job import run
-            from reid_train.runs.run_dir import REPORT
+            from reid_train.runs.run_dir import fetch_report
 
         console.print(f"S3         {addresses.s3}")
         console.print(f"MLflow     {addresses.mlflow}")
@@ -48,10 +47,7 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         config = recipe("demo").replace(data=data, output=output, workers=workers)
         summary = run(config.replace(loader__cache=folder / "cache"), console=console)
         # The servers stop now: keep the report beside their data.
-        report = folder / "reports" / summary.name
-        run_folder = open_storage(output).child(summary.name)
-        for key, _ in run_folder.list(f"{REPORT}/"):
-            run_folder.download(key, report / Path(key).name)
+        page = fetch_report(f"{output}/{summary.name}", folder / "reports" / summary.name)
         import ray
 
         ray.shutdown()  # before its head stops
@@ -59,6 +55,6 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         with display(console) as progress, phase(progress, "stopping the servers"):
             local.stop(folder)
     console.rule("to look at")
-    console.print(f"report   {report / 'report.html'}")
+    console.print(f"report   {page}")
     again = f"python -m cluster local up --folder {folder}"
     console.print(f"servers  {again}  (MLflow, S3 and Ray, as they were)")

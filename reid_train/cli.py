@@ -1,8 +1,9 @@
-"""The command line: `python -m reid_train train | evaluate | embed | models | recipes`."""
+"""The command line: `python -m reid_train train | evaluate | embed | report | models | recipes`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 import tyro
@@ -93,10 +94,35 @@ def embed(arguments: list[str]) -> None:
     commands.embed(parse(commands.Embed, arguments, f"{PROGRAM} embed"), make_console())
 
 
+def report(
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    to: Path | None = None,
+    browser: bool = False,
+) -> None:
+    """Copy the report of a run or a sweep to this machine, and print where its page is.
+
+    python -m reid_train report s3://bucket/runs/first
+
+    Args:
+        run: folder or s3:// URL of the run or sweep: --output and --name with a slash between.
+        to: where to copy it; by default reports/NAME.
+        browser: open the page in a browser too.
+    """
+    from reid_train.runs.run_dir import fetch_report
+
+    page = fetch_report(run, to or Path("reports") / PurePosixPath(run).name)
+    print(page)
+    if browser:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+
+
 COMMANDS: dict[str, Command] = {
     "train": train,
     "evaluate": evaluate,
     "embed": embed,
+    "report": command(report, f"{PROGRAM} report"),
     "models": command(models, f"{PROGRAM} models"),
     "recipes": command(recipes, f"{PROGRAM} recipes"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -134,6 +135,9 @@ def show(outcome: Outcome, parent: Tracker, console: Console) -> None:
     console.print(table)
     lines = [*outcome.verdict, "", "Train the best again:", f"  {outcome.command}", ""]
     lines.append(f"pictures   {outcome.report}")
+    if "://" in outcome.report:
+        folder = shlex.quote(outcome.report.removesuffix(f"/{REPORT}"))
+        lines.append(f"           python -m reid_train report {folder}")
     if outcome.model:
         note = "now the champion" if outcome.champion else "the champion stays"
         lines.append(f"model      {outcome.model} ({note})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -152,6 +153,10 @@ def show(
     """Print the table, and where the report, the model and MLflow are."""
     print_summary(console, rows, title=f"{summary.name}: before and after training")
     console.print(f"report     {summary.report}", highlight=False, soft_wrap=True)
+    if "://" in config.output:
+        folder = f"{config.output.rstrip('/')}/{summary.name}"
+        opens = f"python -m reid_train report {shlex.quote(folder)}"
+        console.print(f"           {opens}", highlight=False, markup=False, soft_wrap=True)
     if summary.model:
         note = "now the champion" if summary.champion else "the champion stays"
         model = f"{summary.model} ({note})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing
@@ -18,6 +18,8 @@ from reid_train.config import TrainConfig
 
 REPORT = "report"
 """Folder of a run that holds its report."""
+PAGE = "report.html"
+"""The page of a run's report; a sweep's report has pictures and a table only."""
 RESUMABLE = {
     "workers",
     "min_workers",
@@ -74,6 +76,28 @@ class Run:
             raise ConfigError(f"no run to resume: {where} is not there") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{where} is damaged: {error}") from error
+
+
+def fetch_report(run: str, to: Path) -> Path:
+    """Copy the report of a run or a sweep to a folder; return its page, or the folder without one.
+
+    Args:
+        run: folder or s3:// URL of the run or the sweep.
+        to: the folder.
+
+    Raises:
+        ConfigError: there is no report.
+    """
+    storage = open_storage(run)
+    names = [PurePosixPath(key).name for key, _ in storage.list(f"{REPORT}/")]
+    if not names:
+        raise ConfigError(
+            f"{run} has no report: give the folder of a finished run or sweep, that is its "
+            "--output and --name with a slash between"
+        )
+    for name in names:
+        storage.download(f"{REPORT}/{name}", to / name)
+    return to / PAGE if PAGE in names else to
 
 
 def prepare(config: TrainConfig) -> TrainConfig:

@@ -31,7 +31,7 @@ print(json.dumps(found))
 """
 LINES = {
     "data_shards": [[], ["build"], ["verify"], ["info"]],
-    "reid_train": [[], ["train"], ["evaluate"], ["embed"], ["models"], ["recipes"]],
+    "reid_train": [[], ["train"], ["evaluate"], ["embed"], ["report"], ["models"], ["recipes"]],
     "tune": [[]],
     "cluster": [
         [], ["demo"], ["local"], ["local", "up"], ["local", "status"], ["local", "down"],

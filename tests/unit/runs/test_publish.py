@@ -36,6 +36,10 @@ def test_a_person_is_told_where_the_model_is():
     assert "model      s3://b/runs/r/checkpoint_2\n" in told(None)
 
 
+def test_summary_has_the_command_that_opens_a_report_on_s3():
+    assert "python -m reid_train report s3://b/runs/r\n" in told(None)
+
+
 def test_without_tracking_nothing_is_registered():
     nothing: Any = None
     assert publish._register(RUN, nothing, nothing, {}, Tracker(None, None)) is None

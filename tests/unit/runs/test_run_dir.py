@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from data_shards.errors import ConfigError, DataError
+from data_shards.storage import open_storage
 from reid_train.recipes import recipe
 from reid_train.registry.load import SUMMARY, fetch
-from reid_train.runs.run_dir import prepare, same_training
+from reid_train.runs.run_dir import fetch_report, prepare, same_training
 
 RUN = recipe("demo").replace(name="r")
 
@@ -74,3 +75,18 @@ def test_summary_without_a_checkpoint_is_said(tmp_path):
     (tmp_path / SUMMARY).write_text("{}")
     with pytest.raises(DataError, match="names no checkpoint"):
         fetch(tmp_path, Path("unused"))
+
+
+def test_report_is_copied_from_a_bucket(s3, tmp_path):
+    run = f"{s3.url}/runs/first"
+    open_storage(run).write("report/report.html", b"<html>")
+    open_storage(run).write("report/curves.png", b"png")
+    page = fetch_report(run, tmp_path / "reports/first")
+    assert page.read_bytes() == b"<html>"
+    assert page.with_name("curves.png").read_bytes() == b"png"
+
+
+def test_run_without_a_report_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="has no report"):
+        fetch_report(str(tmp_path), tmp_path / "to")
+    assert not (tmp_path / "to").exists()
