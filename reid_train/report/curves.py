@@ -1,7 +1,5 @@
 """Draw training curves: losses, accuracy, learning rate and speed in one picture."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,11 +37,9 @@ def draw_curves(path: Path, history: Mapping[str, Sequence[float] | np.ndarray])
     steps, epochs = len(data.get("step", ())), len(data.get("epoch", ()))
     note = f"{style.count(steps, 'recorded step')}, {style.count(epochs, 'evaluation')}"
     figure = style.new_figure(10, 6.6, "Training curves", note)
-    grid = figure.subplots(2, 2, height_ratios=(3, 2))
-    _losses(grid[0, 0], data)
-    _accuracy(grid[0, 1], data)
-    _learning_rate(grid[1, 0], data)
-    _speed(grid[1, 1], data)
+    panels = figure.subplots(2, 2, height_ratios=(3, 2)).flat
+    for axes, draw in zip(panels, (_losses, _accuracy, _learning_rate, _speed), strict=True):
+        draw(axes, data)
     figure.align_labels()
     style.save(figure, path)
 
@@ -53,12 +49,9 @@ def _losses(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
     ends = []
     for name, (label, colour) in _LOSSES.items():
         x, y = _points(data, "step", name, positive=True)
-        if not len(x):
-            continue
-        line_x, line_y = _smoothed(x, y)
-        _raw(axes, x, y, colour)
-        axes.plot(line_x, line_y, color=colour, linewidth=1.6, marker=_marker(line_x))
-        ends.append((line_y[-1], f"{label} {line_y[-1]:.3g}", colour))
+        if len(x):
+            last = _smooth_line(axes, x, y, colour)
+            ends.append((last, f"{label} {last:.3g}", colour))
     if not ends:
         style.blank(axes, "no loss recorded")
         return
@@ -74,11 +67,10 @@ def _accuracy(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
     ends = []
     for name, (label, colour) in _ACCURACIES.items():
         epoch, value = _points(data, "epoch", name)
-        if not len(epoch):
-            continue
-        dots = {"marker": "o" if len(epoch) <= 40 else None, "markersize": 3.5}
-        axes.plot(epoch, 100 * value, color=colour, linewidth=1.6, clip_on=False, **dots)
-        ends.append((100 * value[-1], f"{label} {value[-1]:.1%}", colour))
+        if len(epoch):
+            dots = {"marker": "o" if len(epoch) <= 40 else None, "markersize": 3.5}
+            axes.plot(epoch, 100 * value, color=colour, linewidth=1.6, clip_on=False, **dots)
+            ends.append((100 * value[-1], f"{label} {value[-1]:.1%}", colour))
     if not ends:
         style.blank(axes, "no evaluation recorded")
         return
@@ -111,12 +103,9 @@ def _speed(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
     if not len(x):
         style.blank(axes, "no speed recorded")
         return
-    line_x, line_y = _smoothed(x, y)
-    _raw(axes, x, y, style.GREEN)
-    axes.plot(line_x, line_y, color=style.GREEN, linewidth=1.6, marker=_marker(line_x))
+    _smooth_line(axes, x, y, style.GREEN)
     axes.set_ylim(0, 1.15 * np.quantile(y, 0.99) or 1)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=style.ROUND))
-    axes.yaxis.set_major_formatter(FuncFormatter(style.plain))
+    style.value_axis(axes)
     style.time_axis(axes, data["step"])
 
 
@@ -131,17 +120,18 @@ def _points(
     return x[keep], y[keep]
 
 
-def _smoothed(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A running median over a window of 1/25 of the points: without lag, and robust to spikes."""
+def _smooth_line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str) -> float:
+    """Draw a running median over the faint points, and return its last value.
+
+    Its window is 1/25 of the points. A median has no lag and ignores spikes.
+    """
     half = len(x) // 50
     centres = np.unique(np.linspace(0, len(x) - 1, min(len(x), _LINE_POINTS)).astype(int))
     line = [np.median(y[max(0, centre - half) : centre + half + 1]) for centre in centres]
-    return x[centres], np.asarray(line)
-
-
-def _raw(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str) -> None:
     stride = max(1, len(x) // _RAW_POINTS)
     axes.plot(x[::stride], y[::stride], color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(x[centres], line, color=colour, linewidth=1.6, marker=_marker(centres))
+    return float(line[-1])
 
 
 def _marker(x: np.ndarray) -> str | None:

@@ -1,18 +1,15 @@
 """λ over time: as a picture, and as a table in a file."""
 
-from __future__ import annotations
-
-import io
 import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from data_shards.storage.atomic import atomic_write
@@ -43,28 +40,15 @@ def save_factors(path: Path, names: Sequence[str], steps: np.ndarray, values: np
     import pyarrow.parquet as pq
 
     _require_shape(names, steps, values)
-    columns = [pa.array(steps), *(pa.array(column) for column in values.T)]
-    buffer = io.BytesIO()
+    table = pa.table([pa.array(column) for column in (steps, *values.T)], names=["step", *names])
     # λ moves slowly. Split into planes of bytes, all but its last bytes compress to almost nothing.
-    pq.write_table(
-        pa.table(columns, names=["step", *names]),
-        buffer,
-        compression="zstd",
-        use_dictionary=False,
-        use_byte_stream_split=True,
-        write_statistics=False,
-    )
+    split: Any = {"use_dictionary": False, "use_byte_stream_split": True}
     with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+        pq.write_table(table, file, compression="zstd", write_statistics=False, **split)
 
 
 def draw_factors(
-    path: Path,
-    names: Sequence[str],
-    steps: np.ndarray,
-    values: np.ndarray,
-    *,
-    kinds: Sequence[str],
+    path: Path, names: Sequence[str], steps: np.ndarray, values: np.ndarray, *, kinds: Sequence[str]
 ) -> None:
     """Draw λ by layer, each tensor against its kind, and the spread of each kind.
 
@@ -91,20 +75,15 @@ def draw_factors(
     finite = np.isfinite(values).all(axis=1)
     steps, values = steps[finite], values[finite].astype(np.float64)
     if sentence := without_movement(steps, values):
-        style.save(style.new_figure(10, 0.8, "λ over time", sentence), path)
-        return
-    figure = style.new_figure(10, 9.2, "λ over time", _summary(steps, values))
-    _fill(figure, names, steps, values, kind)
+        figure = style.new_figure(10, 0.8, "λ over time", sentence)
+    else:
+        figure = style.new_figure(10, 9.2, "λ over time", _summary(steps, values))
+        _fill(figure, names, steps, values, kind)
     style.save(figure, path)
 
 
 def without_movement(steps: np.ndarray, values: np.ndarray) -> str | None:
-    """Say it in a sentence if there is no movement to draw; None if there is.
-
-    Args:
-        steps: (T,) int64.
-        values: (T, n), λ of each tensor at each step.
-    """
+    """Say it in a sentence if λ has no movement to draw; None if it has. Shapes (T,) and (T, n)."""
     if not values.size:
         return "no λ was recorded"
     low, high = style.number(float(values.min())), style.number(float(values.max()))
@@ -120,9 +99,8 @@ def without_movement(steps: np.ndarray, values: np.ndarray) -> str | None:
 
 def _change(values: np.ndarray) -> np.ndarray:
     """(T, n), the change of each tensor since the first step, as a fraction."""
-    first = values[0]
-    from_zero = np.where(values == 0, 0.0, np.inf)
-    return np.where(first > 0, values / np.where(first > 0, first, 1.0) - 1, from_zero)
+    from_zero = np.where(values == 0, 1.0, np.inf)
+    return np.divide(values, values[0], out=from_zero, where=values[0] > 0) - 1
 
 
 def _summary(steps: np.ndarray, values: np.ndarray) -> str:
@@ -136,11 +114,7 @@ def _summary(steps: np.ndarray, values: np.ndarray) -> str:
 
 
 def _fill(
-    figure: Figure,
-    names: Sequence[str],
-    steps: np.ndarray,
-    values: np.ndarray,
-    kind: np.ndarray,
+    figure: Figure, names: Sequence[str], steps: np.ndarray, values: np.ndarray, kind: np.ndarray
 ) -> None:
     # Steps need not be evenly spaced, but the columns of a picture are.
     moments = np.linspace(steps[0], steps[-1], _COLUMNS)
@@ -164,12 +138,13 @@ def _fill(
     norm = Normalize(low, high)
     if apart:
         norm = LogNorm(max(float(shown[shown > 0].min()), high * 1e-4), high, clip=True)
-    _map(maps[0], moments, shown, title, unit, "viridis", norm)
+    style.panel(maps[0], title, x="step")
+    _map(maps[0], moments, shown, "viridis", norm, unit)
     percent = _difference(values, kind)
     # One tensor that is far off must not flatten the rest.
     limit = max(100 * _STILL, float(np.quantile(np.abs(percent), 0.995)))
-    title = "Difference to the median of its kind"
-    _map(maps[1], moments, percent, title, "%", "RdBu_r", Normalize(-limit, limit))
+    style.panel(maps[1], "Difference to the median of its kind", x="step")
+    _map(maps[1], moments, percent, "RdBu_r", Normalize(-limit, limit), "%")
     _group_labels(maps, names)
     for axes, name in zip(bands, present, strict=True):
         _band(axes, moments, shown[:, kind == name], name, unit if axes is bands[0] else "")
@@ -182,34 +157,39 @@ def _difference(values: np.ndarray, kind: np.ndarray) -> np.ndarray:
 
     All tensors decay together; this shows how they differ.
     """
-    percent = np.zeros_like(values)
+    medians = np.empty_like(values)
     for name in np.unique(kind):
         member = kind == name
-        median = np.median(values[:, member], axis=1, keepdims=True)
-        safe = np.where(median > 0, median, 1.0)
-        percent[:, member] = np.where(median > 0, 100 * (values[:, member] / safe - 1), 0.0)
-    return percent
+        medians[:, member] = np.median(values[:, member], axis=1, keepdims=True)
+    # Where the median is 0, the difference is shown as none.
+    ratio = np.divide(values, medians, out=np.ones_like(values), where=medians > 0)
+    return 100 * (ratio - 1)
 
 
 def _map(
-    axes: Axes,
-    moments: np.ndarray,
-    values: np.ndarray,
-    title: str,
-    unit: str,
-    colours: str,
-    norm: Normalize,
+    axes: Axes, moments: np.ndarray, values: np.ndarray, colours: str, norm: Normalize, unit: str
 ) -> None:
-    style.panel(axes, title, x="step")
-    extent = (moments[0], moments[-1], values.shape[1], 0)
+    """Draw a row for each tensor, and a colour bar of the height of the map."""
     image = axes.imshow(
-        values.T, cmap=colours, norm=norm, extent=extent, aspect="auto", interpolation="nearest"
+        values.T,
+        cmap=colours,
+        norm=norm,
+        extent=(moments[0], moments[-1], values.shape[1], 0),
+        aspect="auto",
+        interpolation="nearest",
     )
     style.time_axis(axes, moments, ticks=4)
     axes.grid(False)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    _colour_bar(axes, image, unit)
+    beside = axes.inset_axes((1.03, 0, 0.035, 1))
+    bar = axes.figure.colorbar(image, cax=beside, format=FuncFormatter(style.plain))
+    if not isinstance(norm, LogNorm):
+        bar.locator = MaxNLocator(7, steps=style.ROUND)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.minorticks_off()
+    beside.tick_params(length=0, labelsize=style.SMALL, labelcolor=style.MUTED)
+    beside.set_title(unit, loc="left", size=style.TEXT, color=style.MUTED, pad=8)
 
 
 def groups(names: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -233,20 +213,6 @@ def groups(names: Sequence[str]) -> list[tuple[str, int, int]]:
         return found
 
     return split(0, len(names), 1)
-
-
-def _colour_bar(axes: Axes, image: AxesImage, label: str) -> None:
-    """Draw a colour bar of the height of its map."""
-    beside = axes.inset_axes((1.03, 0, 0.035, 1))
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    bar = figure.colorbar(image, cax=beside, format=FuncFormatter(style.plain))
-    if not isinstance(image.norm, LogNorm):
-        bar.locator = MaxNLocator(7, steps=style.ROUND)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.minorticks_off()
-    beside.tick_params(length=0, labelsize=style.SMALL, labelcolor=style.MUTED)
-    beside.set_title(label, loc="left", size=style.TEXT, color=style.MUTED, pad=8)
 
 
 def _group_labels(maps: np.ndarray, names: Sequence[str]) -> None:
@@ -278,8 +244,7 @@ def _band(axes: Axes, moments: np.ndarray, values: np.ndarray, kind: str, unit: 
     axes.fill_between(moments, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.fill_between(moments, quarter, three, color=colour, alpha=0.35, linewidth=0)
     axes.plot(moments, median, color=colour, linewidth=1.6)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=style.ROUND))
-    axes.yaxis.set_major_formatter(FuncFormatter(style.plain))
+    style.value_axis(axes)
     style.time_axis(axes, moments, ticks=4)
 
 

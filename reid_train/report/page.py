@@ -1,17 +1,54 @@
-"""Write the report of a run as one HTML file that needs no script, no server and no other file."""
-
-from __future__ import annotations
+"""The report of a run: a table for a terminal, and an HTML file that needs no script or server."""
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from data_shards.storage.atomic import atomic_write
-from reid_train.report.summary import Row
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric before and after training.
+
+    `unit` is "%" for a fraction that is shown in per cent. Any other unit is printed after the
+    number. A value that was not measured is None.
+    """
+
+    metric: str
+    before: float | None
+    after: float | None
+    unit: str = "%"
+
+    def cells(self) -> tuple[str, str, str]:
+        """Before, after and change as text, with a dash for what is not known."""
+        before, after = _known(self.before), _known(self.after)
+        if before is None or after is None:
+            return self._text(before), self._text(after), "–"
+        change = after - before
+        sign = "+" if change > 0 else "−" if change < 0 else "±"
+        # A change of a percentage is in points.
+        size = f"{100 * abs(change):.1f}" if self.unit == "%" else self._text(abs(change))
+        return self._text(before), self._text(after), sign + size
+
+    def _text(self, value: float | None) -> str:
+        if value is None:
+            return "–"
+        if self.unit == "%":
+            return f"{100 * value:.1f}%"
+        number = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return f"{number} {self.unit}".rstrip()
 
 
 class Picture(NamedTuple):
@@ -19,6 +56,26 @@ class Picture(NamedTuple):
 
     path: Path
     caption: str
+
+
+def print_summary(console: Console, rows: Sequence[Row], title: str = "") -> None:
+    """Print a table of metrics before and after training.
+
+    Args:
+        console: where to print it.
+        rows: one for each metric, such as `Row("mAP", 0.021, 0.594)`.
+        title: a line above the table; not markup.
+    """
+    heading = Text(title, style="bold") if title else None
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, header_style="dim")
+    table.add_column("metric")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        before, after, change = row.cells()
+        colour = {"+": "green", "−": "red"}.get(change[:1], "dim")
+        table.add_row(Text(row.metric), Text(before), Text(after, "bold"), Text(change, colour))
+    console.print(table)
 
 
 def write_page(
@@ -71,3 +128,7 @@ def _figure(picture: Picture) -> str:
         f'<figure><img src="data:image/png;base64,{data}" alt="{caption}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)

@@ -3,8 +3,6 @@
 The grid is composed in pixels and drawn without scaling, so photographs are resampled only once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.path import Path as Outline
 from PIL import Image, ImageOps
@@ -24,6 +21,7 @@ FRAME = 4  # pixels
 _MARGIN, _HEADER, _LABELS, _GAP, _CAPTION, _QUERY_GAP = 36, 128, 112, 14, 40, 44  # pixels
 _TICK = Outline(np.array([(-0.45, 0.0), (-0.12, -0.35), (0.5, 0.4)]), [1, 2, 2])
 _CROSS = Outline(np.array([(-0.4, -0.4), (0.4, 0.4), (-0.4, 0.4), (0.4, -0.4)]), [1, 2, 1, 2])
+_BADGES = {True: (RIGHT, _TICK, "same identity"), False: (WRONG, _CROSS, "another identity")}
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,6 @@ def draw_rank_list(
     query_camid: Sequence[int] | np.ndarray,
     gallery_camid: Sequence[Sequence[int]] | np.ndarray,
     similarity: Sequence[Sequence[float]] | np.ndarray,
-    title: str = "Rank lists",
 ) -> None:
     """Draw one row for each query: the query, then the gallery images most similar to it.
 
@@ -84,62 +81,49 @@ def draw_rank_list(
         query_camid: camera of each query.
         gallery_camid: camera of each gallery image.
         similarity: cosine similarity of each gallery image to its query.
-        title: heading of the picture.
     """
     grid = layout(query_images, gallery_images)
-    canvas = _compose(grid, query_images, gallery_images, correct)
-    height, width = canvas.shape[:2]
+    width, height = grid.size
     figure = Figure(figsize=(width / style.DPI, height / style.DPI), dpi=style.DPI)
-    FigureCanvasAgg(figure)
-    figure.figimage(canvas, zorder=-1)  # below the text
+    canvas = Image.new("RGB", grid.size, style.PAPER)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     queries = "1 query" if grid.rows == 1 else f"{grid.rows} queries"
     note = f"{queries}, each with the gallery images that are most similar to it"
-    style.heading(figure, title, note, left=_MARGIN / style.DPI, top=0.17)
+    style.heading(figure, "Rank lists", note, left=_MARGIN / style.DPI, top=0.17)
     _legend(axes, grid)
-    for row in range(grid.rows):
+    corners: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for row, query in enumerate(query_images):
+        _paste(canvas, grid, row, 0, query, style.INK)
         _label_row(axes, grid, row, int(query_pid[row]), int(query_camid[row]))
-        for rank in range(1, len(gallery_images[row]) + 1):
-            camid, score = int(gallery_camid[row][rank - 1]), float(similarity[row][rank - 1])
-            _caption(axes, grid, row, rank, camid, score)
-    _marks(axes, grid, correct, gallery_images)
+        for column, image in enumerate(gallery_images[row]):
+            right = bool(correct[row][column])
+            _paste(canvas, grid, row, column + 1, image, _BADGES[right][0])
+            left, top = grid.cell(row, column + 1)
+            corners[right].append((left + grid.width - 2, top + 2))
+            below: dict[str, Any] = {"y": top + grid.height + FRAME + 6, "size": 5.8, "va": "top"}
+            camera, score = int(gallery_camid[row][column]), float(similarity[row][column])
+            axes.text(left, s=f"cam {camera}", color=style.MUTED, ha="left", **below)
+            axes.text(left + grid.width, s=f"{score:.3f}", color=style.INK, ha="right", **below)
+    for right, centres in corners.items():
+        _badges(axes, centres, *_BADGES[right][:2])
+    figure.figimage(np.asarray(canvas), zorder=-1)  # below the text
     style.save(figure, path)
 
 
-def _compose(
-    grid: Layout,
-    query_images: Sequence[np.ndarray],
-    gallery_images: Sequence[Sequence[np.ndarray]],
-    correct: Sequence[Sequence[bool]] | np.ndarray,
-) -> np.ndarray:
-    """The images and frames of a grid on white, (height, width, 3) uint8."""
-    canvas = Image.new("RGB", grid.size, style.PAPER)
-
-    def paste(row: int, column: int, image: np.ndarray, colour: str) -> None:
-        # The whole image in its own shape, on grey where the cell is larger.
-        whole = ImageOps.pad(
-            Image.fromarray(image),
-            (grid.width, grid.height),
-            Image.Resampling.LANCZOS,
-            color=style.GRID,
-        )
-        left, top = grid.cell(row, column)
-        canvas.paste(ImageOps.expand(whole, FRAME, colour), (left - FRAME, top - FRAME))
-
-    for row, query in enumerate(query_images):
-        paste(row, 0, query, style.INK)
-        for column, image in enumerate(gallery_images[row]):
-            paste(row, column + 1, image, RIGHT if correct[row][column] else WRONG)
-    return np.asarray(canvas)
+def _paste(
+    canvas: Image.Image, grid: Layout, row: int, column: int, image: np.ndarray, colour: str
+) -> None:
+    """Paste a whole image in its own shape and in a frame, on grey where the cell is larger."""
+    size, filtering = (grid.width, grid.height), Image.Resampling.LANCZOS
+    whole = ImageOps.pad(Image.fromarray(image), size, filtering, color=style.GRID)
+    left, top = grid.cell(row, column)
+    canvas.paste(ImageOps.expand(whole, FRAME, colour), (left - FRAME, top - FRAME))
 
 
 def _legend(axes: Axes, grid: Layout) -> None:
-    right = grid.size[0] - _MARGIN
-    for x, colour, mark, text in (
-        (right - 330, RIGHT, _TICK, "same identity"),
-        (right - 158, WRONG, _CROSS, "another identity"),
-    ):
+    for offset, (colour, mark, text) in zip((330, 158), _BADGES.values(), strict=True):
+        x = grid.size[0] - _MARGIN - offset
         _badges(axes, [(x, 68)], colour, mark)
         axes.text(x + 18, 68, text, size=style.TEXT, color=style.INK, va="center_baseline")
     if not grid.rows:
@@ -159,36 +143,11 @@ def _label_row(axes: Axes, grid: Layout, row: int, pid: int, camid: int) -> None
     axes.text(x, middle + 14, f"cam {camid}", size=style.SMALL, color=style.MUTED, **text)
 
 
-def _caption(axes: Axes, grid: Layout, row: int, rank: int, camid: int, score: float) -> None:
-    left, top = grid.cell(row, rank)
-    right, y = left + grid.width, top + grid.height + FRAME + 6
-    axes.text(left, y, f"cam {camid}", size=5.8, color=style.MUTED, va="top", ha="left")
-    axes.text(right, y, f"{score:.3f}", size=5.8, color=style.INK, va="top", ha="right")
-
-
-def _marks(
-    axes: Axes,
-    grid: Layout,
-    correct: Sequence[Sequence[bool]] | np.ndarray,
-    gallery_images: Sequence[Sequence[np.ndarray]],
-) -> None:
-    for wanted, colour, mark in ((True, RIGHT, _TICK), (False, WRONG, _CROSS)):
-        corners = [
-            (left + grid.width - 2, top + 2)
-            for row, images in enumerate(gallery_images)
-            for column in range(len(images))
-            if bool(correct[row][column]) is wanted
-            for left, top in [grid.cell(row, column + 1)]
-        ]
-        _badges(axes, corners, colour, mark)
-
-
 def _badges(axes: Axes, centres: Sequence[tuple[float, float]], colour: str, mark: Outline) -> None:
     """Draw discs with a tick or a cross, for readers and printers without green and red."""
     if not centres:
         return
-    x, y = np.asarray(centres, dtype=float).T
-    axes.scatter(x, y, s=90, color=colour, edgecolor=style.PAPER, linewidth=1.0, zorder=3)
-    axes.scatter(
-        x, y, s=20, marker=mark, facecolor="none", edgecolor=style.PAPER, linewidth=1.1, zorder=4
-    )
+    x, y = zip(*centres, strict=True)
+    paper: dict[str, Any] = {"edgecolor": style.PAPER}
+    axes.scatter(x, y, s=90, color=colour, linewidth=1.0, zorder=3, **paper)
+    axes.scatter(x, y, s=20, marker=mark, facecolor="none", linewidth=1.1, zorder=4, **paper)

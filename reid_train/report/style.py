@@ -1,21 +1,17 @@
 """The look of every picture: colours, type sizes, axes, and how a file is written.
 
-Figures use matplotlib's object API on an Agg canvas, without pyplot or rcParams: so any thread can
-draw a picture, and no global state changes.
+Figures use matplotlib's object API, without pyplot or rcParams: so any thread can draw a
+picture, and no global state changes.
 """
 
-from __future__ import annotations
-
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 from scipy.optimize import isotonic_regression
 
 from data_shards.storage.atomic import atomic_write
@@ -40,14 +36,10 @@ TITLE, PANEL, TEXT, SMALL = 13.0, 9.5, 8.0, 7.0  # points
 
 def new_figure(width: float, height: float, title: str, note: str) -> Figure:
     """A blank figure of `width` × `height` inches with a heading in its top left corner."""
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
-    FigureCanvasAgg(figure)
     # The layout does not see the heading, so its room is taken off first.
-    below_heading = (0, 0, 1, 1 - 0.66 / height)
-    engine = ConstrainedLayoutEngine(
-        w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.05, rect=below_heading
-    )
-    figure.set_layout_engine(engine)
+    rect = (0, 0, 1, 1 - 0.66 / height)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.05, rect=rect)
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER, layout=layout)
     heading(figure, title, note, left=0.14, top=0.17)
     return figure
 
@@ -83,6 +75,12 @@ def time_axis(axes: Axes, time: np.ndarray, ticks: int = 6) -> None:
         return
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=ROUND))
+
+
+def value_axis(axes: Axes) -> None:
+    """Give the y axis few round ticks with plain numbers."""
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+    axes.yaxis.set_major_formatter(FuncFormatter(plain))
 
 
 def plain(value: float, _: int | None = None) -> str:
@@ -121,13 +119,8 @@ def blank(axes: Axes, message: str) -> None:
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
     """Move labels apart until neighbours are `gap` away, each as little as possible.
 
-    Once the gaps are taken off, this is isotonic regression.
-
-    Args:
-        wanted: (N,) positions, in any order.
-        gap: smallest distance; smaller if N labels do not fit otherwise.
-        low: smallest position.
-        high: largest position.
+    Once the gaps are taken off, this is isotonic regression. The gap shrinks if the labels do not
+    fit between `low` and `high` otherwise.
 
     Returns:
         (N,) float64 positions, in the order of `wanted`.
@@ -145,8 +138,6 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.n
 
 def save(figure: Figure, path: Path) -> None:
     """Render `figure` as a PNG file."""
-    buffer = io.BytesIO()
-    # Without the version of matplotlib in the file, the same data gives the same bytes.
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+        # Without the version of matplotlib in the file, the same data gives the same bytes.
+        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})

@@ -4,8 +4,6 @@ The run's folder is the only record of them. Kept are the newest checkpoint and 
 A checkpoint is uploaded with its seal last, so one without a seal is not complete and is ignored.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil
@@ -13,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +38,7 @@ class Stored(NamedTuple):
 def stored_checkpoints(run: str) -> list[Stored]:
     """Return the checkpoints of a run that have a seal, the newest first.
 
-    Args:
-        run: the run's folder or s3:// URL; it may not exist yet.
+    Here and below `run` is the run's folder or s3:// URL. It may not exist yet.
     """
     storage = open_storage(run)
     found = []
@@ -72,11 +68,7 @@ def upload(run: str, folder: Path, name: str, *, lock: RunLock | None = None) ->
 
 @contextmanager
 def opened(place: str, name: str) -> Iterator[Checkpoint]:
-    """Download a checkpoint, check it, and open it; delete the copy when the block ends.
-
-    Args:
-        place: the checkpoint's folder or s3:// URL.
-        name: of the folder that it is downloaded to.
+    """Download a checkpoint to a temporary folder of this name, check it, and open it.
 
     Raises:
         DataError: it is damaged or not there.
@@ -88,9 +80,6 @@ def opened(place: str, name: str) -> Iterator[Checkpoint]:
 @contextmanager
 def newest_whole(run: str) -> Iterator[Checkpoint | None]:
     """Download, check and open the newest checkpoint of a run that is not damaged, once.
-
-    Args:
-        run: the run's folder or s3:// URL; it may not exist yet.
 
     Yields:
         The checkpoint; None if the run has none. Its folder has the name it has in the run, and is
@@ -114,9 +103,9 @@ def first_whole(run: str, names: list[str]) -> Iterator[Checkpoint | None]:
             except DataError as error:
                 logger.warning("passing over %s, which is damaged: %s", name, error)
                 shutil.rmtree(folder, ignore_errors=True)
-                continue
-            yield found
-            return
+            else:
+                yield found
+                return
         if names:
             raise DataError(
                 f"no checkpoint of the run {run} is whole ({', '.join(names)}): restore one, or "
@@ -149,11 +138,7 @@ def _fetch(place: str, folder: Path) -> Checkpoint:
 
 
 def stored_evaluations(run: str) -> list[dict[str, Any]]:
-    """Return the metrics of a run's evaluated checkpoints, with `epoch`, `step` and `checkpoint`.
-
-    Args:
-        run: the run's folder or s3:// URL.
-    """
+    """Return the metrics of a run's measured checkpoints, with `epoch`, `step` and `checkpoint`."""
     with newest_whole(run) as newest:
         if newest is None:
             return []
@@ -172,17 +157,11 @@ def measured(history: History) -> dict[int, float]:
 
 
 def by_score(stored: list[Stored], scores: Mapping[int, float]) -> list[Stored]:
-    """Return the checkpoints that were evaluated, the best first; of equal ones the newer first.
-
-    Args:
-        stored: checkpoints of a run.
-        scores: mAP by global step.
-    """
+    """Return the checkpoints with a mAP in `scores`, the best first; of equal ones the newer."""
     known = [entry for entry in stored if entry.step in scores]
     return sorted(known, key=lambda entry: (scores[entry.step], entry), reverse=True)
 
 
-@dataclass
 class Keeper:
     """Uploads a run's checkpoints on rank 0 and deletes those that are no longer kept.
 
@@ -192,29 +171,23 @@ class Keeper:
         resumed: the checkpoint that the run resumed from, if any.
     """
 
-    run: str
-    lock: RunLock | None
-    resumed: Checkpoint | None
-
-    def __post_init__(self) -> None:
+    def __init__(self, run: str, lock: RunLock | None, resumed: Checkpoint | None) -> None:
+        self._run, self._lock = run, lock
         self._guard = threading.Lock()  # Ray uploads in threads
         self._scores: dict[int, float] = {}
         self._stored: list[Stored] = []
-        if self.resumed is not None:
-            self._scores = measured(self.resumed.history())
+        if resumed is not None:
+            self._scores = measured(resumed.history())
             # Damaged ones, which it passed over, stay for a person to look at until the run ends.
-            newest = self.resumed.progress.global_step
-            self._stored = [s for s in stored_checkpoints(self.run) if 0 <= s.step <= newest]
+            newest = resumed.progress.global_step
+            self._stored = [s for s in stored_checkpoints(run) if 0 <= s.step <= newest]
 
     def keep(self, folder: Path, name: str, metrics: Mapping[str, float]) -> None:
-        """Upload a checkpoint, then delete those that it supersedes.
+        """Upload a checkpoint to `<run>/<name>`, then delete those that it supersedes.
 
-        Args:
-            folder: the checkpoint on this machine.
-            name: its folder in the run's.
-            metrics: as reported: `step`, `epoch` and `mAP`, `UNMEASURED` if it was not evaluated.
+        The metrics are as reported: `step`, `epoch`, and `mAP`, `UNMEASURED` if not evaluated.
         """
-        upload(self.run, folder, name, lock=self.lock)
+        upload(self._run, folder, name, lock=self._lock)
         with self._guard:
             entry = Stored(int(metrics["step"]), name, int(metrics["epoch"]))
             self._stored.append(entry)
@@ -222,9 +195,9 @@ class Keeper:
                 self._scores[entry.step] = metrics["mAP"]
             kept = kept_checkpoints(self._stored, self._scores)
             for old in set(self._stored) - set(kept):
-                if self.lock is not None:
-                    self.lock.require()
-                _delete(self.run, old.name)
+                if self._lock is not None:
+                    self._lock.require()
+                _delete(self._run, old.name)
             self._stored = kept
 
 
@@ -238,9 +211,7 @@ def kept_checkpoints(stored: list[Stored], scores: Mapping[int, float]) -> list[
 def delete_stale_checkpoints(run: str, scores: Mapping[int, float]) -> None:
     """Delete the checkpoints that a run which has ended does not keep, and parts of uploads.
 
-    Args:
-        run: the run's folder or s3:// URL.
-        scores: mAP by global step.
+    `scores` has the mAP by global step.
     """
     kept = {entry.name for entry in kept_checkpoints(stored_checkpoints(run), scores)}
     storage = open_storage(run)

@@ -1,7 +1,5 @@
 """What a person sees while a run trains: its progress on the console, and a line per evaluation."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time
@@ -22,6 +20,7 @@ REPORT_EVERY = 0.5
 """Seconds between two reports of a stage from a worker, and between two looks of the driver."""
 
 State = dict[str, Any]
+Stages = dict[str, tuple[int, int]]
 
 
 def beside_driver(actor: Any) -> Any:
@@ -39,7 +38,7 @@ class Board:
 
     def __init__(self):
         self._states: dict[str, State] = {}
-        self._stages: dict[str, tuple[int, int]] = {}
+        self._stages: Stages = {}
         self._evaluations: list[State] = []
         self._stop = False
 
@@ -54,9 +53,7 @@ class Board:
         """Take the progress of a stage, such as embedding."""
         self._stages[stage] = (done, total)
 
-    def read(
-        self, seen: int, stop: bool = False
-    ) -> tuple[State, dict[str, tuple[int, int]], list[State]]:
+    def read(self, seen: int, stop: bool = False) -> tuple[State, Stages, list[State]]:
         """The state, the stages, and the evaluations after `seen` of them; `stop` asks to end."""
         self._stop |= stop
         return self._states.get("", {}), self._stages, self._evaluations[seen:]
@@ -89,8 +86,22 @@ def watch(board: Any, display: Display, config: TrainConfig, stop: Stop) -> Iter
     """Show a run while the block lasts, and tell the board when the run is asked to stop."""
     ended = threading.Event()
     follower = Follower(display, config.evaluation.every)
-    arguments = (board, follower, stop, ended)
-    thread = threading.Thread(target=_follow, args=arguments, daemon=True)
+
+    def follow() -> None:
+        told = finished = False
+        while not finished:
+            finished = ended.wait(REPORT_EVERY)
+            stopping = stop.signal is not None
+            try:
+                read = ray.get(board.read.remote(follower.evaluated, stopping), timeout=5)
+            except ray.exceptions.RayError:
+                continue  # Ray may answer late, and a stop has to be passed on when it does again
+            if stopping and not told:
+                told = True
+                display.print("stopping: a checkpoint is written first")
+            follower.look(*read)
+
+    thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
         yield
@@ -99,49 +110,22 @@ def watch(board: Any, display: Display, config: TrainConfig, stop: Stop) -> Iter
         thread.join(timeout=10)
 
 
-def _follow(board: Any, follower: Follower, stop: Stop, ended: threading.Event) -> None:
-    told = False
-    while True:
-        finished = ended.wait(REPORT_EVERY)
-        stopping = stop.signal is not None
-        try:
-            read = ray.get(board.read.remote(follower.evaluated, stopping), timeout=5)
-        except ray.exceptions.RayError:
-            # Ray may answer late, and a stop has to be passed on whenever it does again.
-            if finished:
-                return
-            continue
-        if stopping and not told:
-            told = True
-            follower.display.print("stopping: a checkpoint is written first")
-        follower.look(*read)
-        if finished:
-            return
-
-
 class Follower:
-    """Shows what a board holds.
-
-    Args:
-        display: where.
-        every: epochs between evaluations.
-    """
+    """Shows what a board holds. There are `every` epochs between evaluations."""
 
     def __init__(self, display: Display, every: int) -> None:
-        self.display, self.evaluated = display, 0
-        self._every = every
-        self._stages: dict[str, tuple[int, int]] = {}
+        self.evaluated = 0
+        self._display, self._every = display, every
+        self._stages: Stages = {}
         self._shown: State = {}
         self._began: float | None = None
         self._evaluation_seconds = 0.0
         display("starting the workers", 0, 1)
 
-    def look(
-        self, state: State, stages: dict[str, tuple[int, int]], evaluations: list[State]
-    ) -> None:
+    def look(self, state: State, stages: Stages, evaluations: list[State]) -> None:
         """Show what is new."""
         if state or stages:
-            self.display("starting the workers", 1, 1)
+            self._display("starting the workers", 1, 1)
         passed = [e for e in evaluations if state and e["epoch"] <= state["epoch"]]
         self._print(passed)
         if state and state != self._shown:
@@ -150,7 +134,7 @@ class Follower:
         for stage, (done, total) in stages.items():
             if self._stages.get(stage) != (done, total):
                 self._began = self._began or time.monotonic()
-                self.display(stage, done, total)
+                self._display(stage, done, total)
         self._stages = stages
         self._print(evaluations[len(passed) :])
 
@@ -160,7 +144,7 @@ class Follower:
         note = f"epoch {epoch + 1} of {epochs}, loss {state['loss']:.3f}"
         note += f", {state['images_per_second']:,.0f} images/s"
         later = evaluations * self._evaluation_seconds
-        self.display("training", epoch * steps + state["step"], epochs * steps, note, later)
+        self._display("training", epoch * steps + state["step"], epochs * steps, note, later)
 
     def _print(self, evaluations: list[State]) -> None:
         for evaluation in evaluations:
@@ -170,4 +154,4 @@ class Follower:
             metrics = evaluation["metrics"]
             figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("mAP", "rank-1", "mINP"))
             epoch = evaluation["epoch"]
-            self.display.print(f"{f'after {epoch} epochs' if epoch else 'untrained'}: {figures}")
+            self._display.print(f"{f'after {epoch} epochs' if epoch else 'untrained'}: {figures}")

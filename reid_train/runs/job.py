@@ -1,7 +1,5 @@
 """One training from its configuration to the registered model: the whole of `train`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +17,7 @@ from reid_train.runs.checkpoint_store import newest_whole, stored_checkpoints
 from reid_train.runs.console import UNITS
 from reid_train.runs.publish import Summary, publish, show
 from reid_train.runs.ray_trainer import fit
-from reid_train.runs.run_dir import (
-    Run,
-    prepare,
-    require_free,
-    same_dataset,
-    same_training,
-    write,
-)
+from reid_train.runs.run_dir import Run, prepare, require_free, same_dataset, same_training, write
 from reid_train.tracking.provenance import code_commit, submitted_job
 from reid_train.tracking.server import has_run, last_step
 from reid_train.tracking.tracker import Tracker
@@ -40,9 +31,6 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
         config: what to do; `data` and `output` are needed.
         resume: continue the run `config.name` from its newest checkpoint.
         console: where progress and the table are shown.
-
-    Returns:
-        The result of the run.
 
     Raises:
         ReidError: anything that the person can mend. What was stored before is kept.
@@ -68,8 +56,10 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
                 shown.print(f"run {config.name} has finished; nothing to do")
                 return summary
             with _tracked(config, dataset, saved) as tracker:
-                if finished:
-                    _send_missing(config, tracker)
+                if finished:  # send the values that MLflow does not have
+                    with newest_whole(folder.url) as newest:
+                        if newest is not None:
+                            newest.history().replay(tracker.log)
                 else:
                     if saved and not stored_checkpoints(folder.url):
                         shown.print(f"{folder.url} has no checkpoint: training starts at step 1")
@@ -89,9 +79,8 @@ def _tracked(config: TrainConfig, dataset: Dataset, saved: Run | None) -> Iterat
     run_id = saved.mlflow_run_id if saved else None
     if saved and run_id and uri != saved.config.tracking.uri and not has_run(uri, run_id):
         run_id = None  # the run moved to another MLflow
-    with Tracker.start(
-        uri, config.tracking.experiment, run_name=config.name, run_id=run_id
-    ) as tracker:
+    experiment = config.tracking.experiment
+    with Tracker.start(uri, experiment, run_name=config.name, run_id=run_id) as tracker:
         write(Run(config, dataset.manifest.digest, tracker.run_id), new=saved is None)
         if run_id is None:
             tracker.log_parameters(config.flat())
@@ -132,10 +121,3 @@ def _complete(config: TrainConfig, saved: Run) -> Summary | None:
         return None
     sent = last_step(config.tracking.uri, saved.mlflow_run_id, "loss/total")
     return summary if sent == stored_checkpoints(run)[0].step else None
-
-
-def _send_missing(config: TrainConfig, tracker: Tracker) -> None:
-    """Send the values of a finished run that MLflow does not have."""
-    with newest_whole(f"{config.output}/{config.name}") as newest:
-        if newest is not None:
-            newest.history().replay(tracker.log)

@@ -1,7 +1,5 @@
 """Checks on the driver, before a run takes its name, of everything that would fail later."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from data_shards.dataset import Dataset
@@ -17,10 +15,7 @@ from reid_train.training.data import epoch_plan, train_index
 def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> None:
     """Check the settings against the dataset, build the network, and run it on an empty image.
 
-    Args:
-        config: as `prepare` returned it.
-        dataset: what it will train on.
-        saved: the run that is resumed; it no longer needs its pretrained weights.
+    `saved` is the run that is resumed; it no longer needs its pretrained weights.
 
     Raises:
         ReidError: the Ray cluster does not answer; there is no train split or too few identities in
@@ -28,6 +23,11 @@ def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> No
             the model's name; weights are not there or do not fit; images are too small for the
             stripes; an exclusion matches nothing.
     """
+    import torch
+
+    from reid_train.model.factory import build_model
+    from reid_train.training.optimizer import build_regularizer
+
     require_ray_cluster()
     require_identities(config, dataset)
     require_measurable(dataset)
@@ -37,7 +37,11 @@ def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> No
             f"an epoch of {dataset.url} has fewer global batches than one optimizer step averages: "
             "lower --batch.accumulate, or set --batch.steps-per-epoch"
         )
-    _build(config if saved is None else config.replace(model__weights="none"), dataset)
+    config = config if saved is None else config.replace(model__weights="none")
+    model = build_model(config, len(dataset.identities))
+    build_regularizer(config, model)
+    with torch.no_grad():
+        model.eval().embed(torch.zeros(1, 3, config.image.height, config.image.width))
 
 
 def require_identities(config: TrainConfig, dataset: Dataset) -> None:
@@ -82,15 +86,3 @@ def require_tracking(config: TrainConfig, saved: Run | None) -> None:
     require_names(model=model, experiment=tracking.experiment, run=config.name)
     if tracking.uri is not None and saved is None:
         require_experiment(tracking.uri, tracking.experiment)
-
-
-def _build(config: TrainConfig, dataset: Dataset) -> None:
-    import torch
-
-    from reid_train.model.factory import build_model
-    from reid_train.training.optimizer import build_regularizer
-
-    model = build_model(config, len(dataset.identities))
-    build_regularizer(config, model)
-    with torch.no_grad():
-        model.eval().embed(torch.zeros(1, 3, config.image.height, config.image.width))

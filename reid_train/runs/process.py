@@ -1,7 +1,5 @@
 """A process of a run: the signals that stop its driver, and a worker's temporary files."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import fcntl

@@ -1,7 +1,6 @@
 """After the last step: the report, its pictures, and the best checkpoint's registration."""
 
-from __future__ import annotations
-
+import contextlib
 import json
 import logging
 import shlex
@@ -15,26 +14,14 @@ from rich.console import Console
 from data_shards.dataset import Dataset
 from data_shards.decode import decode
 from data_shards.errors import DataError, StorageError
+from data_shards.manifest import Index
 from data_shards.progress import Progress, phase, silent
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.registry.load import SUMMARY
-from reid_train.registry.registry import (
-    Registered,
-    default_name,
-    register,
-    registered_version,
-)
-from reid_train.report.page import Picture, write_page
-from reid_train.report.summary import Row, print_summary
-from reid_train.runs.checkpoint_store import (
-    by_score,
-    delete_stale_checkpoints,
-    first_whole,
-    measured,
-    newest_whole,
-    stored_checkpoints,
-)
+from reid_train.registry.registry import Registered, default_name, register, registered_version
+from reid_train.report.page import Picture, Row, print_summary, write_page
+from reid_train.runs import checkpoint_store
 from reid_train.runs.run_dir import REPORT
 from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.server import run_page
@@ -82,68 +69,45 @@ def publish(
         DataError: no checkpoint of the run is whole.
     """
     run = f"{config.output}/{config.name}"
-    with newest_whole(run) as newest:
+    with contextlib.ExitStack() as stack:
+        newest = best = stack.enter_context(checkpoint_store.newest_whole(run))
         if newest is None:
             raise DataError(f"the run {run} has no checkpoint")
         history = newest.history()
-        scores = measured(history)
-        ranked = [entry.name for entry in by_score(stored_checkpoints(run), scores)]
+        scores = checkpoint_store.measured(history)
+        stored = checkpoint_store.stored_checkpoints(run)
+        ranked = [entry.name for entry in checkpoint_store.by_score(stored, scores)]
         if ranked and ranked[0] != newest.folder.name:
-            with first_whole(run, [*ranked, newest.folder.name]) as best:
-                assert best is not None
-                result = _publish(config, dataset, tracker, progress, history, best)
-        else:
-            result = _publish(config, dataset, tracker, progress, history, newest)
-    delete_stale_checkpoints(run, scores)
-    return result
-
-
-def _publish(
-    config: TrainConfig,
-    dataset: Dataset,
-    tracker: Tracker,
-    progress: Progress,
-    history: History,
-    best: Checkpoint,
-) -> tuple[Summary, list[Row]]:
-    before, after = _before_and_after(history, best)
-    speed = float(np.median(history.steps["images_per_second"]))
-    rows = [Row(name, before.get(name), after.get(name)) for name in MEASURES if after]
-    rows.append(Row("training speed", None, speed, "images/s"))
-    commit = code_commit()
-    facts = {
-        "dataset": f"{dataset.manifest.name} ({dataset.url})",
-        "manifest": dataset.manifest.digest[:12],
-        "best epoch": f"{best.progress.epoch} of {config.total_epochs}",
-        "workers": str(config.workers),
-        **({"commit": commit[:12]} if commit else {}),
-    }
-    title = config.name or config.recipe
-    with tempfile.TemporaryDirectory(prefix="reid-report-") as temporary:
-        page = Path(temporary)
+            names = [*ranked, newest.folder.name]
+            best = stack.enter_context(checkpoint_store.first_whole(run, names))
+        assert best is not None
+        page = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reid-report-")))
+        before, after = _metrics(history, 0), _metrics(history, best.progress.epoch)
+        speed = float(np.median(history.steps["images_per_second"]))
+        rows = [Row(name, before.get(name), after.get(name)) for name in MEASURES if after]
+        rows.append(Row("training speed", None, speed, "images/s"))
         with phase(progress, "drawing the report"):
-            pictures = _pictures(config, dataset, best, history, page)
-            settings = config.model_dump(mode="json")
-            write_page(page / "report.html", title, rows, pictures, settings, facts=facts)
+            _draw_report(page, config, dataset, history, best, rows)
         with phase(progress, "registering the model"):
             registered = _register(config, dataset, best, after, tracker)
         summary = Summary(
-            name=title,
+            name=str(config.name),
             metrics=after,
             before=before,
             images_per_second=speed,
-            report=f"{config.output.rstrip('/')}/{title}/{REPORT}/report.html",
+            report=f"{run}/{REPORT}/report.html",
             checkpoint=best.folder.name,
             model=registered.uri if registered else None,
             champion=registered.champion if registered else False,
             epochs=config.total_epochs,
         )
         (page / PurePosixPath(SUMMARY).name).write_text(json.dumps(vars(summary), indent=2))
-        storage = open_storage(f"{config.output}/{title}")
+        storage = open_storage(run)
         # The summary comes last: a run that has one has its report.
         for path in sorted(page.iterdir(), key=lambda p: (p.name in SUMMARY, p.name)):
             storage.upload(f"{REPORT}/{path.name}", path)
         tracker.log_artifacts(page, REPORT)
+    checkpoint_store.delete_stale_checkpoints(run, scores)
     return summary, rows
 
 
@@ -152,40 +116,36 @@ def show(
 ) -> None:
     """Print the table, and where the report, the model and MLflow are."""
     print_summary(console, rows, title=f"{summary.name}: before and after training")
-    console.print(f"report     {summary.report}", highlight=False, soft_wrap=True)
-    if "://" in config.output:
-        folder = f"{config.output.rstrip('/')}/{summary.name}"
-        opens = f"python -m reid_train report {shlex.quote(folder)}"
-        console.print(f"           {opens}", highlight=False, markup=False, soft_wrap=True)
-    if summary.model:
-        note = "now the champion" if summary.champion else "the champion stays"
-        model = f"{summary.model} ({note})"
-    else:
-        model = f"{config.output.rstrip('/')}/{summary.name}/{summary.checkpoint}"
-    console.print(f"model      {model}", highlight=False, soft_wrap=True)
+    folder = f"{config.output.rstrip('/')}/{summary.name}"
+    lines = [f"report     {summary.report}"]
+    if "://" in folder:
+        lines.append(f"           python -m reid_train report {shlex.quote(folder)}")
+    note = "now the champion" if summary.champion else "the champion stays"
+    model = f"{summary.model} ({note})" if summary.model else f"{folder}/{summary.checkpoint}"
+    lines.append(f"model      {model}")
     if tracker.uri and tracker.run_id:
-        page = run_page(tracker.uri, tracker.run_id)
-        console.print(f"MLflow     {page}", highlight=False, soft_wrap=True)
+        lines.append(f"MLflow     {run_page(tracker.uri, tracker.run_id)}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def _before_and_after(
-    history: History, best: Checkpoint
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics of the untrained network, if it was evaluated, and of the best one."""
+def _metrics(history: History, epoch: int) -> dict[str, float]:
+    """Return the metrics after some epochs; none if the network was not evaluated then."""
     epochs = history.evaluations.get("epoch", [])
-
-    def at(epoch: int) -> dict[str, float]:
-        if epoch not in epochs:
-            return {}
-        row = epochs.index(epoch)
-        return {k: column[row] for k, column in history.evaluations.items() if k != "epoch"}
-
-    return at(0), at(best.progress.epoch)
+    if epoch not in epochs:
+        return {}
+    row = epochs.index(epoch)
+    return {k: column[row] for k, column in history.evaluations.items() if k != "epoch"}
 
 
-def _pictures(
-    config: TrainConfig, dataset: Dataset, best: Checkpoint, history: History, folder: Path
-) -> list[Picture]:
+def _draw_report(
+    folder: Path,
+    config: TrainConfig,
+    dataset: Dataset,
+    history: History,
+    best: Checkpoint,
+    rows: list[Row],
+) -> None:
+    """Write `report.html`, its pictures, and λ as a table."""
     from reid_train.report.curves import draw_curves  # matplotlib takes a second to import
     from reid_train.report.factors import draw_factors, save_factors
 
@@ -193,7 +153,7 @@ def _pictures(
     with np.load(best.folder / RANK_LIST, allow_pickle=False) as rank_list:
         if "query" in rank_list:
             path = folder / "rank_list.png"
-            _draw_rank_list(path, dataset, dict(rank_list), config.image)
+            _draw_rank_list(path, dataset, dict(rank_list))
             caption = "Queries from the highest average precision to the lowest."
             pictures.append(Picture(path, caption))
     path = folder / "curves.png"
@@ -201,21 +161,28 @@ def _pictures(
     pictures.append(Picture(path, "Losses, accuracy, learning rate and speed during training."))
     steps, values = history.factors()
     if len(steps):
-        save_factors(folder / "factors.parquet", history.tensor_names, steps, values)
-        path = folder / "factors.png"
-        names, kinds = history.tensor_names, history.tensor_kinds
-        draw_factors(path, names, steps, values, kinds=kinds)
+        names, path = history.tensor_names, folder / "factors.png"
+        save_factors(folder / "factors.parquet", names, steps, values)
+        draw_factors(path, names, steps, values, kinds=history.tensor_kinds)
         pictures.append(Picture(path, "The regularization factor λ of every tensor over time."))
-    return pictures
+    facts = {
+        "dataset": f"{dataset.manifest.name} ({dataset.url})",
+        "manifest": dataset.manifest.digest[:12],
+        "best epoch": f"{best.progress.epoch} of {config.total_epochs}",
+        "workers": str(config.workers),
+    }
+    if commit := code_commit():
+        facts["commit"] = commit[:12]
+    settings = config.model_dump(mode="json")
+    write_page(folder / "report.html", str(config.name), rows, pictures, settings, facts=facts)
 
 
-def _draw_rank_list(path: Path, dataset: Dataset, rank_list: dict, image) -> None:
+def _draw_rank_list(path: Path, dataset: Dataset, rank_list: dict[str, np.ndarray]) -> None:
     from reid_train.report.ranks import draw_rank_list
 
     query, gallery = dataset.index("query"), dataset.index("gallery")
 
-    def picture(split: str, row: int) -> np.ndarray:
-        index = dataset.index(split)
+    def picture(index: Index, row: int) -> np.ndarray:
         shard = dataset.manifest.shards[index.shard[row]]
         data = dataset.storage.read_range(shard.name, int(index.offset[row]), int(index.size[row]))
         return decode(data)
@@ -223,8 +190,8 @@ def _draw_rank_list(path: Path, dataset: Dataset, rank_list: dict, image) -> Non
     rows, matches = rank_list["query"], rank_list["gallery"]
     draw_rank_list(
         path,
-        [picture("query", row) for row in rows],
-        [[picture("gallery", match) for match in row] for row in matches],
+        [picture(query, row) for row in rows],
+        [[picture(gallery, match) for match in row] for row in matches],
         gallery.pid[matches] == query.pid[rows][:, None],
         query_pid=query.pid[rows],
         query_camid=query.camid[rows],

@@ -9,11 +9,11 @@
   groups that cannot share the batch equally.
 * `ENV_VARS_TO_PROPAGATE` and the names of two variables (2.60): timeouts are set only through them.
 * `worker_group.placement_group` (2.60): reservations get no name otherwise, and without a name they
-  cannot be found and given back if the controller is killed before its workers run.
+  cannot be found and given back if the controller is killed before its workers run. Ray has no
+  public way to name or find them: `ScalingConfig` has no such field, the table of placement groups
+  shows no owner and no label selector, and Ray's own cleaner knows only groups whose workers run.
 * the name of the logger of `execution.context` (2.60): `LoggingConfig` does not reach it.
 """
-
-from __future__ import annotations
 
 import contextlib
 import logging
@@ -23,19 +23,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.train import (
-    ControllerError,
-    FailureConfig,
-    ScalingConfig,
-    TrainingFailedError,
-    WorkerGroupError,
-)
+from ray import train
+from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import (
-    COLLECTIVE_TIMEOUT_S_ENV_VAR,
-    ENV_VARS_TO_PROPAGATE,
-    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
-)
+from ray.train.v2._internal import constants
 from ray.train.v2._internal.execution import context as train_context
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
@@ -54,20 +45,15 @@ CONTEXT_LOGGER = str(train_context.__file__)
 
 def set_timeouts(hang: int, collective: int) -> None:
     """Set how long Ray Train waits for a silent worker, and in its own collectives, in seconds."""
-    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(hang)
-    os.environ[COLLECTIVE_TIMEOUT_S_ENV_VAR] = str(collective)
+    os.environ[constants.WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(hang)
+    os.environ[constants.COLLECTIVE_TIMEOUT_S_ENV_VAR] = str(collective)
 
 
 class ResilientTrainer(TorchTrainer):
     """A TorchTrainer that does not retry errors raised on purpose.
 
-    Its numbers of workers always divide the batch, its reservations can be given back, and its
-    driver handles signals itself (`process.py`).
-
-    Args:
-        run: `<output>/<name>`; reservations are found by it.
-        batch_size: images of the global batch.
-        arguments: TorchTrainer's.
+    Its numbers of workers always divide the batch, its reservations can be found by `run` and given
+    back, and its driver handles signals itself (`process.py`).
     """
 
     def __init__(self, *arguments: Any, run: str, batch_size: int, **options: Any) -> None:
@@ -103,13 +89,12 @@ def _named_cluster() -> Iterator[None]:
     """
     before = os.environ.get("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["RAY_ADDRESS"]
-        else:
+        del os.environ["RAY_ADDRESS"]
+        if before is not None:
             os.environ["RAY_ADDRESS"] = before
 
 
@@ -118,9 +103,6 @@ def release(run: str) -> None:
 
     Ray leaves that to an actor that may be killed too, if memory runs out or a node is lost. Then
     the resources stay reserved until the driver ends, and a sweep waits for ever.
-
-    Args:
-        run: `<output>/<name>`.
     """
     for number, group in placement_group_table().items():
         if group["name"].startswith(f"{run}#") and group["state"] != "REMOVED":
@@ -155,18 +137,15 @@ class GroupSize:
 class FailurePolicy(DefaultFailurePolicy):
     """Retries what a machine may have caused; an error raised on purpose would only recur.
 
-    If a GPU is too small for its share of the batch, an elastic run waits for more workers.
-
-    Args:
-        failure_config: Ray Train's.
-        most: most workers of an elastic run; 0 for one that is not elastic.
+    If a GPU is too small for its share of the batch, an elastic run waits for more workers: at most
+    `most`, which is 0 for a run that is not elastic.
     """
 
     def __init__(self, failure_config: FailureConfig, most: int = 0) -> None:
         super().__init__(failure_config)
         self._most = most
 
-    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+    def make_decision(self, training_failed_error: train.TrainingFailedError) -> FailureDecision:
         if on_purpose(training_failed_error):
             return FailureDecision.RAISE
         if gpu_out_of_memory(str(training_failed_error)):
@@ -205,11 +184,9 @@ class ScalingPolicy(ElasticScalingPolicy):
 
 def on_purpose(error: Exception) -> ReidError | None:
     """Return the `ReidError` of the controller or of the first worker that raised one."""
-    if isinstance(error, ControllerError) and isinstance(error.controller_failure, ReidError):
-        return error.controller_failure
-    if isinstance(error, WorkerGroupError):
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "cause", failure)
-            if isinstance(cause, ReidError):
-                return cause
-    return None
+    causes: list[Any] = []
+    if isinstance(error, train.ControllerError):
+        causes = [error.controller_failure]
+    elif isinstance(error, WorkerGroupError):
+        causes = [getattr(e, "cause", e) for e in error.worker_failures.values()]
+    return next((cause for cause in causes if isinstance(cause, ReidError)), None)

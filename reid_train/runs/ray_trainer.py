@@ -1,14 +1,12 @@
 """A run under Ray Train: its workers, where checkpoints go, what is retried."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,7 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.exceptions import OutOfMemoryError
-from ray.train import (
-    CheckpointUploadMode,
-    FailureConfig,
-    LoggingConfig,
-    RunConfig,
-    ScalingConfig,
-    TrainingFailedError,
-    UserCallback,
-    WorkerGroupError,
-)
+from ray.train import ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, get_device
 
@@ -37,21 +26,10 @@ from data_shards.progress import Display, phase
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import gpu_out_of_memory, out_of_memory
 from reid_train.ray_utils import require_ray_cluster
-from reid_train.runs.checkpoint_store import (
-    Keeper,
-    first_whole,
-    newest_whole,
-    opened,
-    stored_checkpoints,
-)
+from reid_train.runs import checkpoint_store
 from reid_train.runs.console import Board, beside_driver, reporter, watch
 from reid_train.runs.process import own_temporary_folder, stop_signals
-from reid_train.runs.ray_internals import (
-    CONTEXT_LOGGER,
-    ResilientTrainer,
-    on_purpose,
-    set_timeouts,
-)
+from reid_train.runs.ray_internals import CONTEXT_LOGGER, ResilientTrainer, on_purpose, set_timeouts
 from reid_train.runs.run_lock import RunLock
 from reid_train.tracking import prometheus
 from reid_train.tracking.tracker import Tracker
@@ -93,7 +71,8 @@ def fit(
         except (TrainingFailedError, OutOfMemoryError) as error:
             raise explained(error, config) from error
     if stop.signal is not None:
-        newest = next(iter(stored_checkpoints(f"{config.output}/{config.name}")), None)
+        stored = checkpoint_store.stored_checkpoints(f"{config.output}/{config.name}")
+        newest = stored[0] if stored else None
         if newest is None or newest.epoch < config.total_epochs:
             saved = f" with a checkpoint after step {newest.step}" if newest else ""
             raise Interrupted(
@@ -134,33 +113,26 @@ def run_workers(
     hang = config.checkpoint.hang_seconds
     set_timeouts(hang, hang * 3 // 2)
     least = config.min_workers or config.workers
-    run = f"{config.output}/{config.name}"
+    settings = {"run_id": run_id, "board": board, "start": start, "until": until, "lock": lock}
+    settings |= {"config": config.to_json(), "manifest_digest": dataset.manifest.digest}
     # Ray Train's own record of a run is not kept: the run's folder is the only one.
     with tempfile.TemporaryDirectory(prefix="reid-ray-") as folder:
         ResilientTrainer(
             _train_worker,
-            run=run,
+            run=f"{config.output}/{config.name}",
             batch_size=config.batch_size,
-            train_loop_config={
-                "config": config.to_json(),
-                "manifest_digest": dataset.manifest.digest,
-                "run_id": run_id,
-                "board": board,
-                "start": start,
-                "until": until,
-                "lock": lock,
-            },
+            train_loop_config=settings,
             torch_config=TorchConfig(timeout_s=hang * 3 // 2),
             scaling_config=ScalingConfig(
                 num_workers=(least, config.workers) if config.min_workers else config.workers,
                 use_gpu=use_gpu(config.device, least),
                 elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             ),
-            run_config=RunConfig(
+            run_config=ray.train.RunConfig(
                 name=ray_name(str(config.name)),
                 storage_path=folder,
-                failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
-                logging_config=LoggingConfig(log_level="WARNING"),
+                failure_config=ray.train.FailureConfig(max_failures=config.checkpoint.max_failures),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
                 callbacks=list(callbacks),
             ),
         ).fit()
@@ -174,9 +146,7 @@ def ray_name(name: str) -> str:
 def start_ray(cpus: int, *, logs: bool = True) -> None:
     """Connect to the cluster at RAY_ADDRESS, or start Ray here with at least `cpus` CPUs.
 
-    Args:
-        cpus: of a Ray that this starts.
-        logs: show here what workers print and log.
+    With `logs`, what workers print and log is shown here.
 
     Raises:
         ReidError: the cluster does not answer, or refuses the connection.
@@ -229,27 +199,27 @@ def _train(settings: dict[str, Any]) -> None:
         Tracker(uri, run_id, may_send=lock and lock.is_held) as tracker,
         _resume(run, rank, settings["start"]) as resume,
     ):
-
-        def log(values: dict[str, float], step: int) -> None:
-            tracker.log(values, step)
-            show_gauges(values)
-
         if resume is not None:
             if until is not None and resume.progress.epoch >= until:
                 return  # it was killed between its last report and its end
             if rank == 0 and resume.folder.name != _START:
                 # The checkpoint has the values that MLflow missed when a process died.
                 resume.history().replay(tracker.log)
+
+        def log(values: dict[str, float], step: int) -> None:
+            tracker.log(values, step)
+            show_gauges(values)
+
+        folder, size = config.loader.cache.expanduser(), config.loader.cache_bytes
+        keeper = checkpoint_store.Keeper(run, lock, resume) if rank == 0 else None
         context = WorkerContext(
             rank=rank,
             world=ray_context.get_world_size(),
             device=get_device(),  # type: ignore[arg-type]
-            cache=ShardCache(
-                dataset.storage, config.loader.cache.expanduser(), config.loader.cache_bytes
-            ),
-            report=_Report(Keeper(run, lock, resume) if rank == 0 else None, until),
+            cache=ShardCache(dataset.storage, folder, size),
+            report=partial(_report, keeper, until),
             log=log,
-            stop_request=_StopRequests(board, rank, lock),
+            stop_request=_stop_requests(board, rank, lock),
         )
         if board is not None:
             context.show, context.progress = board.show.remote, reporter(board)
@@ -268,15 +238,12 @@ def _resume(run: str, rank: int, start: str | None) -> Iterator[Checkpoint | Non
     Rank 0 chooses it: the newest of the run that is not damaged, else the one to start from.
     """
     with contextlib.ExitStack() as stack:
-        name = ""
-        found = stack.enter_context(newest_whole(run)) if rank == 0 else None
-        if found is not None:
-            name = found.folder.name
-        name = broadcast_from_rank_zero(name)
+        found = stack.enter_context(checkpoint_store.newest_whole(run)) if rank == 0 else None
+        name = broadcast_from_rank_zero("" if found is None else found.folder.name)
         if found is None and name:
-            found = stack.enter_context(first_whole(run, [name]))
+            found = stack.enter_context(checkpoint_store.first_whole(run, [name]))
         elif not name and start is not None:
-            found = stack.enter_context(opened(start, _START))
+            found = stack.enter_context(checkpoint_store.opened(start, _START))
         yield found
 
 
@@ -284,67 +251,64 @@ class _Enough(Exception):
     """Training reached `until`. Every rank raises it at the same report."""
 
 
-class _Report:
-    """Hands metrics and checkpoints to Ray Train, which uploads them while training continues.
+def _report(
+    keeper: checkpoint_store.Keeper | None,
+    until: int | None,
+    metrics: dict[str, float],
+    folder: Path | None,
+) -> None:
+    """Hand metrics and a checkpoint to Ray Train, which uploads it while training continues.
 
     Args:
         keeper: uploads and deletes checkpoints; None on ranks above 0.
         until: epoch after whose report the run ends, if any.
+        metrics: of the checkpoint.
+        folder: the checkpoint; None on ranks above 0.
     """
 
-    def __init__(self, keeper: Keeper | None, until: int | None) -> None:
-        self._keeper, self._until = keeper, until
-
-    def __call__(self, metrics: dict[str, float], folder: Path | None) -> None:
-        checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(
-            metrics,
-            checkpoint=checkpoint,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=partial(self._upload, metrics),
-        )
-        if self._until is not None and metrics["epoch"] >= self._until:
-            raise _Enough
-
-    def _upload(
-        self, metrics: dict[str, float], checkpoint: ray.train.Checkpoint, name: str
-    ) -> ray.train.Checkpoint:
-        """Store a checkpoint; Ray gets a name in its own folder, where it looks for nothing."""
-        assert self._keeper is not None
-        self._keeper.keep(Path(checkpoint.path), name, metrics)
+    def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        assert keeper is not None
+        keeper.keep(Path(checkpoint.path), name, metrics)
+        # Ray gets a name in its own folder, where it looks for nothing.
         storage: Any = ray.train.get_context().get_storage()
         place = f"{storage.experiment_fs_path}/{name}"
         return ray.train.Checkpoint(place, storage.storage_filesystem)
 
+    ray.train.report(
+        metrics,
+        checkpoint=None if folder is None else ray.train.Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=upload,
+    )
+    if until is not None and metrics["epoch"] >= until:
+        raise _Enough
 
-class _StopRequests:
-    """What the driver, or Ray for a node that will be taken away, asks of the run.
 
-    Args:
-        board: the run's `Board`, if any.
-        rank: of this worker.
-        lock: the driver's. Workers may outlive a killed driver, and must not log steps that the
-            workers of the next one log too.
+def _stop_requests(board: Any, rank: int, lock: RunLock | None) -> Callable[[], StopRequest]:
+    """Return what asks for the requests of the driver, and of Ray for a node that leaves.
+
+    Rank 0 also checks the driver's lock. Workers may outlive a killed driver, and must not log
+    steps that the workers of the next one log too.
     """
+    stopping = getattr(board, "stopping", None)  # the board of a sweep's trial has none
+    checked, saved = time.monotonic(), False
 
-    def __init__(self, board: Any, rank: int, lock: RunLock | None) -> None:
-        self._stopping = getattr(board, "stopping", None) if rank == 0 else None
-        self._lock = lock if rank == 0 else None
-        self._checked = time.monotonic()
-        self._saved = False
-
-    def __call__(self) -> StopRequest:
-        if self._lock is not None and time.monotonic() - self._checked > LOCK_SECONDS:
-            self._checked = time.monotonic()
-            self._lock.require()
+    def ask() -> StopRequest:
+        nonlocal checked, saved
         leaving = ray.train.get_preemption_info() is not None  # every rank has to ask
-        with contextlib.suppress(ray.exceptions.RayError):
-            if self._stopping is not None and ray.get(self._stopping.remote(), timeout=10):
-                return StopRequest.STOP
-        if leaving and not self._saved:
-            self._saved = True
+        if rank == 0 and lock is not None and time.monotonic() - checked > LOCK_SECONDS:
+            checked = time.monotonic()
+            lock.require()
+        if rank == 0 and stopping is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                if ray.get(stopping.remote(), timeout=10):
+                    return StopRequest.STOP
+        if leaving and not saved:
+            saved = True
             return StopRequest.SAVE
         return StopRequest.NONE
+
+    return ask
 
 
 def explained(
@@ -352,13 +316,9 @@ def explained(
 ) -> ReidError:
     """Return a failed training's error as one line: its cause, if that was raised on purpose.
 
-    Args:
-        error: as Ray raised it.
-        config: of the run.
-        advise: say how to continue the run, too.
+    With `advise`, it says how to continue the run, too.
     """
-    cause = on_purpose(error)
-    if cause is not None:
+    if cause := on_purpose(error):
         return cause
     resume = f"with --resume --name {config.name} --output {config.output}"
     if reason := out_of_memory(str(error)):
@@ -371,10 +331,9 @@ def explained(
         )
     else:
         last = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()[-1]
-        often = f" more than {config.checkpoint.max_failures} times, last"
-        reason = (
-            f"training failed{often if isinstance(error, WorkerGroupError) else ''} with: {last}"
-        )
+        retried = isinstance(error, WorkerGroupError)
+        often = f" more than {config.checkpoint.max_failures} times, last" if retried else ""
+        reason = f"training failed{often} with: {last}"
         advice = f"Continue {resume}"
     return ReidError(f"{reason}. {advice}" if advise else reason)
 
@@ -382,10 +341,7 @@ def explained(
 def use_gpu(device: str, needed: int, *, free: bool = False) -> bool:
     """Return whether each worker gets a GPU: for "cuda", and for "auto" if there are enough.
 
-    Args:
-        device: "auto", "cuda" or "cpu".
-        needed: number of GPUs.
-        free: count only GPUs that are free now.
+    With `free`, only GPUs that are free now count.
     """
     resources = ray.available_resources() if free else ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))

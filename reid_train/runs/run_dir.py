@@ -4,12 +4,11 @@ The folder also holds the checkpoints (`checkpoint_store.py`), the lock (`run_lo
 report. A name is taken once; `--resume` continues the run that has it.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing
@@ -20,17 +19,8 @@ REPORT = "report"
 """Folder of a run that holds its report."""
 PAGE = "report.html"
 """The page of a run's report; a sweep's report has pictures and a table only."""
-RESUMABLE = {
-    "workers",
-    "min_workers",
-    "device",
-    "loader",
-    "checkpoint",
-    "tracking",
-    "evaluation",
-    "output",
-    "data",
-}
+RESUMABLE = {"workers", "min_workers", "device", "loader", "checkpoint", "tracking", "evaluation"}
+RESUMABLE |= {"data", "output"}
 """Sections that may change when a run is resumed: they do not change what is computed."""
 EPOCHS = "optimizer.epochs"
 EXTENDABLE = {EPOCHS, "optimizer.skip_nonfinite"}
@@ -48,11 +38,7 @@ class Run:
 
     def to_json(self) -> bytes:
         """Return the run as JSON."""
-        values = {
-            "config": self.config.model_dump(mode="json"),
-            "manifest_digest": self.manifest_digest,
-            "mlflow_run_id": self.mlflow_run_id,
-        }
+        values = vars(self) | {"config": self.config.model_dump(mode="json")}
         return json.dumps(values, indent=2).encode()
 
     @staticmethod
@@ -61,7 +47,7 @@ class Run:
         return open_storage(output).exists(f"{name}/run.json")
 
     @classmethod
-    def read(cls, output: str, name: str) -> Run:
+    def read(cls, output: str, name: str) -> Self:
         """Read `<output>/<name>/run.json`.
 
         Raises:
@@ -80,10 +66,6 @@ class Run:
 
 def fetch_report(run: str, to: Path) -> Path:
     """Copy the report of a run or a sweep to a folder; return its page, or the folder without one.
-
-    Args:
-        run: folder or s3:// URL of the run or the sweep.
-        to: the folder.
 
     Raises:
         ConfigError: there is no report.
@@ -122,20 +104,11 @@ def prepare(config: TrainConfig) -> TrainConfig:
 
 
 def same_training(old: TrainConfig, new: TrainConfig) -> None:
-    """Refuse to resume a run as something else.
-
-    Raises:
-        ConfigError: names the settings that differ.
-    """
+    """Raise a `ConfigError` if a run may not be resumed with the new settings; it names them."""
     before, after = old.flat(), new.flat()
-    changed = [
-        name
-        for name in before
-        if before[name] != after[name]
-        and name.split(".")[0] not in RESUMABLE
-        and name not in EXTENDABLE
-    ]
-    if changed:
+    differ = [name for name in before if before[name] != after[name]]
+    free = RESUMABLE | EXTENDABLE
+    if changed := [name for name in differ if not {name, name.split(".")[0]} & free]:
         raise ConfigError(
             f"run {old.name} cannot be resumed with other settings of {', '.join(changed)}: "
             "leave them out, or start a new run under another --name"
@@ -150,11 +123,7 @@ def same_training(old: TrainConfig, new: TrainConfig) -> None:
 
 
 def same_dataset(saved: Run, dataset: Dataset) -> None:
-    """Refuse to resume a run on another dataset.
-
-    Raises:
-        DataError: the manifests differ.
-    """
+    """Raise a `DataError` if a run was trained on another dataset."""
     if saved.manifest_digest != dataset.manifest.digest:
         raise DataError(
             f"run {saved.config.name} was trained on the dataset with manifest "
@@ -164,11 +133,7 @@ def same_dataset(saved: Run, dataset: Dataset) -> None:
 
 
 def require_free(config: TrainConfig) -> None:
-    """Refuse a name that a run has.
-
-    Raises:
-        ConfigError: the name is taken.
-    """
+    """Raise a `ConfigError` if a run has the name."""
     if Run.exists(config.output, str(config.name)):
         raise _taken(config)
 

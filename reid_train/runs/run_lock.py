@@ -9,8 +9,6 @@ Numbers start again from 1 once nobody holds the run, so a number does not ident
 each rewriting the holder therefore reads the object and checks that it is still its own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -21,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -47,8 +46,11 @@ class Owner:
     started: float
     beats: int = 0
 
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
     @classmethod
-    def here(cls) -> Owner:
+    def here(cls) -> Self:
         """Return this process."""
         pid = os.getpid()
         return cls(platform.node(), _boot(), pid, _started(pid))
@@ -116,12 +118,21 @@ def held(
     Raises:
         ConfigError: another driver trains the run.
     """
-    storage = run.child("lease")
-    owner = Owner.here()
-    lock = RunLock(storage, _take(storage, name, owner, beat, silent), owner)
-    done = threading.Event()
+    storage, owner = run.child("lease"), Owner.here()
+    while True:
+        number, data = _newest(storage)
+        if data is not None:
+            _require_dead(storage, name, number, data, silent)
+        try:
+            storage.write(_key(number + 1), _json(owner), create_once=True)
+        except ObjectExists:
+            continue  # another driver was quicker
+        if data is not None:
+            storage.delete(_key(number))
+        break
+    lock, done = RunLock(storage, number + 1, owner), threading.Event()
     arguments = (lock, name, beat, done, lost)
-    thread = threading.Thread(target=_beat, args=arguments, name="run-lock", daemon=True)
+    thread = threading.Thread(target=_rewrite, args=arguments, name="run-lock", daemon=True)
     thread.start()
     try:
         yield lock
@@ -133,67 +144,48 @@ def held(
                 storage.delete(_key(lock.number))
 
 
-def _take(storage: Storage, name: str, owner: Owner, beat: float, silent: float) -> int:
-    while True:
-        number, data = _newest(storage)
-        if data is not None:
-            _require_dead(storage, name, number, data, beat, silent)
-        try:
-            storage.write(_key(number + 1), _json(owner), create_once=True)
-        except ObjectExists:
-            continue  # another driver was quicker
-        if data is not None:
-            storage.delete(_key(number))
-        return number + 1
-
-
-def _require_dead(
-    storage: Storage, name: str, number: int, data: bytes, beat: float, silent: float
-) -> None:
+def _require_dead(storage: Storage, name: str, number: int, data: bytes, silent: float) -> None:
+    """Raise if the driver that wrote a lock is alive: on another machine, if the lock changes."""
     owner = _owner(data)
     alive = owner.lives() if owner else None
-    if alive is False:
-        return
     if alive is None:
-        who = f"process {owner.pid} on {owner.host}" if owner else "another driver"
         logger.warning(
-            "run %s is locked by %s: waiting %.0f s to see whether it is alive", name, who, silent
+            "run %s is locked by %s: waiting %.0f s to see whether it is alive",
+            *(name, owner or "another driver", silent),
         )
         deadline = time.monotonic() + silent
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, beat / 2))
+        while not alive and time.monotonic() < deadline:
+            time.sleep(min(1.0, silent / 12))
             now, latest = _newest(storage)
             if latest is None:
                 return
             if (now, latest) != (number, data):
                 alive, owner = True, _owner(latest)
-                break
     if alive:
-        who = f"process {owner.pid} on {owner.host}" if owner else "another driver"
         raise ConfigError(
-            f"run {name} is being trained by {who}: wait for it, or stop it first and then --resume"
+            f"run {name} is being trained by {owner or 'another driver'}: wait for it, or stop it "
+            "first and then --resume"
         )
 
 
-def _beat(
+def _rewrite(
     lock: RunLock, name: str, interval: float, done: threading.Event, lost: Callable[[], None]
 ) -> None:
-    storage, number, beats = lock.storage, lock.number, 0
+    """Rewrite the lock every `interval` seconds until `done`."""
+    storage, key, beats = lock.storage, _key(lock.number), 0
     while not done.wait(interval):
         beats += 1
         try:
             newest, _ = _newest(storage)
-            if newest > number or not lock.is_held():
+            if newest > lock.number or not lock.is_held():
                 logger.error(
                     "run %s was taken by another driver, or its lock %s/%s was deleted: this driver"
                     " stops. If no other driver has the run, continue it with --resume",
-                    name,
-                    storage.url,
-                    _key(number),
+                    *(name, storage.url, key),
                 )
                 lost()
                 return
-            storage.write(_key(number), _json(replace(lock.owner, beats=beats)))
+            storage.write(key, _json(replace(lock.owner, beats=beats)))
         except ReidError as error:
             logger.warning("lock of run %s not renewed, trying again: %s", name, error)
 

@@ -22,9 +22,8 @@ from data_shards.storage import atomic
 from reid_train.report import style
 from reid_train.report.curves import draw_curves
 from reid_train.report.factors import draw_factors, groups, save_factors, without_movement
-from reid_train.report.page import Picture, write_page
+from reid_train.report.page import Picture, Row, print_summary, write_page
 from reid_train.report.ranks import FRAME, RIGHT, WRONG, draw_rank_list, layout
-from reid_train.report.summary import Row, print_summary
 
 NAMES = [
     "backbone.conv1.weight",
