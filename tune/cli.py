@@ -10,13 +10,10 @@ from typing import Annotated
 import tyro
 
 from data_shards.command_line import program, run_command
-from data_shards.errors import ConfigError
 from data_shards.progress import make_console
 from reid_train.config import TrainConfig
 from reid_train.recipes import parse_with_recipe
 from tune.config import Sweep
-from tune.plan import make_plan
-from tune.space import default, overrides, read_file
 
 
 @dataclass(frozen=True)
@@ -49,18 +46,15 @@ def _main(arguments: list[str] | None) -> None:
     parsed = parse_with_recipe(
         lambda base: Tune(Sweep(), base), words, program("tune", "reid-tune")
     )
+    from tune import space
+    from tune.plan import make_plan
+
     config = parsed.config
     if parsed.workers_per_trial is not None:
         config = config.replace(workers=parsed.workers_per_trial)
-    ranges = default(config)
-    if parsed.space is not None:
-        try:
-            ranges = read_file(parsed.space.read_bytes(), str(parsed.space))
-        except OSError as error:
-            raise ConfigError(f"--space: cannot read {parsed.space}: {error}") from error
-    ranges |= overrides(parsed.search)
-    settings = Sweep.model_validate(parsed.sweep.model_dump() | {"ranges": ranges})
-    plan = make_plan(settings, config)
+    ranges = space.default(config) if parsed.space is None else space.read_file(parsed.space)
+    ranges |= space.overrides(parsed.search)
+    plan = make_plan(parsed.sweep.model_copy(update={"ranges": ranges}), config)
     from tune.sweep import sweep  # after the checks: a mistake is found before Ray is imported
 
     sweep(plan, console=make_console())

@@ -9,8 +9,10 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ray
+import ray.exceptions
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,11 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from data_shards.progress import LINE_EVERY, Stage, duration
+from tune.controller import Controller
 from tune.space import AMPLITUDE, LEARNING_RATE, THETA_MULTIPLIER, Value
 from tune.store import ENDED, Trial
-
-if TYPE_CHECKING:
-    from tune.controller import Controller
 
 MOST_ROWS = 16
 """Rows of the live table; of the ended trials the best are shown."""
@@ -43,21 +43,20 @@ class Paces:
         self, trials: Sequence[Trial], states: dict[str, dict[str, Any]], now: float
     ) -> None:
         """Take the newest states by name of the run; a trial that began anew is timed anew."""
-        self._now = now
-        for trial in trials:
-            state = states.get(trial.run_name) if trial.state == "running" else None
-            if state is None:
-                self.states.pop(trial.number, None)
-                self._stages.pop(trial.number, None)
-                continue
-            self.states[trial.number] = state
+        running = [t for t in trials if t.state == "running" and t.run_name in states]
+        before, self._now = self._stages, now
+        self.states = {trial.number: states[trial.run_name] for trial in running}
+        self._stages = {}
+        for trial in running:
+            state = states[trial.run_name]
             trial.images_per_second = state["images_per_second"]
-            done, total = (state[n] * state["steps"] for n in ("epoch", "epochs"))
-            done += state["step"]
-            stage = self._stages.get(trial.number)
+            total = state["epochs"] * state["steps"]
+            done = state["epoch"] * state["steps"] + state["step"]
+            stage = before.get(trial.number)
             if stage is None or done < stage.done:
-                stage = self._stages[trial.number] = Stage(trial.name, "steps", total, now, done)
+                stage = Stage(trial.name, "steps", total, now, done)
             stage.update(done, total, now)
+            self._stages[trial.number] = stage
 
     def left(self, number: int) -> float | None:
         """Seconds that a trial still takes, if its pace is known."""
@@ -83,61 +82,46 @@ def watch(
         total: trials that there will be.
         slots: trials that run at a time.
     """
-    stop = threading.Event()
-    arguments = (controller, board, console, total, slots, stop)
-    thread = threading.Thread(target=_follow, args=arguments, daemon=True)
+    ended = threading.Event()
+
+    def follow() -> None:
+        paces, printed = Paces(), {t.number for t in controller.trials if t.state in ENDED}
+        last_note, last_line, states = "", 0.0, {}
+        live = Live(console=console, transient=True, auto_refresh=False)
+        with live if console.is_terminal else contextlib.nullcontext():
+            while True:
+                finished = ended.wait(1.0)
+                # Ray may answer late while processes start; the trials' states are known here.
+                with contextlib.suppress(ray.exceptions.RayError):
+                    states = ray.get(board.states.remote(), timeout=5)
+                trials = list(controller.trials)
+                paces.update(trials, states, time.monotonic())
+                note = summary(trials, paces, total, slots)
+                new = [t for t in trials if t.state in ENDED and t.number not in printed]
+                printed |= {trial.number for trial in new}
+                lines = [f"{ending(trial, trials)}; {note}" for trial in new]
+                if console.is_terminal:
+                    live.update(Group(table(trials, paces), Text(note, "dim")), refresh=True)
+                elif not lines and note != last_note and time.monotonic() - last_line > LINE_EVERY:
+                    lines = [note]
+                if lines:
+                    console.print("\n".join(lines))
+                    last_note, last_line = note, time.monotonic()
+                if finished:
+                    return
+
+    thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        stop.set()
+        ended.set()
         thread.join(timeout=10)
-
-
-def _follow(
-    controller: Controller,
-    board: Any,
-    console: Console,
-    total: int,
-    slots: int,
-    stop: threading.Event,
-) -> None:
-    import ray
-    import ray.exceptions
-
-    paces, printed = Paces(), {t.number for t in controller.trials if t.state in ENDED}
-    last_note, last_line = "", 0.0
-    states: Any = {}
-    live = Live(console=console, transient=True, auto_refresh=False)
-    with live if console.is_terminal else contextlib.nullcontext():
-        while True:
-            finished = stop.wait(1.0)
-            # Ray may answer late while processes start; the trials' own states are known here.
-            with contextlib.suppress(ray.exceptions.RayError):
-                states = ray.get(board.states.remote(), timeout=5)
-            with controller.lock:
-                trials = list(controller.trials)
-            paces.update(trials, states, time.monotonic())
-            note = summary(trials, paces, total, slots)
-            for trial in trials:
-                if trial.state in ENDED and trial.number not in printed:
-                    printed.add(trial.number)
-                    line = f"{ending(trial, trials)}; {note}"
-                    console.print(line, highlight=False, markup=False, soft_wrap=True)
-                    last_note, last_line = note, time.monotonic()
-            if console.is_terminal:
-                live.update(Group(table(trials, paces), Text(note, "dim")), refresh=True)
-            elif note != last_note and time.monotonic() - last_line > LINE_EVERY:
-                last_note, last_line = note, time.monotonic()
-                console.print(note, highlight=False, markup=False, soft_wrap=True)
-            if finished:
-                return
 
 
 def table(trials: Sequence[Trial], paces: Paces) -> Table:
     """The running trials and the best of the ended ones."""
-    made = Table(box=box.SIMPLE_HEAD, header_style="dim")
-    made.add_column("trial")
+    made = Table("trial", box=box.SIMPLE_HEAD, header_style="dim")
     made.add_column("settings", overflow="ellipsis", no_wrap=True, max_width=60)
     for name in ("epoch", "mAP", "images/s", "time left"):
         made.add_column(name, justify="right", no_wrap=True)
@@ -147,7 +131,7 @@ def table(trials: Sequence[Trial], paces: Paces) -> Table:
         state, speed = paces.states.get(trial.number), trial.images_per_second
         made.add_row(
             trial.name,
-            Text(trial.label or describe(trial.values)),
+            trial.label or describe(trial.values),
             f"{state['epoch'] + 1 if state else trial.epoch}",
             f"{100 * trial.score:.1f}" if trial.evaluations else "–",
             f"{speed:,.0f}" if speed else "–",

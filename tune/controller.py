@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -42,9 +41,7 @@ class Controller:
         on_end: Callable[[Trial], None] = lambda trial: None,
     ):
         self.store, self.base, self.searcher = store, base, searcher
-        self.trials = list(trials)
-        self.on_begin, self.on_end = on_begin, on_end
-        self.lock = threading.Lock()
+        self.trials, self.on_begin, self.on_end = list(trials), on_begin, on_end
         self._queue = deque(t for t in self.trials if t.state in ("queued", "running"))
         for trial in self.trials:
             if trial.state in ENDED:
@@ -56,9 +53,8 @@ class Controller:
             trial = self._queue.popleft() if self._queue else self.searcher.propose(self.trials)
             if trial is None:
                 return None
-            with self.lock:
-                if trial not in self.trials:
-                    self.trials.append(trial)
+            if trial not in self.trials:
+                self.trials.append(trial)
             try:
                 trial.config(self.base)
             except ConfigError as error:
@@ -71,14 +67,10 @@ class Controller:
             return trial
 
     @property
-    def exhausted(self) -> bool:
-        """Whether nothing is left to begin."""
-        return not self._queue and self.searcher.exhausted(self.trials)
-
-    @property
     def over(self) -> bool:
         """Whether everything has begun and ended."""
-        return self.exhausted and all(trial.state in ENDED for trial in self.trials)
+        begun = not self._queue and self.searcher.exhausted(self.trials)
+        return begun and all(trial.state in ENDED for trial in self.trials)
 
     def result(
         self,
@@ -102,8 +94,8 @@ class Controller:
         # First points are judged but never stopped: others are compared with them.
         stops = any(behind[-1:]) and new[-1]["epoch"] == trial.epoch and not trial.label
         if stops:
-            reason = f"behind others after {trial.epoch} of {self.base.total_epochs} epochs"
-            self._end(trial, "stopped", reason)
+            of = self.base.total_epochs
+            self._end(trial, "stopped", f"behind others after {trial.epoch} of {of} epochs")
         else:
             self.store.save(trial)
         return stops

@@ -36,30 +36,29 @@ class Plan:
     first: list[Trial]
     searcher: Searcher
 
-    @property
-    def searched(self) -> int:
-        """Trials that the searcher proposes."""
-        return self.settings.trials - len(self.first)
-
 
 def make_plan(settings: Sweep, config: TrainConfig) -> Plan:
-    """Check a sweep's settings.
-
-    Args:
-        settings: how to search.
-        config: what every trial starts from; without a name it gets one from the settings.
+    """Check a sweep's settings; without a name, `config` gets one from them.
 
     Raises:
         ConfigError: they do not fit each other.
     """
-    ranges = settings.ranges or default(config)
-    settings = Sweep.model_validate(settings.model_dump() | {"ranges": ranges})
+    settings = settings.model_copy(update={"ranges": settings.ranges or default(config)})
     config = config.replace(name=config.name or default_name(settings, config))
-    space = build(ranges, config)
+    space = build(settings.ranges, config)
     points = first_points(config, settings.constant_factors)
     _check(settings, config, points)
     first = [Trial(i, v, label, config.seed) for i, (label, v) in enumerate(points.items())]
-    return Plan(settings, config, space, first, _searcher(settings, space, config, len(first)))
+    searcher: Searcher
+    if settings.scheduler == "population":
+        interval = settings.interval or config.evaluation.every
+        size = settings.trials - len(first)
+        searcher = Population(size, interval, space, config, len(first))
+    elif settings.searcher == "grid":
+        searcher = GridSearcher(settings, space, config, len(first))
+    else:
+        searcher = OptunaSearcher(settings, space, config)
+    return Plan(settings, config, space, first, searcher)
 
 
 def _check(settings: Sweep, config: TrainConfig, points: Collection[str]) -> None:
@@ -83,12 +82,3 @@ def _check(settings: Sweep, config: TrainConfig, points: Collection[str]) -> Non
             grace,
             config.optimizer.frozen_epochs,
         )
-
-
-def _searcher(settings: Sweep, space: Space, config: TrainConfig, first: int) -> Searcher:
-    if settings.scheduler == "population":
-        interval = settings.interval or config.evaluation.every
-        return Population(settings.trials - first, interval, space, config, first)
-    if settings.searcher == "grid":
-        return GridSearcher(settings, space, config, first)
-    return OptunaSearcher(settings, space, config)

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from tune.schedulers import first_decision
 from tune.searchers import Searcher
-from tune.space import MODE, Choice, Dimension, Real, Space, Value, Whole, draw
+from tune.space import MODE, Dimension, Space, Value, at, draw, near
 from tune.store import Trial
 
 QUARTER = 0.25
@@ -47,8 +49,7 @@ class Population(Searcher):
                 "another --scheduler"
             )
         self.size, self.interval, self.space, self.base = size, interval, space, base
-        self._first = first
-        self._start = first_decision(base, ROUNDS)
+        self._first, self._start = first, first_decision(base, ROUNDS)
 
     def propose(self, trials: Sequence[Trial]) -> Trial | None:
         """A new member, or one whose next part can begin."""
@@ -75,15 +76,16 @@ class Population(Searcher):
     def _next_round(self, members: Sequence[Trial]) -> None:
         done = members[0].epoch
         rng = np.random.default_rng((self.base.seed, done))
-        ends = {member.number: (_checkpoint(member), member.values) for member in members}
+        ends = {m.number: (m.run_name, m.evaluations[-1], m.values) for m in members}
         donors = exchange(members, rng)
         for member in members:
             donor = donors.get(member.number)
-            start, values = ends[member.number if donor is None else donor]
+            run, last, values = ends[member.number if donor is None else donor]
             if donor is not None:
                 values = explore(values, self.space, rng)
             member.state, member.part = "queued", member.part + 1
-            member.start, member.values, member.until = start, values, self._until(done)
+            member.start = f"{run}/{last['checkpoint']}"
+            member.values, member.until = values, self._until(done)
             member.changes.append({"epoch": done, "values": values, "from": donor})
 
     def _until(self, done: int) -> int | None:
@@ -99,9 +101,7 @@ def exchange(members: Sequence[Trial], rng: np.random.Generator) -> dict[int, in
     ranked = sorted(members, key=lambda m: (m.evaluations[-1]["mAP"], -m.number))
     count = min(math.ceil(len(ranked) * QUARTER), len(ranked) // 2)
     best = ranked[len(ranked) - count :]
-    return {
-        loser.number: best[int(rng.integers(len(best)))].number for loser in ranked[:count] if best
-    }
+    return {loser.number: best[int(rng.integers(count))].number for loser in ranked[:count]}
 
 
 def explore(values: dict[str, Value], space: Space, rng: np.random.Generator) -> dict[str, Value]:
@@ -109,23 +109,16 @@ def explore(values: dict[str, Value], space: Space, rng: np.random.Generator) ->
     moved = dict(values)
     for name, dimension in space.items():
         if rng.random() < RESAMPLE:
-            moved[name] = dimension.at(float(rng.random()))
+            moved[name] = at(dimension, float(rng.random()))
         else:
             moved[name] = _step(values[name], dimension, bool(rng.integers(2)))
     return moved
 
 
-def _step(value: Value, dimension: Dimension, up: bool) -> Value:
-    if isinstance(dimension, Choice):
-        place = dimension.values.index(value) + (1 if up else -1)
-        return dimension.values[min(max(place, 0), len(dimension.values) - 1)]
-    assert isinstance(value, (int, float))
-    if isinstance(dimension, Whole):
+def _step(value: Any, dimension: Dimension, up: bool) -> Value:
+    if isinstance(dimension, CategoricalDistribution):
+        place = dimension.choices.index(value) + (1 if up else -1)
+        return dimension.choices[min(max(place, 0), len(dimension.choices) - 1)]
+    if isinstance(dimension, IntDistribution):
         return min(max(value + (1 if up else -1), dimension.low), dimension.high)
-    assert isinstance(dimension, Real)
-    return dimension.near(value * STEPS[up])
-
-
-def _checkpoint(member: Trial) -> str:
-    """Run and folder of the checkpoint at the end of the member's last part."""
-    return f"{member.run_name}/{member.evaluations[-1]['checkpoint']}"
+    return near(value * STEPS[up], dimension)

@@ -27,21 +27,18 @@ FEW = 3
 """With no more searched configurations than this, none is called the best."""
 LEFT_OUT = ("recipe", "data", "output", "name", "loader", "tracking", "checkpoint", "device")
 """Not on the command line: what is given anyway, and what does not change what is learnt."""
+HEADER = ("", "trial", "mAP (%)", "trainings", "settings")
+"""Columns of the ranking."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A configuration and its trainings.
-
-    Attributes:
-        trial: the search's.
-        repeats: trainings with fresh seeds.
-        mode: of the regularization; "held" for an adaptive one in which no λ is learnt.
-    """
+    """A configuration and its trainings: the search's, and those with fresh seeds."""
 
     trial: Trial
     repeats: tuple[Trial, ...]
     mode: str
+    """Of the regularization; "held" for an adaptive one in which no λ is learnt."""
 
     @property
     def scores(self) -> list[float]:
@@ -96,9 +93,7 @@ def ranking(trials: Sequence[Trial], base: TrainConfig) -> list[Entry]:
 
 def survivors(trials: Sequence[Trial], base: TrainConfig, count: int) -> list[Trial]:
     """What is worth repeating: the best adaptive ones, the paper's, the best constant, no L2."""
-    by_score = sorted(
-        (entry for entry in ranking(trials, base)), key=lambda e: e.trial.score, reverse=True
-    )
+    by_score = sorted(ranking(trials, base), key=lambda e: e.trial.score, reverse=True)
     adaptive = [e for e in by_score if e.mode == "adaptive"]
     chosen = adaptive[:count] + [e for e in adaptive[count:] if e.trial.label]
     for mode in ("constant", "none"):
@@ -106,16 +101,14 @@ def survivors(trials: Sequence[Trial], base: TrainConfig, count: int) -> list[Tr
     return [entry.trial for entry in chosen]
 
 
-def held(trials: Sequence[Trial], base: TrainConfig) -> Trial | None:
-    """A repeat of the best adaptive configuration with θ's learning rate at 0.
+def held(trials: Sequence[Trial], base: TrainConfig) -> list[Trial]:
+    """A repeat of the best adaptive configuration, if there is one, with θ's learning rate at 0.
 
     Over constant L2 and no L2, which keep the base's learning rate, that configuration has two
     advantages: it was searched for, and its λ are learnt. This removes the second.
     """
-    best = next((e.trial for e in ranking(trials, base) if e.mode == "adaptive"), None)
-    if best is None:
-        return None
-    return Trial(0, best.values | {THETA_MULTIPLIER: 0.0}, HELD, repeats=best.number)
+    best = [e.trial for e in ranking(trials, base) if e.mode == "adaptive"][:1]
+    return [Trial(0, t.values | {THETA_MULTIPLIER: 0.0}, HELD, repeats=t.number) for t in best]
 
 
 def verdict(entries: Sequence[Entry]) -> list[str]:
@@ -129,9 +122,9 @@ def verdict(entries: Sequence[Entry]) -> list[str]:
     best = adaptive[0]
     tied = [e for e in adaptive if e.measured() == best.measured()]
     searched = sum(not e.trial.label for e in adaptive)
-    rivals = [next((e for e in entries if e.trial.label == "paper" and e is not best), None)]
-    modes = ("held", "constant", "none")
-    rivals += [next((e for e in entries if e.mode == mode), None) for mode in modes]
+    rivals = [e for e in entries if e.trial.label == "paper" and e is not best][:1]
+    for mode in ("held", "constant", "none"):
+        rivals += [e for e in entries if e.mode == mode][:1]
     name, lines = "The best adaptive configuration", []
     if len(tied) > 1:
         names = ", ".join(e.trial.name for e in tied)
@@ -141,16 +134,17 @@ def verdict(entries: Sequence[Entry]) -> list[str]:
         count = f"{searched} searched configuration{'s' if searched != 1 else ''}"
         lines.append(f"Only {count} ended: too few to call one the best. Give more --trials.")
         name = "The highest of few"
-    compared = [_compared(name, best, rival) for rival in rivals if rival is not None]
+    compared = [_compared(name, best, rival) for rival in rivals]
     return lines + (compared or ["There is no baseline to compare with."])
 
 
 def _compared(first: str, best: Entry, rival: Entry) -> str:
     gain = best.mean - rival.mean
     name = "the paper's setting" if rival.trial.label == "paper" else MODES[rival.mode]
+    signed = f"{100 * gain:+.1f}".replace("-", "−")
     start = (
         f"{first} ({best.trial.name}, mAP {best.measured()}) "
-        f"against {name} ({rival.trial.name}, {rival.measured()}): {_signed(gain)}"
+        f"against {name} ({rival.trial.name}, {rival.measured()}): {signed}"
     )
     if best.spread is None or rival.spread is None:
         return f"{start}; one training each shows nothing of the spread (see --seeds)."
@@ -159,52 +153,47 @@ def _compared(first: str, best: Entry, rival: Entry) -> str:
     return f"{start}, {relation} the spread of the difference (± {100 * spread:.1f})."
 
 
-def _signed(fraction: float) -> str:
-    return f"{100 * fraction:+.1f}".replace("-", "−")
-
-
 def command(config: TrainConfig, output: str) -> str:
-    """The command line that trains a configuration by itself.
-
-    Args:
-        config: what is trained.
-        output: where runs are kept.
-    """
+    """The command line that trains a configuration by itself and keeps its run in `output`."""
     usual = recipe(config.recipe).flat()
     parts = ["python", "-m", "reid_train", "train", "--recipe", config.recipe]
     parts += ["--data", config.data, "--output", output]
     for name, value in config.flat().items():
         if value == usual[name] or name.split(".")[0] in LEFT_OUT or name == "evaluation.initial":
             continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            prefix, _, leaf = flag.rpartition(".")
-            leaf = leaf if value else f"no-{leaf}"
-            parts.append(f"--{prefix}.{leaf}" if prefix else f"--{leaf}")
-        elif isinstance(value, list):
-            parts += [f"--{flag}", *map(str, value)]
-        else:
-            parts += [f"--{flag}", f"{value}"]
+        section, dot, field = name.replace("_", "-").rpartition(".")
+        parts.append(f"--{section}{dot}{'no-' if value is False else ''}{field}")
+        if not isinstance(value, bool):
+            parts += map(str, value if isinstance(value, list) else [value])
     return shlex.join(parts)
+
+
+def rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
+    """The ranking as cells under `HEADER`."""
+    return [
+        (str(place), entry.trial.name, entry.measured(), str(len(entry.scores)), entry.title)
+        for place, entry in enumerate(entries, 1)
+    ]
 
 
 def markdown(entries: Sequence[Entry], trials: Sequence[Trial]) -> str:
     """The ranking, and what was not trained to the end, as tables."""
-    lines = ["| | trial | mAP (%) | trainings | settings |", "| --- | --- | --- | --- | --- |"]
-    for place, entry in enumerate(entries, 1):
-        count = len(entry.scores)
-        cells = (str(place), entry.trial.name, entry.measured(), str(count), entry.title)
-        lines.append(f"| {' | '.join(cells)} |")
-    rest = [t for t in trials if t.state in ("stopped", "failed")]
-    if rest:
-        lines += [
-            "",
-            "| trial | epochs | mAP (%) | settings | why |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        for trial in rest:
-            score = f"{100 * trial.score:.1f}" if trial.evaluations else "–"
-            why = f"{trial.state}: {trial.reason}"
-            cells = (trial.name, str(trial.epoch), score, describe(trial.values), why)
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    rest = [
+        (
+            trial.name,
+            str(trial.epoch),
+            f"{100 * trial.score:.1f}" if trial.evaluations else "–",
+            describe(trial.values),
+            f"{trial.state}: {trial.reason}",
+        )
+        for trial in trials
+        if trial.state in ("stopped", "failed")
+    ]
+    text = _table(HEADER, rows(entries))
+    header = ("trial", "epochs", "mAP (%)", "settings", "why")
+    return f"{text}\n{_table(header, rest)}" if rest else text
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = (header, ["---"] * len(header), *rows)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from reid_train.config import TrainConfig
 from tune.config import Sweep
+from tune.store import Trial
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.experiment import Trial as RayTrial
     from ray.tune.schedulers import TrialScheduler
-
-    from tune.store import Trial
 
 BRACKETS = 3
 """Brackets of hyperband: a trial of the n-th is first judged at the n-th rung."""
@@ -29,13 +30,7 @@ STOPPING = ("asha", "hyperband", "median")
 
 
 class EarlyStopping:
-    """Judge each evaluation with a scheduler of Ray Tune.
-
-    Args:
-        settings: names the scheduler, one of `STOPPING`.
-        config: the sweep's.
-        trials: all trials so far.
-    """
+    """Judge each evaluation with a scheduler of Ray Tune, one of `STOPPING`, after all so far."""
 
     def __init__(self, settings: Sweep, config: TrainConfig, trials: Sequence[Trial]):
         self._seed, self._last = config.seed, config.total_epochs
@@ -47,9 +42,17 @@ class EarlyStopping:
 
     def add(self, controller: TuneController, number: int, trial: RayTrial) -> None:
         """Take a trial that Ray Tune starts; one that it starts again stays the same trial."""
-        self._replay(controller)
+        from ray.tune.experiment import Trial as RayTrial
+
+        earlier, self._earlier = self._earlier, []
+        for *_, known, evaluation in earlier:  # show the scheduler what earlier drivers saw
+            self.add(controller, known, RayTrial("earlier", trial_id=f"{known}", stub=True))
+            self.lags(controller, known, evaluation)
         if number not in self._trials:
-            self._add(controller, number, trial)
+            # Ray draws the bracket from NumPy's global generator: another driver must draw the same
+            np.random.seed([self._seed, number])  # noqa: NPY002
+            self._trials[number] = trial
+            self._scheduler.on_trial_add(controller, trial)
 
     def lags(self, controller: TuneController, number: int, evaluation: dict[str, Any]) -> bool:
         """Whether the scheduler stops a trial at this evaluation; at the last epoch it need not."""
@@ -58,24 +61,6 @@ class EarlyStopping:
         trial = self._trials[number]
         decision = self._scheduler.on_trial_result(controller, trial, evaluation)
         return decision != self._scheduler.CONTINUE
-
-    def _add(self, controller: TuneController, number: int, trial: RayTrial) -> None:
-        import numpy as np
-
-        # Ray draws the bracket from NumPy's global generator: another driver must draw the same.
-        np.random.seed([self._seed, number])  # noqa: NPY002
-        self._trials[number] = trial
-        self._scheduler.on_trial_add(controller, trial)
-
-    def _replay(self, controller: TuneController) -> None:
-        """Show the scheduler what earlier drivers saw."""
-        from ray.tune.experiment import Trial as RayTrial
-
-        earlier, self._earlier = self._earlier, []
-        for *_, number, evaluation in earlier:
-            if number not in self._trials:
-                self._add(controller, number, RayTrial("earlier", trial_id=f"{number}", stub=True))
-            self.lags(controller, number, evaluation)
 
 
 def _scheduler(settings: Sweep, config: TrainConfig) -> TrialScheduler:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
+import optuna
+from optuna import samplers
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from tune.config import Sweep
-from tune.space import MODE, Choice, Dimension, Real, Space, Value, coordinates, grid
+from tune.space import MODE, Space, Value, coordinates, grid, near
 from tune.store import Trial
-
-if TYPE_CHECKING:
-    import optuna
 
 
 class Searcher:
@@ -67,29 +69,29 @@ class OptunaSearcher(Searcher):
     """
 
     def __init__(self, settings: Sweep, space: Space, base: TrainConfig):
-        numbers = [name for name, d in space.items() if not isinstance(d, Choice)]
-        if settings.searcher == "cmaes" and (len(numbers) < 2 or len(numbers) < len(space)):
+        lists = any(isinstance(d, CategoricalDistribution) for d in space.values())
+        if settings.searcher == "cmaes" and (len(space) < 2 or lists):
             raise ConfigError(
                 "CMA-ES searches two or more ranges of numbers, and no choice(...): take another "
                 "--searcher, such as tpe or gp, or change --search"
             )
         self.settings, self.space, self.base = settings, space, base
-        self._distributions = distributions(space)
         self._asked: dict[int, optuna.Trial] = {}
-        self._earlier: list[optuna.trial.FrozenTrial] = []
+        self._earlier: list[FrozenTrial] = []
         self._study = new_study()
 
     def propose(self, trials: Sequence[Trial]) -> Trial | None:
         if self.exhausted(trials):
             return None
         number = len(trials)
-        self._study.sampler = self._sampler(number)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            asked = self._study.ask(self._distributions)
-        self._asked[number] = asked
-        ranges = {name: d for name, d in self.space.items() if isinstance(d, Real)}
-        values = {n: ranges[n].near(v) if n in ranges else v for n, v in asked.params.items()}
+            warnings.simplefilter("ignore")  # some options of samplers are experimental
+            self._study.sampler = self._sampler(number)
+            asked = self._asked[number] = self._study.ask({**self.space})
+        values = asked.params
+        for name, dimension in self.space.items():
+            if isinstance(dimension, FloatDistribution):
+                values[name] = near(values[name], dimension)
         return adaptive(number, values, self.base)
 
     def exhausted(self, trials: Sequence[Trial]) -> bool:
@@ -98,12 +100,9 @@ class OptunaSearcher(Searcher):
 
     def learn(self, trial: Trial) -> None:
         """Tell Optuna; a trial that failed counts as the worst, so the search leaves its place."""
-        from optuna.trial import TrialState
-
         asked = self._asked.pop(trial.number, None)
         if asked is None:
-            known = as_optuna(trial, self.space, self.base)
-            if known is not None:
+            if known := as_optuna(trial, self.space, self.base):
                 self._study.add_trial(known)
                 self._earlier.append(known)
             return
@@ -115,33 +114,25 @@ class OptunaSearcher(Searcher):
         else:
             self._study.tell(asked, trial.score if trial.state == "finished" else 0.0)
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+    def _sampler(self, number: int) -> samplers.BaseSampler:
         """A sampler with its own random numbers for each trial, the same in any driver."""
-        import numpy as np
-        from optuna import samplers
-
         seed = int(np.random.SeedSequence((self.base.seed, number)).generate_state(1)[0])
         startup = max(4, self.settings.trials // 4)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # some of these options are experimental
-            if self.settings.searcher == "random":
-                return samplers.RandomSampler(seed)
-            if self.settings.searcher == "gp":
-                return samplers.GPSampler(seed=seed, n_startup_trials=startup)
-            if self.settings.searcher == "cmaes":
-                # The state of CMA-ES is lost with its driver: the next driver starts from the best
-                # tenth of what is known.
-                known = self._earlier if len(self._earlier) >= 10 else None
-                return samplers.CmaEsSampler(
-                    seed=seed, consider_pruned_trials=True, source_trials=known
-                )
-            return samplers.TPESampler(
-                seed=seed,
-                n_startup_trials=startup,
-                multivariate=True,
-                # Running trials count as bad ones, or parallel proposals would be alike.
-                constant_liar=True,
+        if self.settings.searcher == "random":
+            return samplers.RandomSampler(seed)
+        if self.settings.searcher == "gp":
+            return samplers.GPSampler(seed=seed, n_startup_trials=startup)
+        if self.settings.searcher == "cmaes":
+            # The state of CMA-ES is lost with its driver: the next driver starts from the best
+            # tenth of what is known.
+            known = self._earlier if len(self._earlier) >= 10 else None
+            return samplers.CmaEsSampler(
+                seed=seed, consider_pruned_trials=True, source_trials=known
             )
+        # Running trials count as bad ones (`constant_liar`), or parallel proposals would be alike.
+        return samplers.TPESampler(
+            seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True
+        )
 
 
 def adaptive(number: int, values: dict[str, Value], base: TrainConfig) -> Trial:
@@ -153,16 +144,12 @@ def adaptive(number: int, values: dict[str, Value], base: TrainConfig) -> Trial:
 
 def new_study() -> optuna.Study:
     """An empty study of Optuna, in memory."""
-    import optuna
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(direction="maximize")
 
 
-def as_optuna(trial: Trial, space: Space, base: TrainConfig) -> optuna.trial.FrozenTrial | None:
+def as_optuna(trial: Trial, space: Space, base: TrainConfig) -> FrozenTrial | None:
     """An ended trial as Optuna has it; None if it lies outside the space."""
-    from optuna.trial import TrialState, create_trial
-
     place = coordinates(space, trial.config(base))
     if place is None:
         return None
@@ -170,21 +157,6 @@ def as_optuna(trial: Trial, space: Space, base: TrainConfig) -> optuna.trial.Fro
         state=TrialState.PRUNED if trial.state == "stopped" else TrialState.COMPLETE,
         value=trial.score if trial.state in ("finished", "stopped") else 0.0,
         params=place,
-        distributions=distributions(space),
+        distributions={**space},
         intermediate_values={int(e["epoch"]): e["mAP"] for e in trial.evaluations},
     )
-
-
-def distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
-    """The space as Optuna has it."""
-    return {name: _distribution(dimension) for name, dimension in space.items()}
-
-
-def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
-    from optuna import distributions as kinds
-
-    if isinstance(dimension, Choice):
-        return kinds.CategoricalDistribution(dimension.values)
-    if isinstance(dimension, Real):
-        return kinds.FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-    return kinds.IntDistribution(dimension.low, dimension.high)

@@ -1,26 +1,35 @@
 """What is searched: ranges of configuration fields, and the first points of a sweep.
 
-Pure functions on values. A space maps dotted names of `TrainConfig` fields to dimensions:
+Pure functions on values. A space maps names of `TrainConfig` fields to distributions of Optuna:
 
-    {"regularization.amplitude": Real(1e-4, 5e-2, log=True), "batch.images": Choice((2, 4))}
+    {
+        "regularization.amplitude": FloatDistribution(1e-4, 5e-2, log=True),
+        "batch.images": CategoricalDistribution((2, 4)),
+    }
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import TypeAdapter, ValidationError
 
 from data_shards.errors import ConfigError
-from reid_train.config import TrainConfig
+from reid_train.config import TrainConfig, explain
 from reid_train.recipes import PAPER
 
 Value = float | int | str | bool | None
+Dimension = FloatDistribution | IntDistribution | CategoricalDistribution
+Space = dict[str, Dimension]
 
 AMPLITUDE = "regularization.amplitude"
 LEARNING_RATE = "optimizer.learning_rate"
@@ -35,63 +44,29 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 _CALL = re.compile(r"\s*(\w+)\s*\((.*)\)\s*")
 
 
-@dataclass(frozen=True)
-class Real:
-    """Numbers from `low` to `high`, uniform, or uniform in the logarithm."""
-
-    low: float
-    high: float
-    log: bool = False
-
-    def near(self, value: float) -> float:
-        """The value with four digits, clipped to the range."""
-        return min(max(significant(value), self.low), self.high)
-
-    def at(self, quantile: float) -> float:
-        """The value below which a share `quantile` of the range lies."""
-        if self.log:
-            ends = math.log(self.low), math.log(self.high)
-            return self.near(math.exp(ends[0] + quantile * (ends[1] - ends[0])))
-        return self.near(self.low + quantile * (self.high - self.low))
-
-    def edges(self) -> tuple[Value, ...]:
-        """Values at which a configuration is checked: the ends, and one that is not an integer."""
-        return self.low, self.low + GOLDEN * (self.high - self.low), self.high
+def at(dimension: Dimension, quantile: float) -> Value:
+    """The value below which a share `quantile` of the range, or of the choices, lies."""
+    if isinstance(dimension, CategoricalDistribution):
+        count = len(dimension.choices)
+        return dimension.choices[min(int(quantile * count), count - 1)]
+    low, high = dimension.low, dimension.high
+    if isinstance(dimension, IntDistribution):
+        return min(low + int(quantile * (high - low + 1)), high)
+    if dimension.log:
+        return near(low * (high / low) ** quantile, dimension)
+    return near(low + quantile * (high - low), dimension)
 
 
-@dataclass(frozen=True)
-class Whole:
-    """Whole numbers from `low` to `high`, both included."""
-
-    low: int
-    high: int
-
-    def at(self, quantile: float) -> int:
-        """The value below which a share `quantile` of the range lies."""
-        return min(self.low + int(quantile * (self.high - self.low + 1)), self.high)
-
-    def edges(self) -> tuple[Value, ...]:
-        """Values at which a configuration is checked."""
-        return self.low, self.high
+def near(value: float, dimension: FloatDistribution) -> float:
+    """The value with four digits, clipped to the range."""
+    return min(max(float(f"{value:.4g}"), dimension.low), dimension.high)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One of some values."""
-
-    values: tuple[Value, ...]
-
-    def at(self, quantile: float) -> Value:
-        """The value below which a share `quantile` of the list lies."""
-        return self.values[min(int(quantile * len(self.values)), len(self.values) - 1)]
-
-    def edges(self) -> tuple[Value, ...]:
-        """Values at which a configuration is checked."""
-        return self.values
-
-
-Dimension = Real | Whole | Choice
-Space = dict[str, Dimension]
+def inside(value: object, dimension: Dimension) -> bool:
+    """Whether the range, or the choices, include a value."""
+    if isinstance(dimension, CategoricalDistribution):
+        return value in dimension.choices
+    return isinstance(value, int | float) and dimension.low <= value <= dimension.high
 
 
 def default(config: TrainConfig) -> dict[str, str]:
@@ -125,25 +100,31 @@ def parse(text: str) -> Dimension:
         ConfigError: it is none of these.
     """
     match = _CALL.fullmatch(text)
-    kind = match[1] if match else ""
-    values = [_value(part) for part in match[2].split(",")] if match else []
-    numbers = len(values) == 2 and all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) for v in values
-    )
-    if kind == "choice" and len(set(values)) == len(values) > 1:
-        return Choice(tuple(values))
-    if numbers and values[0] < values[1]:  # type: ignore[operator]
-        low, high = values
-        if kind == "uniform":
-            return Real(float(low), float(high))  # type: ignore[arg-type]
-        if kind == "loguniform" and low > 0:  # type: ignore[operator]
-            return Real(float(low), float(high), log=True)  # type: ignore[arg-type]
-        if kind == "integer" and isinstance(low, int) and isinstance(high, int):
-            return Whole(low, high)
+    kind, parts = (match[1], match[2].split(",")) if match else ("", [])
+    with contextlib.suppress(ValueError):  # not two, or not numbers
+        if kind == "choice":
+            values = tuple(map(_value, parts))
+            if len(set(values)) == len(values) > 1:
+                return CategoricalDistribution(values)
+        elif kind == "integer":
+            first, last = map(int, parts)
+            if first < last:
+                return IntDistribution(first, last)
+        elif kind in ("uniform", "loguniform"):
+            low, high = map(float, parts)
+            if low < high and (low > 0 or kind == "uniform"):
+                return FloatDistribution(low, high, log=kind == "loguniform")
     raise ConfigError(
         f"cannot read the range {text!r}: write uniform(LOW, HIGH), loguniform(LOW, HIGH), "
         "integer(LOW, HIGH) or choice(A, B, ...), with LOW below HIGH"
     )
+
+
+def _value(text: str) -> Value:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.strip()
 
 
 def build(texts: Mapping[str, str], config: TrainConfig) -> Space:
@@ -157,20 +138,22 @@ def build(texts: Mapping[str, str], config: TrainConfig) -> Space:
         ConfigError: an unknown field, a range that cannot be read, or values that the
             configuration refuses.
     """
-    fields = {name for name in config.flat() if name.split(".")[0] in SECTIONS}
-    space: Space = {}
-    for name, text in texts.items():
+    fields = [name for name in config.flat() if name.split(".")[0] in SECTIONS]
+    for name in texts:
         if name not in fields:
             near = [known for known in sorted(fields) if known.endswith(name.split(".")[-1])]
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{name!r} is not a field that can be searched{hint}")
-        if text.strip() != FIXED:
-            space[name] = parse(text)
+    space = {name: parse(text) for name, text in texts.items() if text.strip() != FIXED}
     if not space:
         raise ConfigError("nothing is searched: give at least one range with --search or --space")
-    choices = {name: d.values for name, d in space.items() if isinstance(d, Choice)}
+    choices = {n: d.choices for n, d in space.items() if isinstance(d, CategoricalDistribution)}
     points = [dict(zip(choices, c, strict=True)) for c in itertools.product(*choices.values())]
-    points += [{name: edge} for name, d in space.items() for edge in d.edges()]
+    for name, dimension in space.items():
+        if not isinstance(dimension, CategoricalDistribution):
+            points += [{name: dimension.low}, {name: dimension.high}]
+        if isinstance(dimension, FloatDistribution):
+            points.append({name: dimension.low + GOLDEN * (dimension.high - dimension.low)})
     for point in points:
         try:
             apply(point, config)
@@ -198,19 +181,19 @@ def overrides(items: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def read_file(text: str | bytes, where: str) -> dict[str, str]:
+def read_file(path: Path) -> dict[str, str]:
     """Read a space file: JSON, field name to range.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it cannot be read, or is something else.
     """
     try:
-        texts = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where} is not JSON: {error}") from error
-    if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()):
-        raise ConfigError(f'{where} must look like {{"optimizer.learning_rate": "uniform(…)"}}')
-    return texts
+        return TypeAdapter(dict[str, str]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--space: cannot read {path}: {error}") from error
+    except ValidationError as error:
+        look = '{"optimizer.learning_rate": "uniform(…)"}'
+        raise ConfigError(f"{path} must be JSON like {look}: {explain(error)}") from error
 
 
 def first_points(config: TrainConfig, factors: Iterable[float]) -> dict[str, dict[str, Value]]:
@@ -218,9 +201,9 @@ def first_points(config: TrainConfig, factors: Iterable[float]) -> dict[str, dic
 
     They differ from the base in the regularization only, so the base's learning rate holds.
     """
-    base = config.flat()
-    published = {f"regularization.{name}": v for name, v in _flat(PAPER.regularization).items()}
-    points = {"paper": {k: v for k, v in published.items() if base[k] != v or k == MODE}}
+    base, paper = config.flat(), PAPER.flat()
+    ours = [name for name in paper if name.startswith("regularization.")]
+    points = {"paper": {k: paper[k] for k in ours if base[k] != paper[k] or k == MODE}}
     for factor in factors:
         points[f"constant {factor:g}"] = {MODE: "constant", "regularization.factor": factor}
     points["no L2"] = {MODE: "none"}
@@ -229,7 +212,7 @@ def first_points(config: TrainConfig, factors: Iterable[float]) -> dict[str, dic
 
 def draw(space: Space, rng: np.random.Generator) -> dict[str, Value]:
     """A random point of the space, each field drawn independently."""
-    return {name: dimension.at(float(rng.random())) for name, dimension in space.items()}
+    return {name: at(dimension, float(rng.random())) for name, dimension in space.items()}
 
 
 def grid(space: Space, points: int) -> list[dict[str, Value]]:
@@ -238,21 +221,19 @@ def grid(space: Space, points: int) -> list[dict[str, Value]]:
     Raises:
         ConfigError: even two values an axis are too many.
     """
-    fixed = math.prod(len(d.values) for d in space.values() if isinstance(d, Choice))
-    ranges = [d for d in space.values() if not isinstance(d, Choice)]
-    steps = 1
-    while ranges and fixed * (steps + 1) ** len(ranges) <= points:
-        steps += 1
-    if fixed > points or (ranges and steps < 2):
-        least = fixed * 2 ** len(ranges)
+    choices = [d.choices for d in space.values() if isinstance(d, CategoricalDistribution)]
+    fixed, ranges, steps = math.prod(map(len, choices)), len(space) - len(choices), 2
+    if (least := fixed * steps**ranges) > points:
         raise ConfigError(
             f"a grid over this space has {least} points or more, and --trials leaves {points} for "
             f"it: give {least - points} more, or search fewer fields"
         )
+    while ranges and fixed * (steps + 1) ** ranges <= points:
+        steps += 1
     axes = [
-        d.values
-        if isinstance(d, Choice)
-        else tuple(dict.fromkeys(d.at(i / (steps - 1)) for i in range(steps)))
+        d.choices
+        if isinstance(d, CategoricalDistribution)
+        else dict.fromkeys(at(d, i / (steps - 1)) for i in range(steps))
         for d in space.values()
     ]
     return [dict(zip(space, point, strict=True)) for point in itertools.product(*axes)]
@@ -260,35 +241,8 @@ def grid(space: Space, points: int) -> list[dict[str, Value]]:
 
 def coordinates(space: Space, config: TrainConfig) -> dict[str, Value] | None:
     """A configuration's values of what is searched; None if one is outside its range."""
-    flat = config.flat()
+    flat: dict[str, Any] = config.flat()
     if MODE not in space and config.regularization.mode != "adaptive":
         return None
-    found: dict[str, Value] = {}
-    for name, dimension in space.items():
-        value = flat[name]
-        if isinstance(dimension, Choice):
-            inside = value in dimension.values
-        else:
-            inside = isinstance(value, (int, float)) and dimension.low <= value <= dimension.high
-        if not inside:
-            return None
-        found[name] = value  # type: ignore[assignment]
-    return found
-
-
-def significant(value: float) -> float:
-    """Four digits: enough for any setting, and short on a command line."""
-    return float(f"{value:.4g}")
-
-
-def _value(text: str) -> Value:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text.strip()
-
-
-def _flat(section) -> dict[str, Value]:
-    values = section.model_dump(mode="json")
-    inner = values.pop("amplitudes")
-    return values | {f"amplitudes.{kind}": value for kind, value in inner.items()}
+    found = {name: flat[name] for name in space}
+    return found if all(inside(found[name], d) for name, d in space.items()) else None

@@ -16,9 +16,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from data_shards.errors import ConfigError
 from data_shards.storage import Storage, open_storage
-from reid_train.config import TrainConfig
+from reid_train.config import TrainConfig, explain
 from tune.config import EXTENDABLE, NEUTRAL, Sweep
 from tune.space import Value, apply
 
@@ -136,25 +138,18 @@ class Store:
             ConfigError: another sweep, or a run, has that name.
         """
         store = cls(open_storage(config.output).child(config.name or ""))
-        saved = {
-            "sweep": settings.model_dump(mode="json"),
-            "config": config.model_dump(mode="json"),
-            "manifest_digest": manifest_digest,
-        }
         where = f"{config.output}/{config.name}"
         if store.storage.exists("run.json"):
             raise ConfigError(f"{where} is a training run: give the sweep another --name")
-        if not store.storage.exists("sweep.json"):
-            if create:
-                store.storage.write("sweep.json", _json(saved), create_once=True)
-            return store
-        before = json.loads(store.storage.read("sweep.json"))
-        _same_population(before["sweep"], saved["sweep"], where)
-        if changed := _changed(before, saved):
-            raise ConfigError(
-                f"the sweep {where} had other settings of {', '.join(changed)}: leave them as "
-                "they were to continue it, or give another --name"
-            )
+        if store.storage.exists("sweep.json"):
+            _same_sweep(where, store.noted("sweep"), settings, config, manifest_digest)
+        elif create:
+            saved = {
+                "sweep": settings.model_dump(mode="json"),
+                "config": config.model_dump(mode="json"),
+                "manifest_digest": manifest_digest,
+            }
+            store.storage.write("sweep.json", _json(saved), create_once=True)
         return store
 
     def note(self, name: str, values: dict[str, Any]) -> None:
@@ -163,8 +158,8 @@ class Store:
 
     def noted(self, name: str) -> dict[str, Any]:
         """What `note` wrote; {} if nothing."""
-        exists = self.storage.exists(f"{name}.json")
-        return json.loads(self.storage.read(f"{name}.json")) if exists else {}
+        key = f"{name}.json"
+        return json.loads(self.storage.read(key)) if self.storage.exists(key) else {}
 
     def save(self, trial: Trial) -> None:
         """Write one trial."""
@@ -195,45 +190,34 @@ class Store:
         return found
 
 
-def _same_population(before: dict, after: dict, where: str) -> None:
-    """Refuse to change the number of members: a new one would miss the first rounds."""
-    same = before["trials"] == after["trials"]
-    if before["scheduler"] == after["scheduler"] == "population" and not same:
+def _same_sweep(
+    where: str, before: dict, settings: Sweep, config: TrainConfig, manifest_digest: str
+) -> None:
+    """Refuse other settings than a sweep had; one that an older version lacked had its default."""
+    try:
+        old = Sweep.model_validate(before["sweep"])
+        old_config = TrainConfig.model_validate(before["config"])
+    except ValidationError as error:
         raise ConfigError(
-            f"the sweep {where} is a population of fixed size, --trials {before['trials']}: give "
-            f"that to continue it, or start a new sweep with --trials {after['trials']} under "
+            f"the sweep {where} has settings that this version refuses ({explain(error)}): give "
             "another --name"
+        ) from error
+    # A new member of a population would miss the first rounds.
+    if old.scheduler == settings.scheduler == "population" and old.trials != settings.trials:
+        raise ConfigError(
+            f"the sweep {where} is a population of fixed size, --trials {old.trials}: give that to "
+            f"continue it, or start a new sweep with --trials {settings.trials} under another "
+            "--name"
         )
-
-
-def _changed(before: dict, after: dict) -> list[str]:
-    """Names of settings that differ and may not.
-
-    A setting that an older version did not know counts as its default.
-    """
-    names = []
-    defaults = {"sweep": Sweep(), "config": TrainConfig()}
-    for part, free in (("sweep", EXTENDABLE), ("config", NEUTRAL)):
-        new = _flat(after[part])
-        old = _flat(defaults[part].model_dump(mode="json")) | _flat(before[part])
-        names += [
-            name
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name) and name.split(".")[0] not in free
-        ]
-    if before["manifest_digest"] != after["manifest_digest"]:
-        names.append("data (its content)")
-    return names
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and prefix == "" and key != "ranges":
-            flat |= _flat(value, f"{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    was = old.model_dump() | old_config.flat() | {"data (its content)": before["manifest_digest"]}
+    now = settings.model_dump() | config.flat() | {"data (its content)": manifest_digest}
+    free = EXTENDABLE | NEUTRAL
+    changed = [n for n in now if was.get(n) != now[n] and n.split(".")[0] not in free]
+    if changed:
+        raise ConfigError(
+            f"the sweep {where} had other settings of {', '.join(changed)}: leave them as they "
+            "were to continue it, or give another --name"
+        )
 
 
 def _json(values: Any) -> bytes:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import re
+import shlex
+import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ReidError, StorageError
@@ -15,17 +23,30 @@ from data_shards.progress import make_console
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
 from reid_train.runs.console import Board, beside_driver
-from reid_train.runs.run_dir import prepare
+from reid_train.runs.publish import publish
+from reid_train.runs.ray_trainer import use_gpu
+from reid_train.runs.run_dir import REPORT, prepare
 from reid_train.tracking.provenance import code_commit
+from reid_train.tracking.server import run_page
 from reid_train.tracking.tracker import Tracker
 from reid_train.tracking.uris import training_uri
-from tune import runner
-from tune.conclude import Outcome, conclude, show
+from tune import plots, runner
 from tune.config import Sweep
 from tune.console import watch
 from tune.controller import Controller
 from tune.plan import Plan
-from tune.results import FEW, held, survivors
+from tune.results import (
+    FEW,
+    HEADER,
+    Entry,
+    command,
+    held,
+    markdown,
+    ranking,
+    rows,
+    survivors,
+    verdict,
+)
 from tune.schedulers import STOPPING, EarlyStopping
 from tune.searchers import Searcher
 from tune.store import Store, Trial
@@ -34,6 +55,20 @@ logger = logging.getLogger(__name__)
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _NOT_METRICS = ("epoch", "step", "time")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sweep found."""
+
+    name: str
+    trials: list[Trial]
+    entries: list[Entry]
+    verdict: list[str]
+    command: str
+    report: str
+    model: str | None
+    champion: bool
 
 
 def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
@@ -55,13 +90,19 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     preflight.check(config, dataset)
     Store.open(settings, config, dataset.manifest.digest, create=False)
     runner.connect()
-    config = runner.resolve_device(config)
+    if config.device == "auto":  # settled once for all trials
+        config = config.replace(device="cuda" if use_gpu("auto", config.workers) else "cpu")
     at_a_time = runner.slots(config, settings.concurrent)
     store = Store.open(settings, config, dataset.manifest.digest)
     base = config.replace(
         output=f"{config.output.rstrip('/')}/{config.name}", evaluation__initial=False
     )
-    console.print(_announcement(plan, at_a_time), soft_wrap=True, markup=False, highlight=False)
+    labels, searched = [trial.label for trial in plan.first], settings.trials - len(plan.first)
+    few = f". Few are searched: give more --trials than {settings.trials} for a best one"
+    console.print(
+        f"{config.name}: {settings.trials} trials, {at_a_time} at a time: {len(labels)} baselines "
+        f"({', '.join(labels)}) and {searched} searched{few if searched <= FEW else ''}"
+    )
     with (
         run_lock.held(store.storage, str(config.name)),
         Tracker.start(
@@ -77,26 +118,15 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
         parent.set_tags({"kind": "sweep", "dataset": dataset.url, "commit": code_commit()})
         search = _Search(settings, base, store, parent, console, at_a_time)
         trials = store.trials()
-        trials += plan.first[len(trials) :]
-        trials = search.run(trials, plan.searcher, settings.trials)
+        trials = search.run(trials + plan.first[len(trials) :], plan.searcher, settings.trials)
         if settings.seeds > 1:
-            for wanted in (_repeats, _held):
-                extra = wanted(trials, base, settings)
-                trials = search.run([*trials, *extra], Searcher(), len(trials) + len(extra))
-        outcome = conclude(config, base, plan.space, trials, dataset, store, parent)
-    show(outcome, parent, console)
+            chosen = survivors(trials, base, settings.survivors)
+            again = [Trial(0, t.values, t.label, repeats=t.number) for t in chosen]
+            trials = search.repeat(again, trials)
+            trials = search.repeat(held(trials, base), trials)
+        outcome = _conclude(plan, config, base, trials, dataset, store, parent)
+    _show(outcome, parent, console)
     return outcome
-
-
-def _announcement(plan: Plan, at_a_time: int) -> str:
-    """What will be trained, and a hint if hardly anything is searched."""
-    text = (
-        f"{plan.config.name}: {plan.settings.trials} trials, {at_a_time} at a time: "
-        f"{len(plan.first)} baselines ({', '.join(trial.label for trial in plan.first)}) and "
-        f"{plan.searched} searched"
-    )
-    hint = f". Few are searched: give more --trials than {plan.settings.trials} for a best one"
-    return text + (hint if plan.searched <= FEW else "")
 
 
 @dataclass(frozen=True)
@@ -113,12 +143,7 @@ class _Search:
     def run(self, trials: list[Trial], searcher: Searcher, total: int) -> list[Trial]:
         """Run what is queued, what had begun, and what is proposed; return all trials."""
         controller = Controller(
-            self.store,
-            self.base,
-            trials,
-            searcher,
-            on_begin=lambda trial: _begin_child(trial, self.base, self.parent.run_id),
-            on_end=self._ended,
+            self.store, self.base, trials, searcher, on_begin=self._begin, on_end=self._end
         )
         if controller.over:
             return controller.trials
@@ -131,87 +156,152 @@ class _Search:
             with watch(controller, board, self.console, total, self.at_a_time):
                 runner.run(controller, board, self.at_a_time, stopping)
         except ReidError:
-            self._release(controller.trials)
+            # MLflow shows what was cut short as killed; continuing opens the runs again.
+            for trial in controller.trials:
+                if trial.state == "running":
+                    _reopened(trial, self.base).finish("KILLED")
             raise
         return controller.trials
 
-    def _release(self, trials: Sequence[Trial]) -> None:
-        """Let MLflow show what was cut short as killed; continuing opens the runs again."""
-        for trial in trials:
-            if trial.state == "running" and trial.mlflow_run_id is not None:
-                uri = self.base.tracking.uri
-                Tracker(uri, trial.mlflow_run_id, system_metrics=False).finish("KILLED")
+    def repeat(self, wanted: Sequence[Trial], trials: list[Trial]) -> list[Trial]:
+        """Run each of the wanted with every seed that is still missing; return all trials."""
+        known = {(t.repeats, t.label, t.seed) for t in trials}
+        seeds = range(self.base.seed + 1, self.base.seed + 1 + self.settings.seeds)
+        seeded = [replace(trial, seed=seed) for trial in wanted for seed in seeds]
+        new = [t for t in seeded if (t.repeats, t.label, t.seed) not in known]
+        trials = trials + [replace(t, number=number) for number, t in enumerate(new, len(trials))]
+        return self.run(trials, Searcher(), len(trials))
 
-    def _ended(self, trial: Trial) -> None:
-        _end_child(trial, self.base)
+    def _begin(self, trial: Trial) -> None:
+        """Give a trial its MLflow run, or reopen it; it is trained even if MLflow fails."""
+        if self.parent.run_id is None:
+            return
+        tracking, known = self.base.tracking, trial.mlflow_run_id
+        try:
+            tracker = Tracker.start(
+                tracking.uri, tracking.experiment, run_name=trial.name, run_id=known
+            )
+        except StorageError as error:
+            logger.warning("%s is not tracked: %s", trial.name, error)
+            return
+        trial.mlflow_run_id = tracker.run_id
+        if known is None:
+            tracker.log_parameters(trial.config(self.base).flat())
+        # A population changes values while it trains; parameters are fixed, so these are metrics.
+        numbers = {n: float(v) for n, v in trial.values.items() if isinstance(v, int | float)}
+        step = int(trial.evaluations[-1]["step"]) if trial.evaluations else 0
+        tracker.log({f"setting/{name}": value for name, value in numbers.items()}, step)
+        point = trial.label or "search"
+        parent = self.parent.run_id
+        tracker.set_tags({"mlflow.parentRunId": parent, "trial": trial.number, "point": point})
+        tracker.close()
+
+    def _end(self, trial: Trial) -> None:
+        """Log what a stopped worker may have left unsent, the state and its reason."""
+        tracker = _reopened(trial, self.base)
+        for evaluation in trial.evaluations:
+            metrics = {
+                name: value
+                for name, value in evaluation.items()
+                if name not in _NOT_METRICS and isinstance(value, float) and math.isfinite(value)
+            }
+            tracker.log(metrics, int(evaluation["step"]))
+        tracker.set_tags({"state": trial.state, "reason": trial.reason or None})
+        tracker.finish(_STATUS[trial.state])  # type: ignore[arg-type]
         if trial.evaluations:
             self.parent.log({"trial/mAP": trial.score}, trial.number)
 
 
-def _repeats(trials: Sequence[Trial], base: TrainConfig, settings: Sweep) -> list[Trial]:
-    """Trainings with fresh seeds that are still missing."""
-    chosen = survivors(trials, base, settings.survivors)
-    wanted = [Trial(0, t.values, t.label, repeats=t.number) for t in chosen]
-    return _missing(wanted, trials, base.seed, settings.seeds)
+def _reopened(trial: Trial, base: TrainConfig) -> Tracker:
+    """A trial's MLflow run; what is not tracked gets a tracker that does nothing."""
+    uri = base.tracking.uri if trial.mlflow_run_id else None
+    return Tracker(uri, trial.mlflow_run_id, system_metrics=False)
 
 
-def _held(trials: Sequence[Trial], base: TrainConfig, settings: Sweep) -> list[Trial]:
-    """Trainings of the best adaptive configuration with λ held that are still missing."""
-    wanted = held(trials, base)
-    return _missing([wanted] if wanted else [], trials, base.seed, settings.seeds)
+def _conclude(
+    plan: Plan,
+    config: TrainConfig,
+    base: TrainConfig,
+    trials: list[Trial],
+    dataset: Dataset,
+    store: Store,
+    parent: Tracker,
+) -> Outcome:
+    """Rank, register the best, draw, and store the report.
 
-
-def _missing(wanted: list[Trial], trials: Sequence[Trial], seed: int, seeds: int) -> list[Trial]:
-    """Each of the wanted with every seed that it was not trained with, numbered."""
-    known = {(t.repeats, t.label, t.seed) for t in trials}
-    seeded = [replace(t, seed=seed + i) for t in wanted for i in range(1, seeds + 1)]
-    new = [t for t in seeded if (t.repeats, t.label, t.seed) not in known]
-    return [replace(t, number=len(trials) + i) for i, t in enumerate(new)]
-
-
-def _begin_child(trial: Trial, base: TrainConfig, parent: str | None) -> None:
-    """Give a trial its MLflow run, or reopen it; it is trained even if MLflow does not answer.
-
-    Args:
-        trial: its `mlflow_run_id` is set.
-        base: the sweep's configuration.
-        parent: the sweep's run; None tracks nothing.
+    Raises:
+        DataError: no trial was trained to its end.
     """
-    if parent is None:
-        return
-    config, tracking = trial.config(base), base.tracking
-    known = trial.mlflow_run_id
-    try:
-        tracker = Tracker.start(
-            tracking.uri, tracking.experiment, run_name=trial.name, run_id=known
+    entries = ranking(trials, base)
+    if not entries:
+        raise DataError(common_cause(trials))
+    best = entries[0].best
+    summary = _publish(best, base, dataset, store)
+    sentences = verdict(entries)
+    if len(best.changes) > 1:
+        sentences.append(
+            f"{best.name} changed its settings while it trained (see its `changes`); the command "
+            "below trains with the last ones from the start."
         )
-    except StorageError as error:
-        logger.warning("%s is not tracked: %s", trial.name, error)
-        return
-    trial.mlflow_run_id = tracker.run_id
-    if known is None:
-        tracker.log_parameters(config.flat())
-    # A population changes values while it trains; parameters are fixed, so these are metrics.
-    numbers = {n: v for n, v in trial.values.items() if isinstance(v, (int, float))}
-    step = int(trial.evaluations[-1]["step"]) if trial.evaluations else 0
-    tracker.log({f"setting/{name}": float(value) for name, value in numbers.items()}, step)
-    tracker.set_tags(
-        {"mlflow.parentRunId": parent, "trial": trial.number, "point": trial.label or "search"}
+    again = command(best.best_config(base), config.output)
+    with tempfile.TemporaryDirectory(prefix="reid-sweep-") as temporary:
+        folder = Path(temporary)
+        sentences += plots.draw(folder, trials, entries, base, plan.space, store.storage)
+        text = "\n".join(sentences) + f"\n\n{markdown(entries, trials)}\n"
+        (folder / "ranking.md").write_text(f"{text}Train the best again:\n\n    {again}\n")
+        for path in sorted(folder.iterdir()):
+            store.storage.upload(f"{REPORT}/{path.name}", path)
+        parent.log_artifacts(folder, REPORT)
+    model = summary["model"]
+    parent.log({"mAP": entries[0].mean, "best/mAP": best.score}, len(trials))
+    parent.set_tags({"best": best.name, "verdict": " ".join(sentences), "model": model})
+    report, champion = f"{base.output}/{REPORT}", summary["champion"]
+    return Outcome(str(config.name), trials, entries, sentences, again, report, model, champion)
+
+
+def common_cause(trials: Sequence[Trial]) -> str:
+    """One line on trials of which none was trained to its end."""
+    failed = [trial for trial in trials if trial.state == "failed"]
+    # The same cause has other numbers in each trial: steps, values, bytes.
+    kinds = [re.sub(r"\d[\d.,e+-]*", "0", trial.reason) for trial in failed]
+    ((kind, count),) = Counter(kinds).most_common(1)
+    example = failed[kinds.index(kind)]
+    share = "all" if count == len(failed) else f"{count} of them"
+    return (
+        f"none of {len(trials)} trials was trained to its end; {len(failed)} failed, {share} as "
+        f"{example.name}: {example.reason}"
     )
-    tracker.close()
 
 
-def _end_child(trial: Trial, base: TrainConfig) -> None:
-    """Log what a stopped worker may have left unsent, the state and its reason; end the run."""
-    if trial.mlflow_run_id is None:
-        return
-    tracker = Tracker(base.tracking.uri, trial.mlflow_run_id, system_metrics=False)
-    for evaluation in trial.evaluations:
-        metrics = {
-            name: value
-            for name, value in evaluation.items()
-            if name not in _NOT_METRICS and isinstance(value, float) and math.isfinite(value)
-        }
-        tracker.log(metrics, int(evaluation["step"]))
-    tracker.set_tags({"state": trial.state, "reason": trial.reason or None})
-    tracker.finish(_STATUS[trial.state])  # type: ignore[arg-type]
+def _publish(best: Trial, base: TrainConfig, dataset: Dataset, store: Store) -> dict:
+    """The best trial's report and registered model; once, however often a sweep continues."""
+    noted = store.noted("published")
+    assert best.best is not None
+    if noted.get("run") != best.best["run"]:
+        with _reopened(best, base) as tracker:
+            summary, _ = publish(best.best_config(base), dataset, tracker)
+        noted = json.loads(json.dumps(vars(summary))) | {"run": best.best["run"]}
+        store.note("published", noted)
+    return noted
+
+
+def _show(outcome: Outcome, parent: Tracker, console: Console) -> None:
+    """Print the ranking, the verdict, and where to look."""
+    table = Table(title=f"{outcome.name}: ranking", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in HEADER[:-1]:
+        table.add_column(name, justify="left" if name == "trial" else "right", no_wrap=True)
+    table.add_column(HEADER[-1], overflow="fold")
+    for row in rows(outcome.entries):
+        table.add_row(*row)
+    console.print(table)
+    lines = [*outcome.verdict, "", "Train the best again:", f"  {outcome.command}", ""]
+    lines.append(f"pictures   {outcome.report}")
+    if "://" in outcome.report:
+        folder = shlex.quote(outcome.report.removesuffix(f"/{REPORT}"))
+        lines.append(f"           python -m reid_train report {folder}")
+    if outcome.model:
+        note = "now the champion" if outcome.champion else "the champion stays"
+        lines.append(f"model      {outcome.model} ({note})")
+    if parent.uri and parent.run_id:
+        lines.append(f"MLflow     {run_page(parent.uri, parent.run_id)}")
+    console.print("\n".join(lines))

@@ -331,7 +331,7 @@ def survived(cluster: Cluster, base: TrainConfig) -> Survived:
     text = io.StringIO()
     with ThreadPoolExecutor(1) as pool:  # nodes can be added in the main thread only
         going_on = pool.submit(
-            sweep, make_plan(SETTINGS, config), console=Console(file=text, width=200)
+            sweep, make_plan(SETTINGS, config), console=Console(file=text, width=200, soft_wrap=True)
         )
         kill()
         outcome = going_on.result()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shlex
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +22,11 @@ from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
 from reid_train.training.history import History
 from tune import plots
-from tune.conclude import common_cause
 from tune.console import Paces, describe, ending, summary, table, watch
 from tune.results import command, held, markdown, ranking, survivors, verdict
 from tune.space import AMPLITUDE, MODE, THETA_MULTIPLIER, build, default, draw, first_points
 from tune.store import HELD, Trial
+from tune.sweep import common_cause
 
 BASE = recipe("demo").replace(data="s3://b/data", output="o", name="s", optimizer__epochs=4)
 
@@ -128,8 +127,7 @@ def test_the_verdict_compares_the_difference_with_its_spread(adaptive, constant,
 
 def test_the_best_adaptive_configuration_is_compared_with_itself_with_no_factor_learnt():
     trials = swept({6: [0.64, 0.66], 5: [0.60, 0.58]})
-    wanted = held(trials, BASE)
-    assert wanted is not None
+    (wanted,) = held(trials, BASE)
     assert wanted.repeats == 6
     assert wanted.values == {AMPLITUDE: 0.01, THETA_MULTIPLIER: 0.0}
     assert wanted.config(BASE).regularization.mode == "adaptive"
@@ -254,9 +252,10 @@ class SlowBoard:
 
 
 def test_each_trial_that_ends_has_a_line_in_a_log_though_the_board_is_slow():
-    sweep: Any = SimpleNamespace(lock=threading.Lock(), trials=[Trial(0, {}, state="running")])
+    sweep: Any = SimpleNamespace(trials=[Trial(0, {}, state="running")])
     text = io.StringIO()
-    with watch(sweep, SlowBoard, Console(file=text, width=60), 2, 1):
+    console = Console(file=text, width=60, soft_wrap=True, markup=False)
+    with watch(sweep, SlowBoard, console, 2, 1):
         time.sleep(1.2)
         sweep.trials = [trained(0, 0.5, label="paper")]
     assert (

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import pytest
+from optuna.distributions import FloatDistribution
 from ray.tune.experiment import Trial as RayTrial
 
 from reid_train.recipes import recipe
@@ -13,7 +14,7 @@ from tune.config import Sweep
 from tune.plan import make_plan
 from tune.population import Population
 from tune.schedulers import EarlyStopping, first_decision
-from tune.space import AMPLITUDE, Real
+from tune.space import AMPLITUDE
 
 PAPER = recipe("msmt17_resnet50").replace(data="d", output="o")
 SHORT = {"optimizer__schedule": "cosine", "optimizer__frozen_epochs": 0, "optimizer__epochs": 8}
@@ -63,7 +64,7 @@ def test_asha_in_a_run_that_ends_with_the_frozen_phase_stops_nothing():
 
 @pytest.mark.parametrize(("interval", "rounds"), [(10, [40, 50]), (60, [60, 120])])
 def test_a_population_exchanges_nothing_before_the_first_decision(interval, rounds):
-    population = Population(4, interval, {AMPLITUDE: Real(0.001, 0.01)}, PAPER, 0)
+    population = Population(4, interval, {AMPLITUDE: FloatDistribution(0.001, 0.01)}, PAPER, 0)
     member = population.propose([])
     assert member is not None
     assert member.until == rounds[0]

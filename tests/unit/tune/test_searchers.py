@@ -6,17 +6,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from data_shards.errors import ConfigError
 from reid_train.recipes import recipe
 from tune.config import Sweep
 from tune.population import Population
 from tune.searchers import GridSearcher, OptunaSearcher, Searcher
-from tune.space import AMPLITUDE, LEARNING_RATE, MODE, Choice, Real, Space, coordinates
+from tune.space import AMPLITUDE, LEARNING_RATE, MODE, Space, coordinates
 from tune.store import Trial
 
 BASE = recipe("demo").replace(data="d", output="o", name="s")
-SPACE: Space = {AMPLITUDE: Real(1e-4, 1e-2, log=True), "batch.images": Choice((2, 4))}
+SPACE: Space = {
+    AMPLITUDE: FloatDistribution(1e-4, 1e-2, log=True),
+    "batch.images": CategoricalDistribution((2, 4)),
+}
 FIRST = [Trial(0, {MODE: "adaptive", AMPLITUDE: 0.01, "batch.images": 4}, "paper")]
 
 
@@ -69,19 +73,22 @@ def test_searched_points_are_adaptive_whatever_the_base_is(name, mode):
 
 @pytest.mark.parametrize("name", SEARCHERS)
 def test_a_mode_that_is_searched_is_left_as_it_is_drawn(name):
-    trials = proposed(of(name, {MODE: Choice(("constant", "none"))}), FIRST)[1:]
+    trials = proposed(of(name, {MODE: CategoricalDistribution(("constant", "none"))}), FIRST)[1:]
     assert {trial.values[MODE] for trial in trials} == {"constant", "none"}
 
 
 @pytest.mark.parametrize("name", SEARCHERS)
 def test_no_point_leaves_its_range_when_it_is_rounded(name):
-    space: Space = {LEARNING_RATE: Real(1.00006e-3, 1.00044e-3), "batch.images": Choice((2, 4))}
+    space: Space = {
+        LEARNING_RATE: FloatDistribution(1.00006e-3, 1.00044e-3),
+        "batch.images": CategoricalDistribution((2, 4)),
+    }
     trials = proposed(of(name, space), FIRST)[1:]
     assert all(coordinates(space, trial.config(BASE)) is not None for trial in trials)
 
 
 def test_tpe_leaves_the_values_of_a_list_as_they_are():
-    space: Space = {AMPLITUDE: Choice((0.0012345678, 0.0098765432))}
+    space: Space = {AMPLITUDE: CategoricalDistribution((0.0012345678, 0.0098765432))}
     trials = proposed(of("tpe", space), FIRST)[1:]
     assert {trial.values[AMPLITUDE] for trial in trials} <= {0.0012345678, 0.0098765432}
 
@@ -89,11 +96,11 @@ def test_tpe_leaves_the_values_of_a_list_as_they_are():
 @pytest.mark.parametrize(
     ("name", "dimension"),
     [
-        ("model.stripes", Choice((0, 2))),
-        ("model.backbone", Choice(("resnet18", "resnet34"))),
-        ("optimizer.epochs", Choice((4, 8))),
-        ("optimizer.frozen_epochs", Choice((0, 2))),
-        (MODE, Choice(("adaptive", "none"))),
+        ("model.stripes", CategoricalDistribution((0, 2))),
+        ("model.backbone", CategoricalDistribution(("resnet18", "resnet34"))),
+        ("optimizer.epochs", CategoricalDistribution((4, 8))),
+        ("optimizer.frozen_epochs", CategoricalDistribution((0, 2))),
+        (MODE, CategoricalDistribution(("adaptive", "none"))),
     ],
 )
 def test_a_population_searches_nothing_that_a_copied_checkpoint_does_not_fit(name, dimension):
@@ -102,17 +109,23 @@ def test_a_population_searches_nothing_that_a_copied_checkpoint_does_not_fit(nam
 
 
 def test_cma_es_searches_numbers_only():
-    numbers: Space = {AMPLITUDE: Real(1e-4, 1e-2, log=True), LEARNING_RATE: Real(1e-4, 1e-3)}
+    numbers: Space = {
+        AMPLITUDE: FloatDistribution(1e-4, 1e-2, log=True),
+        LEARNING_RATE: FloatDistribution(1e-4, 1e-3),
+    }
     trials = proposed(of("cmaes", numbers), FIRST)[1:]
     assert len({trial.values[AMPLITUDE] for trial in trials}) == 8
-    for space in (SPACE, {AMPLITUDE: Real(1e-4, 1e-2)}):
+    for space in (SPACE, {AMPLITUDE: FloatDistribution(1e-4, 1e-2)}):
         with pytest.raises(ConfigError, match="two or more ranges of numbers"):
             of("cmaes", space)
 
 
 @pytest.mark.parametrize(("name", "count"), [("tpe", 50), ("gp", 20), ("cmaes", 50)])
 def test_a_searcher_looks_where_it_was_good(name, count):
-    space: Space = {AMPLITUDE: Real(1e-4, 1, log=True), LEARNING_RATE: Real(1e-5, 1e-1, log=True)}
+    space: Space = {
+        AMPLITUDE: FloatDistribution(1e-4, 1, log=True),
+        LEARNING_RATE: FloatDistribution(1e-5, 1e-1, log=True),
+    }
     settings = Sweep(trials=count, searcher=name)
     searcher, trials = OptunaSearcher(settings, space, BASE), []
     while trial := searcher.propose(trials):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
@@ -16,17 +17,16 @@ from tune.space import (
     AMPLITUDE,
     LEARNING_RATE,
     MODE,
-    Choice,
-    Real,
     Space,
-    Whole,
     apply,
+    at,
     build,
     coordinates,
     default,
     draw,
     first_points,
     grid,
+    inside,
     overrides,
     parse,
     read_file,
@@ -38,11 +38,11 @@ BASE = recipe("demo").replace(data="d", output="o")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("uniform(0, 0.3)", Real(0.0, 0.3)),
-        (" loguniform( 5e-5 , 1e-3 ) ", Real(5e-5, 1e-3, log=True)),
-        ("integer(2,8)", Whole(2, 8)),
-        ("choice(adaptive, constant)", Choice(("adaptive", "constant"))),
-        ("choice(8, 16)", Choice((8, 16))),
+        ("uniform(0, 0.3)", FloatDistribution(0.0, 0.3)),
+        (" loguniform( 5e-5 , 1e-3 ) ", FloatDistribution(5e-5, 1e-3, log=True)),
+        ("integer(2,8)", IntDistribution(2, 8)),
+        ("choice(adaptive, constant)", CategoricalDistribution(("adaptive", "constant"))),
+        ("choice(8, 16)", CategoricalDistribution((8, 16))),
     ],
 )
 def test_ranges_are_read_from_text(text, expected):
@@ -98,23 +98,28 @@ def test_the_default_space_holds_for_every_recipe_and_contains_its_learning_rate
     base = recipe(name)
     space = build(default(base), base)
     rate = space[LEARNING_RATE]
-    assert isinstance(rate, Real)
+    assert isinstance(rate, FloatDistribution)
     assert rate.low < base.optimizer.learning_rate < rate.high
     assert rate.low <= 5e-5
     assert rate.high >= 1e-3
-    assert space[AMPLITUDE] == Real(1e-4, 5e-2, log=True)
+    assert space[AMPLITUDE] == FloatDistribution(1e-4, 5e-2, log=True)
 
 
-def test_command_line_items_add_to_a_file():
-    texts = read_file(json.dumps({AMPLITUDE: "uniform(0, 1)"}), "space.json")
+def test_command_line_items_add_to_a_file(tmp_path):
+    path = tmp_path / "space.json"
+    path.write_text(json.dumps({AMPLITUDE: "uniform(0, 1)"}))
+    texts = read_file(path)
     texts |= overrides(["loss.label-smoothing=uniform(0, 0.3)", f"{AMPLITUDE}=fixed"])
     assert list(build(texts, BASE)) == ["loss.label_smoothing"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}'])
-def test_a_damaged_space_file_is_named(text):
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', None])
+def test_a_damaged_or_missing_space_file_is_named(tmp_path, text):
+    path = tmp_path / "space.json"
+    if text is not None:
+        path.write_text(text)
     with pytest.raises(ConfigError, match=r"space\.json"):
-        read_file(text, "space.json")
+        read_file(path)
 
 
 def test_the_first_points_are_the_papers_constants_and_none():
@@ -129,26 +134,30 @@ def test_the_first_points_are_the_papers_constants_and_none():
 quantiles = st.floats(0, 1)
 dimensions = st.one_of(
     st.tuples(st.floats(1e-6, 1e3), st.floats(1.01, 1e4), st.booleans()).map(
-        lambda t: Real(t[0], t[0] * t[1], t[2])
+        lambda t: FloatDistribution(t[0], t[0] * t[1], log=t[2])
     ),
-    st.tuples(st.integers(-5, 5), st.integers(1, 9)).map(lambda t: Whole(t[0], t[0] + t[1])),
-    st.lists(st.integers(), min_size=2, max_size=5, unique=True).map(lambda v: Choice(tuple(v))),
+    st.tuples(st.integers(-5, 5), st.integers(1, 9)).map(
+        lambda t: IntDistribution(t[0], t[0] + t[1])
+    ),
+    st.lists(st.integers(), min_size=2, max_size=5, unique=True).map(
+        lambda v: CategoricalDistribution(tuple(v))
+    ),
 )
 
 
-@example(Real(1.00006e-3, 1.00044e-3), 0.0)
+@example(FloatDistribution(1.00006e-3, 1.00044e-3), 0.0)
 @given(dimensions, quantiles)
 def test_every_quantile_lies_in_the_range(dimension, quantile):
-    value = dimension.at(quantile)
-    if isinstance(dimension, Choice):
-        assert value in dimension.values
-    else:
-        assert dimension.low <= value <= dimension.high
+    assert inside(at(dimension, quantile), dimension)
 
 
 @given(st.integers(4, 200))
 def test_a_grid_is_regular_and_no_larger_than_asked(points):
-    space: Space = {"a": Real(1, 100, log=True), "b": Choice((1, 2)), "c": Real(0, 1)}
+    space: Space = {
+        "a": FloatDistribution(1, 100, log=True),
+        "b": CategoricalDistribution((1, 2)),
+        "c": FloatDistribution(0, 1),
+    }
     if points < 8:
         with pytest.raises(ConfigError, match="8 points or more"):
             grid(space, points)
