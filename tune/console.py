@@ -85,8 +85,9 @@ def watch(
     ended = threading.Event()
 
     def follow() -> None:
+        states: Any = {}
         paces, printed = Paces(), {t.number for t in controller.trials if t.state in ENDED}
-        last_note, last_line, states = "", 0.0, {}
+        last_note, last_line = "", 0.0
         live = Live(console=console, transient=True, auto_refresh=False)
         with live if console.is_terminal else contextlib.nullcontext():
             while True:

@@ -1,4 +1,7 @@
-"""Run a controller's trials with Ray Tune: the only file that drives it."""
+"""Run a controller's trials with Ray Tune: the only file that drives it.
+
+A trial has its own process on the cluster, with the training that `python -m reid_train` runs.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,32 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import ray
 from ray import tune
+from ray.train import TrainingFailedError
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, Interrupted
+from data_shards.progress import silent
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import out_of_memory
+from reid_train.runs.checkpoint_store import stored_evaluations
 from reid_train.runs.process import Stop, stop_signals
 from reid_train.runs.ray_internals import release
-from reid_train.runs.ray_trainer import start_ray
+from reid_train.runs.ray_trainer import explained, run_workers, start_ray
+from reid_train.training.context import UNMEASURED
 from tune.controller import Controller
 from tune.schedulers import EarlyStopping
-from tune.trainable import run_trial
+
+_METRICS = {"epoch", "step", "checkpoint", "mAP", "mINP"}
 
 
 def connect() -> None:
@@ -52,14 +64,6 @@ def slots(config: TrainConfig, concurrent: int | None) -> int:
             f"has {have}: lower --workers-per-trial, or add nodes"
         )
     return min(have // config.workers, concurrent or have)
-
-
-def resolve_device(config: TrainConfig) -> TrainConfig:
-    """Settle `auto` once for the whole sweep: GPUs if there is one for each worker of a trial."""
-    if config.device != "auto":
-        return config
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    return config.replace(device="cuda" if gpus >= config.workers else "cpu")
 
 
 def run(
@@ -104,11 +108,10 @@ def run(
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(Path(folder)),
+                storage_path=folder,
                 verbose=0,
                 stop=ending,
-                # The controller runs a lost trial again; Ray Tune would give up one that is lost
-                # as it starts.
+                # The controller runs lost trials again, also those lost as they start.
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
@@ -119,6 +122,47 @@ def run(
         raise Interrupted(
             f"stopped by {stop.signal.name}; the same command continues the sweep", stop.signal
         )
+
+
+def run_trial(task: dict[str, Any], board: Any) -> None:
+    """Train, and report each evaluation to Ray Tune.
+
+    A failure that the configuration causes is reported as a result named `failure`. A lost machine
+    raises, and the trial is run again: it resumes from the last checkpoint of its run.
+
+    Args:
+        task: `number`, `config` (JSON), `run_id` in MLflow, `start` and `until` (`run_workers`).
+        board: the sweep's `Board` actor, to show progress on.
+    """
+    config = TrainConfig.from_json(task["config"])
+    # The sweep's board as a run uses its own: states are shown under the trial's name.
+    show = SimpleNamespace(remote=partial(board.show.remote, trial=config.name or ""))
+    try:
+        run_workers(
+            config,
+            Dataset.open(config.data),
+            task["run_id"],
+            board=SimpleNamespace(show=show, progress=SimpleNamespace(remote=silent)),
+            callbacks=[_EvaluationReport()],
+            start=task["start"],
+            until=task["until"],
+        )
+    except TrainingFailedError as error:
+        # Only its sweep continues a trial, so no advice on how to do it.
+        tune.report({"failure": str(explained(error, config, advise=False))})
+        return
+    # A driver that was killed may have missed a report: the checkpoints that are kept have it.
+    tune.report({"kept": stored_evaluations(f"{config.output}/{config.name}")})
+
+
+class _EvaluationReport(TuneReportCallback):
+    """Reports evaluations to Ray Tune, not the checkpoints between them."""
+
+    def after_report(self, run_context, metrics, checkpoint) -> None:
+        if checkpoint is not None and metrics[0]["mAP"] > UNMEASURED:
+            found = {k: v for k, v in metrics[0].items() if k != CHECKPOINT_PATH_KEY}
+            found["checkpoint"] = PurePosixPath(checkpoint.path).name
+            super().after_report(run_context, [found], None)
 
 
 class _Unsaved:
@@ -161,14 +205,14 @@ class _NextTrial(_Unsaved, Searcher):
         self._controller, self._ending = controller, ending
 
     def suggest(self, trial_id: str) -> Any:
-        trial = None
+        controller, trial = self._controller, None
         if not self._ending.stop_all():
             with self._ending.guard():
-                trial = self._controller.next()
+                trial = controller.next()
         if trial is None:
             # None: another may come, for example a lost one that has to run again.
-            return Searcher.FINISHED if self._controller.over else None
-        base, start = self._controller.base, trial.start
+            return Searcher.FINISHED if controller.over else None
+        base, start = controller.base, trial.start
         return {
             "number": trial.number,
             "part": trial.part,
@@ -182,10 +226,9 @@ class _NextTrial(_Unsaved, Searcher):
         """The scheduler's events carry the trial; this one does not."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing is saved here."""
+        """Nothing is saved here, or restored."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing is restored here."""
+    restore = save
 
 
 class _Results(_Unsaved, FIFOScheduler):
@@ -211,7 +254,7 @@ class _Results(_Unsaved, FIFOScheduler):
             if "failure" in result:
                 self._controller.fail(number, result["failure"])
             else:
-                one = {name: result[name] for name in result if _is_metric(name)}
+                one = {k: v for k, v in result.items() if k in _METRICS or k.startswith("rank-")}
                 stops = self._controller.result(number, result.get("kept", [one]), lags)
         return TrialScheduler.STOP if stops else TrialScheduler.CONTINUE
 
@@ -223,22 +266,12 @@ class _Results(_Unsaved, FIFOScheduler):
 
     def on_trial_error(self, tune_controller, trial) -> None:
         number, controller = trial.config["number"], self._controller
-        controller.lost(number, _last_error(trial))
+        file = Path(trial.error_file or os.devnull)
+        text = re.sub(r"\x1b\[[0-9;]*m", "", file.read_text()) if file.exists() else ""
+        last = text.strip().rpartition("\n")[2].strip()
+        controller.lost(number, out_of_memory(text) or last or "its process was lost")
         release(f"{controller.base.output}/{controller.trials[number].run_name}")
-
-
-def _last_error(trial) -> str:
-    """Why a trial was lost."""
-    text = ""
-    if trial.error_file and Path(trial.error_file).exists():
-        text = re.sub(r"\x1b\[[0-9;]*m", "", Path(trial.error_file).read_text())
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return out_of_memory(text) or (lines[-1] if lines else "its process was lost")
 
 
 def _name(trial) -> str:
     return f"{trial.config['number']:03d}-{trial.config['part']}-{trial.trial_id}"
-
-
-def _is_metric(name: str) -> bool:
-    return name in {"epoch", "step", "checkpoint", "mAP", "mINP"} or name.startswith("rank-")

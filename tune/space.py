@@ -201,7 +201,8 @@ def first_points(config: TrainConfig, factors: Iterable[float]) -> dict[str, dic
 
     They differ from the base in the regularization only, so the base's learning rate holds.
     """
-    base, paper = config.flat(), PAPER.flat()
+    base: dict[str, Any] = config.flat()
+    paper: dict[str, Any] = PAPER.flat()
     ours = [name for name in paper if name.startswith("regularization.")]
     points = {"paper": {k: paper[k] for k in ours if base[k] != paper[k] or k == MODE}}
     for factor in factors:

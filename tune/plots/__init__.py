@@ -38,15 +38,15 @@ def draw(
     space: Space,
     storage: Storage,
 ) -> list[str]:
-    """Draw a sweep.
+    """Draw a sweep: PNG files in `folder`.
 
     Args:
-        folder: where the PNG files go.
+        folder: where the files go.
         trials: all trials.
         entries: the ranking.
         base: the sweep's configuration.
         space: what was searched.
-        storage: the sweep's folder, with the checkpoints whose λ are drawn.
+        storage: the sweep's folder, with the checkpoints that λ is read from.
 
     Returns:
         A sentence for each picture that has too little to show.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from reid_train.report import style
+from tune.plots.landscape import HALO
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,12 @@ def factors(path: Path, curves: Sequence[Curve], constant: float | None) -> None
 
     Args:
         path: the PNG file to write.
-        curves: trials, the best first.
+        curves: one trial or more, the best first.
         constant: λ of the best constant baseline, drawn as a line.
     """
     note = "Bands: median (line), quartiles (dark), minimum to maximum (pale); log scale"
-    width = 3.0 + 2.4 * max(len(curves), 1)
+    width = 3.0 + 2.4 * len(curves)
     figure = style.new_figure(max(width, 7.5), 4.4, "λ of the best trials over time", note)
-    if not curves:
-        style.blank(figure.subplots(), "no λ was recorded")
-        style.save(figure, path)
-        return
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     positive = np.concatenate([c.values[c.values > 0] for c in curves])
     top = max(positive.max() if len(positive) else 1.0, constant or 0.0)
@@ -57,30 +53,17 @@ def factors(path: Path, curves: Sequence[Curve], constant: float | None) -> None
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         style.time_axis(axes, curve.steps, ticks=3)
-        settings = curve.title.replace(", ", "\n")
-        axes.text(
-            0.04,
-            0.04,
-            settings,
-            transform=axes.transAxes,
-            size=style.SMALL,
-            color=style.MUTED,
-            va="bottom",
-            path_effects=[withStroke(linewidth=3, foreground=style.PAPER)],
-        )
+        settings = {"s": curve.title.replace(", ", "\n"), "path_effects": HALO}
+        small = {"size": style.SMALL, "color": style.MUTED, "va": "bottom"}
+        axes.text(0.04, 0.04, transform=axes.transAxes, **settings, **small)
     low = min(floor, constant or floor)
     subs = (1.0, 2.0, 5.0) if top / low < 100 else (1.0,)
     panels[0].yaxis.set_major_locator(LogLocator(subs=subs))
     room = (top / low) ** 0.1
     panels[0].set_ylim(low / room**3.2, top * room)
     if constant:
-        panels[-1].text(
-            1.02,
-            constant,
-            f"constant\n{style.number(constant)}",
-            transform=panels[-1].get_yaxis_transform(),
-            va="center",
-            size=style.SMALL,
-            color=style.ORANGE,
-        )
+        text = {"va": "center", "size": style.SMALL, "color": style.ORANGE}
+        place = panels[-1].get_yaxis_transform()
+        label = f"constant\n{style.number(constant)}"
+        panels[-1].text(1.02, constant, label, transform=place, **text)
     style.save(figure, path)

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from reid_train.config import TrainConfig
 from reid_train.report import style
-from tune.space import AMPLITUDE, LEARNING_RATE, Choice, Real, Space, Whole
+from tune.space import AMPLITUDE, LEARNING_RATE, Space, inside
 from tune.store import Trial
 
 # Dark where mAP is high: the best stand out on white paper.
@@ -25,12 +25,11 @@ COLOURS: Colormap = LinearSegmentedColormap.from_list(
     "score", ["#d3dfe8", "#a9cbd2", "#6fb0b5", "#2f7f98", "#1d4e7f", "#17264d"]
 )
 NAMES = {
-    "regularization.amplitude": "amplitude A",
+    AMPLITUDE: "amplitude A",
     "regularization.theta_lr_multiplier": "θ multiplier",
     "regularization.saturation": "saturation c",
-    "optimizer.learning_rate": "learning rate",
 }
-_HALO = [withStroke(linewidth=3, foreground=style.PAPER)]
+HALO = [withStroke(linewidth=3, foreground=style.PAPER)]
 
 
 def name(field: str) -> str:
@@ -50,7 +49,7 @@ def landscape(path: Path, trials: Sequence[Trial], base: TrainConfig, space: Spa
     Returns:
         Whether it was drawn: it needs two ranges.
     """
-    ranges = {field: d for field, d in space.items() if not isinstance(d, Choice)}
+    ranges = [field for field, d in space.items() if not isinstance(d, CategoricalDistribution)]
     wanted = [field for field in (LEARNING_RATE, AMPLITUDE) if field in ranges]
     wanted += [field for field in ranges if field not in wanted]
     if len(wanted) < 2:
@@ -76,14 +75,11 @@ def landscape(path: Path, trials: Sequence[Trial], base: TrainConfig, space: Spa
     places: dict[int, tuple[float, float]] = {}
     for trial in shown:
         values: dict[str, Any] = configs[trial.number].flat()
-        if all(ranges[field].low <= values[field] <= ranges[field].high for field in (across, up)):
-            at = [_position(ranges[field], values[field]) for field in (across, up)]
-            places[trial.number] = at[0], at[1]
-    for trial in shown:
-        if trial.number in places:
+        if inside(values[across], space[across]) and inside(values[up], space[up]):
+            places[trial.number] = values[across], values[up]
             _dot(axes, *places[trial.number], trial, norm)
-    _fit(axes.xaxis, ranges[across])
-    _fit(axes.yaxis, ranges[up])
+    _fit(axes.xaxis, space[across])
+    _fit(axes.yaxis, space[up])
     placed = [trial for trial in finished if trial.number in places]
     best = max(placed, key=lambda t: t.score, default=None)
     if best is not None:
@@ -113,29 +109,18 @@ def _dot(axes: Axes, x: float, y: float, trial: Trial, norm: Normalize) -> None:
 def _point_out(axes: Axes, x: float, y: float, text: str, colour: str, side: int) -> None:
     """A ring around a dot, and a word above (`side` 1) or below it (-1)."""
     axes.scatter(x, y, s=290, facecolor="none", edgecolor=colour, linewidth=1.5, zorder=5)
-    axes.annotate(
-        text,
-        (x, y),
-        xytext=(0, 13 * side),
-        textcoords="offset points",
-        ha="center",
-        va="bottom" if side > 0 else "top",
-        size=style.TEXT,
-        weight="bold",
-        color=colour,
-        zorder=6,
-        path_effects=_HALO,
-    )
+    place = {"xytext": (0, 13 * side), "textcoords": "offset points", "ha": "center"}
+    look = {"size": style.TEXT, "weight": "bold", "color": colour, "path_effects": HALO}
+    va = "bottom" if side > 0 else "top"
+    axes.annotate(text, (x, y), va=va, zorder=6, **place, **look)
 
 
 def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, baselines: Sequence[Trial]) -> None:
     """A bar of mAP beside the axes, with the baselines' scores marked on it."""
     beside = axes.inset_axes((1.035, 0, 0.03, 1))
-    bar = figure.colorbar(ScalarMappable(norm, COLOURS), cax=beside)
+    ticks = {"ticks": MaxNLocator(6, steps=style.ROUND), "format": FuncFormatter(style.plain)}
+    bar = figure.colorbar(ScalarMappable(norm, COLOURS), cax=beside, **ticks)
     bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.locator = MaxNLocator(6, steps=style.ROUND)
-    bar.formatter = FuncFormatter(style.plain)
-    bar.update_ticks()
     beside.tick_params(length=0, labelsize=style.SMALL, labelcolor=style.MUTED)
     beside.set_title("mAP (%)", loc="left", size=style.TEXT, color=style.MUTED, pad=8)
     heights = [float(norm(100 * trial.score)) for trial in baselines]
@@ -149,25 +134,20 @@ def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, baselines: Sequence
         axes.text(1.155, place, trial.label, size=style.SMALL, **text)
 
 
-def _position(dimension: Real | Whole, value: float) -> float:
-    """A value on a linear axis: its logarithm where the range is logarithmic."""
-    return float(np.log10(value)) if isinstance(dimension, Real) and dimension.log else float(value)
-
-
-def _fit(axis: Axis, dimension: Real | Whole) -> None:
-    """Limits and ticks of an axis on which `_position` gives the places."""
+def _fit(axis: XAxis | YAxis, dimension: Any) -> None:
+    """Give an axis the limits, the scale and the ticks of a range."""
     low, high = dimension.low, dimension.high
-    ends = _position(dimension, low), _position(dimension, high)
-    margin = 0.04 * (ends[1] - ends[0])
-    axis.set_view_interval(ends[0] - margin, ends[1] + margin, ignore=True)
-    if isinstance(dimension, Real) and dimension.log:
+    if dimension.log:
+        room = (high / low) ** 0.04
+        scale, limits = "log", (low / room, high * room)
         subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0, 3.0) if high / low < 1000 else (1.0,)
-        found = LogLocator(subs=subs, numticks=20).tick_values(low, high)
+        locator: Locator = LogLocator(subs=subs, numticks=20)
     else:
-        whole = isinstance(dimension, Whole)
-        found = MaxNLocator(5, steps=style.ROUND, integer=whole).tick_values(low, high)
-    slack = 1e-9 * abs(high)
-    kept = [float(value) for value in found if low - slack <= value <= high + slack]
-    axis.set_major_locator(FixedLocator([_position(dimension, value) for value in kept]))
+        room = 0.04 * (high - low)
+        scale, limits = "linear", (low - room, high + room)
+        whole = isinstance(dimension, IntDistribution)
+        locator = MaxNLocator(5, steps=style.ROUND, integer=whole)
+    axis.axes.set(**{f"{axis.axis_name}scale": scale, f"{axis.axis_name}lim": limits})
+    axis.set_major_locator(locator)
     axis.set_minor_locator(NullLocator())
-    axis.set_ticklabels([style.number(value) for value in kept])
+    axis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,65 +33,38 @@ LEAST = 4
 def optuna_plots(
     folder: Path, trials: Sequence[Trial], base: TrainConfig, space: Space
 ) -> list[str]:
-    """Draw importance, slices, parallel coordinates and the timeline.
-
-    Args:
-        folder: where the PNG files go.
-        trials: all trials.
-        base: the sweep's configuration.
-        space: what was searched.
-
-    Returns:
-        A sentence for each picture that has too little to show.
-    """
+    """Draw importance, slices, parallel coordinates and the timeline; see `plots.draw`."""
     from optuna.visualization import matplotlib as draw
 
-    finished = _study([_named(t, base, space) for t in trials if t.state == "finished"])
+    finished, ended = new_study(), new_study()
+    for trial in trials:
+        if trial.state in ENDED:
+            ended.add_trial(_timed(trial))
+        made = as_optuna(trial, space, base)
+        if made is not None and trial.state == "finished" and trial.repeats is None:
+            made.params = {name(field): value for field, value in made.params.items()}
+            made.distributions = {name(field): d for field, d in space.items()}
+            made.value = 100 * trial.score
+            finished.add_trial(made)
     scores = {trial.value for trial in finished.trials}
-    ended = _study([_timed(trial) for trial in trials if trial.state in ENDED])
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     missing = []
     if len(scores) < LEAST:
         missing.append(f"No importance.png: it needs {LEAST} finished trials that differ in mAP.")
     else:
-        _save(
-            folder / "importance.png",
-            lambda: draw.plot_param_importances(finished, evaluator=evaluator),
-            f"Share of each setting in the variance of mAP ({len(finished.trials)} trials)",
-        )
+        title = f"Share of each setting in the variance of mAP ({len(finished.trials)} trials)"
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        plot = partial(draw.plot_param_importances, finished, evaluator=evaluator)
+        _save(folder / "importance.png", plot, title)
     if len(scores) < 2:
         missing.append("No slice.png and parallel.png: fewer than two trials differ in mAP.")
     else:
-        _save(
-            folder / "slice.png",
-            lambda: draw.plot_slice(finished, target_name="mAP (%)"),
-            "mAP over each setting",
-            width=3.2 * len(space),
-        )
-        _save(
-            folder / "parallel.png",
-            lambda: draw.plot_parallel_coordinate(finished, target_name="mAP (%)"),
-            "From settings to mAP",
-        )
-    _save(folder / "timeline.png", lambda: draw.plot_timeline(ended), "When each trial was trained")
+        plot = partial(draw.plot_slice, finished, target_name="mAP (%)")
+        _save(folder / "slice.png", plot, "mAP over each setting", width=3.2 * len(space))
+        plot = partial(draw.plot_parallel_coordinate, finished, target_name="mAP (%)")
+        _save(folder / "parallel.png", plot, "From settings to mAP")
+    plot = partial(draw.plot_timeline, ended)
+    _save(folder / "timeline.png", plot, "When each trial was trained")
     return missing
-
-
-def _study(trials: Sequence[FrozenTrial | None]) -> optuna.Study:
-    study = new_study()
-    study.add_trials([trial for trial in trials if trial is not None])
-    return study
-
-
-def _named(trial: Trial, base: TrainConfig, space: Space) -> FrozenTrial | None:
-    """A trial with its settings named in words and its mAP in percent."""
-    made = None if trial.repeats is not None else as_optuna(trial, space, base)
-    if made is not None:
-        params, distributions = made.params, made.distributions
-        made.params = {name(field): value for field, value in params.items()}
-        made.distributions = {name(field): kind for field, kind in distributions.items()}
-        made.value = 100 * trial.score
-    return made
 
 
 def _timed(trial: Trial) -> FrozenTrial:
@@ -102,14 +76,14 @@ def _timed(trial: Trial) -> FrozenTrial:
     return made
 
 
-def _save(path: Path, draw: Callable[[], Any], title: str, width: float = 9) -> None:
+def _save(path: Path, plot: Callable[[], Any], title: str, width: float = 9) -> None:
     """Draw with Optuna, whose pictures come from pyplot, and give them the report's look."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are experimental
-        drawn = draw()  # axes, or an array of them
+        drawn = plot()  # axes, or an array of them
         figure: Figure = getattr(drawn, "flat", [drawn])[0].figure
         figure.set_size_inches(max(width, 7), 4.6)
         figure.suptitle("")
