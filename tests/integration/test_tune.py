@@ -329,10 +329,9 @@ def survived(cluster: Cluster, base: TrainConfig) -> Survived:
         cluster.add_node(num_cpus=1)
 
     text = io.StringIO()
+    console = Console(file=text, width=200, soft_wrap=True)
     with ThreadPoolExecutor(1) as pool:  # nodes can be added in the main thread only
-        going_on = pool.submit(
-            sweep, make_plan(SETTINGS, config), console=Console(file=text, width=200, soft_wrap=True)
-        )
+        going_on = pool.submit(sweep, make_plan(SETTINGS, config), console=console)
         kill()
         outcome = going_on.result()
     assert len(killed) == 2
