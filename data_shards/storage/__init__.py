@@ -1,18 +1,62 @@
 """Object storage and local folders behind one small interface."""
 
-from __future__ import annotations
-
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol, Self
 from urllib.parse import unquote
 
 from data_shards.errors import ConfigError
-from data_shards.storage.base import Storage
 from data_shards.storage.local import LocalStorage
 
 __all__ = ["LocalStorage", "Storage", "open_file", "open_storage"]
 
 _MISSPELT = re.compile(r"(s3|file):/*(.*)", re.IGNORECASE | re.DOTALL)
+
+
+class Storage(Protocol):
+    """Named byte strings below a URL. Keys are relative, with forward slashes."""
+
+    @property
+    def url(self) -> str:
+        """Where this storage is rooted."""
+        ...
+
+    def read(self, key: str, *, sha256: str | None = None) -> bytes:
+        """The whole object. Raises `ObjectMissing`; `DataError` if its digest differs."""
+        ...
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from byte `start`. Raises `ObjectMissing`, `StorageError`."""
+        ...
+
+    def write(self, key: str, data: bytes, *, create_once: bool = False) -> None:
+        """Put an object, whole or not at all; `ObjectExists` if `create_once` and it is there."""
+
+    def upload(self, key: str, path: Path) -> None:
+        """Put a file; a large one in parts, resuming an interrupted upload of the same file."""
+
+    def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
+        """Get an object into a file, whole or not at all; `DataError` if its digest differs."""
+
+    def exists(self, key: str) -> bool:
+        """Whether the object exists."""
+        ...
+
+    def size(self, key: str) -> int:
+        """Bytes of the object. Raises `ObjectMissing`."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Key and bytes of all objects whose key starts with `prefix`, by ascending key."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; do nothing if it does not exist."""
+
+    def child(self, key: str) -> Self:
+        """The storage rooted at `key` below this one."""
+        ...
 
 
 def open_storage(url: str) -> Storage:
@@ -38,7 +82,7 @@ def open_storage(url: str) -> Storage:
     if match := _MISSPELT.fullmatch(url):
         right = "s3://" if match[1].lower() == "s3" else "file:///"
         raise ConfigError(f"cannot open {url!r}: did you mean {right}{match[2]}?")
-    if "://" in url or not url:
+    if separator or not url:
         raise ConfigError(
             f"cannot open {url!r}: write s3://bucket/prefix, file:///folder or a path"
         )
@@ -46,13 +90,10 @@ def open_storage(url: str) -> Storage:
 
 
 def open_file(url: str) -> tuple[Storage, str]:
-    """Open the storage that holds one file.
+    """Open the storage of a file's folder; return it and the file's key there.
 
     Args:
         url: of the file, in any form that `open_storage` takes.
-
-    Returns:
-        The storage of the file's folder, and the file's key there.
     """
     folder, _, name = url.rpartition("/")
     return open_storage(folder or ("/" if url.startswith("/") else ".")), name

@@ -1,7 +1,5 @@
 """Files that appear whole or not at all, and disk errors in one line."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -24,11 +22,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise ObjectMissing(f"{path} does not exist") from None
     except OSError as error:
+        text = f"{path}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                f"disk full while writing {path}: free some space, or choose another folder"
-            ) from None
-        raise StorageError(f"{path}: {error.strerror or error}") from None
+            text = f"disk full while writing {path}: free some space, or choose another folder"
+        raise StorageError(text) from None
 
 
 @contextlib.contextmanager
@@ -49,15 +46,13 @@ def atomic_write(path: Path, *, create_once: bool = False) -> Iterator[IO[bytes]
         os.chmod(name, 0o644)
         if create_once:
             os.link(name, path)  # unlike a rename, fails if the target exists
-            os.unlink(name)
         else:
             os.replace(name, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
+    except FileExistsError:
+        raise ObjectExists(f"{path} already exists") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it was renamed
             os.unlink(name)
-        if isinstance(error, FileExistsError):
-            raise ObjectExists(f"{path} already exists") from None
-        raise
 
 
 def file_sha256(path: Path) -> str:
@@ -66,7 +61,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_sha256(what: str, found: str, expected: str) -> None:
-    """Raise `DataError` if two digests differ."""
-    if found != expected:
+def require_sha256(what: str, found: str, expected: str | None) -> None:
+    """Raise `DataError` if two digests differ; expect any digest if `expected` is None."""
+    if expected not in (None, found):
         raise DataError(f"{what} is damaged: its SHA-256 is {found[:12]}…, not {expected[:12]}…")

@@ -1,18 +1,16 @@
 """A folder on a disk that behaves like a bucket: a write is whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from data_shards.errors import StorageError
 from data_shards.storage.atomic import TEMPORARY, atomic_write, disk_errors, require_sha256
-
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -84,17 +82,15 @@ class LocalStorage:
             with contextlib.suppress(OSError):  # like a bucket, keep no empty folders
                 path.parent.rmdir()
 
-    def child(self, key: str) -> LocalStorage:
-        return LocalStorage(self._path(key))
+    def child(self, key: str) -> Self:
+        return type(self)(self._path(key))
 
 
 def _copy(source: Path, target: Path, sha256: str | None = None) -> None:
     with disk_errors(source):
         stream = source.open("rb")
     with stream, disk_errors(target), atomic_write(target) as file:
-        digest = hashlib.sha256()
-        while chunk := stream.read(CHUNK):
-            file.write(chunk)
-            digest.update(chunk)
         if sha256 is not None:
-            require_sha256(str(source), digest.hexdigest(), sha256)
+            require_sha256(str(source), hashlib.file_digest(stream, "sha256").hexdigest(), sha256)
+            stream.seek(0)
+        shutil.copyfileobj(stream, file)

@@ -1,7 +1,5 @@
 """Which failures of an S3 server pass by themselves, and how long to retry."""
 
-from __future__ import annotations
-
 import logging
 import random
 import time
@@ -16,13 +14,10 @@ PAUSE = 0.2  # seconds before the second attempt; doubles with jitter, up to PAU
 PAUSE_MOST = 5.0
 
 CONNECTION_ERRORS = (
-    boto.HTTPClientError,
-    boto.ConnectionError,
-    boto.IncompleteReadError,
-    urllib3.exceptions.HTTPError,
-    ConnectionError,
-    TimeoutError,
+    *(boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError),
+    *(urllib3.exceptions.HTTPError, ConnectionError, TimeoutError),
 )
+FAILURES = (boto.ClientError, boto.BotoCoreError, *CONNECTION_ERRORS)
 _BUSY = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling"}
 _BUSY |= {"ConditionalRequestConflict", "OperationAborted"}
 _BUSY |= {"XAmzContentSHA256Mismatch", "BadDigest", "IncompleteBody"}  # damaged in transit

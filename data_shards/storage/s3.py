@@ -7,8 +7,6 @@ which failures are retried and for how long. Messages carry the server's error c
 text, which could repeat a credential.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -19,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import boto3.session
@@ -28,7 +26,7 @@ from botocore.config import Config
 
 from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing, StorageError
 from data_shards.storage.atomic import atomic_write, disk_errors, file_sha256, require_sha256
-from data_shards.storage.retry import CONNECTION_ERRORS, Retry, code_of
+from data_shards.storage.retry import CONNECTION_ERRORS, FAILURES, Retry, code_of
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +43,6 @@ _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Expir
 _DENIED |= {"InvalidToken", "401", "403"}
 _WRONG_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "301"}
 _MISSING = {"NoSuchKey", "NotFound", "404"}
-
-
-class _CutOff(ConnectionError):
-    """The server closed an answer before the end it announced."""
 
 
 @lru_cache(maxsize=8)
@@ -96,54 +90,66 @@ class S3Storage:
             raise StorageError(f"{key!r} is not a key inside {self.url}")
         return {"Bucket": self.bucket, "Key": f"{self.prefix}/{key}" if self.prefix else key}
 
-    def _fail(self, key: str, error: Exception) -> NoReturn:
-        """Raise what went wrong, and what to do, as one line."""
-        code, where = code_of(error), f"{self.url}/{key}"
+    def _explained(self, key: str, error: Exception) -> StorageError:
+        """What went wrong, and what to do, as one line."""
+        code, where, server = code_of(error), f"{self.url}/{key}", _endpoint()
+        if code in _MISSING:
+            return ObjectMissing(f"{where} does not exist")
+        region, ours = _region_in(error), _client().meta.region_name
         if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
-            raise StorageError(
+            text = (
                 f"no credentials for {self.url}: set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or "
                 "give the machine an instance profile or service account"
-            ) from None
-        if code == "NoSuchBucket":
-            raise StorageError(
-                f"no bucket {self.bucket!r} on {_endpoint()}: create it, or check the name"
-            ) from None
-        if code in _MISSING:
-            raise ObjectMissing(f"{where} does not exist") from None
-        region = _region_in(error)
-        if code in _WRONG_REGION or region not in (None, _client().meta.region_name):
-            raise StorageError(
-                f"{_endpoint()} expects {region or 'another region'} for {where}, not"
-                f" {_client().meta.region_name}: set AWS_DEFAULT_REGION={region or ''}".rstrip("=")
-            ) from None
-        if code in _DENIED:
-            raise StorageError(
-                f"{_endpoint()} denies access to {where} ({code}): check AWS_ACCESS_KEY_ID,"
+            )
+        elif code == "NoSuchBucket":
+            text = f"no bucket {self.bucket!r} on {server}: create it, or check the name"
+        elif code in _WRONG_REGION or region not in (None, ours):
+            expected = f"expects {region or 'another region'} for {where}, not {ours}"
+            text = f"{server} {expected}: set AWS_DEFAULT_REGION={region or ''}".rstrip("=")
+        elif code in _DENIED:
+            text = (
+                f"{server} denies access to {where} ({code}): check AWS_ACCESS_KEY_ID,"
                 " AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and the bucket's permissions"
-            ) from None
-        if isinstance(error, CONNECTION_ERRORS):
-            raise StorageError(
-                f"cannot reach {_endpoint()} for {where} ({code} on every attempt):"
+            )
+        elif isinstance(error, CONNECTION_ERRORS):
+            text = (
+                f"cannot reach {server} for {where} ({code} on every attempt):"
                 " is AWS_ENDPOINT_URL right, and is the server running?"
-            ) from None
-        if isinstance(error, boto.ClientError | boto.BotoCoreError):
-            raise StorageError(f"{_endpoint()} refuses access to {where} ({code})") from None
-        raise error
+            )
+        else:
+            text = f"{server} refuses access to {where} ({code})"
+        return StorageError(text)
 
-    def _try(self, key: str, request: Callable[[Any], T]) -> T:
-        retry = Retry()
+    def _try(self, key: str, request: Callable[[Any, bool], T]) -> T:
+        """Make a request, called with the client and whether it was tried before."""
+        retry, again = Retry(), False
         while True:
             try:
-                return request(_client())
-            except (boto.ClientError, boto.BotoCoreError, *CONNECTION_ERRORS) as error:
+                return request(_client(), again)
+            except FAILURES as error:
                 if not retry.wait(f"{self.url}/{key} on {_endpoint()}", error):
-                    self._fail(key, error)
+                    raise self._explained(key, error) from None
+                again = True
+
+    def _call(self, key: str, operation: str, **options: Any) -> dict[str, Any]:
+        """Make one of boto3's requests about an object."""
+        options |= self._where(key)
+        return self._try(key, lambda client, _: getattr(client, operation)(**options))
+
+    def _pages(self, key: str, operation: str, request: dict[str, str]) -> dict[str, Any]:
+        """Make a request for a list, and return all pages of the answer as one."""
+
+        def get(client: Any, _: bool) -> dict[str, Any]:
+            return client.get_paginator(operation).paginate(**request).build_full_result()
+
+        return self._try(key, get)
 
     def _stream(
         self, key: str, sink: Callable[[bytes], object], start: int = 0, stop: int | None = None
     ) -> None:
         """Pass bytes [start, stop) to `sink`, each once, over as many connections as needed."""
         where, etag, position, retry = self._where(key), None, start, Retry()
+        replaced = StorageError(f"{self.url}/{key} was replaced while it was read: try again")
         while stop is None or position < stop:
             request: dict[str, Any] = dict(where)
             if position or stop is not None:
@@ -153,31 +159,26 @@ class S3Storage:
             try:
                 response = _client().get_object(**request)
                 if etag not in (None, response["ETag"]):  # a server that ignores If-Match
-                    raise StorageError(
-                        f"{self.url}/{key} was replaced while it was read: try again"
-                    )
+                    raise replaced
                 etag = response["ETag"]
-                length = response["ContentLength"]
                 if "Range" in request and not response.get("ContentRange"):
                     raise StorageError(f"cannot read {key}: {_endpoint()} ignores Range requests")
-                end = stop = position + length if stop is None else stop
+                end = stop = position + response["ContentLength"] if stop is None else stop
                 for chunk in response["Body"].iter_chunks(CHUNK):
                     sink(chunk)
                     position += len(chunk)
                     retry.reset()
                 if position < end:
-                    raise _CutOff
-            except (boto.ClientError, boto.BotoCoreError, *CONNECTION_ERRORS) as error:
+                    raise ConnectionError("the server closed the connection early")
+            except FAILURES as error:
                 if code_of(error) in ("PreconditionFailed", "412"):
-                    raise StorageError(
-                        f"{self.url}/{key} was replaced while it was read: try again"
-                    ) from None
+                    raise replaced from None
                 if code_of(error) in ("InvalidRange", "416"):
                     raise StorageError(
                         f"{self.url}/{key} ends before byte {stop}: is it truncated?"
                     ) from None
                 if not retry.wait(f"{self.url}/{key} on {_endpoint()}, byte {position}", error):
-                    self._fail(key, error)
+                    raise self._explained(key, error) from None
 
     def read(self, key: str, *, sha256: str | None = None) -> bytes:
         def get() -> bytes:
@@ -198,43 +199,33 @@ class S3Storage:
         def get() -> None:
             digest = hashlib.sha256()
             with atomic_write(path) as file:
-
-                def sink(chunk: bytes) -> None:
-                    file.write(chunk)
-                    digest.update(chunk)
-
-                self._stream(key, sink)
-                if sha256 is not None:
-                    require_sha256(f"{self.url}/{key}", digest.hexdigest(), sha256)
+                self._stream(key, lambda chunk: (file.write(chunk), digest.update(chunk)))
+                require_sha256(f"{self.url}/{key}", digest.hexdigest(), sha256)
 
         with disk_errors(path):
             _twice(get)
 
     def write(self, key: str, data: bytes, *, create_once: bool = False) -> None:
         where = self._where(key) | ({"IfNoneMatch": "*"} if create_once else {})
-        tries = 0
 
-        def put(client: Any) -> None:
-            nonlocal tries
-            tries += 1
+        def put(client: Any, again: bool) -> None:
             try:
                 client.put_object(Body=data, **where)
             except boto.ClientError as error:
                 if code_of(error) not in ("PreconditionFailed", "412"):
                     raise
                 # Our earlier attempt may have been stored although its answer was lost.
-                if tries == 1 or self.read(key) != data:
+                if not again or self.read(key) != data:
                     raise ObjectExists(f"{self.url}/{key} already exists") from None
 
         self._try(key, put)
 
     def upload(self, key: str, path: Path) -> None:
         with disk_errors(path):
-            size = path.stat().st_size
-            if size <= PART_BYTES:
+            if path.stat().st_size <= PART_BYTES:
                 self.write(key, path.read_bytes())
             else:
-                _MultipartUpload(self, key, path, size).run()
+                _upload_parts(self, key, path)
 
     def exists(self, key: str) -> bool:
         try:
@@ -246,7 +237,7 @@ class S3Storage:
     def size(self, key: str) -> int:
         where = self._where(key)
 
-        def head(client: Any) -> int:
+        def head(client: Any, _: bool) -> int:
             try:
                 return client.head_object(**where)["ContentLength"]
             except boto.ClientError as error:
@@ -261,20 +252,14 @@ class S3Storage:
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         root = f"{self.prefix}/" if self.prefix else ""
         request = {"Bucket": self.bucket, "Prefix": root + prefix}
-        while True:
-            page = self._try(prefix, lambda client: client.list_objects_v2(**request))
-            for entry in page.get("Contents", ()):
-                yield entry["Key"].removeprefix(root), entry["Size"]
-            if not page.get("IsTruncated"):
-                return
-            request["ContinuationToken"] = page["NextContinuationToken"]
+        for entry in self._pages(prefix, "list_objects_v2", request).get("Contents", ()):
+            yield entry["Key"].removeprefix(root), entry["Size"]
 
     def delete(self, key: str) -> None:
-        where = self._where(key)
-        self._try(key, lambda client: client.delete_object(**where))
+        self._call(key, "delete_object")
 
-    def child(self, key: str) -> S3Storage:
-        return S3Storage(self.bucket, self._where(key.rstrip("/"))["Key"])
+    def child(self, key: str) -> Self:
+        return type(self)(self.bucket, self._where(key.rstrip("/"))["Key"])
 
 
 def _twice(get: Callable[[], T]) -> T:
@@ -301,100 +286,73 @@ def _region_in(error: Exception) -> str | None:
     return region if re.fullmatch(r"[a-z0-9-]+", str(region)) else None
 
 
-@dataclass
-class _MultipartUpload:
-    """One file's upload in parts, resumed with the help of a note beside the file.
+def _upload_parts(storage: S3Storage, key: str, path: Path) -> None:
+    """Upload a file in parts, resuming an earlier upload with the help of a note beside the file.
 
     A part's ETag does not identify its content. So the server's parts are used only if the note
     says that they belong to an upload of a file with the same SHA-256.
     """
-
-    storage: S3Storage
-    key: str
-    path: Path
-    size: int
-
-    def run(self) -> None:
-        storage, where = self.storage, self.storage._where(self.key)
-        part_bytes = max(PART_BYTES, -(-self.size // MAX_PARTS))
-        note = self.path.with_name(self.path.name + ".upload.json")
-        identity = {"url": f"{storage.url}/{self.key}", "endpoint": _endpoint()}
-        identity |= {"sha256": file_sha256(self.path), "part_bytes": part_bytes}
-        upload_id, done = self._resume(note, identity)
-        if upload_id is None:
-            created = storage._try(self.key, lambda c: c.create_multipart_upload(**where))
-            upload_id = created["UploadId"]
-            with atomic_write(note) as file:
-                file.write(json.dumps(identity | {"upload_id": upload_id}).encode())
-
-        def put(number: int) -> tuple[int, str]:
-            if number in done:
-                return number, done[number]
-            with self.path.open("rb") as file:
-                file.seek((number - 1) * part_bytes)
-                body = file.read(part_bytes)
-            ids = {"UploadId": upload_id, "PartNumber": number}
-            answer = storage._try(self.key, lambda c: c.upload_part(Body=body, **ids, **where))
-            return number, answer["ETag"]
-
-        with ThreadPoolExecutor(PART_THREADS) as pool:
-            parts = list(pool.map(put, range(1, -(-self.size // part_bytes) + 1)))
-        self._complete(upload_id, parts)
-        note.unlink()
-
-    def _resume(self, note: Path, identity: dict[str, Any]) -> tuple[str | None, dict[int, str]]:
-        """The interrupted upload, if there is one, and its finished parts' ETags."""
+    size, note = path.stat().st_size, path.with_name(path.name + ".upload.json")
+    part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+    identity = {"url": f"{storage.url}/{key}", "endpoint": _endpoint()}
+    identity |= {"sha256": file_sha256(path), "part_bytes": part_bytes}
+    done, where = dict[int, dict[str, Any]](), storage._where(key)
+    upload_id = _interrupted_upload(storage, key, note, identity)
+    if upload_id is not None:
         try:
-            known = json.loads(note.read_bytes())
-            upload_id = str(known.pop("upload_id"))
-        except (OSError, ValueError, KeyError, AttributeError):
-            return None, {}
-        if known != identity:
-            if (known.get("url"), known.get("endpoint")) == (identity["url"], identity["endpoint"]):
-                self._abort(upload_id)
-            return None, {}
-        where, done, marker = self.storage._where(self.key), dict[int, str](), 0
-        while True:
-            request = {"UploadId": upload_id, "PartNumberMarker": marker, **where}
-            try:
-                page = self.storage._try(self.key, lambda c: c.list_parts(**request))  # noqa: B023
-            except StorageError as error:
-                log.info("starting the upload of %s again: %s", self.key, error)
-                return None, {}
-            for part in page.get("Parts", ()):
-                number, part_bytes = part["PartNumber"], identity["part_bytes"]
-                if part["Size"] == min(part_bytes, self.size - (number - 1) * part_bytes):
-                    done[number] = part["ETag"]
-            if not page.get("IsTruncated"):
-                break
-            marker = page["NextPartNumberMarker"]
-        log.info("resuming the upload of %s: %d parts are done", self.key, len(done))
-        return upload_id, done
-
-    def _abort(self, upload_id: str) -> None:
-        """Have the server delete the parts of another file, which it would keep for ever."""
-        request = {"UploadId": upload_id, **self.storage._where(self.key)}
-        try:
-            self.storage._try(self.key, lambda c: c.abort_multipart_upload(**request))
+            listed = storage._pages(key, "list_parts", {"UploadId": upload_id, **where})
+            done = {part["PartNumber"]: part for part in listed.get("Parts", ())}
+            log.info("resuming the upload of %s: %d parts are done", key, len(done))
         except StorageError as error:
-            log.info("could not abort an old upload of %s: %s", self.key, error)
+            log.info("starting the upload of %s again: %s", key, error)
+            upload_id = None
+    if upload_id is None:
+        upload_id = storage._call(key, "create_multipart_upload")["UploadId"]
+        with atomic_write(note) as file:
+            file.write(json.dumps(identity | {"upload_id": upload_id}).encode())
 
-    def _complete(self, upload_id: str, parts: list[tuple[int, str]]) -> None:
-        storage = self.storage
-        listed = {"Parts": [{"PartNumber": n, "ETag": etag} for n, etag in parts]}
-        request = {"UploadId": upload_id, "MultipartUpload": listed, **storage._where(self.key)}
-        tries = 0
+    def put(number: int) -> dict[str, Any]:
+        first = (number - 1) * part_bytes
+        length, part = min(part_bytes, size - first), done.get(number)
+        if part is None or part["Size"] != length:
+            with path.open("rb") as file:
+                body = os.pread(file.fileno(), length, first)
+            ids = {"UploadId": upload_id, "PartNumber": number}
+            part = storage._call(key, "upload_part", Body=body, **ids)
+        return {"PartNumber": number, "ETag": part["ETag"]}
 
-        def complete(client: Any) -> None:
-            nonlocal tries
-            tries += 1
-            try:
-                client.complete_multipart_upload(**request)
-            except boto.ClientError as error:
-                # Our earlier attempt may have completed it although its answer was lost.
-                if code_of(error) != "NoSuchUpload" or tries == 1:
-                    raise
+    with ThreadPoolExecutor(PART_THREADS) as pool:
+        parts = list(pool.map(put, range(1, -(-size // part_bytes) + 1)))
+    request = {"UploadId": upload_id, "MultipartUpload": {"Parts": parts}, **where}
 
-        storage._try(self.key, complete)
-        if storage.size(self.key) != self.size:
-            raise StorageError(f"{storage.url}/{self.key} arrived with another size: try again")
+    def complete(client: Any, again: bool) -> None:
+        try:
+            client.complete_multipart_upload(**request)
+        except boto.ClientError as error:
+            # Our earlier attempt may have completed it although its answer was lost.
+            if code_of(error) != "NoSuchUpload" or not again:
+                raise
+
+    storage._try(key, complete)
+    if storage.size(key) != size:
+        raise StorageError(f"{storage.url}/{key} arrived with another size: try again")
+    note.unlink()
+
+
+def _interrupted_upload(
+    storage: S3Storage, key: str, note: Path, identity: dict[str, Any]
+) -> str | None:
+    """The id of an unfinished upload of the same file; one of another file is aborted."""
+    try:
+        known = json.loads(note.read_bytes())
+        upload_id = str(known.pop("upload_id"))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    if known == identity:
+        return upload_id
+    if (known.get("url"), known.get("endpoint")) == (identity["url"], identity["endpoint"]):
+        try:  # the server would keep its parts for ever
+            storage._call(key, "abort_multipart_upload", UploadId=upload_id)
+        except StorageError as error:
+            log.info("could not abort an old upload of %s: %s", key, error)
+    return None
