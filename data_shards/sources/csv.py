@@ -1,7 +1,5 @@
 """Any images, listed in a CSV file with the columns `path,pid,camid,split`."""
 
-from __future__ import annotations
-
 import csv
 import logging
 from pathlib import Path
@@ -33,11 +31,10 @@ def read(root: Path, *, images: Path | None = None) -> list[ImageRecord]:
     if not root.is_file():
         raise DataError(f"{root} is not a file: give the CSV with --root")
     base = require_folder(root.parent if images is None else images)
-    lines, rows = _read_rows(root)
-    pids = _numbers([row["pid"] for row in rows], "pid", root, lines)
-    camids = _numbers([row["camid"] for row in rows], "camid", root, lines)
+    rows = _read_rows(root)
+    pids, camids = _numbers(rows, "pid", root), _numbers(rows, "camid", root)
     records, seen = [], dict[str, int]()
-    for line, row, pid, camid in zip(lines, rows, pids, camids, strict=True):
+    for (line, row), pid, camid in zip(rows.items(), pids, camids, strict=True):
         where = f"{root}, line {line}"
         relative = normalized(base, row["path"], where)
         path = base / relative
@@ -51,8 +48,9 @@ def read(root: Path, *, images: Path | None = None) -> list[ImageRecord]:
     return records
 
 
-def _read_rows(path: Path) -> tuple[list[int], list[dict[str, str]]]:
-    lines, rows, skipped = [], [], 0
+def _read_rows(path: Path) -> dict[int, dict[str, str]]:
+    """The rows of a CSV file by the number of their line, without files of macOS."""
+    rows = dict[int, dict[str, str]]()
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -65,27 +63,26 @@ def _read_rows(path: Path) -> tuple[list[int], list[dict[str, str]]]:
             for row in reader:
                 if any(row[column] is None for column in COLUMNS):
                     raise DataError(f"{path}, line {reader.line_num}: too few fields")
-                if is_of_macos(row["path"].strip()):
-                    skipped += 1
-                    continue
-                lines.append(reader.line_num)
-                rows.append({column: row[column].strip() for column in COLUMNS})
+                rows[reader.line_num] = {column: row[column].strip() for column in COLUMNS}
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from None
-    if skipped:
+    wanted = {line: row for line, row in rows.items() if not is_of_macos(row["path"])}
+    if skipped := len(rows) - len(wanted):
         log.warning("%s: skipped %d files that macOS makes beside images", path, skipped)
-    return lines, rows
+    return wanted
 
 
-def _numbers(values: list[str], column: str, path: Path, lines: list[int]) -> list[int]:
+def _numbers(rows: dict[int, dict[str, str]], column: str, path: Path) -> list[int]:
     """Integers as they are, names numbered in sorted order. A mix of both is refused."""
-    bad = [i for i, value in enumerate(values) if not (value.isascii() and value.isdecimal())]
-    if bad and (len(bad) < len(values) or any(not v or v.lstrip("-").isdecimal() for v in values)):
+    values = {line: row[column] for line, row in rows.items()}
+    names = {n: v for n, v in values.items() if not (v.isascii() and v.isdecimal())}
+    if not names:
+        return [int(value) for value in values.values()]
+    if len(names) < len(values) or any(not v or v.lstrip("-").isdecimal() for v in names.values()):
+        line, value = next(iter(names.items()))
         raise DataError(
-            f"{path}, line {lines[bad[0]]}: {column} {values[bad[0]]!r} is not an integer from 0"
+            f"{path}, line {line}: {column} {value!r} is not an integer from 0"
             " up (use integers on all lines, or names on all lines)"
         )
-    if not bad:
-        return [int(value) for value in values]
-    number = {name: i for i, name in enumerate(sorted(set(values)))}
-    return [number[value] for value in values]
+    number = {name: i for i, name in enumerate(sorted(set(values.values())))}
+    return [number[value] for value in values.values()]

@@ -1,18 +1,55 @@
-"""Market-1501: `bounding_box_train`, `query`, `bounding_box_test`; `0002_c1s1_000451_03.jpg`."""
+"""Market-1501 and DukeMTMC-reID: the same three folders, with pid and camid in each file's name.
 
-from __future__ import annotations
+Market-1501's names are like `0002_c1s1_000451_03.jpg`, DukeMTMC-reID's like `0002_c1_f0044158.jpg`.
+The authors of DukeMTMC-reID have withdrawn it, so only an existing copy can be read.
+"""
 
 import re
+from functools import partial
 from pathlib import Path
 
+from data_shards.errors import DataError
 from data_shards.records import ImageRecord
-from data_shards.sources.layout import Counts, read_folders
+from data_shards.sources.layout import Counts, Source, is_of_macos, require_folder
+
+FOLDERS = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
+
+
+def _read(title: str, below: str, pattern: str, root: Path) -> list[ImageRecord]:
+    """Read a dataset; drop images of pid -1 (false detections), keep pid 0 (distractors).
+
+    Args:
+        title: the dataset, for messages.
+        below: the name of the folder that holds `bounding_box_train` in the dataset's archive.
+        pattern: matches a file name; its groups are pid and camid.
+        root: that folder, or its parent.
+    """
+    candidates = (require_folder(root), root / below)
+    base = next((c for c in candidates if all((c / f).is_dir() for f in FOLDERS)), None)
+    if base is None:
+        raise DataError(f"{title}: no folders {', '.join(FOLDERS)} under {root} or {root / below}")
+    records = []
+    for folder, split in FOLDERS.items():
+        for path in sorted((base / folder).iterdir()):
+            if path.suffix.lower() not in (".jpg", ".jpeg", ".png") or is_of_macos(path.name):
+                continue  # Thumbs.db and the like
+            match = re.match(pattern, path.name)
+            if match is None:
+                raise DataError(f"{title}: the name of {path} has no identity and camera")
+            pid, camid = int(match[1]), int(match[2])
+            if pid >= 0:
+                records.append(ImageRecord(path, f"{folder}/{path.name}", pid, camid, split))
+    return records
+
 
 # The gallery has 19,732 files: 3,819 of pid -1 are dropped, 2,798 of pid 0 are distractors.
-COUNTS = Counts(12_936, 751, 3_368, 15_913, 6)
-NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_")
-
-
-def read(root: Path) -> list[ImageRecord]:
-    """Read Market-1501 from its unpacked archive."""
-    return read_folders(root, "Market-1501", "Market-1501-v15.09.15", NAME)
+MARKET1501 = Source(
+    "Market-1501",
+    partial(_read, "Market-1501", "Market-1501-v15.09.15", r"(-1|\d+)_c(\d+)s\d+_"),
+    Counts(12_936, 751, 3_368, 15_913, 6),
+)
+DUKEMTMC = Source(
+    "DukeMTMC-reID",
+    partial(_read, "DukeMTMC-reID", "DukeMTMC-reID", r"(-1|\d+)_c(\d+)_"),
+    Counts(16_522, 702, 2_228, 17_661, 8),
+)

@@ -4,8 +4,6 @@ A line is a path and an identity; the camera is the third field of the file's na
 start at 0 in both train and test, and are different people there.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Literal
@@ -32,14 +30,13 @@ def read(root: Path, *, val: Literal["merge", "separate"] = "merge") -> list[Ima
             `train`, as in the published numbers, or of a split `val`.
     """
     base, train, test = _find(root)
-    folder = {"train": train, "val": train, "query": test, "gallery": test}
     records = []
-    for split in ("train", "val", "query", "gallery"):
+    for split, folder in {"train": train, "val": train, "query": test, "gallery": test}.items():
         listing = base / f"list_{split}.txt"
         if split == "val" and not listing.is_file():
             continue
         into = "train" if split == "val" and val == "merge" else split
-        records += _read_list(listing, base, folder[split], into)
+        records += _read_list(listing, base, folder, into)
     return records
 
 
@@ -64,8 +61,12 @@ def _find(root: Path) -> tuple[Path, str, str]:
 def _read_list(listing: Path, base: Path, folder: str, split: str) -> list[ImageRecord]:
     if not listing.is_file():
         raise DataError(f"MSMT17: {listing} does not exist: is the archive complete?")
-    records, missing = [], []
-    for number, line in enumerate(_read_text(listing).split("\n"), 1):
+    records, missing, data = [], [], listing.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.strip(" \t\r")
         name, _, pid = line.rpartition(" ")
         if not line or is_of_macos(name):
@@ -76,22 +77,9 @@ def _read_list(listing: Path, base: Path, folder: str, split: str) -> list[Image
             raise DataError(f"{where}: {line!r} is not a path with a camera, and an identity")
         name = normalized(base / folder, name.strip(" \t"), where)
         path = base / folder / name
-        if path.is_file():
-            relative = f"{folder}/{name}"
-            records.append(ImageRecord(path, relative, int(pid), int(fields[2]), split))
-        else:
-            missing.append(path)
+        record = ImageRecord(path, f"{folder}/{name}", int(pid), int(fields[2]), split)
+        (records if path.is_file() else missing).append(record)
     if missing:
-        log.warning(
-            "%s names %d files that do not exist, such as %s", listing, len(missing), missing[0]
-        )
+        some = missing[0].path
+        log.warning("%s names %d files that do not exist, such as %s", listing, len(missing), some)
     return records
-
-
-def _read_text(path: Path) -> str:
-    """Read a list in UTF-8, with a byte-order mark or without, or in Latin-1."""
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")

@@ -1,7 +1,5 @@
 """Cameras that look at drawn people: where each hangs, its light, its lens, and its pictures."""
 
-from __future__ import annotations
-
 import io
 import math
 from typing import NamedTuple

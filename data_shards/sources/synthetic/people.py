@@ -3,8 +3,6 @@
 Lengths are in body heights: u to the right, and v up from the ground between the feet.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

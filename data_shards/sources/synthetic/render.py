@@ -3,8 +3,6 @@
 They are rendered to a folder with a CSV file, as a user's own images would be.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import tempfile
@@ -21,12 +19,7 @@ VERSION = 2  # of the drawings; another version is rendered anew
 
 
 def read(
-    root: Path,
-    *,
-    identities: int = 64,
-    cameras: int = 4,
-    images_per_camera: int = 6,
-    seed: int = 0,
+    root: Path, *, identities: int = 64, cameras: int = 4, images_per_camera: int = 6, seed: int = 0
 ) -> list[ImageRecord]:
     """Render the people, unless an earlier call did, and read them.
 
