@@ -9,8 +9,6 @@ A shard is checked when it arrives, when a process first uses one that was there
 an image in it cannot be read; a damaged shard is downloaded again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import logging
@@ -18,38 +16,22 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
+from data_shards.errors import ConfigError, DataError, StorageError
 from data_shards.manifest import ShardInfo
 from data_shards.storage import LocalStorage, Storage
 from data_shards.storage.atomic import disk_errors, file_sha256
 
 log = logging.getLogger(__name__)
 
-_ROOM_LOCK = "room.lock"
 _OPEN_ATTEMPTS = 3
 _checked = set[Path]()  # shards that this process, or the one it was forked from, has checked
 _POLL = 0.05  # seconds between checks for space that downloads of other processes have reserved
-
-
-@dataclass
-class CacheStats:
-    """Shards found on the disk and shards downloaded."""
-
-    hits: int = 0
-    hit_bytes: int = 0
-    downloads: int = 0
-    download_bytes: int = 0
-
-    def add(self, other: CacheStats) -> None:
-        """Add the counts of another process."""
-        self.hits += other.hits
-        self.hit_bytes += other.hit_bytes
-        self.downloads += other.downloads
-        self.download_bytes += other.download_bytes
 
 
 class ShardCache:
@@ -62,6 +44,9 @@ class ShardCache:
         storage: where the shards are, rooted at the dataset.
         folder: made when first needed; other datasets may share it.
         max_bytes: limit of all shards in `folder`, including those being downloaded.
+
+    Attributes:
+        stats: how many "downloads" there were, and of how many "bytes".
     """
 
     def __init__(self, storage: Storage, folder: str | Path, max_bytes: int) -> None:
@@ -70,14 +55,14 @@ class ShardCache:
         self.storage = storage
         self.folder = Path(folder)
         self.max_bytes = max_bytes
-        self.stats = CacheStats()
+        self.stats = Counter[str]()
         self._mutex = threading.Lock()
         self._wanted: list[ShardInfo] = []
         self._waiting: list[ShardInfo] = []
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
-    def __reduce__(self) -> tuple[type[ShardCache], tuple[Storage, Path, int]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return ShardCache, (self.storage, self.folder, self.max_bytes)
 
     @property
@@ -97,13 +82,19 @@ class ShardCache:
             failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
-        if isinstance(self.storage, LocalStorage):
-            return self._local(self.storage.root / shard.name, shard)
-        if self._holds(shard):
-            self._count(CacheStats(hits=1, hit_bytes=shard.bytes))
-        else:
-            self._fetch(shard)
-        return self._target(shard)
+        if not isinstance(self.storage, LocalStorage):
+            if not self._holds(shard):
+                self._fetch(shard)
+            return self._target(shard)
+        path = self.storage.root / shard.name
+        with disk_errors(path):
+            size = path.stat().st_size
+        if size != shard.bytes:
+            raise DataError(
+                f"{path} has {size:,} bytes, but the manifest says {shard.bytes:,}: restore it, or"
+                " build the dataset again"
+            )
+        return path
 
     def open(self, shard: ShardInfo) -> int:
         """Open the shard; the file descriptor stays valid when the shard is removed.
@@ -113,10 +104,8 @@ class ShardCache:
         """
         for _ in range(_OPEN_ATTEMPTS):
             path = self.path(shard)
-            try:
+            with contextlib.suppress(FileNotFoundError):  # removed since `path` returned
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:  # removed since `path` returned
-                continue
         raise StorageError(
             f"{path} is removed again and again: increase --loader.cache-bytes ({self.max_bytes:,})"
         )
@@ -143,12 +132,8 @@ class ShardCache:
         """
         if self.in_place:
             return
-        room, wanted = self.max_bytes, []
-        for shard in shards:
-            room -= shard.bytes
-            if room < 0:
-                break
-            wanted.append(shard)
+        totals = accumulate(shard.bytes for shard in shards)
+        wanted = [s for s, total in zip(shards, totals, strict=True) if total <= self.max_bytes]
         with self._mutex:
             self._wanted, self._waiting = wanted, wanted[::-1]
             if self._waiting and self._thread is None:
@@ -169,6 +154,11 @@ class ShardCache:
                 " load ahead), or lower --batch.window"
             )
 
+    def count(self, stats: Mapping[str, int]) -> None:
+        """Add to `stats`, from any thread."""
+        with self._mutex:
+            self.stats.update(stats)
+
     def _work(self) -> None:
         while True:
             with self._mutex:
@@ -178,8 +168,9 @@ class ShardCache:
                 shard, keep = self._waiting.pop(), self._wanted
             try:
                 # Mark the shards wanted next as used, so that they are not removed to make space.
-                there = {s.name for s in keep if self._touch(s)}
-                if shard.name not in there or not self._whole(shard):
+                for wanted in keep:
+                    self._touch(wanted)
+                if not self._holds(shard):
                     self._fetch(shard)
             except Exception as error:
                 log.warning("prefetching stopped: %s", error)
@@ -187,23 +178,8 @@ class ShardCache:
                     self._failure, self._waiting, self._thread = error, [], None
                 return
 
-    def _local(self, path: Path, shard: ShardInfo) -> Path:
-        with disk_errors(path):
-            size = path.stat().st_size
-        if size != shard.bytes:
-            raise DataError(
-                f"{path} has {size:,} bytes, but the manifest says {shard.bytes:,}: restore it, or"
-                " build the dataset again"
-            )
-        self._count(CacheStats(hits=1, hit_bytes=size))
-        return path
-
     def _target(self, shard: ShardInfo) -> Path:
         return self.folder / f"{shard.sha256}.tar"
-
-    def _count(self, stats: CacheStats) -> None:
-        with self._mutex:
-            self.stats.add(stats)
 
     def _touch(self, shard: ShardInfo) -> bool:
         """Whether the shard is there with its size; marks it as just used."""
@@ -215,30 +191,26 @@ class ShardCache:
         return False
 
     def _holds(self, shard: ShardInfo) -> bool:
-        return self._touch(shard) and self._whole(shard)
-
-    def _whole(self, shard: ShardInfo) -> bool:
-        """Whether a shard on disk has the right digest; each process reads it once."""
+        """Whether the shard is there with the right digest, which each process checks once."""
         path = self._target(shard)
-        if path not in _checked:
-            try:
-                with disk_errors(path):
-                    found = file_sha256(path)
-            except ObjectMissing:
-                return False
-            if found != shard.sha256:
-                log.warning("%s in %s is damaged; fetching it again", shard.name, self.folder)
-                return False
-            _checked.add(path)
-        return True
+        if not self._touch(shard):
+            return False
+        if path in _checked:
+            return True
+        with disk_errors(path), contextlib.suppress(FileNotFoundError):
+            if file_sha256(path) == shard.sha256:
+                _checked.add(path)
+                return True
+            log.warning("%s in %s is damaged; fetching it again", shard.name, self.folder)
+        return False
 
     def _fetch(self, shard: ShardInfo) -> None:
         target, part = self._target(shard), self.folder / f"{shard.sha256}.part"
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / f"{shard.sha256}.lock") as lock:
+            with _lock_file(self.folder / f"{shard.sha256}.lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 if self._holds(shard):  # another process was first
-                    self._count(CacheStats(hits=1, hit_bytes=shard.bytes))
                     return
                 target.unlink(missing_ok=True)
                 shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
@@ -253,7 +225,7 @@ class ShardCache:
                     shutil.rmtree(part, ignore_errors=True)
                     os.ftruncate(lock, 0)
         log.debug("cached %s in %.1f s", shard.name, time.monotonic() - began)
-        self._count(CacheStats(downloads=1, download_bytes=shard.bytes))
+        self.count({"downloads": 1, "bytes": shard.bytes})
 
     def _reserve(self, shard: ShardInfo, lock: int) -> None:
         """Reserve space for a download; remove the least recently used shards if necessary."""
@@ -263,10 +235,9 @@ class ShardCache:
                 f" {shard.bytes:,} bytes: increase it"
             )
         while True:
-            with _locked(self.folder / _ROOM_LOCK):
-                excess = shard.bytes + self._reserved() - self.max_bytes
-                excess = self._evict(excess)
-                if excess <= 0:
+            with _lock_file(self.folder / "room.lock") as room:
+                fcntl.flock(room, fcntl.LOCK_EX)
+                if self._evict(shard.bytes + self._reserved() - self.max_bytes) <= 0:
                     os.ftruncate(lock, shard.bytes)
                     return
             time.sleep(_POLL)
@@ -302,17 +273,12 @@ class ShardCache:
 
 @contextlib.contextmanager
 def _lock_file(path: Path) -> Iterator[int]:
-    # Lock files are never removed: else two processes could each lock a file of the same name.
+    """Open a file for `flock`, which ends with the process that holds it.
+
+    Lock files are never removed: else two processes could each lock a file of the same name.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """Lock a file, among threads and processes; the lock of a process that dies is released."""
-    with _lock_file(path) as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor

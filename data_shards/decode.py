@@ -4,12 +4,8 @@ JPEGs are decoded by libjpeg-turbo (simplejpeg), other formats by OpenCV. Pixels
 EXIF orientation is ignored and an alpha channel is dropped, as other re-identification loaders do.
 """
 
-from __future__ import annotations
-
-import contextlib
 import io
 import threading
-from collections.abc import Callable
 from itertools import islice
 
 import cv2
@@ -23,7 +19,6 @@ from data_shards.jpeg import STRAY_BYTES, without_quirks, without_stray_bytes
 # A larger image is refused before a pixel is decoded: 2^26 pixels take 200 MB as RGB.
 MAX_PIXELS = 1 << 26
 
-_JPEG_MAGIC = b"\xff\xd8\xff"
 _MAX_ATTEMPTS = 200  # to repair one JPEG: each takes as long as decoding it
 _scratch = threading.local()
 
@@ -31,35 +26,6 @@ _scratch = threading.local()
 cv2.setNumThreads(0)
 # The DataError for a corrupt image says more than what OpenCV prints.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-
-
-def image_size(data: bytes) -> tuple[int, int]:
-    """Read an image's size from its header without decoding it.
-
-    Args:
-        data: the bytes of an image file.
-
-    Returns:
-        (width, height) in pixels.
-
-    Raises:
-        DataError: the header is unreadable, or the image has more than `MAX_PIXELS` pixels.
-    """
-    try:
-        if data.startswith(_JPEG_MAGIC):
-            try:
-                width, height, _ = _jpeg_header(data)
-            except ValueError:
-                width, height, _ = _jpeg_header(without_quirks(data))
-        else:
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-    except UnidentifiedImageError:  # its text has a memory address, which differs between builds
-        raise DataError("not a readable image: of no known format, or without a header") from None
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"not a readable image: {error}") from error
-    _check_pixels(width, height)
-    return width, height
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -74,7 +40,7 @@ def decode(data: bytes) -> np.ndarray:
     Raises:
         DataError: corrupt or truncated bytes, or more than `MAX_PIXELS` pixels.
     """
-    return _decode(data, _new_buffer)
+    return _decode(data).copy()
 
 
 def decode_into(data: bytes, out: np.ndarray) -> None:
@@ -90,7 +56,7 @@ def decode_into(data: bytes, out: np.ndarray) -> None:
     Raises:
         DataError: corrupt or truncated bytes, or more than `MAX_PIXELS` pixels.
     """
-    image = _decode(data, _scratch_buffer)
+    image = _decode(data)
     height, width = out.shape[:2]
     if image.shape == out.shape:
         out[:] = image
@@ -100,61 +66,53 @@ def decode_into(data: bytes, out: np.ndarray) -> None:
     cv2.resize(image, (width, height), dst=out, interpolation=interpolation)
 
 
-def _decode(data: bytes, buffer_of: Callable[[int], np.ndarray]) -> np.ndarray:
-    if not data.startswith(_JPEG_MAGIC):
-        image_size(data)
-        return _decode_with_opencv(data)
-    with contextlib.suppress(ValueError):
-        return _decode_jpeg(data, buffer_of)
-    data, attempts = without_quirks(data), _MAX_ATTEMPTS
-    while True:
-        try:
-            return _decode_jpeg(data, buffer_of)
-        except ValueError as error:
-            warning = str(error)
-        for candidate in islice(without_stray_bytes(data, warning), attempts):
+def _decode(data: bytes) -> np.ndarray:
+    """Decode an image; the thread's next call may overwrite it."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return _decode_other(data)
+    result, attempts = _decode_jpeg(data), _MAX_ATTEMPTS
+    if isinstance(result, str):
+        data = without_quirks(data)
+        result = _decode_jpeg(data)
+    while isinstance(result, str):
+        for candidate in islice(without_stray_bytes(data, result), attempts):
             attempts -= 1
-            left = _first_warning(candidate)
-            if left is None or (left != warning and STRAY_BYTES.search(left)):
-                data = candidate
+            found = _decode_jpeg(candidate)
+            if not isinstance(found, str) or (found != result and STRAY_BYTES.search(found)):
+                data, result = candidate, found
                 break
         else:
-            raise DataError(f"corrupt JPEG: {warning}")
+            raise DataError(f"corrupt JPEG: {result}")
+    return result
 
 
-def _decode_jpeg(data: bytes, buffer_of: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Decode strictly: raise ValueError on any error or warning of libjpeg."""
-    width, height, colorspace = _jpeg_header(data)
-    _check_pixels(width, height)
-    if colorspace not in ("YCbCr", "Gray", "RGB"):
-        return _decode_with_opencv(data)
-    buffer = buffer_of(width * height * 3)
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=buffer)
-
-
-def _first_warning(data: bytes) -> str | None:
+def _decode_jpeg(data: bytes) -> np.ndarray | str:
+    """Decode strictly: return the text of any error or warning of libjpeg."""
     try:
-        _decode_jpeg(data, _new_buffer)
+        *size, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width = map(int, size)
+        _check_pixels(width, height)
+        if colorspace not in ("YCbCr", "Gray", "RGB"):
+            return _decode_with_opencv(data)
+        # Reuse memory: fresh pages cost a third of a decode.
+        buffer = getattr(_scratch, "buffer", None)
+        if buffer is None or len(buffer) < width * height * 3:
+            buffer = _scratch.buffer = np.empty(width * height * 3, np.uint8)
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=buffer)
     except ValueError as error:
         return str(error)
-    return None
 
 
-def _new_buffer(size: int) -> np.ndarray:
-    return np.empty(size, np.uint8)
-
-
-def _scratch_buffer(size: int) -> np.ndarray:
-    """Memory that the thread's next call reuses: fresh pages cost a third of a decode."""
-    buffer = getattr(_scratch, "buffer", None)
-    if buffer is None or len(buffer) < size:
-        buffer = _scratch.buffer = _new_buffer(size)
-    return buffer
-
-
-def _jpeg_header(data: bytes) -> tuple[int, int, str]:
-    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    return int(width), int(height), colorspace
+def _decode_other(data: bytes) -> np.ndarray:
+    """Decode an image of another format, after a look at its header."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_pixels(*image.size)
+    except UnidentifiedImageError:  # its text has a memory address, which differs between builds
+        raise DataError("not a readable image: of no known format, or without a header") from None
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"not a readable image: {error}") from error
+    return _decode_with_opencv(data)
 
 
 def _decode_with_opencv(data: bytes) -> np.ndarray:

@@ -6,8 +6,6 @@ the same. But libjpeg reports only the first warning of a file, and a truncated 
 too. So these faults are corrected in the bytes, and the strict decoder checks everything else.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -258,14 +258,14 @@ class _Worker:
         """Write one part; return its number of images."""
         import numpy as np
 
-        from data_shards.loader import row_batches
+        from data_shards.loader import split_batches
         from reid_train.evaluation.embedding_store import EmbeddingTable, write_part
         from reid_train.evaluation.extract import embed_batches
         from reid_train.model.precision import autocast
 
         config, index = self.config, self.dataset.index(task.split)
         rows = np.arange(task.first, task.stop)
-        batches = row_batches(
+        batches = split_batches(
             self.dataset,
             self.cache,
             task.split,

@@ -197,7 +197,8 @@ def measure(folder: Path, images: int, workers: int, repeats: int) -> None:
     Console().print(
         f"{images:,} JPEGs of about 136 × 350, {size:.1f} kB each, in {len(shards)} shards;"
         f" {len(rows)} batches of {rows.shape[1]} at {HEIGHT} × {WIDTH}; {os.cpu_count()} cores."
-        f" Cold: {cold.stats.downloads} downloads, a cache of {cold.max_bytes / sum(shards):.0%}.\n"
+        f" Cold: {cold.stats['downloads']} downloads,"
+        f" a cache of {cold.max_bytes / sum(shards):.0%}.\n"
         "The plain loader delivers augmented float32, ours uint8 for the device to augment."
     )
 

@@ -77,7 +77,7 @@ def read(
                 list(train_batches(dataset, cache, mine, **size))
         if (epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.total_epochs:
             evaluate()
-    return [(cache.stats.downloads, cache.stats.download_bytes) for cache in caches]
+    return [(cache.stats["downloads"], cache.stats["bytes"]) for cache in caches]
 
 
 def counted(
