@@ -207,7 +207,7 @@ class _Search:
             }
             tracker.log(metrics, int(evaluation["step"]))
         tracker.set_tags({"state": trial.state, "reason": trial.reason or None})
-        tracker.finish(_STATUS[trial.state])  # type: ignore[arg-type]
+        tracker.finish(_STATUS[trial.state])
         if trial.evaluations:
             self.parent.log({"trial/mAP": trial.score}, trial.number)
 

@@ -1,7 +1,5 @@
 """Load a model: a registered one, a checkpoint, or the best checkpoint of a run."""
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile
@@ -26,8 +24,8 @@ _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<versi
 
 
 def load(
-    uri: str | Path, *, tracking_uri: str | None = None, device: torch.device | str | None = None
-) -> Embedder:
+    uri: str | Path, *, tracking_uri: str | None = None, device: "torch.device | str | None" = None
+) -> "Embedder":
     """Load a registered model or a checkpoint.
 
     Args:
@@ -54,13 +52,7 @@ def load(
 def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Path:
     """Fetch the files of a model into `folder`; a model that is on this machine stays in place.
 
-    Args:
-        uri: as for `load`.
-        folder: where to put the files.
-        tracking_uri: as for `load`.
-
-    Returns:
-        The folder that has the files.
+    `uri` and `tracking_uri` are as for `load`. Returns the folder that has the files.
     """
     from reid_train.model.embedder import CONFIG, WEIGHTS
 
@@ -80,8 +72,7 @@ def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Pat
 def best_checkpoint(run: str) -> str:
     """Find the best checkpoint of a finished run from its summary.
 
-    Args:
-        run: folder or s3:// URL of a run. Anything that has no summary is returned as it is.
+    The folder or s3:// URL of anything else is returned as it is.
 
     Raises:
         DataError: there is a summary, but it names no checkpoint; or there is none, but checkpoints
@@ -135,9 +126,8 @@ def _download(location: str, uri: str, folder: Path) -> Path:
             raise ObjectMissing(
                 f"{location} is not registered at {redact(uri)}; {_registered(client, name)}"
             ) from None
-        folder = Path(
-            download_artifacts(f"{source}/artifacts", dst_path=str(folder), tracking_uri=uri)
-        )
+        place = f"{source}/artifacts"
+        folder = Path(download_artifacts(place, dst_path=str(folder), tracking_uri=uri))
     for file in (WEIGHTS, CONFIG):
         if not (folder / file).exists():
             raise DataError(
@@ -146,7 +136,7 @@ def _download(location: str, uri: str, folder: Path) -> Path:
     return folder
 
 
-def _registered(client: MlflowClient, name: str) -> str:
+def _registered(client: "MlflowClient", name: str) -> str:
     """What a person can choose from instead of a model that is not registered."""
     models = {model.name: model for model in all_pages(client.search_registered_models)}
     if name not in models:

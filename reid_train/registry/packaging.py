@@ -3,8 +3,6 @@
 The model is code and safetensors, without pickles: MLflow runs `pyfunc_model.py` to load it.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import warnings
@@ -47,31 +45,22 @@ CODE = (
 
 
 def log_model(
-    client: MlflowClient,
-    folder: Path,
-    embedder: Embedder,
-    name: str,
-    run_id: str,
-    tags: dict[str, str],
-) -> LoggedModel:
-    """Log a model to the run that trained it.
+    client: "MlflowClient", folder: Path, name: str, run_id: str, tags: dict[str, str]
+) -> "LoggedModel":
+    """Log the model in a folder, such as a checkpoint, to the run that trained it.
 
     These are the steps of `mlflow.pyfunc.log_model`. That function uses the active run and the
     tracking URI of the whole process, and would end the caller's run.
 
-    Args:
-        client: client of the tracking server that has the run.
-        folder: folder with `model.safetensors` and `config.json`.
-        embedder: the model in this folder.
-        name: name of the model.
-        run_id: run that trained it.
-        tags: tags of the model.
+    Raises:
+        DataError: the folder does not hold a model.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    embedder = Embedder.from_folder(folder, "cpu")
     size = embedder.config.image
     example = np.random.default_rng(0).integers(0, 256, (1, size.height, size.width, 3), np.uint8)
     images = TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))

@@ -5,8 +5,6 @@ The tags of a version hold its metrics and the dataset that they were measured o
 and gallery.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import ObjectMissing, StorageError
-from reid_train.tracking.names import accepted
-from reid_train.tracking.server import connect, explain
+from reid_train.tracking.server import accepted, connect, explain
 from reid_train.tracking.uris import redact, registry_uri
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -103,27 +99,22 @@ def register(
         DataError: the folder does not hold a model.
         StorageError: MLflow or its artifact store failed.
     """
-    from reid_train.model.embedder import Embedder
     from reid_train.registry.packaging import log_model
 
     uri = registry_uri(tracking_uri)
-    embedder = Embedder.from_folder(folder, "cpu")
-    tags = {
-        "mAP": metrics.get("mAP"),
-        "rank-1": metrics.get("rank-1"),
-        "manifest_digest": manifest_digest,
-        "evaluation_digest": evaluation_digest,
-    }
-    tags = {key: str(value) for key, value in tags.items() if value is not None}
+    tags = {key: str(metrics[key]) for key in ("mAP", "rank-1") if key in metrics}
+    tags |= {"manifest_digest": manifest_digest, "evaluation_digest": evaluation_digest}
     with mlflow_errors(f"registering {name}", uri):
         client = connect(uri)
-        model = log_model(client, Path(folder), embedder, name, run_id, tags)
+        model = log_model(client, Path(folder), name, run_id, tags)
         if not all_pages(client.search_registered_models, f"name = '{name}'"):
             client.create_registered_model(name)
         made = client.create_model_version(
             name, model.artifact_location, run_id, tags, model_id=model.model_id
         )
-        champion, reason = should_promote(tags, _champion_tags(client, name))
+        best = client.get_registered_model(name).aliases.get(CHAMPION)
+        best_tags = client.get_model_version(name, best).tags if best else None
+        champion, reason = should_promote(tags, best_tags)
         if champion:
             client.set_registered_model_alias(name, CHAMPION, made.version)
     registered = Registered(name, int(made.version), champion, reason)
@@ -135,12 +126,7 @@ def default_name(dataset: str, evaluation_digest: str, tracking_uri: str | None 
     """Name a dataset's models `reid-<dataset>`, so that all with one name can be compared.
 
     Two datasets may have the same name. If the registered models of that name were measured on
-    another query and gallery, the name ends in the start of the digest.
-
-    Args:
-        dataset: name of the dataset.
-        evaluation_digest: digest of its query and gallery.
-        tracking_uri: as for `register`.
+    another query and gallery, the name ends in the start of the digest of this one's.
 
     Raises:
         StorageError: MLflow failed.
@@ -175,14 +161,10 @@ def registered_version(
 def should_promote(
     candidate: Mapping[str, str], champion: Mapping[str, str] | None
 ) -> tuple[bool, str]:
-    """Decide whether a version becomes the champion.
-
-    Args:
-        candidate: tags of the version.
-        champion: tags of the current champion; None if there is none.
+    """Decide from the tags of a version and of the champion, if there is one, which is better.
 
     Returns:
-        The decision, and its reason in words.
+        Whether the version becomes the champion, and the reason in words.
     """
     score = _number(candidate.get("mAP"))
     if score is None:
@@ -215,29 +197,20 @@ def list_models(tracking_uri: str | None = None) -> list[ModelVersion]:
             # A search returns versions without their aliases, but the model has them.
             for item in all_pages(client.search_model_versions, f"name = '{model.name}'"):
                 aliases = (a for a, v in model.aliases.items() if int(v) == int(item.version))
-                found.append(_described(item, tuple(sorted(aliases))))
+                found.append(
+                    ModelVersion(
+                        name=item.name,
+                        version=int(item.version),
+                        aliases=tuple(sorted(aliases)),
+                        mean_average_precision=_number(item.tags.get("mAP")),
+                        rank1=_number(item.tags.get("rank-1")),
+                        manifest_digest=item.tags.get("manifest_digest"),
+                        evaluation_digest=item.tags.get("evaluation_digest"),
+                        created=datetime.fromtimestamp(item.creation_timestamp / 1000, UTC),
+                        run_id=item.run_id,
+                    )
+                )
     return sorted(found, key=lambda item: (item.name, -item.version))
-
-
-def _champion_tags(client: MlflowClient, name: str) -> dict[str, str] | None:
-    aliases = client.get_registered_model(name).aliases
-    if CHAMPION not in aliases:
-        return None
-    return client.get_model_version(name, aliases[CHAMPION]).tags
-
-
-def _described(item: Any, aliases: tuple[str, ...]) -> ModelVersion:
-    return ModelVersion(
-        name=item.name,
-        version=int(item.version),
-        aliases=aliases,
-        mean_average_precision=_number(item.tags.get("mAP")),
-        rank1=_number(item.tags.get("rank-1")),
-        manifest_digest=item.tags.get("manifest_digest"),
-        evaluation_digest=item.tags.get("evaluation_digest"),
-        created=datetime.fromtimestamp(item.creation_timestamp / 1000, UTC),
-        run_id=item.run_id,
-    )
 
 
 def _number(text: str | None) -> float | None:
@@ -250,14 +223,12 @@ def _number(text: str | None) -> float | None:
 
 def all_pages(search: Callable[..., Any], query: str | None = None) -> list[Any]:
     """All pages of a search."""
-    found: list[Any] = []
-    token = None
-    while True:
-        page = search(filter_string=query, page_token=token)
+    page = search(filter_string=query)
+    found = list(page)
+    while page.token:
+        page = search(filter_string=query, page_token=page.token)
         found += page
-        token = page.token
-        if not token:
-            return found
+    return found
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from data_shards.errors import ConfigError, DataError
 from reid_train.config import TrainConfig
 from reid_train.ray_utils import require_ray_cluster
 from reid_train.runs.run_dir import Run
-from reid_train.tracking.names import require_names
-from reid_train.tracking.server import require_experiment
+from reid_train.tracking.server import require_experiment, require_names
 from reid_train.training.data import epoch_plan, train_index
 
 

@@ -1,7 +1,5 @@
 """Show the newest values of a run to Prometheus, through the metrics port of Ray's nodes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 METRICS = {
@@ -27,10 +25,7 @@ _SHOWN = {
 
 
 def gauges(run: str) -> Callable[[Mapping[str, float]], None]:
-    """Make the gauges of one run.
-
-    Args:
-        run: name of the run, the tag `run` of each gauge.
+    """Make the gauges of a run, which have its name as their tag `run`.
 
     Returns:
         A function that sets the gauges. It takes values by the names that MLflow has them under,

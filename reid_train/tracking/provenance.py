@@ -1,7 +1,5 @@
 """Where a run comes from: the commit of the code, and the Ray job that started it."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -1,15 +1,13 @@
-"""Connect to MLflow, check that it answers, and explain its errors in one line."""
-
-from __future__ import annotations
+"""Connect to MLflow, check names and that it answers, and explain its errors in one line."""
 
 import functools
 import logging
+import multiprocessing
 import os
 import re
 import shlex
-import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from multiprocessing.pool import ThreadPool
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from data_shards.errors import ConfigError, StorageError
@@ -20,6 +18,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LONGEST = 250
+"""Characters of a name. SQLite takes more, but the other databases of MLflow have columns of 250 to
+256, and a run's own name is kept in one of 250."""
+_NOT_IN_MODELS = "/:.%\"'?@"
+"""MLflow refuses the first six in the name of a model; ? and @ have a meaning in models:/…"""
 ANSWER_SECONDS = 25.0
 """How long `require_experiment` waits for an answer."""
 QUIET = (
@@ -57,7 +60,7 @@ _KNOWN = {
 
 
 @functools.cache
-def connect(uri: str) -> MlflowClient:
+def connect(uri: str) -> "MlflowClient":
     """A client of the tracking server and the model registry at a URI."""
     settings = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -81,23 +84,62 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(uri, registry_uri=uri)
 
 
+def require_names(
+    *, model: str | None = None, experiment: str | None = None, run: str | None = None
+) -> None:
+    """Check names before any work starts. A name that is None is not checked.
+
+    Raises:
+        ConfigError: MLflow does not accept one of them; the message has a name that it accepts.
+    """
+    for what, flag, name in (
+        ("model", "--tracking.model-name", model),
+        ("experiment", "--tracking.experiment", experiment),
+        ("run", "--name", run),
+    ):
+        if name is None:
+            continue
+        bad = sorted({c for c in name if not c.isprintable()})
+        if what == "model":
+            bad += sorted(set(name) & set(_NOT_IN_MODELS))
+        if bad:
+            shown = " ".join(c if c.isprintable() else repr(c) for c in bad)
+            raise ConfigError(
+                f"{flag} {name!r}: MLflow does not accept {shown} in the name of a {what}; "
+                f"{accepted(name)!r} is one that it accepts"
+            )
+        if not name or name != name.strip() or len(name) > LONGEST:
+            short = name if len(name) <= 40 else f"{name[:40]}…"
+            raise ConfigError(
+                f"{flag} {short!r} has {len(name)} characters; MLflow needs 1 to {LONGEST}, "
+                "without spaces at the ends"
+            )
+
+
+def accepted(name: str) -> str:
+    """The most similar name that MLflow accepts for a model."""
+    kept = "".join(c if c.isprintable() and c not in _NOT_IN_MODELS else "-" for c in name)
+    return re.sub("-+", "-", kept).strip("- ")[:LONGEST] or "model"
+
+
 def require_experiment(uri: str, experiment: str) -> None:
     """Check within half a minute that MLflow answers and that an experiment takes runs.
 
-    Args:
-        uri: tracking URI.
-        experiment: name of the experiment. It need not exist, since a run creates it.
+    The experiment need not exist, since a run creates it.
 
     Raises:
         ConfigError: the experiment is deleted.
         StorageError: MLflow does not answer, refuses, or is not MLflow.
     """
     try:
-        found = _within(ANSWER_SECONDS, lambda: connect(uri).get_experiment_by_name(experiment))
+        with ThreadPool(1) as pool:  # MLflow may retry for minutes
+            call = pool.apply_async(lambda: connect(uri).get_experiment_by_name(experiment))
+            found = call.get(ANSWER_SECONDS)
     except Exception as error:
+        late = isinstance(error, multiprocessing.TimeoutError)
+        why = f"it does not answer within {ANSWER_SECONDS:.0f} s" if late else explain(error, uri)
         raise StorageError(
-            f"MLflow at {redact(uri)}: {explain(error, uri)}. Correct --tracking.uri, or use "
-            "--tracking.uri off"
+            f"MLflow at {redact(uri)}: {why}. Correct --tracking.uri, or use --tracking.uri off"
         ) from error
     if found is None:
         return
@@ -149,23 +191,22 @@ def explain(error: Exception, uri: str) -> str:
     import mlflow
 
     text = redact(str(error))
+    first_line = text.strip().partition("\n")[0]
     for part, reason in _KNOWN.items():
         if part in text:
             return reason.format(uri=redact(uri), version=mlflow.__version__)
     code = getattr(error, "error_code", "")
     if code == "UNAUTHENTICATED":
-        return (
-            "it wants a login (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-            "MLFLOW_TRACKING_TOKEN"
-        )
+        login = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        return f"it wants a login (401): set {login}"
     if code == "PERMISSION_DENIED":
-        return f"it refuses access (403): use the login of a user who has it ({_first_line(text)})"
+        return f"it refuses access (403): use the login of a user who has it ({first_line})"
     if code == "ENDPOINT_NOT_FOUND":
         return "the server there is not MLflow (404): check host, port and path"
     if cause := _CAUSE.search(text):
         kind, detail = cause.groups()
         return f"it cannot be reached: {_REASONS.get(kind) or detail.strip(chr(39))}"
-    return _first_line(text) or type(error).__name__
+    return first_line or type(error).__name__
 
 
 def is_final(error: Exception) -> bool:
@@ -178,27 +219,6 @@ def status(error: Exception) -> int:
     return getattr(error, "get_http_status_code", lambda: 500)()
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Call in a thread and give up waiting after some time: MLflow may retry for minutes."""
-    outcome: list[Any] = []
-    failure: list[Exception] = []
-
-    def work() -> None:
-        try:
-            outcome.append(call())
-        except Exception as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=work, name="mlflow-check", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not outcome:
-        raise TimeoutError(f"it does not answer within {seconds:.0f} s")
-    return outcome[0]
-
-
 def _bypass_proxy(uri: str) -> None:
     """Reach MLflow on this machine directly: no proxy can reach it for us."""
     host = urlsplit(uri).hostname or ""
@@ -207,7 +227,3 @@ def _bypass_proxy(uri: str) -> None:
             known = os.environ.get(name, "")
             if host not in known.split(","):
                 os.environ[name] = f"{known},{host}" if known else host
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]

@@ -14,8 +14,6 @@ The driver owns the run. A worker joins it by its id to log the steps:
         tracker.log({"loss/total": 1.0}, step=0)
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re
@@ -23,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from data_shards.errors import Interrupted, StorageError
 from reid_train.tracking.server import connect, explain, is_final, status
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 # What MLflow takes in one log_batch call.
 METRICS_PER_BATCH = 1000
@@ -84,12 +80,8 @@ class Tracker:
         interval: float = 3.0,
         may_send: Callable[[], bool] | None = None,
     ) -> None:
-        self.uri = uri
-        self.run_id = run_id
-        self._owner = owner
-        self._system_metrics = system_metrics
-        self._interval = interval
-        self._may_send = may_send
+        self.uri, self.run_id, self._owner = uri, run_id, owner
+        self._system_metrics, self._interval, self._may_send = system_metrics, interval, may_send
         self._last_steps: dict[str, int] = {}
         self._buffer: list[Point] = []
         self._lock = threading.Lock()
@@ -98,9 +90,8 @@ class Tracker:
         self._warned = False
         self._thread: threading.Thread | None = None
         if uri is not None and run_id is not None:
-            self._thread = threading.Thread(
-                target=self._work, args=(uri, run_id), name="mlflow-tracker", daemon=True
-            )
+            arguments = {"args": (uri, run_id), "name": "mlflow-tracker", "daemon": True}
+            self._thread = threading.Thread(target=self._work, **arguments)
             self._thread.start()
 
     @classmethod
@@ -111,14 +102,8 @@ class Tracker:
         *,
         run_name: str | None = None,
         run_id: str | None = None,
-    ) -> Tracker:
-        """Start a run, or reopen the one of that id, and own it.
-
-        Args:
-            uri: tracking URI; None tracks nothing.
-            experiment: name of the experiment; it is created if there is none.
-            run_name: name of a new run.
-            run_id: a run to reopen.
+    ) -> Self:
+        """Start a run, or reopen the one of that id, and own it. A URI of None tracks nothing.
 
         Raises:
             StorageError: MLflow cannot start a run. A run is also reopened if MLflow does not
@@ -144,14 +129,14 @@ class Tracker:
         """Whether anything is tracked."""
         return self.uri is not None and self.run_id is not None
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._owner:
             self.close()
         elif kind is None:
-            self.finish("FINISHED")
+            self.finish()
         else:
             killed = issubclass(kind, KeyboardInterrupt | Interrupted)
             self.finish("KILLED" if killed else "FAILED")
@@ -174,9 +159,7 @@ class Tracker:
         params = [Param(name, value) for name, value in _public(parameters).items()]
         for start in range(0, len(params), PARAMETERS_PER_BATCH):
             part = params[start : start + PARAMETERS_PER_BATCH]
-            self._attempt(
-                "parameters", lambda client, run, part=part: client.log_batch(run, params=part)
-            )
+            self._attempt("parameters", "log_batch", params=part)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set up to 100 tags, without those that are None or whose names look like secrets."""
@@ -186,17 +169,16 @@ class Tracker:
 
         given = {name: value for name, value in tags.items() if value is not None}
         made = [RunTag(name, value) for name, value in _public(given).items()]
-        self._attempt("tags", lambda client, run: client.log_batch(run, tags=made))
+        self._attempt("tags", "log_batch", tags=made)
 
     def log_artifacts(self, path: Path, folder: str | None = None) -> None:
         """Upload the content of a folder into a folder of the run's artifacts."""
-        self._attempt(str(path), lambda client, run: client.log_artifacts(run, str(path), folder))
+        self._attempt(str(path), "log_artifacts", str(path), folder)
 
     def close(self, timeout: float = 30.0) -> None:
         """Send what is buffered and stop. The run keeps its status.
 
-        Args:
-            timeout: seconds to try for. Values that are unsent then are dropped with a warning.
+        Values that are unsent after `timeout` seconds are dropped with a warning.
         """
         if self._thread is None:
             return
@@ -211,18 +193,18 @@ class Tracker:
                 *(len(self._buffer), self.run_id),
             )
 
-    def finish(self, status: Status = "FINISHED") -> None:
-        """Send what is buffered and end the run."""
+    def finish(self, status: str = "FINISHED") -> None:
+        """Send what is buffered and end the run as FINISHED, FAILED or KILLED."""
         self.close()
-        self._attempt("status", lambda client, run: client.set_terminated(run, status))
+        self._attempt("status", "set_terminated", status)
 
-    def _attempt(self, what: str, call: Callable[[MlflowClient, str], object]) -> None:
-        """Call MLflow now, up to three times. A failure is only a warning."""
+    def _attempt(self, what: str, method: str, *arguments: object, **options: object) -> None:
+        """Call a method of MLflow's client now, up to three times. A failure is only a warning."""
         if self.uri is None or self.run_id is None:
             return
         for wait in (1.0, 4.0, None):
             try:
-                call(connect(self.uri), self.run_id)
+                getattr(connect(self.uri), method)(self.run_id, *arguments, **options)
                 return
             except Exception as error:
                 if wait is None or is_final(error):
@@ -232,16 +214,19 @@ class Tracker:
 
     def _work(self, uri: str, run_id: str) -> None:
         """Send the buffer again and again, until it is closed and empty, or out of time."""
-        monitor = None
-        begun = False
-        wait = self._interval
+        monitor, begun, wait = None, False, self._interval
         while True:
             closing = self._closing.wait(wait)
             if time.monotonic() >= self._deadline:
                 break  # `close` warns of it
             try:
                 if self._buffer and self._may_send and not self._may_send():
-                    self._drop()
+                    logger.warning(
+                        "MLflow: another driver has %s now; this one sends no more", run_id
+                    )
+                    self._thread = None  # so that `log` takes nothing more
+                    with self._lock:
+                        self._buffer.clear()
                     break
                 client = connect(uri)
                 if not begun:
@@ -250,12 +235,25 @@ class Tracker:
                     for metric in client.get_run(run_id).data.to_proto().metrics:
                         self._last_steps[metric.key] = metric.step
                     if self._system_metrics:
-                        monitor = _start_monitor(uri, run_id)
+                        from mlflow.system_metrics.system_metrics_monitor import (
+                            SystemMetricsMonitor,
+                        )
+
+                        monitor = SystemMetricsMonitor(
+                            run_id, resume_logging=True, tracking_uri=uri
+                        )
+                        monitor.start()
                     begun = True
                 self._send(client, run_id)
                 wait = self._interval
             except Exception as error:
-                self._warn_once(error)
+                if not self._warned:
+                    self._warned = True
+                    logger.warning(
+                        "MLflow at %s does not take values now. Training continues; values are kept"
+                        " and sent later: %s",
+                        *(redact(uri), redact(str(error))),
+                    )
                 wait = min(2 * wait, LONGEST_WAIT)
                 if closing:
                     time.sleep(min(wait, 1.0, max(0.0, self._deadline - time.monotonic())))
@@ -265,7 +263,7 @@ class Tracker:
         if monitor is not None:
             monitor.finish()
 
-    def _send(self, client: MlflowClient, run_id: str) -> None:
+    def _send(self, client: "MlflowClient", run_id: str) -> None:
         """Send the buffer. A value leaves it once MLflow has it, or will never take it."""
         from mlflow.entities import Metric
 
@@ -286,23 +284,6 @@ class Tracker:
             with self._lock:
                 del self._buffer[: len(points)]
 
-    def _drop(self) -> None:
-        """Send nothing more: another driver has the run."""
-        logger.warning("MLflow: another driver has %s now; this one sends no more", self.run_id)
-        self._thread = None
-        with self._lock:
-            self._buffer.clear()
-
-    def _warn_once(self, error: Exception) -> None:
-        if not self._warned:
-            logger.warning(
-                "MLflow at %s does not take values now. Training continues; values are kept and "
-                "sent later: %s",
-                redact(str(self.uri)),
-                redact(str(error)),
-            )
-        self._warned = True
-
 
 def _open_run(uri: str, experiment: str, run_name: str | None, run_id: str | None) -> str:
     client = connect(uri)
@@ -320,14 +301,6 @@ def _open_run(uri: str, experiment: str, run_name: str | None, run_id: str | Non
             experiment, artifact_location=artifacts_beside(uri), tags={KIND: TRAINING}
         )
     return client.create_run(identifier, run_name=run_name).info.run_id
-
-
-def _start_monitor(uri: str, run_id: str) -> Any:
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
-    monitor.start()
-    return monitor
 
 
 def _public(values: Mapping[str, object]) -> dict[str, str]:

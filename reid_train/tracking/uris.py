@@ -1,7 +1,5 @@
 """Tracking URIs: which one to use, and what of it may be shown."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path
@@ -14,34 +12,27 @@ _USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def training_uri(given: str | None, output: str) -> str:
-    """Choose where a training is tracked.
+    """Choose where a training is tracked: as given, at MLFLOW_TRACKING_URI, or in a SQLite file.
 
-    Args:
-        given: `--tracking.uri`; None takes MLFLOW_TRACKING_URI, or a SQLite file.
-        output: where runs are kept. The file is in that folder, or in the working folder if the
-            output is on S3. Only workers on this machine can reach it: a cluster needs a server.
+    The file is in the folder `output`, where runs are kept, or in the working folder if that is on
+    S3. Only workers on this machine can reach it: a cluster needs a server.
 
     Raises:
         ConfigError: there is a user or a password in the URI.
     """
-    chosen = given or os.environ.get("MLFLOW_TRACKING_URI")
-    if chosen:
+    if chosen := given or os.environ.get("MLFLOW_TRACKING_URI"):
         return without_password(chosen)
     storage = open_storage(output)
     return local_tracking(storage.root if isinstance(storage, LocalStorage) else Path())
 
 
 def registry_uri(given: str | None) -> str:
-    """Choose where to look for registered models.
-
-    Args:
-        given: `--tracking-uri`; None takes MLFLOW_TRACKING_URI, or ./mlflow.db if it exists.
+    """Choose where models are registered: as given, MLFLOW_TRACKING_URI, or a ./mlflow.db.
 
     Raises:
         ConfigError: there is none, or there is a user or a password in it.
     """
-    chosen = given or os.environ.get("MLFLOW_TRACKING_URI")
-    if chosen:
+    if chosen := given or os.environ.get("MLFLOW_TRACKING_URI"):
         return without_password(chosen)
     if Path("mlflow.db").exists():
         return local_tracking(Path())

@@ -27,8 +27,7 @@ from reid_train.model.embedder import Embedder, resize
 from reid_train.model.network import ReidNet
 from reid_train.registry.load import load
 from reid_train.registry.registry import default_name, list_models, register, should_promote
-from reid_train.tracking.names import require_names
-from reid_train.tracking.server import connect, require_experiment
+from reid_train.tracking.server import connect, require_experiment, require_names
 from reid_train.tracking.tracker import Tracker
 from reid_train.tracking.uris import local_tracking
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data_shards.errors import ConfigError
-from reid_train.tracking.names import LONGEST, accepted, require_names
+from reid_train.tracking.server import LONGEST, accepted, require_names
 
 
 @pytest.mark.parametrize(
