@@ -12,6 +12,7 @@ from data_shards.command_line import Command, command, program, run_one_of
 from data_shards.errors import ConfigError, DataError
 from data_shards.progress import display, make_console
 from data_shards.records import SHARD_BYTES, SPLITS
+from data_shards.storage import expand_home
 
 if TYPE_CHECKING:
     from data_shards.manifest import Manifest
@@ -30,7 +31,7 @@ OptionalInt = Annotated[int | None, _optional("INT")]
 OptionalPath = Annotated[Path | None, _optional("PATH")]
 OptionalName = Annotated[str | None, _optional("NAME")]
 OptionalVal = Annotated[Literal["merge", "separate"] | None, _optional("{merge,separate}")]
-RENDERED = Path.home() / ".cache" / "data_shards" / "synthetic"
+RENDERED = Path("~/.cache/data_shards/synthetic")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,7 +90,7 @@ def build_command(
             raise ConfigError(
                 f"source {source!r} needs --root: the folder (for csv the file) to read"
             )
-        root = RENDERED
+        root = expand_home(RENDERED)
     with display() as progress:
         result = build(
             source,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import tempfile
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from data_shards.errors import ConfigError, ReidError
@@ -30,6 +32,10 @@ def prepare_ray() -> None:
     Ray listens on the machine's outward address. A cluster that this process starts stays on
     loopback: Ray has a switch for systems with firewalls that ask, and it works on all others too.
     """
+    try:
+        Path.home()
+    except RuntimeError:  # an unknown user id, as containers have, without HOME: Ray needs one
+        os.environ["HOME"] = tempfile.gettempdir()
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "|".join(NOISE))
     if not os.environ.get("RAY_ADDRESS"):

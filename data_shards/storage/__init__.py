@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from data_shards.errors import ConfigError
 from data_shards.storage.local import LocalStorage
 
-__all__ = ["LocalStorage", "Storage", "open_file", "open_storage"]
+__all__ = ["LocalStorage", "Storage", "expand_home", "open_file", "open_storage"]
 
 _MISSPELT = re.compile(r"(s3|file):/*(.*)", re.IGNORECASE | re.DOTALL)
 
@@ -86,7 +86,21 @@ def open_storage(url: str) -> Storage:
         raise ConfigError(
             f"cannot open {url!r}: write s3://bucket/prefix, file:///folder or a path"
         )
-    return LocalStorage(Path(url).expanduser().absolute())
+    return LocalStorage(expand_home(Path(url)).absolute())
+
+
+def expand_home(path: Path) -> Path:
+    """Replace `~` at the start of a path by the home folder.
+
+    Raises:
+        ConfigError: this user has none, as in a container that runs under an unknown user id.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"there is no home folder for {path}: set HOME, or give another folder"
+        ) from None
 
 
 def open_file(url: str) -> tuple[Storage, str]:

@@ -230,7 +230,7 @@ class _Worker:
     def __init__(self, files: tuple[bytes, bytes], device: str, settings: Embed) -> None:
         from data_shards.cache import ShardCache
         from data_shards.dataset import Dataset
-        from data_shards.storage import open_storage
+        from data_shards.storage import expand_home, open_storage
         from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
         from reid_train.model.precision import precision_on, set_precision
 
@@ -248,7 +248,7 @@ class _Worker:
         self.config, self.storage = config.replace(precision=precision), storage
         set_precision(self.config)
         self.settings, self.dataset = settings, Dataset.open(settings.data)
-        cache = settings.loader.cache.expanduser().absolute()
+        cache = expand_home(settings.loader.cache).absolute()
         self.cache = ShardCache(self.dataset.storage, cache, settings.loader.cache_bytes)
 
     def ready(self) -> None:

@@ -23,6 +23,7 @@ from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, Interrupted, ReidError
 from data_shards.progress import Display, phase
+from data_shards.storage import expand_home
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import gpu_out_of_memory, out_of_memory
 from reid_train.ray_utils import require_ray_cluster
@@ -210,7 +211,7 @@ def _train(settings: dict[str, Any]) -> None:
             tracker.log(values, step)
             show_gauges(values)
 
-        folder, size = config.loader.cache.expanduser(), config.loader.cache_bytes
+        folder, size = expand_home(config.loader.cache), config.loader.cache_bytes
         keeper = checkpoint_store.Keeper(run, lock, resume) if rank == 0 else None
         context = WorkerContext(
             rank=rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -321,3 +322,45 @@ def test_run_on_other_numbers_of_workers_has_the_quiet_runs_losses(quiet, wander
     found, expected = quiet.steps("wanderer"), quiet.steps("quiet")
     assert found == pytest.approx(expected, rel=0.05)
     assert np.mean([abs(found[step] / loss - 1) for step, loss in expected.items()]) < 0.01
+
+
+@pytest.fixture
+def no_init_process(tmp_path: Path) -> Iterator[None]:
+    """Let orphans become children of this process, which does not reap them.
+
+    So it is in a container without an init process. A killed raylet then looks alive to its
+    workers, and they train for up to a minute longer.
+    """
+    libc, set_child_subreaper = ctypes.CDLL(None), 36
+    libc.prctl(set_child_subreaper, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        for orphan in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                orphan.kill()
+        libc.prctl(set_child_subreaper, 0, 0, 0, 0)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def test_workers_that_outlive_a_killed_driver_track_no_step_again(place, no_init_process):
+    gate = fault(place, "gate-0-8")
+    fault(place, "gate-0-26")  # so that the second driver does not end first
+    lease = place.folder / "runs" / "orphans" / "lease"
+    here = {"RAY_ADDRESS": ""}  # Ray starts with the driver, and dies with it
+    driver = Driver.start(place, place.train("orphans", "--workers", "1"), **here)
+    driver.wait_for(gate.exists)
+    children = psutil.Process(driver.process.pid).children(recursive=True)
+    (worker,) = [child for child in children if "RayTrainWorker" in child.name()]
+    driver.process.kill()
+    before = set(lease.iterdir())
+    second = Driver.start(place, place.resume("orphans"), **here)
+    second.wait_for(lambda: before.isdisjoint(lease.iterdir()))
+    assert worker.is_running()
+    (place.faults / "open-0-8").touch()
+    second.wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    (place.faults / "open-0-26").touch()
+    assert second.end() == 0, second.said()
+    assert place.steps("orphans").keys() == set(range(1, STEPS + 1))
