@@ -257,11 +257,13 @@ class ShardCache:
 
     def _evict(self, excess: int) -> int:
         """Remove shards until the excess over the limit is zero; return the excess that is left."""
-        files = []
+        files, soon = [], time.time_ns() + 60_000_000_000
         for path in self.folder.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
-                files.append((stat.st_mtime_ns, stat.st_size, path))
+                # A last use in the future was noted before the clock was set back.
+                used = stat.st_mtime_ns if stat.st_mtime_ns < soon else 0
+                files.append((used, stat.st_size, path))
         excess += sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if excess <= 0:

@@ -193,10 +193,9 @@ def _check_records(records: Sequence[ImageRecord], root: Path) -> None:
         if record.relative in seen:
             raise DataError(f"{record.relative} is listed twice under {root}: remove one entry")
         seen.add(record.relative)
-        if not (0 <= record.pid < 1 << 63 and 0 <= record.camid < 1 << 31):
-            raise DataError(
-                f"{record.path}: pid {record.pid} or camid {record.camid} is out of range"
-            )
+        for name, value, bits in (("pid", record.pid, 63), ("camid", record.camid, 31)):
+            if not 0 <= value < 1 << bits:
+                raise DataError(f"{record.path}: {name} {value} is not from 0 to 2^{bits} - 1")
         if _NOT_IN_PATHS.search(record.relative):
             raise DataError(
                 f"{record.relative!r} under {root}: rename this file; its name has control"

@@ -1,8 +1,10 @@
-"""Which failures of an S3 server pass by themselves, and how long to retry."""
+"""Reach a server: past a proxy, and again after failures that pass by themselves."""
 
 import logging
+import os
 import random
 import time
+from urllib.parse import urlsplit
 
 import botocore.exceptions as boto
 import urllib3.exceptions
@@ -47,6 +49,7 @@ class Retry:
     def reset(self) -> None:
         """Start the clock again, because there was progress."""
         self.since, self.pause = time.monotonic(), PAUSE
+        self.renewed = False  # whether credentials that expired were read again
 
     def wait(self, what: str, error: Exception) -> bool:
         """Log the failure of `what` and pause before the next attempt; False to give up."""
@@ -60,3 +63,13 @@ class Retry:
         )
         time.sleep(seconds)
         return True
+
+
+def bypass_proxy(url: str) -> None:
+    """Reach a server on this machine directly: no proxy can reach it for us."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost" or host.startswith("127.") or host == "::1":
+        for name in ("NO_PROXY", "no_proxy"):
+            known = os.environ.get(name, "")
+            if host not in known.split(","):
+                os.environ[name] = f"{known},{host}" if known else host

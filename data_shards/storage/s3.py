@@ -26,7 +26,7 @@ from botocore.config import Config
 
 from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing, StorageError
 from data_shards.storage.atomic import atomic_write, disk_errors, file_sha256, require_sha256
-from data_shards.storage.retry import CONNECTION_ERRORS, FAILURES, Retry, code_of
+from data_shards.storage.retry import CONNECTION_ERRORS, FAILURES, Retry, bypass_proxy, code_of
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ MAX_PARTS = 10_000  # S3's limit
 
 T = TypeVar("T")
 
-_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 _DENIED |= {"InvalidToken", "401", "403"}
 _WRONG_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "301"}
 _MISSING = {"NoSuchKey", "NotFound", "404"}
@@ -57,6 +58,8 @@ def _client_of(process: int, environment: tuple[str | None, ...]) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        bypass_proxy(os.environ.get(name, ""))
     # An instance profile's keys come from a service on the node, which boto3 asks only once.
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "5")
     try:
@@ -106,11 +109,20 @@ class S3Storage:
         elif code in _WRONG_REGION or region not in (None, ours):
             expected = f"expects {region or 'another region'} for {where}, not {ours}"
             text = f"{server} {expected}: set AWS_DEFAULT_REGION={region or ''}".rstrip("=")
+        elif code in _EXPIRED:
+            text = f"the credentials for {where} have expired ({code}): renew them, and try again"
+        elif code == "RequestTimeTooSkewed":
+            text = (
+                f"{server} refuses access to {where} ({code}): this machine's clock differs from"
+                " the server's by minutes; set it, for example with NTP"
+            )
         elif code in _DENIED:
             text = (
                 f"{server} denies access to {where} ({code}): check AWS_ACCESS_KEY_ID,"
                 " AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and the bucket's permissions"
             )
+        elif code == "ProxyConnectionError":
+            text = f"cannot reach {server} by the proxy of HTTP_PROXY or HTTPS_PROXY; see NO_PROXY"
         elif isinstance(error, CONNECTION_ERRORS):
             text = (
                 f"cannot reach {server} for {where} ({code} on every attempt):"
@@ -127,7 +139,7 @@ class S3Storage:
             try:
                 return request(_client(), again)
             except FAILURES as error:
-                if not retry.wait(f"{self.url}/{key} on {_endpoint()}", error):
+                if not _again(retry, f"{self.url}/{key} on {_endpoint()}", error):
                     raise self._explained(key, error) from None
                 again = True
 
@@ -177,7 +189,8 @@ class S3Storage:
                     raise StorageError(
                         f"{self.url}/{key} ends before byte {stop}: is it truncated?"
                     ) from None
-                if not retry.wait(f"{self.url}/{key} on {_endpoint()}, byte {position}", error):
+                what = f"{self.url}/{key} on {_endpoint()}, byte {position}"
+                if not _again(retry, what, error):
                     raise self._explained(key, error) from None
 
     def read(self, key: str, *, sha256: str | None = None) -> bytes:
@@ -260,6 +273,19 @@ class S3Storage:
 
     def child(self, key: str) -> Self:
         return type(self)(self.bucket, self._where(key.rstrip("/"))["Key"])
+
+
+def _again(retry: Retry, what: str, error: Exception) -> bool:
+    """Return whether to send a request again: it may pass, or the credentials were renewed.
+
+    boto3 reads the files of credentials once. Another program may have renewed them since.
+    """
+    if code_of(error) in _EXPIRED and not retry.renewed:
+        log.warning("%s: %s; reading the credentials again", what, code_of(error))
+        _client_of.cache_clear()
+        retry.renewed = True
+        return True
+    return retry.wait(what, error)
 
 
 def _twice(get: Callable[[], T]) -> T:

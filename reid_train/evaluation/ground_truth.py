@@ -56,7 +56,8 @@ def check_labels(name: str, values: object) -> np.ndarray:
     if len(wrong):
         raise DataError(
             f"{name} must be integers from 0 up, but entry {wrong[0]} of {len(labels)} is "
-            f"{labels[wrong[0]]}: leave out images without a label, such as junk marked −1"
+            f"{labels[wrong[0]]}: leave its image out of embeddings, identities and cameras. −1 "
+            "marks junk (false detections) in Market-1501; distractors have identities from 0 up"
         )
     return labels.astype(np.int64, copy=False)
 

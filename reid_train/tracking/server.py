@@ -8,9 +8,9 @@ import re
 import shlex
 from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from data_shards.errors import ConfigError, StorageError
+from data_shards.storage.retry import bypass_proxy
 from reid_train.tracking.uris import redact
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def connect(uri: str) -> "MlflowClient":
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    _bypass_proxy(uri)
+    for address in (uri, os.environ.get("MLFLOW_S3_ENDPOINT_URL", "")):
+        bypass_proxy(address)
     from mlflow import MlflowClient
 
     for name in QUIET:
@@ -217,13 +218,3 @@ def is_final(error: Exception) -> bool:
 def status(error: Exception) -> int:
     """HTTP status of an error of MLflow; 500 for any other error."""
     return getattr(error, "get_http_status_code", lambda: 500)()
-
-
-def _bypass_proxy(uri: str) -> None:
-    """Reach MLflow on this machine directly: no proxy can reach it for us."""
-    host = urlsplit(uri).hostname or ""
-    if host == "localhost" or host.startswith("127.") or host == "::1":
-        for name in ("NO_PROXY", "no_proxy"):
-            known = os.environ.get(name, "")
-            if host not in known.split(","):
-                os.environ[name] = f"{known},{host}" if known else host

@@ -346,21 +346,27 @@ def no_init_process(tmp_path: Path) -> Iterator[None]:
 
 
 def test_workers_that_outlive_a_killed_driver_track_no_step_again(place, no_init_process):
-    gate = fault(place, "gate-0-8")
-    fault(place, "gate-0-26")  # so that the second driver does not end first
     lease = place.folder / "runs" / "orphans" / "lease"
     here = {"RAY_ADDRESS": ""}  # Ray starts with the driver, and dies with it
-    driver = Driver.start(place, place.train("orphans", "--workers", "1"), **here)
+    patient = here | {"RAY_gcs_rpc_server_reconnect_timeout_s": "900"}  # for a busy machine
+    gate = fault(place, "gate-0-9")
+    driver = Driver.start(place, place.train("orphans", "--workers", "1"), **patient)
     driver.wait_for(gate.exists)
     children = psutil.Process(driver.process.pid).children(recursive=True)
     (worker,) = [child for child in children if "RayTrainWorker" in child.name()]
-    driver.process.kill()
     before = set(lease.iterdir())
+    driver.process.kill()
+
+    ahead = fault(place, "gate-0-11")
     second = Driver.start(place, place.resume("orphans"), **here)
-    second.wait_for(lambda: before.isdisjoint(lease.iterdir()))
-    assert worker.is_running()
-    (place.faults / "open-0-8").touch()
-    second.wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
-    (place.faults / "open-0-26").touch()
+    second.wait_for(lambda: ahead.exists() and max(place.steps("orphans")) == 10)
+    assert before.isdisjoint(lease.iterdir())
+    assert worker.status() != psutil.STATUS_ZOMBIE
+    behind = fault(place, "gate-0-10")
+    (place.faults / "open-0-9").touch()
+    second.wait_for(behind.exists)  # the old worker took a step that the new one had taken
+    (place.faults / "open-0-10").touch()
+    time.sleep(10)  # it reads the losses of two steps, and its tracker sends every 3 s
+    (place.faults / "open-0-11").touch()
     assert second.end() == 0, second.said()
     assert place.steps("orphans").keys() == set(range(1, STEPS + 1))

@@ -5,10 +5,12 @@ to compile. Then each process compiles anew.
 """
 
 import atexit
+import os
 import shutil
 import tempfile
 
 import numba
+from numba.core import config
 
 
 def _probe() -> None:
@@ -18,5 +20,7 @@ def _probe() -> None:
 try:
     numba.njit(cache=True)(_probe)
 except RuntimeError:  # nowhere to keep compiled code
-    numba.config.CACHE_DIR = tempfile.mkdtemp(prefix="reid-numba-")
-    atexit.register(shutil.rmtree, numba.config.CACHE_DIR, ignore_errors=True)
+    folder = os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="reid-numba-")
+    config.reload_config()
+    del os.environ["NUMBA_CACHE_DIR"]  # child processes outlive the folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)

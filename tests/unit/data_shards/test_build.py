@@ -302,7 +302,7 @@ def test_nothing_at_all_will_not_do(tmp_path):
 def test_number_too_large_for_the_index_is_refused(tmp_path):
     picture(tmp_path / "a.jpg", 1)
     root = write_csv(tmp_path, [("a.jpg", 1 << 63, 1, "query")])
-    with pytest.raises(DataError, match="out of range"):
+    with pytest.raises(DataError, match="is not from 0 to"):
         build("csv", root, str(tmp_path / "out"), **SMALL)
 
 

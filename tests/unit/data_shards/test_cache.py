@@ -167,6 +167,17 @@ def test_the_least_recently_used_shard_goes_first(tmp_path, shards):
     assert there == {shards[i].sha256 for i in (0, 2, 3)}
 
 
+def test_shards_used_before_the_clock_was_set_back_go_first(tmp_path, shards):
+    cache = make_cache(tmp_path, room=3)
+    tomorrow = time.time() + 86_400
+    for shard in shards[:2]:
+        os.utime(cache.path(shard), (tomorrow, tomorrow))
+    for shard in shards[2:4]:
+        cache.path(shard)
+    there = {path.stem for path in cache.folder.glob("*.tar")}
+    assert {shards[2].sha256, shards[3].sha256} < there
+
+
 @pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: os.truncate(p, SIZE // 2)])
 def test_a_cached_shard_that_was_deleted_or_cut_is_downloaded_again(tmp_path, shards, damage):
     cache = make_cache(tmp_path)

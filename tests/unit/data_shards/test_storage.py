@@ -413,6 +413,72 @@ def test_refused_credentials_are_not_repeated(monkeypatch):
     assert len(server.seen) == 3, "what is refused is not asked again"
 
 
+class Refusing(Faulty):
+    """Refuses with a code while it does not like the key's session token."""
+
+    def __init__(self, monkeypatch, status: int, code: str, liked: str = ""):
+        super().__init__(monkeypatch)
+        self.status, self.code, self.liked = status, code, liked
+
+    def handle(self, request, body):
+        liked = self.liked and request.headers["x-amz-security-token"] == self.liked
+        text = "found" if liked else f"<Error><Code>{self.code}</Code></Error>"
+        request.send_response(200 if liked else self.status)
+        request.send_header("Content-Length", str(len(text)))
+        request.send_header("ETag", '"1"')
+        request.end_headers()
+        request.wfile.write(text.encode())
+
+
+def write_keys(path: Path, token: str) -> None:
+    keys = f"aws_access_key_id=a\naws_secret_access_key=b\naws_session_token={token}\n"
+    path.write_text(f"[default]\n{keys}")
+
+
+def test_credentials_that_another_program_renewed_are_read_again(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    write_keys(tmp_path / "keys", "first")
+    server = Refusing(monkeypatch, 400, "ExpiredToken", liked="first")
+    storage = open_storage("s3://b/x")
+    assert storage.read("k") == b"found"
+    server.liked = "second"  # the first expires
+    with pytest.raises(StorageError, match=r"credentials for s3://b/x/k have expired .* renew"):
+        storage.read("k")
+    assert len(server.seen) == 3
+    write_keys(tmp_path / "keys", "second")
+    assert storage.read("k") == b"found"
+
+
+def test_clock_that_is_wrong_is_named(monkeypatch):
+    Refusing(monkeypatch, 403, "RequestTimeTooSkewed")
+    with pytest.raises(StorageError, match=r"clock differs from the server's .* NTP"):
+        open_storage("s3://b/x").read("k")
+
+
+def use_proxy(monkeypatch, proxy: str) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, proxy if name.lower() == "http_proxy" else "elsewhere")
+
+
+def test_server_on_this_machine_is_reached_without_the_proxy(bucket, monkeypatch):
+    s3._client_of.cache_clear()
+    use_proxy(monkeypatch, "http://127.0.0.1:9")
+    open_storage(f"s3://{bucket}/x").write("k", b"whole")
+    assert open_storage(f"s3://{bucket}/x").read("k") == b"whole"
+
+
+def test_proxy_that_fails_is_named(monkeypatch):
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.1)
+    use_proxy(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3.invalid")
+    with pytest.raises(
+        StorageError, match="by the proxy of HTTP_PROXY or HTTPS_PROXY; see NO_PROXY"
+    ):
+        open_storage("s3://b/x").read("k")
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
