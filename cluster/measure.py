@@ -1,13 +1,12 @@
 """`python -m cluster measure`: measured training speeds, of the package and of the user's runs."""
 
-from __future__ import annotations
-
 import json
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -75,16 +74,10 @@ def steps_needed(config: TrainConfig) -> int:
 def measured(run: str, device: str) -> Measurement:
     """The median speed of a run while everything was trained, from its last checkpoint.
 
-    Args:
-        run: folder or s3:// URL of the run.
-        device: what its workers had.
-
     Raises:
         ConfigError: there is no such run.
         DataError: it has no checkpoint, or too few steps.
     """
-    import numpy as np
-
     from cluster.plan.estimate import count, describe, plans
     from data_shards.dataset import Dataset
     from data_shards.storage import open_storage
@@ -111,23 +104,16 @@ def measured(run: str, device: str) -> Measurement:
             f"{run} is too short to measure: it has {len(speed)} steps with everything trained and "
             f"needs {steps_needed(config)}, which is {LOOKS} × --tracking.every-steps"
         )
+    model, image = config.model, config.image
     return Measurement(
-        device=device,
-        backbone=config.model.backbone,
-        stripes=config.model.stripes,
-        height=config.image.height,
-        width=config.image.width,
-        phase="all",
-        precision=config.precision,
-        compile=config.compile,
-        workers=config.workers,
-        batch=config.batch_size // config.workers,
+        device=device, backbone=model.backbone, stripes=model.stripes, height=image.height,
+        width=image.width, phase="all", precision=config.precision, compile=config.compile,
+        workers=config.workers, batch=config.batch_size // config.workers,
         images_per_second=round(float(np.median(records[1:])), 3),
         gigaflops=describe(config, len(dataset.identities)).flops / 1e9,
         decoding="beside" if config.loader.workers else "inside",
-        date=date.today().isoformat(),
-        source=name,
-    )
+        date=date.today().isoformat(), source=name,
+    )  # fmt: skip
 
 
 def read_table(path: Path) -> list[Measurement]:
@@ -149,6 +135,10 @@ def read_table(path: Path) -> list[Measurement]:
 def add_to_table(path: Path, entry: Measurement) -> None:
     """Add a measurement to a file, created if need be; it replaces an older one of the same run."""
     kept = [old for old in read_table(path) if (old.source, old.phase) != (entry.source, "all")]
-    table = {"measurements": [one.model_dump() for one in (*kept, entry)]}
+    write_json(path, {"measurements": [one.model_dump() for one in (*kept, entry)]})
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write values to a file, atomically."""
     with disk_errors(path), atomic_write(path) as file:
-        file.write((json.dumps(table, indent=2) + "\n").encode())
+        file.write((json.dumps(values, indent=2) + "\n").encode())

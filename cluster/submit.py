@@ -17,8 +17,10 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster.local import servers as local
@@ -29,18 +31,12 @@ from reid_train.tracking.uris import redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
-    from rich.console import Console
 
 SETTINGS = (
-    "AWS_DEFAULT_REGION",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_RESPONSE_CHECKSUM_VALIDATION",
-    "MLFLOW_EXPERIMENT_NAME",
-    "MLFLOW_S3_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_S3_ENDPOINT_URL",
     "MLFLOW_TRACKING_URI",
-)
+)  # fmt: skip
 """Variables that a job gets: addresses, never keys."""
 EXCLUDES = (
     ".git", ".venv", "venv", "__pycache__", ".demo", ".cluster", ".pytest_cache", ".ruff_cache",
@@ -60,22 +56,25 @@ GIVE_UP_SECONDS = 600.0
 """How long the job server may be silent until the log is no longer followed; the job continues."""
 
 
-def submit(
-    command: Sequence[str],
-    *,
-    address: str | None = None,
-    working_dir: Path = Path(),
-    install: bool = False,
-    detach: bool = False,
-) -> int:
-    """Run a command as a job; follow its log; return its exit code.
+@dataclass(frozen=True)
+class Submit:
+    """Run a command as a job on a Ray cluster, follow its log, and end with its exit code.
 
-    Args:
-        command: of the job, such as `python -m reid_train train …`.
-        address: of the job server; by default RAY_API_SERVER_ADDRESS, or the local stack's.
-        working_dir: that the job runs in; it is packaged and sent.
-        install: install the dependencies on the nodes, at the versions of constraints.txt.
-        detach: return when the job is accepted.
+    python -m cluster submit -- python -m reid_train train --recipe msmt17_resnet50 …
+    """
+
+    address: str | None = None
+    """Job server, such as http://HOST:8265; None: RAY_API_SERVER_ADDRESS, or the local stack."""
+    working_dir: Path = Path()
+    """Folder that is sent and that the job runs in, without data, caches and .git."""
+    install: bool = False
+    """Install the dependencies of constraints.txt on the nodes; cluster/Dockerfile has them."""
+    detach: bool = False
+    """Return as soon as the job is accepted."""
+
+
+def submit(command: Sequence[str], options: Submit) -> int:
+    """Run a command as a job; follow its log; return its exit code.
 
     Raises:
         ConfigError: no command, no cluster, or nothing to install from.
@@ -84,15 +83,12 @@ def submit(
     if not command:
         raise ConfigError("no command: python -m cluster submit -- python -m reid_train train …")
     console = make_console(stderr=True)
-    address = _address(address)
+    address = _address(options.address)
     client = _connect(address)
-    runtime_env = {
-        "working_dir": str(working_dir),
-        "excludes": list(EXCLUDES),
-        "env_vars": settings(os.environ),
-    }
-    if install:
-        runtime_env["pip"] = requirements(working_dir)
+    runtime_env: dict[str, Any] = {"working_dir": str(options.working_dir)}
+    runtime_env |= {"excludes": list(EXCLUDES), "env_vars": settings(os.environ)}
+    if options.install:
+        runtime_env["pip"] = requirements(options.working_dir)
     try:
         job = client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
     except (RuntimeError, ValueError, OSError) as error:
@@ -103,19 +99,29 @@ def submit(
     at = f"--address {shlex.quote(address)}"
     how = f"ray job logs {job} --follow {at}"
     console.print(f"job {job} on {address}")
-    if detach:
+    if options.detach:
         console.print(f"follow it: {how}\nstop it:   ray job stop {job} {at}")
         return 0
     try:
         details = asyncio.run(_follow(client, job, how))
     except KeyboardInterrupt:
-        if not _asked_to_stop(console):
+        answer = ""  # without a terminal the job continues
+        with suppress(EOFError, KeyboardInterrupt):
+            if sys.stdin.isatty():
+                answer = console.input("\nstop the job (s), or leave it running (l)? [l] ")
+        if answer.strip() != "s":
             console.print(f"the job continues; follow it: {how}")
             return 130
         client.stop_job(job)
         console.print("stopping the job; a training first writes a checkpoint: up to minutes")
         details = asyncio.run(_follow(client, job, how, quiet=True))
-    return _exit_code(details, console)
+    if details.status == "SUCCEEDED":
+        return 0
+    if details.status == "STOPPED":
+        console.print("the job was stopped")
+        return 130
+    console.print(f"the job failed: {_line(details.message or '', 400)}")
+    return details.driver_exit_code or 1
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
@@ -127,10 +133,9 @@ def settings(environment: Mapping[str, str]) -> dict[str, str]:
     if urlsplit(chosen.get("MLFLOW_TRACKING_URI", "")).scheme not in ("http", "https"):
         chosen.pop("MLFLOW_TRACKING_URI", None)
     chosen[STOP_WAIT] = environment.get(STOP_WAIT) or str(STOP_WAIT_SECONDS)
-    commit = code_commit()
-    return {name: redact(value) for name, value in chosen.items()} | (
-        {"REID_COMMIT": commit} if commit else {}
-    )
+    if commit := code_commit():
+        chosen["REID_COMMIT"] = commit
+    return {name: redact(value) for name, value in chosen.items()}
 
 
 def requirements(working_dir: Path) -> list[str]:
@@ -189,8 +194,8 @@ def _connect(address: str) -> JobSubmissionClient:
         raise ReidError(f"{address} is no Ray job server for you: {_line(error)}") from None
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def _line(error: object, most: int = 300) -> str:
+    return " ".join(str(error).split())[:most]
 
 
 async def _follow(
@@ -203,9 +208,6 @@ async def _follow(
         job: its id.
         how: the command that follows the job, for messages.
         quiet: print nothing of the log.
-
-    Returns:
-        The server's details of the job that ended.
 
     Raises:
         ReidError: the server was silent for `GIVE_UP_SECONDS`.
@@ -239,24 +241,3 @@ async def _follow(
                     f"({_line(error)}). The job continues if its cluster does; follow it: {how}"
                 ) from None
         await asyncio.sleep(PAUSE_SECONDS)
-
-
-def _asked_to_stop(console: Console) -> bool:
-    """Ask whether to stop the job; without a terminal it continues."""
-    if not sys.stdin.isatty():
-        return False
-    try:
-        return console.input("\nstop the job (s), or leave it running (l)? [l] ").strip() == "s"
-    except (EOFError, KeyboardInterrupt):
-        return False
-
-
-def _exit_code(details: JobDetails, console: Console) -> int:
-    if details.status == "SUCCEEDED":
-        return 0
-    if details.status == "STOPPED":
-        console.print("the job was stopped")
-        return 130
-    message = " ".join((details.message or "").split())[:400]
-    console.print(f"the job failed: {message}")
-    return details.driver_exit_code or 1

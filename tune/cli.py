@@ -1,7 +1,5 @@
 """`python -m tune`: search the amplitude and the learning rates."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

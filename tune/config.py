@@ -1,7 +1,5 @@
 """What a sweep is given, beside the training configuration that it varies."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Annotated, Literal

@@ -3,8 +3,6 @@
 A trial that ends gets a line with its rank and the time that the sweep still takes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

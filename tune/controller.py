@@ -1,7 +1,5 @@
 """Decide which trial runs next and what to do with its results. Knows neither Ray nor MLflow."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import deque

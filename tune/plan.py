@@ -1,7 +1,5 @@
 """A sweep's settings, checked against each other, before anything is opened or started."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass

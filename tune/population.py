@@ -7,8 +7,6 @@ continue from their own. What follows a round is a pure function of its results,
 killed continues exactly.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

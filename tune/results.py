@@ -3,8 +3,6 @@
 Pure functions on trials.
 """
 
-from __future__ import annotations
-
 import math
 import shlex
 import statistics

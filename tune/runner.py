@@ -3,8 +3,6 @@
 A trial has its own process on the cluster, with the training that `python -m reid_train` runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

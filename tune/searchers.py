@@ -4,8 +4,6 @@ A searcher learns from trials as they end, and also from those of an earlier dri
 that was killed continues where it was.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 

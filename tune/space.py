@@ -8,8 +8,6 @@ Pure functions on values. A space maps names of `TrainConfig` fields to distribu
     }
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

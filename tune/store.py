@@ -9,12 +9,10 @@ trials stay as they are, the others resume from their own checkpoints, and the s
 scheduler learn from all of them again.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import ValidationError
 
@@ -125,7 +123,7 @@ class Store:
     @classmethod
     def open(
         cls, settings: Sweep, config: TrainConfig, manifest_digest: str, *, create: bool = True
-    ) -> Store:
+    ) -> Self:
         """Create a sweep's folder, or continue the same sweep.
 
         Args:

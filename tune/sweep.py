@@ -1,7 +1,5 @@
 """A sweep from its settings to the registered model: the whole of `python -m tune`."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -6,40 +6,91 @@ started it:
     with S3Server("/tmp/objects") as server:
         os.environ.update(server.environment())
         server.create_bucket("runs")
+
+`S3Server` runs this file as a command, which supervises Swift's account, container, object and
+proxy servers. It stops them when its parent ends, and polls for that: Linux's parent-death signal
+is already sent when the starting *thread* ends.
 """
 
-from __future__ import annotations
-
 import contextlib
+import ctypes
 import fcntl
 import importlib.util
 import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from cluster.local.swift import (
-    HOST,
-    REGION,
-    SERVERS,
-    STORAGE,
-    last_lines,
-    stop_process,
-    write_private,
-    write_settings,
-)
 from data_shards.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
+HOST = "127.0.0.1"
+REGION = "us-east-1"
+STORAGE = ("account", "container", "object")
+SERVERS = (*STORAGE, "proxy")
+
+# Long timeouts: no updater runs beside the servers, so an update that timed out on a busy machine
+# would never reach the bucket's listing.
+COMMON_CONF = """\
+[DEFAULT]
+bind_ip = {bind}
+bind_port = {port}
+bind_timeout = 1
+workers = 0
+swift_dir = {conf}
+devices = {data}
+mount_check = false
+recon_cache_path = {conf}
+log_level = WARNING
+log_udp_host = {host}
+log_udp_port = 9
+conn_timeout = 10
+node_timeout = 60
+container_update_timeout = 60
+error_suppression_interval = 0
+"""
+STORAGE_CONF = """\
+[pipeline:main]
+pipeline = {name}-server
+[app:{name}-server]
+use = egg:swift#{name}
+"""
+# No cache filter: it would use any memcached that runs on this machine.
+PROXY_CONF = """\
+[pipeline:main]
+pipeline = catch_errors listing_formats s3api tempauth bulk slo proxy-server
+[app:proxy-server]
+use = egg:swift#proxy
+account_autocreate = true
+[filter:catch_errors]
+use = egg:swift#catch_errors
+[filter:listing_formats]
+use = egg:swift#listing_formats
+[filter:s3api]
+use = egg:swift#s3api
+location = {region}
+max_upload_part_num = 10000
+[filter:tempauth]
+use = egg:swift#tempauth
+user_{user} = {secret_key} .admin
+[filter:bulk]
+use = egg:swift#bulk
+[filter:slo]
+use = egg:swift#slo
+max_manifest_segments = 10000
+# Delete the segments of a large object with it: no expirer runs that would do it later.
+allow_async_delete = false
+"""
 
 
 class S3Server:
@@ -49,19 +100,18 @@ class S3Server:
         folder: for objects, settings, logs and credentials. A server started later on the same
             folder has the same objects and credentials.
         port: the port to listen on; 0 picks a free one at each start.
-        host: the address to listen on, loopback unless asked otherwise.
+        host: the address to listen on.
     """
 
     def __init__(self, folder: str | Path, port: int = 0, host: str = HOST) -> None:
         self.folder = Path(folder).resolve()
         self.logs = self.folder / "logs"
-        self._port = port
-        self._host = host
+        self._port, self._host = port, host
         self._endpoint: str | None = None
         self._credentials: dict[str, str] = {}
         self._supervisor: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> S3Server:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -130,11 +180,11 @@ class S3Server:
                 ) from None
             ports = free_ports(len(SERVERS))
             ports[-1] = self._port or ports[-1]
-            write_settings(self.folder, ports, self._credentials, self._host)
+            _write_settings(self.folder, ports, self._credentials, self._host)
             # The supervisor inherits the lock and holds it while it lives.
+            command = [sys.executable, "-m", "cluster.local.s3_server", self.folder]
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-m", "cluster.local.swift", self.folder, str(os.getpid())]
-                + [str(port) for port in ports],
+                [*command, *map(str, (os.getpid(), *ports))],
                 cwd=Path(__file__).parents[2],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -177,12 +227,7 @@ class S3Server:
 
 
 def s3_client(environment: Mapping[str, str], **config: Any) -> Any:
-    """A boto3 client of the server that `S3Server.environment` describes.
-
-    Args:
-        environment: the variables.
-        config: for botocore's `Config`.
-    """
+    """A boto3 client of the server that `S3Server.environment` describes; see `S3Server.client`."""
     import boto3
     from botocore.config import Config
 
@@ -230,3 +275,89 @@ def free_ports(count: int) -> list[int]:
         for held in sockets:
             held.bind((HOST, 0))
         return [held.getsockname()[1] for held in sockets]
+
+
+def _write_settings(folder: Path, ports: list[int], credentials: dict[str, str], host: str) -> None:
+    """Write the servers' settings, readable by their owner only.
+
+    Clients talk to the proxy only, which listens on `host`.
+    """
+    conf = folder / "conf"
+    suffix = credentials["hash_suffix"]
+    write_private(conf / "swift.conf", f"[swift-hash]\nswift_hash_path_suffix = {suffix}\n")
+    values = {"host": HOST, "conf": conf, "data": folder / "data", "region": REGION, **credentials}
+    values["user"] = credentials["access_key"].replace(":", "_")
+    for name, port in zip(SERVERS, ports, strict=True):
+        text = COMMON_CONF + (PROXY_CONF if name == "proxy" else STORAGE_CONF)
+        bind = host if name == "proxy" else HOST
+        write_private(conf / f"{name}.conf", text.format(**values, name=name, port=port, bind=bind))
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, atomically."""
+    temporary = path.with_suffix(".partial")
+    temporary.unlink(missing_ok=True)
+    temporary.touch(0o600, exist_ok=False)
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def stop_process(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ask a process to end; kill it if it is still there after so many seconds."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def last_lines(logs: Iterable[Path], count: int = 3) -> str:
+    """The end of some logs in one line, for a message."""
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines() if line]
+    return " | ".join(lines[-count:]) or "nothing"
+
+
+def _build_rings(conf: Path, ports: list[int]) -> None:
+    """Write the rings that map everything to the one disk; new each time, because ports change."""
+    from swift.common.ring import RingBuilder  # pyright: ignore[reportMissingImports]
+
+    for name, port in zip(STORAGE, ports, strict=False):
+        builder = RingBuilder(part_power=4, replicas=1, min_part_hours=0)
+        device = {"region": 1, "zone": 1, "ip": HOST, "port": port, "device": "disk", "weight": 1}
+        builder.add_dev(device)
+        builder.rebalance(seed="0")
+        builder.get_ring().save(str(conf / f"{name}.ring.gz"))
+
+
+def _supervise(folder: Path, parent: int, ports: list[int]) -> None:
+    """Run the four servers until told to stop, one of them ends, or `parent` is gone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    set_parent_death_signal = 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    _build_rings(folder / "conf", ports)
+    servers = []
+    try:
+        for name in SERVERS:
+            program = Path(sys.executable).parent / f"swift-{name}-server"
+            command = [sys.executable, program, folder / "conf" / f"{name}.conf", "-v"]
+            with open(folder / "logs" / f"{name}.log", "ab") as log:
+                server = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    preexec_fn=lambda: libc.prctl(set_parent_death_signal, signal.SIGKILL),
+                )
+            servers.append(server)
+        while os.getppid() == parent and all(server.poll() is None for server in servers):
+            time.sleep(0.2)
+    finally:
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            stop_process(server, seconds=5)
+
+
+if __name__ == "__main__":
+    _supervise(Path(sys.argv[1]), int(sys.argv[2]), [int(port) for port in sys.argv[3:]])

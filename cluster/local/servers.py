@@ -1,7 +1,5 @@
 """`python -m cluster local`: an S3 server, MLflow and a Ray head on this machine, on loopback."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
@@ -10,8 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.local.s3_server import s3_client
+from cluster.local.s3_server import last_lines, s3_client
 from cluster.local.stack import (
     ANY_PORTS,
     MARK,
@@ -33,7 +30,6 @@ from cluster.local.stack import (
     Ports,
     healthy,
 )
-from cluster.local.swift import last_lines
 from data_shards.errors import ConfigError, ReidError
 from data_shards.progress import display, make_console, phase, print_table
 
@@ -80,9 +76,6 @@ def down(folder: Path = FOLDER) -> None:
     print(f"stopped; the data is in {folder}" if stop(folder) else f"nothing runs on {folder}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"up": up, "status": status, "down": down}
-
-
 def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None) -> Addresses:
     """Have a stack running on a folder, and return its addresses when all of it answers.
 
@@ -104,13 +97,7 @@ def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None
     (folder / ".gitignore").write_text("*\n")  # keeps the keys out of the packages of jobs
     with open(folder / "logs" / "stack.log", "wb") as log:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "cluster.local.stack",
-                folder,
-                *map(str, asdict(ports).values()),
-            ],
+            [sys.executable, "-m", "cluster.local.stack", folder, *map(str, astuple(ports))],
             cwd=Path(__file__).parents[2],
             env=os.environ | {MARK: str(folder)},
             stdin=subprocess.DEVNULL,
@@ -170,9 +157,8 @@ def running(folder: Path) -> Addresses | None:
 
 def environment(folder: Path) -> dict[str, str]:
     """The variables by which clients find a running stack."""
-    text = (folder / "environment").read_text()
-    pairs = (shlex.split(line)[1].partition("=") for line in text.splitlines())
-    return {name: value for name, _, value in pairs}
+    lines = (folder / "environment").read_text().splitlines()
+    return dict(shlex.split(line)[1].split("=", 1) for line in lines)
 
 
 def _command(name: str, folder: Path) -> str:
@@ -180,13 +166,11 @@ def _command(name: str, folder: Path) -> str:
 
 
 def _locked(folder: Path) -> bool:
-    try:
-        with open(folder / "lock") as lock:
+    with contextlib.suppress(FileNotFoundError), open(folder / "lock") as lock:
+        try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
+        except BlockingIOError:
+            return True
     return False
 
 

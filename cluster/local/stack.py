@@ -10,8 +10,6 @@
     logs/           of all services
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -25,11 +23,17 @@ import tempfile
 import time
 import urllib.request
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
-from cluster.local.s3_server import S3Server, free_ports
-from cluster.local.swift import HOST, last_lines, stop_process, write_private
+from cluster.local.s3_server import (
+    HOST,
+    S3Server,
+    free_ports,
+    last_lines,
+    stop_process,
+    write_private,
+)
 from data_shards.errors import ReidError
 
 BUCKET = "reid"
@@ -76,17 +80,13 @@ def serve(folder: Path, ports: Ports) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     for name in ("environment", "stack.json"):
         (folder / name).unlink(missing_ok=True)
-    asked = asdict(ports).values()
-    ports = Ports(*(port or free for port, free in zip(asked, free_ports(len(asked)), strict=True)))
+    free = free_ports(4)
+    ports = Ports(*(port or other for port, other in zip(astuple(ports), free, strict=True)))
     with ExitStack() as stack:
         s3 = stack.enter_context(S3Server(folder / "s3", ports.s3))
         s3.create_bucket(BUCKET)
-        addresses = Addresses(
-            s3.endpoint,
-            f"http://{HOST}:{ports.mlflow}",
-            f"{HOST}:{ports.ray}",
-            f"http://{HOST}:{ports.dashboard}",
-        )
+        mlflow, dashboard = (f"http://{HOST}:{port}" for port in (ports.mlflow, ports.dashboard))
+        addresses = Addresses(s3.endpoint, mlflow, f"{HOST}:{ports.ray}", dashboard)
         environment = s3.environment() | _environment(folder, addresses)
         os.environ |= environment
         # A job's `python` is this one.
@@ -99,10 +99,8 @@ def serve(folder: Path, ports: Ports) -> None:
             stack.callback(stop_process, service, STOP_SECONDS)
         _wait_until_healthy(addresses, services, folder)
         exports = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
-        for name, text in (
-            ("environment", "".join(exports)),
-            ("stack.json", json.dumps(asdict(addresses))),
-        ):
+        files = {"environment": "".join(exports), "stack.json": json.dumps(asdict(addresses))}
+        for name, text in files.items():
             write_private(folder / name, text)
             stack.callback((folder / name).unlink, missing_ok=True)
         while s3.running and all(service.poll() is None for service in services.values()):

@@ -1,8 +1,5 @@
 """`python -m cluster plan`: what a run will take before it is paid for."""
 
-from __future__ import annotations
-
-import json
 import shlex
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -11,11 +8,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from cluster.measure import OWN, PACKAGED, Measurement, read_table, steps_needed
+from cluster.measure import OWN, PACKAGED, Measurement, read_table, steps_needed, write_json
 from data_shards.command_line import program
 from data_shards.errors import ConfigError
 from data_shards.progress import make_console
-from data_shards.storage.atomic import atomic_write, disk_errors
 from reid_train.config import TrainConfig
 from reid_train.recipes import parse_with_recipe
 
@@ -69,8 +65,7 @@ def plan(*arguments: str) -> None:
     options = parse(list(arguments))
     show(options, values := make(options))
     if options.json is not None:
-        with disk_errors(options.json), atomic_write(options.json) as file:
-            file.write((json.dumps(values, indent=2) + "\n").encode())
+        write_json(options.json, values)
 
 
 def parse(arguments: list[str]) -> Plan:
@@ -120,7 +115,9 @@ def make(options: Plan) -> dict[str, Any]:
     if options.gpus not in rows:
         raise ConfigError(unmeasured(table, options))
     return {
-        **{"recipe": config.recipe, "data": config.data, "gpu_type": options.gpu_type},
+        "recipe": config.recipe,
+        "data": config.data,
+        "gpu_type": options.gpu_type,
         "plan": rows[options.gpus],
         "scaling": list(rows.values()),
         "speed": notes[options.gpus],

@@ -4,12 +4,10 @@ Steps, evaluations and downloads are counted from the sampler's own plan; the ne
 meta device, where it runs without memory or arithmetic; time follows from measured speeds.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.measure import Measurement
+from cluster.plan.command import Plan
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError
@@ -26,9 +25,6 @@ from reid_train.config import TrainConfig
 from reid_train.model.network import ReidNet
 from reid_train.training.data import epoch_plan, train_index
 from reid_train.training.validation import MATCHES, QUERIES
-
-if TYPE_CHECKING:
-    from cluster.plan.command import Plan
 
 GIGABIT = 1e9 / 8
 START, FINISH = 30.0, 20.0  # seconds before the first step and after the last
@@ -104,14 +100,9 @@ def count(config: TrainConfig, dataset: Dataset, plan: EpochPlan) -> Counts:
     evaluated = {*ends[config.evaluation.every - 1 :: config.evaluation.every], ends[-1]}
     saved = evaluated | set(range(every, ends[-1] + 1, every) if every else ())
     queries, gallery = (len(dataset.index(split)) for split in ("query", "gallery"))
-    return Counts(
-        steps=ends[-1],
-        frozen_steps=sum(steps[: config.optimizer.frozen_epochs]),
-        evaluations=len(evaluated) + config.evaluation.initial if queries and gallery else 0,
-        queries=queries,
-        gallery=gallery,
-        checkpoints=len(saved),
-    )
+    frozen = sum(steps[: config.optimizer.frozen_epochs])
+    evaluations = len(evaluated) + config.evaluation.initial if queries and gallery else 0
+    return Counts(ends[-1], frozen, evaluations, queries, gallery, checkpoints=len(saved))
 
 
 def download(options: Plan, dataset: Dataset, plan: EpochPlan, evaluations: int) -> Downloads:
@@ -203,25 +194,18 @@ def speed_of(
     share, gigaflops = config.batch_size // config.workers, network.flops / 1e9
     model, image = config.model, config.image
     shape = (model.backbone, model.stripes, image.height, image.width)
+    kind = (device, config.precision, config.compile, "all")
 
-    def fits(entry: Measurement) -> bool:
-        found = (entry.device, entry.precision, entry.compile, entry.phase)
-        same = (entry.shape, entry.workers, entry.batch) == (shape, config.workers, share)
-        wanted = (device, config.precision, config.compile, "all")
-        return found == wanted and (entry.workers == 1 or same)
+    def distance(entry: Measurement) -> tuple[bool, float, float, int]:
+        operations = abs(math.log(entry.gigaflops / gigaflops))
+        return entry.shape != shape, operations, abs(math.log(entry.batch / share)), -entry.workers
 
-    known = [entry for entry in table if fits(entry)]
+    known = [e for e in table if (e.device, e.precision, e.compile, e.phase) == kind]
+    same = (shape, config.workers, share)
+    known = [e for e in known if e.workers == 1 or (e.shape, e.workers, e.batch) == same]
     if not known:
         return None
-    near = min(
-        known,
-        key=lambda entry: (
-            entry.shape != shape,
-            abs(math.log(entry.gigaflops / gigaflops)),
-            abs(math.log(entry.batch / share)),
-            -entry.workers,
-        ),
-    )
+    near = min(known, key=distance)
     note, operations = near.source, gigaflops / near.gigaflops
     if near.batch != share:
         note += f", × {share}/{near.batch} for the images"
@@ -256,14 +240,10 @@ def estimate(
     from_s3 = max(read.busiest_bytes / options.network_gbit, read.bytes / options.s3_gbit) / GIGABIT
     limits = {"computing": counts.steps * computing + evaluate, "download from S3": from_s3}
     limits["exchange between workers"] = counts.steps * exchange
-    parts = {
-        "start": START,
-        "train": train,
-        "evaluate": evaluate,
-        "checkpoint": counts.checkpoints * (network.weights + network.state) / WRITING,
-        "wait": max(0.0, from_s3 - train - evaluate),
-        "finish": FINISH,
-    }
+    parts = {"start": START, "train": train, "evaluate": evaluate}
+    parts["checkpoint"] = counts.checkpoints * (network.weights + network.state) / WRITING
+    parts["wait"] = max(0.0, from_s3 - train - evaluate)
+    parts["finish"] = FINISH
     seconds = sum(parts.values())
     cost = workers * seconds / 3600 * options.price_per_gpu_hour
     cost += read.gets * options.price_per_get + read.bytes / 1e9 * options.price_per_gb

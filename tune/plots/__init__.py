@@ -5,8 +5,6 @@ its contour plot, which fills the plane by interpolation between a few dots, and
 trials that were stopped nor the baselines.
 """
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """λ of the best trials over time, side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """mAP over amplitude and learning rate."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

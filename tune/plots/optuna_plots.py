@@ -1,7 +1,5 @@
 """Optuna's pictures of a sweep, in the look of a run's report."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime

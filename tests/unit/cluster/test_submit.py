@@ -156,7 +156,7 @@ def test_job_server_that_accepts_and_never_answers_is_given_up(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ReidError, match="no Ray job server answers"):
-            cluster.submit.submit(["true"], address=address)
+            cluster.submit.submit(["true"], cluster.submit.Submit(address=address))
 
 
 def test_down_where_nothing_runs_is_no_error(tmp_path, capsys):
