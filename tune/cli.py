@@ -10,6 +10,7 @@ import tyro
 from data_shards.command_line import program, run_command
 from data_shards.progress import make_console
 from reid_train.config import TrainConfig
+from reid_train.ray_utils import prepare_ray
 from reid_train.recipes import parse_with_recipe
 from tune.config import Sweep
 
@@ -44,6 +45,7 @@ def _main(arguments: list[str] | None) -> None:
     parsed = parse_with_recipe(
         lambda base: Tune(Sweep(), base), words, program("tune", "reid-tune")
     )
+    prepare_ray()  # before anything imports Ray
     from tune import space
     from tune.plan import make_plan
 

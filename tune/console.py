@@ -71,15 +71,7 @@ class Paces:
 def watch(
     controller: Controller, board: Any, console: Console, total: int, slots: int
 ) -> Iterator[None]:
-    """Show a controller's trials until the block ends.
-
-    Args:
-        controller: its trials are shown.
-        board: the sweep's `Board` actor.
-        console: where.
-        total: trials that there will be.
-        slots: trials that run at a time.
-    """
+    """Show a controller's trials until the block ends: `total` in all, `slots` at a time."""
     ended = threading.Event()
 
     def follow() -> None:
@@ -132,7 +124,7 @@ def table(trials: Sequence[Trial], paces: Paces) -> Table:
             trial.name,
             trial.label or describe(trial.values),
             f"{state['epoch'] + 1 if state else trial.epoch}",
-            f"{100 * trial.score:.1f}" if trial.evaluations else "–",
+            percent(trial),
             f"{speed:,.0f}" if speed else "–",
             duration(paces.left(trial.number)),
             Text(f"{trial.state} {trial.reason}".strip(), _COLOURS.get(trial.state, "dim")),
@@ -150,7 +142,7 @@ def summary(trials: Sequence[Trial], paces: Paces, total: int, slots: int) -> st
     parts.append(f"{running} running")
     best = max((t for t in trials if t.evaluations), key=lambda t: t.score, default=None)
     if best is not None:
-        parts.append(f"best mAP {100 * best.score:.1f} ({best.name})")
+        parts.append(f"best mAP {percent(best)} ({best.name})")
     took = [t.ended - t.began for t in trials if t.state in ENDED and t.ended > t.began]
     took = took or paces.whole()
     left = None
@@ -169,7 +161,7 @@ def ending(trial: Trial, trials: Sequence[Trial]) -> str:
     if trial.evaluations:
         ranked = [t for t in _ranked(trials) if t.evaluations]
         place = ranked.index(trial) + 1
-        parts += [f"mAP {100 * trial.score:.1f}", f"rank {place} of {len(ranked)}"]
+        parts += [f"mAP {percent(trial)}", f"rank {place} of {len(ranked)}"]
     settings = trial.label or describe(trial.values)
     return f"{', '.join(parts)} ({settings})" + (f": {trial.reason}" if trial.reason else "")
 
@@ -178,6 +170,11 @@ def _ranked(trials: Sequence[Trial]) -> list[Trial]:
     """Ended trials, the highest mAP first."""
     ended = [trial for trial in trials if trial.state in ENDED]
     return sorted(ended, key=lambda trial: -trial.score if trial.evaluations else 1.0)
+
+
+def percent(trial: Trial) -> str:
+    """`45.1`: mAP in percent, if there is one."""
+    return f"{100 * trial.score:.1f}" if trial.evaluations else "–"
 
 
 def describe(values: dict[str, Value]) -> str:

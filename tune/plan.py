@@ -18,21 +18,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep will do.
+    """What a sweep will do."""
 
-    Attributes:
-        settings: with the ranges that are searched.
-        config: what every trial starts from; `name` is the sweep's.
-        space: the ranges, read.
-        first: trials of the first points: the paper's configuration and the baselines.
-        searcher: proposes the other trials.
-    """
-
-    settings: Sweep
-    config: TrainConfig
-    space: Space
-    first: list[Trial]
-    searcher: Searcher
+    settings: Sweep  # with the ranges that are searched
+    config: TrainConfig  # what every trial starts from; `name` is the sweep's
+    space: Space  # the ranges, read
+    first: list[Trial]  # of the first points: the paper's configuration and the baselines
+    searcher: Searcher  # proposes the other trials
 
 
 def make_plan(settings: Sweep, config: TrainConfig) -> Plan:

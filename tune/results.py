@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
-from tune.console import describe
+from tune.console import describe, percent
 from tune.space import THETA_MULTIPLIER
 from tune.store import HELD, Trial
 
@@ -177,15 +177,9 @@ def rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
 def markdown(entries: Sequence[Entry], trials: Sequence[Trial]) -> str:
     """The ranking, and what was not trained to the end, as tables."""
     rest = [
-        (
-            trial.name,
-            str(trial.epoch),
-            f"{100 * trial.score:.1f}" if trial.evaluations else "–",
-            describe(trial.values),
-            f"{trial.state}: {trial.reason}",
-        )
-        for trial in trials
-        if trial.state in ("stopped", "failed")
+        (t.name, str(t.epoch), percent(t), describe(t.values), f"{t.state}: {t.reason}")
+        for t in trials
+        if t.state in ("stopped", "failed")
     ]
     text = _table(HEADER, rows(entries))
     header = ("trial", "epochs", "mAP (%)", "settings", "why")

@@ -67,7 +67,7 @@ def slots(config: TrainConfig, concurrent: int | None) -> int:
 def run(
     controller: Controller, board: Any, at_a_time: int, stopping: EarlyStopping | None = None
 ) -> None:
-    """Run trials until nothing is left to try.
+    """Run trials, `at_a_time` of them together, until nothing is left to try.
 
     Args:
         controller: says what to run and takes the results.
@@ -87,15 +87,13 @@ def run(
     # each time that MLflow takes half a second.
     for noisy in ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # A request must name something; the process itself needs no CPU of its own.
+    task = tune.with_resources(tune.with_parameters(run_trial, board=board), {"memory": 1 << 20})
     with tempfile.TemporaryDirectory(prefix="reid-tune-") as folder, stop_signals() as stop:
         ending = _Ending(stop)
         # Ray Tune's own pickled state is never read again: a sweep continues from its store.
         tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(run_trial, board=board),
-                # A request must name something; the process itself needs no CPU of its own.
-                {"memory": 1 << 20},
-            ),
+            task,
             tune_config=tune.TuneConfig(
                 search_alg=_NextTrial(controller, ending),
                 scheduler=_Results(controller, stopping, ending),

@@ -42,8 +42,8 @@ class Trial:
         part: number of trainings before this one, in a population; each has its own run folder.
         start: run and checkpoint folder that this part started from.
         until: epoch at which this part ends, if before the last.
-        losses: how often its process was lost since the last evaluation.
         changes: epoch, values and donor at the start of each part, in a population.
+        losses: how often its process was lost since the last evaluation.
     """
 
     number: int
@@ -99,11 +99,7 @@ class Trial:
         return not before
 
     def config(self, base: TrainConfig) -> TrainConfig:
-        """The configuration of this part.
-
-        Args:
-            base: the sweep's, its output the sweep's folder.
-        """
+        """The configuration of this part; `base` is the sweep's, with its folder as output."""
         return apply(self.values, base).replace(name=self.run_name, seed=self.seed)
 
     def best_config(self, base: TrainConfig) -> TrainConfig:
@@ -124,13 +120,7 @@ class Store:
     def open(
         cls, settings: Sweep, config: TrainConfig, manifest_digest: str, *, create: bool = True
     ) -> Self:
-        """Create a sweep's folder, or continue the same sweep.
-
-        Args:
-            settings: of the sweep.
-            config: what every trial starts from.
-            manifest_digest: of the dataset.
-            create: False only checks: a new sweep takes its name after all other checks.
+        """Create a sweep's folder, or continue the same sweep; only check it without `create`.
 
         Raises:
             ConfigError: another sweep, or a run, has that name.

@@ -34,17 +34,9 @@ def draw(
     entries: Sequence[Entry],
     base: TrainConfig,
     space: Space,
-    storage: Storage,
+    storage: Storage,  # the sweep's folder, with the checkpoints that λ is read from
 ) -> list[str]:
     """Draw a sweep: PNG files in `folder`.
-
-    Args:
-        folder: where the files go.
-        trials: all trials.
-        entries: the ranking.
-        base: the sweep's configuration.
-        space: what was searched.
-        storage: the sweep's folder, with the checkpoints that λ is read from.
 
     Returns:
         A sentence for each picture that has too little to show.

@@ -19,11 +19,7 @@ from tune.searchers import as_optuna, new_study
 from tune.space import Space
 from tune.store import ENDED, Trial
 
-_STATES = {
-    "finished": TrialState.COMPLETE,
-    "stopped": TrialState.PRUNED,
-    "failed": TrialState.FAIL,
-}
+_STATES = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
 LEAST = 4
 """Different results that fANOVA needs."""
 
