@@ -34,6 +34,7 @@ from cluster.local.s3_server import (
     stop_process,
     write_private,
 )
+from data_shards.command_line import run_command
 from data_shards.errors import ReidError
 
 BUCKET = "reid"
@@ -210,12 +211,7 @@ def _main(folder: Path, ports: Ports) -> int:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        try:
-            serve(folder, ports)
-        except ReidError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-    return 0
+        return run_command(lambda: serve(folder, ports))
 
 
 if __name__ == "__main__":

@@ -68,5 +68,5 @@ def _curves(entries: Sequence[Entry], storage: Storage) -> list[Curve]:
                 logger.warning("λ of %s is not drawn: %s", entry.trial.name, error)
                 continue
             if len(steps) > 1:
-                curves.append(Curve(entry.trial.name, entry.title, entry.mean, steps, values))
+                curves.append((entry, steps, values))
     return curves

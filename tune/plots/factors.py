@@ -1,7 +1,6 @@
 """λ of the best trials over time, side by side."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +8,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from reid_train.report import style
 from tune.plots.landscape import HALO
+from tune.results import Entry
 
-
-@dataclass(frozen=True)
-class Curve:
-    """One trial's λ: `steps` (T,) ascending, `values` (T, n)."""
-
-    name: str
-    title: str
-    score: float
-    steps: np.ndarray
-    values: np.ndarray
+Curve = tuple[Entry, np.ndarray, np.ndarray]
+"""A configuration, and λ of its first training: steps (T,) ascending, values (T, n)."""
 
 
 def factors(path: Path, curves: Sequence[Curve], constant: float | None) -> None:
@@ -27,31 +19,32 @@ def factors(path: Path, curves: Sequence[Curve], constant: float | None) -> None
 
     Args:
         path: the PNG file to write.
-        curves: one trial or more, the best first.
+        curves: one or more, the best first.
         constant: λ of the best constant baseline, drawn as a line.
     """
     note = "Bands: median (line), quartiles (dark), minimum to maximum (pale); log scale"
     width = 3.0 + 2.4 * len(curves)
     figure = style.new_figure(max(width, 7.5), 4.4, "λ of the best trials over time", note)
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-    positive = np.concatenate([c.values[c.values > 0] for c in curves])
+    positive = np.concatenate([values[values > 0] for _, _, values in curves])
     top = max(positive.max() if len(positive) else 1.0, constant or 0.0)
     # Where θ reaches the end of its range λ is 0: no log scale has a place for that.
     floor = max(positive.min() if len(positive) else 0.0, top * 1e-3)
-    for place, (axes, curve) in enumerate(zip(panels, curves, strict=True)):
-        style.panel(axes, curve.name, f"{100 * curve.score:.1f}%", x="step", y="" if place else "λ")
-        values = np.maximum(curve.values.astype(np.float64), floor)
+    for axes, (entry, steps, values) in zip(panels, curves, strict=True):
+        score, label = f"{100 * entry.mean:.1f}%", "λ" if axes is panels[0] else ""
+        style.panel(axes, entry.trial.name, score, x="step", y=label)
+        values = np.maximum(values.astype(np.float64), floor)
         low, quarter, median, three, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1), axis=1)
-        axes.fill_between(curve.steps, low, high, color=style.PURPLE, alpha=0.16, linewidth=0)
-        axes.fill_between(curve.steps, quarter, three, color=style.PURPLE, alpha=0.35, linewidth=0)
-        axes.plot(curve.steps, median, color=style.PURPLE, linewidth=1.8)
+        axes.fill_between(steps, low, high, color=style.PURPLE, alpha=0.16, linewidth=0)
+        axes.fill_between(steps, quarter, three, color=style.PURPLE, alpha=0.35, linewidth=0)
+        axes.plot(steps, median, color=style.PURPLE, linewidth=1.8)
         if constant:
             axes.axhline(constant, color=style.ORANGE, linewidth=1.1, linestyle=(0, (4, 3)))
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        style.time_axis(axes, curve.steps, ticks=3)
-        settings = {"s": curve.title.replace(", ", "\n"), "path_effects": HALO}
+        style.time_axis(axes, steps, ticks=3)
+        settings = {"s": entry.title.replace(", ", "\n"), "path_effects": HALO}
         small = {"size": style.SMALL, "color": style.MUTED, "va": "bottom"}
         axes.text(0.04, 0.04, transform=axes.transAxes, **settings, **small)
     low = min(floor, constant or floor)
