@@ -6,19 +6,19 @@ file holds `query_embedding`, `query_pid`, `query_camid`, and the same for the g
 of any other system can be measured.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import types
 
 from data_shards.errors import DataError, ObjectMissing
 from data_shards.storage import Storage, open_file, open_storage
@@ -60,9 +60,8 @@ def write_part(storage: Storage, key: str, table: EmbeddingTable) -> None:
     Raises `DataError` if an embedding is NaN or infinite: such a file cannot be measured.
     """
     embedding = check_features("computed", table.embedding).embedding
-    values = pa.FixedSizeListArray.from_arrays(pa.array(embedding.reshape(-1)), embedding.shape[1])
     columns = {
-        "embedding": values,
+        "embedding": pa.FixedSizeListArray.from_arrays(embedding.reshape(-1), embedding.shape[1]),
         "pid": pa.array(table.pid, pa.int64()),
         "camid": pa.array(table.camid, pa.int32()),
         "split": pa.array(list(table.split), pa.string()),
@@ -71,9 +70,8 @@ def write_part(storage: Storage, key: str, table: EmbeddingTable) -> None:
         columns["path"] = pa.array(list(table.path), pa.string())
     sink = io.BytesIO()
     # Compression and dictionaries do not make embeddings smaller.
-    pq.write_table(
-        pa.table(columns), sink, row_group_size=ROWS, compression="none", use_dictionary=False
-    )
+    options = {"row_group_size": ROWS, "compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table(columns), sink, **options)
     storage.write(key, sink.getvalue())
 
 
@@ -86,15 +84,8 @@ class _Ranges(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = base + offset
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
     def read(self, size: int | None = -1) -> bytes:
@@ -105,21 +96,12 @@ class _Ranges(io.RawIOBase):
         return data
 
 
-@dataclass(frozen=True)
-class RowGroup:
-    """What a task reads at a time.
-
-    Args:
-        key: the part.
-        group: number of the row group in the part.
-        first: number of its first row among the rows of all parts.
-        rows: how many it has.
-    """
+class RowGroup(NamedTuple):
+    """What a task reads at a time: a row group of a part, and its rows among those of all parts."""
 
     key: str
-    group: int
-    first: int
-    rows: int
+    number: int
+    rows: range
 
 
 @dataclass(frozen=True)
@@ -143,7 +125,7 @@ class EmbeddingFiles:
     split: np.ndarray
 
     @classmethod
-    def open(cls, url: str) -> EmbeddingFiles:
+    def open(cls, url: str) -> Self:
         """Read the labels of a Parquet file, or of all parts in a folder.
 
         Raises:
@@ -152,19 +134,20 @@ class EmbeddingFiles:
         storage, keys = _parts(url)
         groups, labels, dimensions, first = [], [], 0, 0
         for key in keys:
+            where = f"{storage.url}/{key}"
             file = _open_part(storage, key)
-            width = _dimensions(file, f"{storage.url}/{key}")
+            width = _dimensions(file, where)
             if dimensions and width and width != dimensions:
                 raise DataError(
-                    f"{storage.url}/{key} has embeddings of {width} dimensions, the parts before "
-                    f"it of {dimensions}: were they written by different models?"
+                    f"{where} has embeddings of {width} dimensions, the parts before it of "
+                    f"{dimensions}: were they written by different models?"
                 )
             dimensions = dimensions or width
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                groups.append(RowGroup(key, group, first, rows))
-                first += rows
-            with _readable(f"{storage.url}/{key}"):
+            for number in range(file.num_row_groups):
+                stop = first + file.metadata.row_group(number).num_rows
+                groups.append(RowGroup(key, number, range(first, stop)))
+                first = stop
+            with _readable(where):
                 labels.append(file.read(columns=list(_LABELS)))
         with _readable(url):
             table = pa.concat_tables(labels, promote_options="permissive")
@@ -177,10 +160,10 @@ class EmbeddingFiles:
         query, gallery = self.split == "query", self.split == "gallery"
         return Labels(self.pid[query], self.camid[query], self.pid[gallery], self.camid[gallery])
 
-    def edges(self, split: str) -> list[tuple[int, int]]:
-        """Each row group's images of a split: number of the first, and one past the last."""
-        before = np.concatenate([[0], np.cumsum(self.split == split)])
-        return [(int(before[g.first]), int(before[g.first + g.rows])) for g in self.groups]
+    def edges(self, split: str) -> list[range]:
+        """Each row group's images of a split, as a range of numbers in the split."""
+        before = np.concatenate([[0], np.cumsum(self.split == split)]).tolist()
+        return [range(before[rows.start], before[rows.stop]) for _, _, rows in self.groups]
 
     def blocks(
         self, split: str, first: int, stop: int, size: int
@@ -197,8 +180,9 @@ class EmbeddingFiles:
         """
         at, filled = first, 0
         out = np.empty((min(size, stop - at), self.dimensions), np.float32)
-        for group, (start, end) in zip(self.groups, self.edges(split), strict=True):
-            if max(start, first) >= min(end, stop):
+        for group, images in zip(self.groups, self.edges(split), strict=True):
+            start = images.start
+            if max(start, first) >= min(images.stop, stop):
                 continue
             for rows in self._rows(split, group):
                 rest = rows[max(first - start, 0) : max(stop - start, 0)]
@@ -214,14 +198,13 @@ class EmbeddingFiles:
 
     def _rows(self, split: str, group: RowGroup) -> Iterator[np.ndarray]:
         """A row group's embeddings of a split, at most ROWS at a time."""
-        wanted = self.split[group.first : group.first + group.rows] == split
-        file, done = _open_part(self.storage, group.key), 0
-        for batch in _batches(file, group.group, f"{self.storage.url}/{group.key}"):
-            first = group.first + done
-            matrix = _matrix(batch.column(0), self.dimensions, f"{self.url}, row {first}")
-            check_features(f"{self.url}:", matrix, first)
-            yield matrix[wanted[done : done + len(matrix)]]
-            done += len(matrix)
+        file, first = _open_part(self.storage, group.key), group.rows.start
+        with _readable(f"{self.storage.url}/{group.key}"):
+            for batch in file.iter_batches(ROWS, [group.number], ["embedding"]):
+                matrix = _matrix(batch.column(0), self.dimensions, f"{self.url}, row {first}")
+                check_features(f"{self.url}:", matrix, first, len(self.pid))
+                yield matrix[self.split[first : first + len(matrix)] == split]
+                first += len(matrix)
 
     def read(self, *splits: str) -> np.ndarray:
         """All embeddings of splits, one after another, (n, D) float32."""
@@ -251,14 +234,11 @@ def read_embeddings(url: str) -> tuple[np.ndarray, np.ndarray, Labels]:
         raise DataError(f"{url} cannot be read as npz (it is not a zip archive): is it complete?")
     try:
         with np.load(content, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
+            found = dict(arrays)
     except Exception as error:  # a damaged archive makes NumPy raise errors without a common base
         raise DataError(f"{url} cannot be read as npz ({error}): is it complete?") from error
-    names = [
-        f"{split}_{name}"
-        for name in ("embedding", "pid", "camid")
-        for split in ("query", "gallery")
-    ]
+    kinds = "embedding", "pid", "camid"
+    names = [f"{split}_{kind}" for kind in kinds for split in ("query", "gallery")]
     if missing := [name for name in names if name not in found]:
         raise DataError(f"{url} has no {', '.join(missing)}; it must have {', '.join(names)}")
     query, gallery, query_pid, gallery_pid, query_camid, gallery_camid = (
@@ -272,6 +252,7 @@ def read_embeddings(url: str) -> tuple[np.ndarray, np.ndarray, Labels]:
 
 
 def _parts(url: str) -> tuple[Storage, list[str]]:
+    """The storage and the names of a Parquet file, or of the parts in a folder."""
     if url.endswith(SUFFIX):
         storage, key = open_file(url)
         if storage.exists(key):
@@ -282,23 +263,19 @@ def _parts(url: str) -> tuple[Storage, list[str]]:
         raise ObjectMissing(f"there is no file {url}")
     if not keys:
         raise DataError(f"no embeddings at {url}: expected a {SUFFIX} or .npz file, or a folder")
-    if storage.exists(JOB):
-        wanted = [part_key(number) for number in range(_parts_of_job(storage))]
-        if missing := sorted(set(wanted) - set(keys)):
-            raise DataError(
-                f"{url} has {len(wanted) - len(missing)} of {len(wanted)} parts: run `embed` again "
-                "with the same settings to add the missing ones"
-            )
-        return storage, wanted
-    return storage, keys
-
-
-def _parts_of_job(storage: Storage) -> int:
-    where = f"{storage.url}/{JOB}"
+    if not storage.exists(JOB):
+        return storage, keys
     try:
-        return int(json.loads(storage.read(JOB))["parts"])
+        wanted = [part_key(n) for n in range(int(json.loads(storage.read(JOB))["parts"]))]
     except (ValueError, LookupError, TypeError):
+        where = f"{storage.url}/{JOB}"
         raise DataError(f"{where} does not have the number of parts: embed again") from None
+    if missing := set(wanted) - set(keys):
+        raise DataError(
+            f"{url} has {len(wanted) - len(missing)} of {len(wanted)} parts: run `embed` again "
+            "with the same settings to add the missing ones"
+        )
+    return storage, wanted
 
 
 def _open_part(storage: Storage, key: str) -> pq.ParquetFile:
@@ -316,35 +293,21 @@ def _open_part(storage: Storage, key: str) -> pq.ParquetFile:
 def _dimensions(file: pq.ParquetFile, where: str) -> int:
     """D of a part's embeddings; 0 if it has no rows."""
     kind = file.schema_arrow.field("embedding").type
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    lists = lists or pa.types.is_fixed_size_list(kind)
-    if not lists or not _numeric(kind.value_type):
+    fixed = types.is_fixed_size_list(kind)
+    lists = fixed or types.is_list(kind) or types.is_large_list(kind)
+    if not lists or not (types.is_floating(kind.value_type) or types.is_integer(kind.value_type)):
         raise DataError(f"{where}: column embedding must hold lists of float32, not {kind}")
-    if pa.types.is_fixed_size_list(kind):
+    if fixed:
         width = kind.list_size
     else:
         with _readable(where):
             batch = next(file.iter_batches(1, columns=["embedding"]), None)
         if batch is None:
             return 0
-        width = len(batch.column(0)[0]) if batch.column(0)[0].is_valid else 0
+        width = len(batch.column(0)[0].as_py() or [])
     if width == 0:
         raise DataError(f"{where}: the first embedding is empty; it must have numbers")
     return width
-
-
-def _numeric(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
-
-
-def _batches(file: pq.ParquetFile, group: int, where: str) -> Iterator[pa.RecordBatch]:
-    batches = file.iter_batches(ROWS, [group], ["embedding"])
-    while True:
-        with _readable(where):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
 
 
 @contextmanager
@@ -373,13 +336,13 @@ def _matrix(column: pa.Array, dimensions: int, where: str) -> np.ndarray:
 def _label_column(table: pa.Table, name: str, url: str) -> np.ndarray:
     """A column of labels, checked."""
     column = table[name]
-    if pa.types.is_dictionary(column.type):
+    if types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if column.null_count:
         raise DataError(f"{url}: column {name} has missing values")
     kind = column.type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (text if name == "split" else pa.types.is_integer(kind)):
+    text = types.is_string(kind) or types.is_large_string(kind)
+    if not (text if name == "split" else types.is_integer(kind)):
         wanted = "strings" if name == "split" else "integers"
         raise DataError(f"{url}: column {name} must hold {wanted}, not {kind}")
     return column.to_numpy()

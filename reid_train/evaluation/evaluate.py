@@ -7,56 +7,28 @@ stream the gallery from storage. Re-ranking, expansion and augmentation compare 
 one task reads all embeddings, and each node holds them once in Ray's shared memory.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from data_shards.progress import Progress, silent
+from reid_train.evaluation import neighbours, reranking
 from reid_train.evaluation.camera_pairs import count_by_camera, metrics_by_cameras
 from reid_train.evaluation.embedding_store import EmbeddingFiles
-from reid_train.evaluation.expansion import averaged, gallery_neighbours
+from reid_train.evaluation.expansion import averaged
 from reid_train.evaluation.ground_truth import Labels, find_ground_truth
-from reid_train.evaluation.kernels.rank_counts import COSINE
-from reid_train.evaluation.measures import Measures
+from reid_train.evaluation.measures import COSINE, Measures, metric_code
 from reid_train.evaluation.metrics import RankingResult, metrics_of
-from reid_train.evaluation.neighbours import (
-    Block,
-    Neighbours,
-    all_pairs,
-    blocks_across,
-    merge,
-    query_gallery_pairs,
-)
-from reid_train.evaluation.ranking import BLOCK, count_before, ranks_of, score_matches
-from reid_train.evaluation.reranking import (
-    encode,
-    find_neighbours,
-    rank_reranked,
-    room_for_scores,
-)
-from reid_train.evaluation.similarity import Features, check_inputs, metric_code
-from reid_train.evaluation.tasks import (
-    Joined,
-    Pool,
-    Range,
-    Separate,
-    Streamed,
-    length,
-    ranges,
-    read_all,
-)
+from reid_train.evaluation.ranking import BLOCK, count_before, score_matches
+from reid_train.evaluation.similarity import Features, check_inputs
+from reid_train.evaluation.tasks import Joined, Pool, Separate, ranges
 from reid_train.evaluation.verification import BLOCK as ACCEPT_BLOCK
 from reid_train.evaluation.verification import count_distances, rates_of
 
 UNITS = {
-    "neighbours": "pairs",
-    "expansion": "pairs",
-    "augmentation": "pairs",
+    **dict.fromkeys(("neighbours", "expansion", "augmentation"), "pairs"),
     "distances": "queries",
 }
 """What the stages count in progress; the others count images."""
@@ -128,8 +100,8 @@ def evaluate(
     if measures.compares_all:
         source = Joined(Features.joined(*features), len(query))
     edges = ranges(len(gallery), BLOCK)
-    stages = _Stages(Pool(progress=progress), source, edges, labels, measures)
-    return stages.run(features[0].embedding.shape[1])
+    dimensions = features[0].embedding.shape[1]
+    return _Stages(Pool(progress=progress), source, edges, labels, measures).run(dimensions)
 
 
 def evaluate_files(
@@ -146,12 +118,18 @@ def evaluate_files(
     find_ground_truth(labels)
     measures.check(len(labels.query_pid), len(labels.gallery_pid))
     if workers == 1 or measures.compares_all:
-        source = pool.one("reading embeddings", read_all, files)
+        source = pool.one("reading embeddings", _read, files)
         edges = ranges(len(labels.gallery_pid), BLOCK)
     else:
-        source = pool.put(Streamed(Features.of(files.read("query")), files))
-        edges = [(a, b) for a, b in files.edges("gallery") if a < b]
+        source = pool.put(Separate(Features.of(files.read("query")), files))
+        edges = [edge for edge in files.edges("gallery") if len(edge)]
     return _Stages(pool, source, edges, labels, measures).run(files.dimensions)
+
+
+def _read(files: EmbeddingFiles) -> Joined:
+    """All embeddings, in memory."""
+    both = Features.of(files.read("query", "gallery"))
+    return Joined(both, int(np.count_nonzero(files.split == "query")))
 
 
 class _Stages:
@@ -165,10 +143,11 @@ class _Stages:
     """
 
     def __init__(
-        self, pool: Pool, source: Any, edges: list[Range], labels: Labels, measures: Measures
+        self, pool: Pool, source: Any, edges: list[range], labels: Labels, measures: Measures
     ) -> None:
         self.pool, self.source, self.edges = pool, source, edges
         self.labels, self.measures = labels, measures
+        self.metric = metric_code(measures.metric)
         self.queries, self.gallery = len(labels.query_pid), len(labels.gallery_pid)
         self.truth = find_ground_truth(labels)
         self.given_truth = pool.put(self.truth)
@@ -177,7 +156,7 @@ class _Stages:
         """All stages."""
         measures, plain = self.measures, None
         if measures.expand or measures.augment:
-            self._replace()
+            self._average()
         result, pairs = self._rank()
         if measures.rerank:
             plain, result = result, self._rerank()
@@ -186,65 +165,70 @@ class _Stages:
 
     def _rank(self) -> tuple[RankingResult, dict[tuple[int, int], RankingResult]]:
         """Metrics, and those of camera pairs if they are asked for."""
-        measures, edges, metric = self.measures, self.edges, self.measures.metric
+        measures, edges, pool, metric = self.measures, self.edges, self.pool, self.metric
         given = self.source, self.given_truth, metric
-        found = list(self.pool.map("matches", score_matches, given, edges, length))
+        found = list(pool.map("matches", score_matches, given, edges))
         # Each entry is scored by the one task that has its gallery image.
-        scores = self.pool.put(reduce(np.fmax, [scores for scores, _ in found]))
-        counts = self.pool.map("ranking", count_before, (*given, scores), edges, length)
-        ranks = ranks_of(self.truth, reduce(np.add, counts))
-        result, pairs = metrics_of(self.truth.positives(), ranks, measures.max_rank), {}
+        scores = pool.put(reduce(np.fmax, [scores for scores, _ in found]))
+        before = reduce(np.add, pool.map("ranking", count_before, (*given, scores), edges))
+        result, pairs = metrics_of(self.truth.positives(), before, measures.max_rank), {}
         if measures.false_accept_rates:
             blocks = ranges(self.gallery, ACCEPT_BLOCK)
             given = *given, max(longest for _, longest in found)
-            counts = self.pool.map("false accept rates", count_distances, given, blocks, length)
+            counts = pool.map("false accept rates", count_distances, given, blocks)
             rates = rates_of(reduce(np.add, counts), measures.false_accept_rates)
             result = replace(result, tar_at_far=rates)
         if measures.camera_pairs:
-            given = self.source, self.pool.put(self.labels), self.given_truth, metric, scores
-            counts = self.pool.map("camera pairs", count_by_camera, given, edges, length)
+            given = self.source, pool.put(self.labels), self.given_truth, metric, scores
+            counts = pool.map("camera pairs", count_by_camera, given, edges)
             total = [reduce(np.add, parts) for parts in zip(*counts, strict=True)]
             pairs = metrics_by_cameras(self.labels, total, measures.max_rank)
         return result, pairs
 
-    def _replace(self) -> None:
+    def _average(self) -> None:
         """Expand queries, augment the gallery, or both."""
-        measures, near = self.measures, [None, None]
-        if k := measures.expand:
-            blocks = query_gallery_pairs(self.queries, self.queries + self.gallery)
-            given = self.source, k, COSINE, None
-            found = self._neighbours("expansion", find_neighbours, given, blocks)
-            near[0] = self.pool.put(found.rows(0, self.queries))
-        if k := measures.augment:
-            given, blocks = (self.source, k, COSINE), all_pairs(self.gallery)
-            found = self._neighbours("augmentation", gallery_neighbours, given, blocks)
-            near[1] = self.pool.put(found)
-        self.source = self.pool.one(
-            "averaging neighbours", averaged, self.source, *near, measures.alpha
-        )
+        measures, total = self.measures, self.queries + self.gallery
+        stages = {
+            "expansion": (measures.expand, neighbours.query_gallery_pairs(self.queries, total)),
+            "augmentation": (measures.augment, neighbours.all_pairs(total, self.queries)),
+        }
+        near = [
+            self._neighbours(stage, k, COSINE, None, blocks) if k else None
+            for stage, (k, blocks) in stages.items()
+        ]
+        given = self.source, *near, measures.alpha
+        self.source = self.pool.one("averaging neighbours", averaged, *given)
         self.edges = ranges(self.gallery, BLOCK)
 
     def _rerank(self) -> RankingResult:
-        settings, code = self.measures.reranking, metric_code(self.measures.metric)
-        total = self.queries + self.gallery
-        kept = room_for_scores(self.queries, self.gallery) if self.pool.workers == 1 else None
-        given = self.source, settings.needed, code, kept
-        near = self.pool.put(
-            self._neighbours("neighbours", find_neighbours, given, all_pairs(total))
-        )
+        measures, total = self.measures, self.queries + self.gallery
+        alone = self.pool.workers == 1
+        kept = reranking.room_for_scores(self.queries, self.gallery) if alone else None
+        blocks, k = neighbours.all_pairs(total), measures.needed
+        near = self._neighbours("neighbours", k, self.metric, kept, blocks)
         # One task: it takes a hundredth of the time of the products.
-        encoding = self.pool.one("encoding neighbours", encode, self.source, near, settings, code)
-        given = self.source, encoding, settings, code, self.given_truth, kept
-        across = blocks_across(self.queries, total)
-        found = self.pool.map("distances", rank_reranked, given, across, self._height)
-        ranks = reduce(np.add, found)
-        return metrics_of(self.truth.positives(), ranks, self.measures.max_rank)
+        given = self.source, near, measures
+        encoding = self.pool.one("encoding neighbours", reranking.encode, *given)
+        across = neighbours.blocks_across(self.queries, total)
+        given = self.source, encoding, measures, self.given_truth, kept
+        count = reranking.count_before_reranked
+        found = self.pool.map("distances", count, given, across, self._height)
+        before = reduce(np.maximum, found)  # each query is in one task
+        return metrics_of(self.truth.positives(), before, measures.max_rank)
 
     def _neighbours(
-        self, stage: str, function: Any, given: tuple, blocks: list[Block]
-    ) -> Neighbours:
-        return reduce(merge, self.pool.map(stage, function, given, blocks, attrgetter("pairs")))
+        self,
+        stage: str,
+        k: int,
+        metric: int,
+        kept: np.ndarray | None,
+        blocks: list[neighbours.Block],
+    ) -> Any:
+        """The nearest neighbours in the pairs of `blocks`, as the pool's `put` gives them."""
+        given = self.source, k, metric, kept
+        found = self.pool.map(stage, reranking.find_neighbours, given, blocks)
+        return self.pool.put(reduce(neighbours.merge, found))
 
-    def _height(self, blocks: list[Block]) -> int:
+    def _height(self, blocks: list[neighbours.Block]) -> int:
         """How many queries a row of blocks has."""
-        return min(blocks[0].rows[1], self.queries) - blocks[0].rows[0]
+        return min(blocks[0].rows.stop, self.queries) - blocks[0].rows.start

@@ -1,22 +1,12 @@
 """Query expansion and database augmentation: replace embeddings by means with their nearest."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import numpy as np
 
-from reid_train.evaluation.kernels.rank_counts import COSINE
-from reid_train.evaluation.measures import check_expansion
-from reid_train.evaluation.neighbours import (
-    Block,
-    Neighbours,
-    all_pairs,
-    nearest_neighbours,
-    query_gallery_pairs,
-)
+from reid_train.evaluation import neighbours
+from reid_train.evaluation.measures import COSINE, check_expansion
+from reid_train.evaluation.neighbours import Neighbours
 from reid_train.evaluation.similarity import Features, check_features, check_inputs
-from reid_train.evaluation.tasks import Count, Joined
+from reid_train.evaluation.tasks import Joined, ranges
 
 _ROWS = 1024  # their neighbours' embeddings are gathered at a time
 
@@ -37,9 +27,9 @@ def expand_queries(
     """
     both = Features.joined(*check_inputs(query, gallery))
     check_expansion(k, alpha, len(gallery))
-    blocks = query_gallery_pairs(len(query), len(both))
-    nearest = nearest_neighbours(both, k, COSINE, blocks).rows(0, len(query))
-    return _mean_with_nearest(both, nearest, alpha, with_self=True)
+    blocks = neighbours.query_gallery_pairs(len(query), len(both))
+    nearest = neighbours.nearest_neighbours(both, k, COSINE, blocks)
+    return _means(both, range(len(query)), nearest, alpha, with_self=True)
 
 
 def augment_gallery(gallery: np.ndarray, *, k: int = 10, alpha: float = 3.0) -> np.ndarray:
@@ -53,52 +43,43 @@ def augment_gallery(gallery: np.ndarray, *, k: int = 10, alpha: float = 3.0) -> 
         (G, D) float32, of length 1.
     """
     features = check_features("gallery", gallery)
-    check_expansion(k, alpha, len(features))
-    nearest = nearest_neighbours(features, k, COSINE, all_pairs(len(features)))
-    return _mean_with_nearest(features, nearest, alpha, with_self=False)
-
-
-def gallery_neighbours(
-    source: Joined, k: int, metric: int, own: Sequence[Block], pairs: Count
-) -> Neighbours:
-    """The nearest of the gallery within the gallery, as far as a task's blocks tell."""
-    return nearest_neighbours(source.gallery, k, metric, own, pairs)
+    check_expansion(k, alpha, count := len(features))
+    nearest = neighbours.nearest_neighbours(features, k, COSINE, neighbours.all_pairs(count))
+    return _means(features, range(count), nearest, alpha, with_self=False)
 
 
 def averaged(
     source: Joined, query_near: Neighbours | None, gallery_near: Neighbours | None, alpha: float
 ) -> Joined:
     """Queries, gallery or both, replaced by means with their nearest; None keeps them."""
-    query, gallery = source.query.embedding, source.gallery.embedding
+    both, queries = source.both, source.queries
+    out = both.embedding.copy()
     if query_near is not None:
-        query = _mean_with_nearest(source.both, query_near, alpha, with_self=True)
+        out[:queries] = _means(both, range(queries), query_near, alpha, with_self=True)
     if gallery_near is not None:
-        gallery = _mean_with_nearest(source.gallery, gallery_near, alpha, with_self=False)
-    return Joined(Features.of(np.concatenate([query, gallery])), source.queries)
+        images = range(queries, len(both))
+        out[queries:] = _means(both, images, gallery_near, alpha, with_self=False)
+    return Joined(Features.of(out), queries)
 
 
-def _mean_with_nearest(
-    features: Features, nearest: Neighbours, alpha: float, *, with_self: bool
+def _means(
+    features: Features, images: range, nearest: Neighbours, alpha: float, *, with_self: bool
 ) -> np.ndarray:
-    """Normalised sums of normalised embeddings, each weighted by its similarity.
+    """Normalised sums of normalised embeddings, each weighted by its similarity: (n, D) float32.
 
     Args:
         features: all N embeddings.
-        nearest: of the first n images.
+        images: which to replace.
+        nearest: of all N images.
         with_self: add the image itself with a weight of 1.
-
-    Returns:
-        (n, D) float32.
     """
-    similarity = np.clip(-nearest.score, 0, None)
-    weights = np.where(similarity > 0, similarity**alpha, 0) * features.scale[nearest.index]
-    weights = weights.astype(np.float32)[:, None]
-    out = np.empty((len(weights), features.embedding.shape[1]), np.float32)
-    for first in range(0, len(out), _ROWS):
-        rows = slice(first, first + _ROWS)
-        total = (weights[rows] @ features.embedding[nearest.index[rows]])[:, 0]
+    parts = []
+    for part in ranges(images.stop, _ROWS, images.start):
+        rows = slice(part.start, part.stop)
+        index, near = nearest.index[rows], np.clip(-nearest.score[rows], 0, None)
+        weights = np.where(near > 0, near**alpha, 0) * features.scale[index]
+        total = (weights.astype(np.float32)[:, None] @ features.embedding[index])[:, 0]
         if with_self:
-            own = features.rows(first, first + len(total))
-            total += own.embedding * own.scale[:, None].astype(np.float32)
-        out[rows] = total * Features.of(total).scale[:, None]
-    return out
+            total += features.embedding[rows] * features.scale[rows, None].astype(np.float32)
+        parts.append((total * Features.of(total).scale[:, None]).astype(np.float32))
+    return np.concatenate(parts)

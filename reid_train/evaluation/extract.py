@@ -1,7 +1,5 @@
 """Images to embeddings: on one worker, and gathered from all of them."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,15 +25,8 @@ def embed_batches(
     """Embeddings (n, D) float32, on the device, of all batches in order; (0, D) for none."""
     was_training = model.training
     model.eval()
-    parts = [
-        embed(
-            model,
-            batch.image_on(device),
-            mirror=mirror,
-            autocast=autocast,
-        )
-        for batch in batches
-    ]
+    images = (batch.image_on(device) for batch in batches)
+    parts = [embed(model, image, mirror=mirror, autocast=autocast) for image in images]
     model.train(was_training)
     return torch.cat(parts) if parts else torch.zeros(0, model.embedding_size, device=device)
 
@@ -55,11 +46,11 @@ def gather_rows(part: torch.Tensor, total: int, rank: int, world: int) -> torch.
     if world == 1:
         return part.cpu()
     bounds = [total * r // world for r in range(world + 1)]
-    longest = max(b - a for a, b in itertools.pairwise(bounds))
-    padded = part.new_zeros(longest, part.shape[1])
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    padded = part.new_zeros(max(lengths), part.shape[1])
     padded[: len(part)] = part
     received = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
     dist.gather(padded, received, dst=0)
     if received is None:
         return None
-    return torch.cat([r[: bounds[i + 1] - bounds[i]].cpu() for i, r in enumerate(received)])
+    return torch.cat([rows[:n].cpu() for rows, n in zip(received, lengths, strict=True)])

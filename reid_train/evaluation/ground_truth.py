@@ -1,7 +1,5 @@
 """Ground truth: which gallery images match each query, by identity and camera."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,31 +25,36 @@ class Labels:
     gallery_camid: np.ndarray
 
     def __post_init__(self) -> None:
+        for name, values in dict(vars(self)).items():
+            object.__setattr__(self, name, _checked(name, values))
         for split in ("query", "gallery"):
-            for name in (f"{split}_pid", f"{split}_camid"):
-                object.__setattr__(self, name, check_labels(name, getattr(self, name)))
-            pid, camid = getattr(self, f"{split}_pid"), getattr(self, f"{split}_camid")
-            if len(pid) != len(camid):
+            pids, cameras = (len(getattr(self, f"{split}_{name}")) for name in ("pid", "camid"))
+            if pids != cameras:
                 raise DataError(
-                    f"{split}_pid has {len(pid)} identities but {split}_camid {len(camid)} cameras"
+                    f"{split}_pid has {pids} identities but {split}_camid {cameras} cameras"
                 )
-            if len(pid) == 0:
+            if pids == 0:
                 raise DataError(f"the {split} is empty: nothing can be measured")
 
 
-def check_labels(name: str, values: object) -> np.ndarray:
-    """Labels as (N,) int64. Raises `DataError` that names the array and what is wanted."""
+def as_array(name: str, values: object, shape: str) -> np.ndarray:
+    """`values` as an array of any shape. Raises `DataError` that says which is wanted."""
     try:
-        labels = np.asarray(values)
+        return np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"{name} must be an array of shape (N,): {error}") from None
+        raise DataError(f"{name} must be an array of shape {shape}: {error}") from None
+
+
+def _checked(name: str, values: object) -> np.ndarray:
+    """Labels as (N,) int64. Raises `DataError` that names the array and what is wanted."""
+    labels = as_array(name, values, "(N,)")
     if labels.ndim != 1 or (len(labels) and labels.dtype.kind not in "iu"):
         raise DataError(
             f"{name} must be integers of shape (N,), one an image, "
             f"not {labels.dtype} of shape {labels.shape}"
         )
     if len(labels) == 0:
-        return np.zeros(0, np.int64)
+        return labels.astype(np.int64)  # of any type: `np.array([])` is of floats
     wrong = np.flatnonzero((labels < 0) | (labels > np.iinfo(np.int64).max))
     if len(wrong):
         raise DataError(
@@ -100,8 +103,11 @@ class GroundTruth:
 
     def positives(self) -> np.ndarray:
         """(Q + 1,) int64: where each query's positives start when junk is left out."""
-        counted = np.concatenate([[0], np.cumsum(self.positive)])
-        return counted[self.start]
+        return np.concatenate([[0], np.cumsum(self.positive)])[self.start]
+
+    def within(self, first: int, count: int) -> np.ndarray:
+        """Entries with an index in a block of the gallery."""
+        return np.flatnonzero((self.index >= first) & (self.index < first + count))
 
 
 def find_ground_truth(labels: Labels) -> GroundTruth:

@@ -1,53 +1,21 @@
 """What to measure, and with which settings: no imports that take long."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
 from data_shards.errors import ConfigError
 
 Metric = Literal["cosine", "euclidean"]
+COSINE, EUCLIDEAN = 0, 1  # the kernels' numbers
+METRICS = {"cosine": COSINE, "euclidean": EUCLIDEAN}
 LONGEST_CMC = 1_000_000
 
 
-@dataclass(frozen=True)
-class ReRanking:
-    """Settings of k-reciprocal encoding, by default the authors' values.
-
-    Args:
-        k1: neighbours that are checked for reciprocity.
-        k2: neighbours averaged over; 1 turns averaging off.
-        weight: λ, the share of the original distance, in [0, 1].
-    """
-
-    k1: int = 20
-    k2: int = 6
-    weight: float = 0.3
-
-    @property
-    def half(self) -> int:
-        """k1 / 2, rounded half to even."""
-        return round(self.k1 / 2)
-
-    @property
-    def needed(self) -> int:
-        """Neighbours needed of each image, itself included."""
-        return max(self.k1 + 1, self.k2)
-
-    def check(self, images: int | None = None) -> None:
-        """Raise `ConfigError` for values out of range, or too large for so many images."""
-        whole = isinstance(self.k1, int) and isinstance(self.k2, int)
-        if not whole or self.k1 < 1 or self.k2 < 1 or not 0 <= self.weight <= 1:
-            raise ConfigError(
-                "re-ranking needs whole k1 ≥ 1 and k2 ≥ 1, and 0 ≤ λ ≤ 1, not "
-                f"k1 = {self.k1}, k2 = {self.k2}, λ = {self.weight}"
-            )
-        if images is not None and self.needed > images:
-            raise ConfigError(
-                f"re-ranking with k1 = {self.k1} and k2 = {self.k2} needs at least {self.needed} "
-                f"images in query and gallery together, not {images}: choose smaller values"
-            )
+def metric_code(metric: str) -> int:
+    """The kernels' number for a metric. Raises `ConfigError`."""
+    if metric not in METRICS:
+        raise ConfigError(f"no metric {metric!r}; there are {', '.join(METRICS)}")
+    return METRICS[metric]
 
 
 def check_expansion(k: int, alpha: float, gallery: int | None = None) -> None:
@@ -61,7 +29,7 @@ def check_expansion(k: int, alpha: float, gallery: int | None = None) -> None:
 
 @dataclass(frozen=True)
 class Measures:
-    """What to measure."""
+    """What to measure. Settings of re-ranking are by default the authors' values."""
 
     metric: Metric = "cosine"
     """Distance of the ranking."""
@@ -87,9 +55,9 @@ class Measures:
     """Also measure each pair of query camera and gallery camera."""
 
     @property
-    def reranking(self) -> ReRanking:
-        """The settings of re-ranking."""
-        return ReRanking(self.k1, self.k2, self.weight)
+    def needed(self) -> int:
+        """Neighbours of each image that re-ranking needs, itself included."""
+        return max(self.k1 + 1, self.k2)
 
     @property
     def compares_all(self) -> bool:
@@ -98,8 +66,7 @@ class Measures:
 
     def check(self, queries: int | None = None, gallery: int | None = None) -> None:
         """Raise `ConfigError` for what cannot be measured, or not of so few images."""
-        if self.metric not in ("cosine", "euclidean"):
-            raise ConfigError(f"no metric {self.metric!r}; there are cosine, euclidean")
+        metric_code(self.metric)
         if self.rerank and (self.camera_pairs or self.false_accept_rates):
             raise ConfigError(
                 "camera pairs and false accept rates are measured without re-ranking: "
@@ -107,7 +74,7 @@ class Measures:
             )
         # Settings that are not used now are checked, too: a wrong one is a mistake.
         total = None if queries is None or gallery is None else queries + gallery
-        self.reranking.check(total if self.rerank else None)
+        self.check_reranking(total if self.rerank else None)
         for name, k in (("--expand", self.expand), ("--augment", self.augment)):
             if k < 0:
                 raise ConfigError(f"{name} takes a number of images, or 0 for none, not {k}")
@@ -118,3 +85,17 @@ class Measures:
             )
         if any(not 0 < rate < 1 for rate in self.false_accept_rates):
             raise ConfigError(f"false accept rates lie in (0, 1), not {self.false_accept_rates}")
+
+    def check_reranking(self, images: int | None = None) -> None:
+        """Raise `ConfigError` for k1, k2 or λ out of range, or too large for so many images."""
+        whole = isinstance(self.k1, int) and isinstance(self.k2, int)
+        if not whole or self.k1 < 1 or self.k2 < 1 or not 0 <= self.weight <= 1:
+            raise ConfigError(
+                "re-ranking needs whole k1 ≥ 1 and k2 ≥ 1, and 0 ≤ λ ≤ 1, not "
+                f"k1 = {self.k1}, k2 = {self.k2}, λ = {self.weight}"
+            )
+        if images is not None and self.needed > images:
+            raise ConfigError(
+                f"re-ranking with k1 = {self.k1} and k2 = {self.k2} needs at least {self.needed} "
+                f"images in query and gallery together, not {images}: choose smaller values"
+            )

@@ -1,8 +1,6 @@
 """Estimate the memory that an evaluation takes, to print it before it is taken."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +15,7 @@ _ALLOCATORS = 1.1  # what they keep for themselves
 _ROW = 40 * 6 * 8  # bytes of a re-ranked image's sparse row, at k1 = 20 and k2 = 6
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes that an evaluation takes at most, about.
 
     Args:
@@ -47,7 +44,7 @@ def memory_needed(
     if measures.camera_pairs:
         images = gallery if workers == 1 else 2 * (gallery // (TASKS * workers) + ROWS)
         stages.append(ranked + row * images)
-    k = max(measures.reranking.needed * measures.rerank, measures.expand, measures.augment)
+    k = max(measures.needed * measures.rerank, measures.expand, measures.augment)
     found = 12 * k * count
     if k:
         # Buffers, results and operands; of each thread a block of rows and its scores, twice.

@@ -1,7 +1,5 @@
 """Ranks of the positives to CMC, mAP and mINP."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,24 +33,23 @@ class RankingResult:
 
     def summary(self) -> dict[str, float]:
         """The metrics by name: mAP, mINP, rank-1, rank-5, … up to the length of the CMC."""
-        found = {"mAP": self.mAP, "mINP": self.mINP}
-        found |= {f"rank-{r}": float(self.cmc[r - 1]) for r in RANKS if r <= len(self.cmc)}
-        for far, tar in (self.tar_at_far or {}).items():
-            found[f"TAR@FAR={far:g}"] = tar
-        return found
+        ranks = {f"rank-{r}": float(self.cmc[r - 1]) for r in RANKS if r <= len(self.cmc)}
+        accepted = {f"TAR@FAR={far:g}": tar for far, tar in (self.tar_at_far or {}).items()}
+        return {"mAP": self.mAP, "mINP": self.mINP} | ranks | accepted
 
 
-def metrics_of(start: np.ndarray, rank: np.ndarray, max_rank: int) -> RankingResult:
-    """Metrics of the ranks of each query's positives.
+def metrics_of(start: np.ndarray, before: np.ndarray, max_rank: int) -> RankingResult:
+    """Metrics of each query's positives, from the closest to the furthest.
 
     Args:
-        start: (Q + 1,) where each query's positives start in `rank`.
-        rank: (P,) int64 from 1, ascending for each query; junk is not counted.
+        start: (Q + 1,) where each query's positives start in `before`.
+        before: (P,) int64 images of other identities before each; junk is not counted.
         max_rank: length of the CMC.
     """
     count = np.diff(start)
     valid = np.flatnonzero(count)
-    nth = np.arange(1, len(rank) + 1) - np.repeat(start[:-1], count)
+    nth = np.arange(1, len(before) + 1) - np.repeat(start[:-1], count)
+    rank = before + nth
     precision, penalty = np.full((2, len(count)), np.nan)
     precision[valid] = np.add.reduceat(nth / rank, start[valid]) / count[valid]
     penalty[valid] = count[valid] / rank[start[valid + 1] - 1]

@@ -1,7 +1,5 @@
 """The k nearest neighbours of all images among all, exact, without an N × N matrix."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -10,19 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from reid_train.evaluation import similarity
 from reid_train.evaluation.kernels import topk
-from reid_train.evaluation.kernels.rank_counts import EUCLIDEAN
-from reid_train.evaluation.similarity import (
-    Features,
-    full_precision,
-    in_threads,
-    left_operand,
-    quick_scores,
-    right_operand,
-    single_threaded_pool,
-    tolerance,
-)
-from reid_train.evaluation.tasks import Count, Range, ignore, ranges
+from reid_train.evaluation.measures import EUCLIDEAN
+from reid_train.evaluation.similarity import Features
+from reid_train.evaluation.tasks import Count, ignore, ranges
 
 BLOCK = 1536
 """Rows and columns of a product. Fixed, so that a block's scores are the same in every task."""
@@ -41,50 +31,40 @@ class Neighbours(NamedTuple):
     score: np.ndarray
     furthest: np.ndarray
 
-    def rows(self, first: int, stop: int) -> Neighbours:
-        """Those of consecutive images, as views."""
-        return Neighbours(*(values[first:stop] for values in self))
-
 
 def merge(a: Neighbours, b: Neighbours) -> Neighbours:
     """What `nearest_neighbours` gives for the blocks of both."""
     index = np.concatenate([a.index, b.index], axis=1)
     score = np.concatenate([a.score, b.score], axis=1)
     order = np.lexsort((index, score), axis=1)[:, : a.index.shape[1]]
-    return Neighbours(
-        np.take_along_axis(index, order, axis=1),
-        np.take_along_axis(score, order, axis=1),
-        np.maximum(a.furthest, b.furthest),
-    )
+    index, score = (np.take_along_axis(values, order, axis=1) for values in (index, score))
+    return Neighbours(index, score, np.maximum(a.furthest, b.furthest))
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pairs of consecutive rows and columns.
+    """Pairs of consecutive rows and columns; its length is the number of distances that it gives.
 
     A block above the diagonal is `mirrored`: it also gives its columns' scores with its rows.
     """
 
-    rows: Range
-    columns: Range
-    mirrored: bool
+    rows: range
+    columns: range
+    mirrored: bool = False
 
-    @property
-    def pairs(self) -> int:
-        """How many distances it gives."""
-        height, width = self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
-        return height * width * (1 + self.mirrored)
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.columns) * (1 + self.mirrored)
 
 
-def all_pairs(count: int) -> list[Block]:
-    """All images with all: half of the products are enough.
+def all_pairs(count: int, first: int = 0) -> list[Block]:
+    """All images from `first` on with all of them: half of the products are enough.
 
     The diagonal comes first. After it every row has a limit on how far its nearest are, and few of
     the other blocks need a second look.
     """
-    edges = ranges(count, BLOCK)
-    diagonal = [Block(a, a, mirrored=False) for a in edges]
-    return diagonal + [Block(a, b, mirrored=True) for a in edges for b in edges if a < b]
+    edges = ranges(count, BLOCK, first)
+    mirrored = [Block(a, b, mirrored=True) for i, a in enumerate(edges) for b in edges[i + 1 :]]
+    return [Block(a, a) for a in edges] + mirrored
 
 
 def blocks_across(queries: int, count: int) -> list[list[Block]]:
@@ -94,16 +74,16 @@ def blocks_across(queries: int, count: int) -> list[list[Block]]:
     """
     edges = ranges(count, BLOCK)
     return [
-        [Block(a, b, mirrored=a != b) for b in edges if a <= b and b[1] > queries]
-        for a in edges
-        if a[0] < queries
+        [Block(a, b, mirrored=a != b) for b in edges[i:] if b.stop > queries]
+        for i, a in enumerate(edges)
+        if a.start < queries
     ]
 
 
 def query_gallery_pairs(queries: int, count: int) -> list[Block]:
     """The first `queries` images with all others."""
     columns = ranges(count, BLOCK, first=queries)
-    return [Block(a, b, mirrored=False) for a in ranges(queries, BLOCK) for b in columns]
+    return [Block(a, b) for a in ranges(queries, BLOCK) for b in columns]
 
 
 def block_scores(features: Features, metric: int) -> Callable[[Block], np.ndarray]:
@@ -112,22 +92,22 @@ def block_scores(features: Features, metric: int) -> Callable[[Block], np.ndarra
     Threads may call it at once, within `full_precision`. It keeps operands: those of all columns,
     and those of the last rows, as many as there are threads.
     """
-    cpu, lock, threads = torch.device("cpu"), Lock(), torch.get_num_threads()
-    rights: dict[Range, torch.Tensor] = {}
-    lefts: dict[Range, torch.Tensor] = {}
+    lock, threads = Lock(), torch.get_num_threads()
+    rights: dict[range, torch.Tensor] = {}
+    lefts: dict[range, torch.Tensor] = {}
 
     def scores_of(block: Block) -> np.ndarray:
-        rows, columns = features.rows(*block.rows), features.rows(*block.columns)
+        rows, columns = (features[edge.start : edge.stop] for edge in (block.rows, block.columns))
         # Made outside the lock: sometimes twice, but no thread waits for another's.
         if (left := lefts.get(block.rows)) is None:
-            left = left_operand(rows, metric, cpu)
+            left = similarity.left_operand(rows, metric)
             with lock:
                 lefts[block.rows] = left
                 if len(lefts) > threads:
                     del lefts[next(iter(lefts))]
         if (right := rights.get(block.columns)) is None:
-            right = rights[block.columns] = right_operand(columns, metric, cpu)
-        scores = quick_scores(left, right, columns, metric).numpy()
+            right = rights[block.columns] = similarity.right_operand(columns, metric)
+        scores = similarity.quick_scores(left, right, columns, metric).numpy()
         if metric == EUCLIDEAN:
             scores += (rows.norm[:, None] ** 2).astype(np.float32)
         return scores
@@ -163,24 +143,24 @@ def nearest_neighbours(
     )
     # An error that always holds: unlike in `ranking`, what is dropped is never looked at again. For
     # embeddings that are not nearly one constant this costs next to nothing.
-    slack = tolerance(features, features, metric, certain=True)
+    slack = similarity.tolerance(features, features, metric, certain=True)
     search = topk.Search(k, metric, features.vectors, slack)
     scores_of = block_scores(features, metric)
     locks = {edge: Lock() for block in own for edge in (block.rows, block.columns)}
 
     def offer(block: Block) -> int:
-        scores, place = scores_of(block), (block.rows[0], block.columns[0])
+        scores, place = scores_of(block), (block.rows.start, block.columns.start)
         seen(block, scores)
         with locks[block.rows]:
             topk.offer_columns(scores, *place, found, search)
         if block.mirrored:
             with locks[block.columns]:
                 topk.offer_rows(scores, *place, found, search)
-        return block.pairs
+        return len(block)
 
-    with full_precision(), single_threaded_pool() as pool:
+    with similarity.full_precision(), similarity.single_threaded_pool() as pool:
         for compared in pool.map(offer, own):
             pairs(compared)
     index, score = np.empty((count, k), np.int32), np.empty((count, k))
-    in_threads(lambda a, b: topk.settle(found, search, a, index[a:b], score[a:b]), count)
+    similarity.in_threads(lambda a, b: topk.settle(found, search, a, index[a:b], score[a:b]), count)
     return Neighbours(index, score, found.furthest)

@@ -10,51 +10,31 @@ Two passes over the gallery: `score_matches` computes the positives' exact score
 counts the images before them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from data_shards.errors import ConfigError
 from data_shards.progress import Progress, silent
+from reid_train.evaluation import similarity
 from reid_train.evaluation.ground_truth import GroundTruth, Labels, find_ground_truth
-from reid_train.evaluation.kernels.rank_counts import (
-    EUCLIDEAN,
-    Positives,
-    count_block,
-    count_on_device,
-    score_pairs,
-)
-from reid_train.evaluation.measures import Metric
+from reid_train.evaluation.kernels import rank_counts
+from reid_train.evaluation.kernels.rank_counts import Positives
+from reid_train.evaluation.measures import EUCLIDEAN, Metric, metric_code
 from reid_train.evaluation.metrics import RankingResult, metrics_of
-from reid_train.evaluation.similarity import (
-    Features,
-    check_inputs,
-    full_precision,
-    in_threads,
-    left_operand,
-    metric_code,
-    quick_scores,
-    right_operand,
-    single_threaded_pool,
-    tolerance,
-    tolerance_at,
-)
+from reid_train.evaluation.similarity import Features
 from reid_train.evaluation.tasks import (
     Count,
     Pool,
-    Range,
     Separate,
     Source,
     gallery_blocks,
     ignore,
-    length,
     ranges,
 )
 
@@ -96,145 +76,121 @@ def rank(
         DataError: NaN or infinite embeddings, other shapes or types, or no query with a match.
         ConfigError: an unknown metric, or `max_rank` or `chunk` below 1.
     """
-    metric_code(metric)
+    code = metric_code(metric)
     if chunk < 1 or max_rank < 1:
         raise ConfigError(f"chunk and max_rank must be at least 1, not {chunk} and {max_rank}")
     labels = Labels(query_pid, query_camid, gallery_pid, gallery_camid)
-    queries, base = check_inputs(query, gallery, labels)
-    truth, source = find_ground_truth(labels), Separate(queries, base)
-    own = ranges(len(base), BLOCK)
-    scores, _ = score_matches(source, truth, metric, own)
+    source = Separate(*similarity.check_inputs(query, gallery, labels))
+    truth, own = find_ground_truth(labels), ranges(len(gallery), BLOCK)
+    scores, _ = score_matches(source, truth, code, own)
     count = partial(count_before, chunk=chunk, device=device)
-    given = source, truth, metric, scores
-    (before,) = Pool(progress=progress).map("ranking", count, given, own, length)
-    return metrics_of(truth.positives(), ranks_of(truth, before), max_rank)
+    (before,) = Pool(progress=progress).map("ranking", count, (source, truth, code, scores), own)
+    return metrics_of(truth.positives(), before, max_rank)
 
 
 def score_matches(
-    source: Source, truth: GroundTruth, metric: Metric, own: Sequence[Range], images: Count = ignore
+    source: Source, truth: GroundTruth, metric: int, own: Sequence[range], images: Count = ignore
 ) -> tuple[np.ndarray, float]:
     """First pass: the exact scores (M,) float64 of all entries of `truth` in a task's ranges.
 
     Entries of other ranges stay NaN. Also returns the greatest norm in the ranges.
     """
-    code, row, query = metric_code(metric), truth.row, source.query
-    scores, longest = np.full(len(row), np.nan), 0.0
+    row, scores, longest = truth.row, np.full(len(truth.index), np.nan), 0.0
     for first, block in gallery_blocks(source, own, BLOCK):
         longest = max(longest, float(block.norm.max()))
-        here = np.flatnonzero((truth.index >= first) & (truth.index < first + len(block)))
-        scores[here] = _exact_scores(query, block, code, row[here], truth.index[here] - first)
+        here = truth.within(first, len(block))
+        columns = truth.index[here] - first
+        scores[here] = _exact_scores(source.query, block, metric, row[here], columns)
         images(len(block))
     return scores, longest
 
 
 def _exact_scores(
-    query: Features, block: Features, code: int, rows: np.ndarray, columns: np.ndarray
+    query: Features, block: Features, metric: int, rows: np.ndarray, columns: np.ndarray
 ) -> np.ndarray:
     """Exact scores (M,) float64 of listed pairs."""
-    out = np.empty(len(rows))
+    out, vectors = np.empty(len(rows)), (query.vectors, block.vectors)
 
     def score(a: int, b: int) -> None:
-        score_pairs(code, query.vectors, block.vectors, rows[a:b], columns[a:b], out[a:b])
+        rank_counts.score_pairs(metric, *vectors, rows[a:b], columns[a:b], out[a:b])
 
-    in_threads(score, len(rows))
+    similarity.in_threads(score, len(rows))
     return out
-
-
-def ordered_positives(truth: GroundTruth, scores: np.ndarray) -> np.ndarray:
-    """Entries of `truth` that are positives, each query's from the closest to the furthest."""
-    kept = np.flatnonzero(truth.positive)  # equal scores stay in the order of the index
-    return kept[np.lexsort((scores[kept], truth.row[kept]))]
 
 
 def count_before(
     source: Source,
     truth: GroundTruth,
-    metric: Metric,
+    metric: int,
     scores: np.ndarray,
-    own: Sequence[Range],
+    own: Sequence[range],
     images: Count,
-    **options: Any,
-) -> np.ndarray:
-    """Second pass: `count_in_blocks` of a task's ranges of the gallery."""
-    blocks = gallery_blocks(source, own, BLOCK)
-    return count_in_blocks(source.query, blocks, truth, scores, metric, images, **options)
-
-
-def count_in_blocks(
-    query: Features,
-    blocks: Blocks,
-    truth: GroundTruth,
-    scores: np.ndarray,
-    metric: Metric,
-    images: Count = ignore,
     *,
+    blocks: Blocks | None = None,
     chunk: int = CHUNK,
     device: str | torch.device = "cpu",
 ) -> np.ndarray:
-    """How many images of other identities, in these blocks, come before each positive.
+    """Second pass: how many images of other identities come before each positive.
 
     Args:
         scores: (M,) float64, from `score_matches`, of the whole gallery.
+        own: the ranges of the gallery to count in.
         images: called with each block's images.
+        blocks: what to count in instead of `own`.
+        chunk, device: as in `rank`.
 
     Returns:
-        (P,) int64, in the order of `ordered_positives`.
+        (P,) int64: each query's positives from the closest to the furthest, equally close ones by
+        ascending index.
     """
-    code, target = metric_code(metric), torch.empty(0, device=device).device  # with its index
-    order, row = ordered_positives(truth, scores), truth.row
+    query, row, start = source.query, truth.row, truth.positives()
+    target = torch.empty(0, device=device).device  # with its index
+    order = np.flatnonzero(truth.positive)
+    order = order[np.lexsort((scores[order], row[order]))]  # stable: equal scores stay by index
     # Quick Euclidean scores leave out ‖q‖².
-    quick_keys = scores - query.norm[row] ** 2 if code == EUCLIDEAN else scores
-    key, key_row, start = quick_keys[order], row[order], truth.positives()
-    exact = scores[order], truth.index[order]
-    before = np.zeros(len(order), np.int64)
-    on_host = target.type == "cpu"
+    quick_keys = scores - query.norm[row] ** 2 if metric == EUCLIDEAN else scores
+    key, key_row, exact = quick_keys[order], row[order], (scores[order], truth.index[order])
+    before, on_host = np.zeros(len(order), np.int64), target.type == "cpu"
     chunk = _even(len(query), chunk, torch.get_num_threads() if on_host else 1)
-    chunks = [query.rows(q, q + chunk) for q in range(0, len(query), chunk)]
+    chunks = [query[part.start : part.stop] for part in ranges(len(query), chunk)]
+    count: Callable = rank_counts.count_block if on_host else rank_counts.count_on_device
 
     def window(slack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Quick scores outside of it surely compare as exact ones do: (P,) float32 each."""
-        slack = tolerance_at(key, slack[key_row], code)
+        slack = similarity.tolerance_at(key, slack[key_row], metric)
         return (key - slack).astype(np.float32), (key + slack).astype(np.float32)
 
     def prepare(numbered: tuple[int, Features]) -> _Block:
         first, block = numbered
-        slack = tolerance(query, block, code)
-        own = np.flatnonzero((truth.index >= first) & (truth.index < first + len(block)))
+        slack, own = similarity.tolerance(query, block, metric), truth.within(first, len(block))
         ends = np.searchsorted(row[own], range(0, len(query) + chunk, chunk))
-        operand = right_operand(block, code, target)
+        operand = similarity.right_operand(block, metric, target)
         return _Block(first, block, operand, slack, *window(slack), own, ends)
 
-    with full_precision(), single_threaded_pool() if on_host else nullcontext() as pool:
-        lefts = [left_operand(part, code, target) for part in chunks]
-        for block in _one_ahead(prepare, blocks):
+    def compare(i: int, block: _Block) -> None:
+        part, first, features = chunks[i], i * chunk, block.features
+        own = block.own[block.ends[i] : block.ends[i + 1]]
+        quick = similarity.quick_scores(lefts[i], block.operand, features, metric)
+        pairs = row[own] - first, truth.index[own] - block.first
+        if on_host:
+            quick = quick.numpy()  # indexing takes a fifth of the time that PyTorch takes
+        checked, known, error = _errors(quick, *pairs, quick_keys[own], part, features, metric)
+        low, high = block.low, block.high
+        expected = similarity.tolerance_at(known, block.slack[checked + first], metric)
+        if not np.all(error <= expected / 2):  # also if it is NaN
+            slack = similarity.tolerance(query, features, metric, certain=True)
+            low, high = window(slack)
+            _require(error, slack[checked + first])
+        # Images of the query's own identity are not counted.
+        quick[_indices(quick, *pairs)] = np.inf
+        positives = Positives(start[first : first + len(part) + 1], *exact, low, high)
+        count(quick, block.first, positives, metric, part.vectors, features.vectors, before)
 
-            def compare(i: int, block: _Block = block) -> None:
-                part, own, first = (
-                    chunks[i],
-                    block.own[block.ends[i] : block.ends[i + 1]],
-                    i * chunk,
-                )
-                quick = quick_scores(lefts[i], block.operand, block.features, code)
-                rows, columns = row[own] - first, truth.index[own] - block.first
-                checked, known, error = _errors(
-                    quick, rows, columns, quick_keys[own], part, block.features, code
-                )
-                low, high = block.low, block.high
-                expected = tolerance_at(known, block.slack[checked + first], code)
-                if not np.all(error <= expected / 2):  # also if it is NaN
-                    slack = tolerance(query, block.features, code, certain=True)
-                    low, high = window(slack)
-                    _require(error, slack[checked + first])
-                _exclude(quick, rows, columns)
-                starts = start[first : first + len(part) + 1]
-                positives = Positives(starts, *exact, low, high)
-                given = positives, code, part.vectors, block.features.vectors, before
-                if on_host:
-                    count_block(quick.numpy(), block.first, *given)
-                else:
-                    count_on_device(quick, block.first, *given)
-
-            list((pool.map if pool else map)(compare, range(len(chunks))))
+    threads = similarity.single_threaded_pool() if on_host else nullcontext()
+    with similarity.full_precision(), threads as pool:
+        lefts = [similarity.left_operand(part, metric, target) for part in chunks]
+        for block in _one_ahead(prepare, blocks or gallery_blocks(source, own, BLOCK)):
+            list((pool.map if pool else map)(partial(compare, block=block), range(len(chunks))))
             images(len(block.features))
     return before
 
@@ -278,9 +234,14 @@ def _even(queries: int, chunk: int, threads: int) -> int:
 
 
 def _errors(
-    quick: torch.Tensor, rows: np.ndarray, columns: np.ndarray, exact: np.ndarray,
-    part: Features, block: Features, code: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    quick: np.ndarray | torch.Tensor,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    exact: np.ndarray,
+    part: Features,
+    block: Features,
+    metric: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The product's errors: rows and exact scores (n,) of some of its pairs, and their errors.
 
     The given exact scores are known; if they are few, some more are computed. Embeddings that
@@ -289,44 +250,30 @@ def _errors(
     if len(rows) < PROBES:
         more = np.arange(0, len(part), -(-len(part) // PROBES))
         across, found = more % len(block), np.empty(len(more))
-        score_pairs(code, part.vectors, block.vectors, more, across, found)
-        if code == EUCLIDEAN:
+        rank_counts.score_pairs(metric, part.vectors, block.vectors, more, across, found)
+        if metric == EUCLIDEAN:
             found -= part.norm[more] ** 2
         rows, columns = np.concatenate([rows, more]), np.concatenate([columns, across])
         exact = np.concatenate([exact, found])
-    if quick.device.type == "cpu":
-        return rows, exact, np.abs(quick.numpy()[rows, columns] - exact)
-    where = torch.from_numpy(rows).to(quick.device), torch.from_numpy(columns).to(quick.device)
-    return rows, exact, np.abs(quick[where].cpu().numpy() - exact)
+    scores = quick[_indices(quick, rows, columns)]
+    scores = scores if isinstance(scores, np.ndarray) else scores.cpu().numpy()
+    return rows, exact, np.abs(scores - exact)
 
 
-def _exclude(quick: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> None:
-    """Make the scores of images of the query's own identity infinite: they are not counted."""
-    if quick.device.type == "cpu":
-        quick.numpy()[rows, columns] = np.inf  # takes a fifth of the time that PyTorch takes
-        return
-    where = torch.from_numpy(rows).to(quick.device), torch.from_numpy(columns).to(quick.device)
-    quick[where] = torch.inf
+def _indices(scores: np.ndarray | torch.Tensor, *indices: np.ndarray) -> tuple:
+    """Indices as `scores[…]` takes them: on its device."""
+    if isinstance(scores, np.ndarray):
+        return indices
+    return tuple(torch.from_numpy(values).to(scores.device) for values in indices)
 
 
 def _require(error: np.ndarray, slack: np.ndarray) -> None:
     """Raise if the product is worse than any float32 product can be."""
-    wrong = np.flatnonzero(~(error <= slack))
-    if len(wrong):
+    if len(wrong := np.flatnonzero(~(error <= slack))):
         raise RuntimeError(
             f"the matrix product is off by {error[wrong[0]]:.1e}, but float32 allows only "
             f"{slack[wrong[0]]:.1e}: is a lower precision forced on it?"
         )
-
-
-def ranks_of(truth: GroundTruth, before: np.ndarray) -> np.ndarray:
-    """Ranks (P,) from 1 of `ordered_positives`, from the images of others before each."""
-    return before + nth(truth.positives())
-
-
-def nth(start: np.ndarray) -> np.ndarray:
-    """1, 2, … for each query's positives, which start at `start`."""
-    return np.arange(1, start[-1] + 1) - np.repeat(start[:-1], np.diff(start))
 
 
 def top_matches(
@@ -345,19 +292,20 @@ def top_matches(
     Fewer columns if a query has fewer than k images left.
     """
     code, labels = metric_code(metric), Labels(query_pid, query_camid, gallery_pid, gallery_camid)
-    queries, base = check_inputs(query, gallery, labels)
-    cpu = torch.device("cpu")
-    right, slack = right_operand(base, code, cpu), tolerance(queries, base, code, certain=True)
+    queries, base = similarity.check_inputs(query, gallery, labels)
+    right = similarity.right_operand(base, code)
+    slack = similarity.tolerance(queries, base, code, certain=True)
     chosen = []
-    with full_precision():
+    with similarity.full_precision():
         for q in range(len(queries)):
             valid = np.flatnonzero(
                 (labels.gallery_pid != labels.query_pid[q])
                 | (labels.gallery_camid != labels.query_camid[q])
             )
-            left = left_operand(queries.rows(q, q + 1), code, cpu)
-            near = quick_scores(left, right, base, code)[0].numpy()[valid].astype(np.float64)
+            left = similarity.left_operand(queries[q : q + 1], code)
+            near = similarity.quick_scores(left, right, base, code)[0].numpy()[valid]
             if len(valid) > k:
+                near = near.astype(np.float64)
                 kth = np.partition(near, k - 1)[k - 1]
                 valid = valid[near <= kth + 2 * slack[q]]
             exact = _exact_scores(queries, base, code, np.full(len(valid), q), valid)

@@ -14,48 +14,37 @@ Published variants differ. This follows the authors of adaptive L2 regularizatio
 Neighbours are ordered as in `ranking`: by exact scores, then by index.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import partial
 
 import numpy as np
 import scipy.sparse as sp
 
 from data_shards.errors import DataError
 from data_shards.progress import Progress, silent
+from reid_train.evaluation import neighbours
 from reid_train.evaluation.ground_truth import GroundTruth, Labels, find_ground_truth, read_only
 from reid_train.evaluation.kernels import k_reciprocal
 from reid_train.evaluation.kernels.k_reciprocal import Compressed, Rows, Sets
-from reid_train.evaluation.kernels.rank_counts import COSINE, GIVEN, Positives, count_block
-from reid_train.evaluation.measures import Metric, ReRanking
+from reid_train.evaluation.kernels.rank_counts import GIVEN, Positives, count_block
+from reid_train.evaluation.measures import COSINE, Measures, metric_code
 from reid_train.evaluation.metrics import RankingResult, metrics_of
-from reid_train.evaluation.neighbours import (
-    Block,
-    Neighbours,
-    all_pairs,
-    block_scores,
-    blocks_across,
-    nearest_neighbours,
-)
-from reid_train.evaluation.ranking import nth
+from reid_train.evaluation.neighbours import Block, Neighbours
 from reid_train.evaluation.similarity import (
     Features,
     check_inputs,
     full_precision,
     in_threads,
-    metric_code,
     tolerance,
 )
-from reid_train.evaluation.tasks import Count, Joined, Pool, ignore
+from reid_train.evaluation.tasks import Count, Joined, Pool, ignore, ranges
 
 CHUNK = 512  # queries in a yield of distances
 KEPT = 1 << 28  # bytes of scores that may be kept; more are computed a second time
 ENCODED = 8192  # rows encoded at a time
 
-
-NOTHING = Features(np.empty((0, 0), np.float32), np.empty(0), np.empty(0)).vectors
+NOTHING = Features.of(np.empty((0, 0), np.float32)).vectors
 """For counts that need no embeddings."""
 
 Distances = Iterable[tuple[int, np.ndarray]]
@@ -82,17 +71,15 @@ class Encoding:
 def rerank(
     query: np.ndarray,
     gallery: np.ndarray,
-    settings: ReRanking | None = None,
+    measures: Measures | None = None,
     *,
-    metric: Metric = "cosine",
     progress: Progress = silent,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Re-ranked distances of the queries to the gallery, some queries at a time.
 
     Args:
         query, gallery: (Q, D), (G, D) float32 embeddings.
-        settings: by default the authors'.
-        metric: "cosine" or "euclidean".
+        measures: `metric`, `k1`, `k2` and `weight` count; by default the cosine, and the authors'.
         progress: called with "neighbours" and pairs, then with "distances" and queries.
 
     Yields:
@@ -102,17 +89,16 @@ def rerank(
         DataError: NaN or infinite embeddings, or other shapes or types.
         ConfigError: an unknown metric, or settings out of range or too large for so few images.
     """
-    settings, code = settings or ReRanking(), metric_code(metric)
-    settings.check()
+    measures = measures or Measures()
+    metric = metric_code(measures.metric)
+    measures.check_reranking()
     source = Joined(Features.joined(*check_inputs(query, gallery)), len(query))
-    total = len(source.both)
-    settings.check(total)
-    given = source, settings.needed, code, (kept := room_for_scores(len(query), len(gallery)))
-    blocks, size = all_pairs(total), attrgetter("pairs")
-    (near,) = Pool(progress=progress).map("neighbours", find_neighbours, given, blocks, size)
-    encoding = encode(source, near, settings, code)
-    scores = _scores_across(source, code, kept, blocks_across(len(query), total))
-    for first, distance in _distances(source, encoding, settings, code, scores):
+    measures.check_reranking(total := len(source.both))
+    kept, blocks = room_for_scores(len(query), len(gallery)), neighbours.all_pairs(total)
+    given = source, measures.needed, metric, kept
+    (near,) = Pool(progress=progress).map("neighbours", find_neighbours, given, blocks)
+    encoding, across = encode(source, near, measures), neighbours.blocks_across(len(query), total)
+    for first, distance in _distances(source, encoding, measures, kept, across):
         yield first, distance
         progress("distances", first + len(distance), len(query))
 
@@ -141,92 +127,49 @@ def find_neighbours(
         if kept is not None:
             _copy_across(block, scores, kept, 0, len(kept))
 
-    return nearest_neighbours(source.both, k, metric, own, pairs, keep)
-
-
-def rank_reranked(
-    source: Joined,
-    encoding: Encoding,
-    settings: ReRanking,
-    metric: int,
-    truth: GroundTruth,
-    kept: np.ndarray | None,
-    own: Sequence[Sequence[Block]],
-    queries: Count,
-) -> np.ndarray:
-    """Ranks (P,) of the positives of a task's queries in the re-ranked gallery, 0 elsewhere."""
-    scores = _scores_across(source, metric, kept, own)
-    return positive_ranks(_distances(source, encoding, settings, metric, scores), truth, queries)
-
-
-def _scores_across(
-    source: Joined, metric: int, kept: np.ndarray | None, own: Sequence[Sequence[Block]]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The queries' scores with the gallery: those kept, or those of `blocks_across` once more."""
-    both, queries = source.both, source.queries
-    if kept is not None:
-        yield 0, kept
-        return
-    scores_of = block_scores(both, metric)
-    for blocks in own:
-        first, stop = blocks[0].rows
-        out = np.empty((min(stop, queries) - first, len(both) - queries), np.float32)
-        with full_precision():
-            for block in blocks:
-                _copy_across(block, scores_of(block), out, first, queries)
-        yield first, out
+    return neighbours.nearest_neighbours(source.both, k, metric, own, pairs, keep)
 
 
 def _copy_across(
     block: Block, scores: np.ndarray, out: np.ndarray, first: int, queries: int
 ) -> None:
-    """Copy a block's scores of queries with the gallery to their place.
-
-    Args:
-        out: (B, G), of queries from `first` on.
-    """
-    row, column = block.rows[0] - first, block.columns[0] - queries
-    part = scores[: max(queries - block.rows[0], 0), max(-column, 0) :]
+    """Copy a block's scores of queries with the gallery into `out` (B, G), from row `first` on."""
+    row, column = block.rows.start - first, block.columns.start - queries
+    part = scores[: max(queries - block.rows.start, 0), max(-column, 0) :]
     left = max(column, 0)
     out[row : row + len(part), left : left + part.shape[1]] = part
 
 
-def encode(source: Joined, near: Neighbours, settings: ReRanking, metric: int) -> Encoding:
+def encode(source: Joined, near: Neighbours, measures: Measures) -> Encoding:
     """Every image as a sparse row of weights over its expanded reciprocal neighbours."""
-    both = source.both
+    both, count, metric = source.both, len(source.both), metric_code(measures.metric)
     spread = near.furthest.astype(np.float64) + (metric == COSINE)
     furthest = spread**2 if metric == COSINE else spread
     # If all images are the same, the greatest distance is only a rounding error.
     furthest[spread <= tolerance(both, both, metric, certain=True)] = 1.0
-    count = len(both)
-    full, half = (_reciprocal(near.index, k) for k in (settings.k1, settings.half))
+    # Python rounds half to even.
+    full, half = (_reciprocal(near.index, k) for k in (measures.k1, round(measures.k1 / 2)))
     widest = min(full.item.shape[1] * (1 + half.item.shape[1]), count)
-
-    def sets(first: int, out: Rows) -> None:
-        k_reciprocal.encode(near, full, half, furthest, metric, both.vectors, first, out)
-
-    rows = _rows_of(sets, count, widest)
-    if settings.k2 == 1:
-        return Encoding(rows, furthest)
-    nearest = np.ascontiguousarray(near.index[:, : settings.k2])
-    longest = int(np.diff(rows.indptr).max(initial=0))
-    single = _compressed(rows)
-
-    def means(first: int, out: Rows) -> None:
-        k_reciprocal.average(nearest, single, first, out)
-
-    return Encoding(_rows_of(means, count, min(settings.k2 * longest, count)), furthest)
+    vectors = both.vectors
+    fill = partial(k_reciprocal.encode, near, full, half, furthest, metric, vectors)
+    rows = _rows_of(fill, count, widest)
+    if measures.k2 > 1:
+        nearest = np.ascontiguousarray(near.index[:, : measures.k2])
+        longest = int(np.diff(rows.indptr).max(initial=0))
+        fill = partial(k_reciprocal.average, nearest, _compressed(rows))
+        rows = _rows_of(fill, count, min(measures.k2 * longest, count))
+    return Encoding(rows, furthest)
 
 
-def _reciprocal(neighbours: np.ndarray, k: int) -> Sets:
+def _reciprocal(nearest: np.ndarray, k: int) -> Sets:
     """R(·, k) of all images."""
-    sets = Sets(np.empty((len(neighbours), k + 1), np.int32), np.empty(len(neighbours), np.int64))
+    sets = Sets(np.empty((len(nearest), k + 1), np.int32), np.empty(len(nearest), np.int64))
 
     def fill(a: int, b: int) -> None:
         out = Sets(sets.item[a:b], sets.count[a:b])
-        k_reciprocal.reciprocal_neighbours(neighbours, k, a, out)
+        k_reciprocal.reciprocal_neighbours(nearest, k, a, out)
 
-    in_threads(fill, len(neighbours))
+    in_threads(fill, len(nearest))
     return sets
 
 
@@ -236,56 +179,65 @@ def _compressed(rows: sp.csr_array | sp.csc_array) -> Compressed:
 
 def _rows_of(fill: Callable[[int, Rows], None], count: int, widest: int) -> sp.csr_array:
     """A sparse matrix of the rows that `fill(first, rows)` writes, some at a time."""
-    lengths, indices, data = [], [], []
-    for first in range(0, count, ENCODED):
-        height = min(ENCODED, count - first)
+    lengths, items, weights = [], [], []
+    for images in ranges(count, ENCODED):
+        shape = len(images), widest
         rows = Rows(
-            np.zeros(height, np.int64),
-            np.empty((height, widest), np.int32),
-            np.empty((height, widest), np.float32),
+            np.zeros(len(images), np.int64), np.empty(shape, np.int32), np.empty(shape, np.float32)
         )
 
-        def part(a: int, b: int, first=first, rows=rows) -> None:
+        def part(a: int, b: int, first=images.start, rows=rows) -> None:
             fill(first + a, Rows(*(values[a:b] for values in rows)))
 
-        in_threads(part, height)
+        in_threads(part, len(images))
         used = np.arange(widest) < rows.length[:, None]
         lengths.append(rows.length)
-        indices.append(rows.item[used])
-        data.append(rows.value[used])
+        items.append(rows.item[used])
+        weights.append(rows.value[used])
     start = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return sp.csr_array(
-        (np.concatenate(data), np.concatenate(indices), start), shape=(count, count)
-    )
+    content = np.concatenate(weights), np.concatenate(items), start
+    return sp.csr_array(content, shape=(count, count))
 
 
 def _distances(
     source: Joined,
     encoding: Encoding,
-    settings: ReRanking,
-    metric: int,
-    scores: Iterable[tuple[int, np.ndarray]],
-) -> Iterator[tuple[int, np.ndarray]]:
+    measures: Measures,
+    kept: np.ndarray | None,
+    own: Sequence[Sequence[Block]],
+) -> Distances:
     """Re-ranked distances, some queries at a time.
 
     Args:
-        scores: number of the first query, and scores (B, G) float32 of B queries with the gallery,
-            as `_scores_across` gives them; overwritten.
+        kept: the queries' scores with the gallery, if there was room; overwritten.
+        own: those of `blocks_across`, to compute the scores again if there was not.
     """
+    metric, weight = metric_code(measures.metric), measures.weight
     rows, columns = _compressed(encoding.rows), _compressed(encoding.rows[source.queries :].tocsc())
-    for start, all_scores in scores:
-        for offset in range(0, len(all_scores), CHUNK):
-            first, out = start + offset, all_scores[offset : offset + CHUNK]
+    for start, scores in _scores_across(source, metric, own) if kept is None else [(0, kept)]:
+        for offset in range(0, len(scores), CHUNK):
+            first, out = start + offset, scores[offset : offset + CHUNK]
 
             def blend(a: int, b: int, first=first, out=out) -> None:
                 own = Compressed(rows.start[first + a : first + b + 1], rows.item, rows.value)
                 furthest = encoding.furthest[first + a : first + b]
-                k_reciprocal.blend_jaccard(
-                    out[a:b], own, columns, metric, furthest, settings.weight
-                )
+                k_reciprocal.blend_jaccard(out[a:b], own, columns, metric, furthest, weight)
 
             in_threads(blend, len(out))
             yield first, out
+
+
+def _scores_across(source: Joined, metric: int, own: Sequence[Sequence[Block]]) -> Distances:
+    """The queries' scores with the gallery, computed in the blocks of `blocks_across`."""
+    both, queries = source.both, source.queries
+    scores_of = neighbours.block_scores(both, metric)
+    for blocks in own:
+        first, stop = blocks[0].rows.start, min(blocks[0].rows.stop, queries)
+        out = np.empty((stop - first, len(both) - queries), np.float32)
+        with full_precision():
+            for block in blocks:
+                _copy_across(block, scores_of(block), out, first, queries)
+        yield first, out
 
 
 def rank_distances(blocks: Distances, labels: Labels, *, max_rank: int = 50) -> RankingResult:
@@ -299,34 +251,47 @@ def rank_distances(blocks: Distances, labels: Labels, *, max_rank: int = 50) -> 
         DataError: NaN distances, a missing query, or no query with a match.
     """
     truth = find_ground_truth(labels)
-    ranks = positive_ranks(blocks, truth)
-    if left := truth.row[truth.positive][ranks == 0].tolist():
+    before = _count_before(blocks, truth)
+    if len(left := truth.row[truth.positive][before < 0]):
         raise DataError(f"no distances of query {left[0]}")
-    return metrics_of(truth.positives(), ranks, max_rank)
+    return metrics_of(truth.positives(), before, max_rank)
 
 
-def positive_ranks(blocks: Distances, truth: GroundTruth, queries: Count = ignore) -> np.ndarray:
-    """Ranks (P,) from 1 of each query's positives, ascending; 0 for queries not in the blocks."""
+def count_before_reranked(
+    source: Joined,
+    encoding: Encoding,
+    measures: Measures,
+    truth: GroundTruth,
+    kept: np.ndarray | None,
+    own: Sequence[Sequence[Block]],
+    queries: Count,
+) -> np.ndarray:
+    """`_count_before` in the re-ranked gallery, of a task's queries."""
+    return _count_before(_distances(source, encoding, measures, kept, own), truth, queries)
+
+
+def _count_before(blocks: Distances, truth: GroundTruth, queries: Count = ignore) -> np.ndarray:
+    """As `ranking.count_before` counts, (P,) int64; −1 for queries that are not in the blocks."""
     row, starts = truth.row, truth.positives()
-    ranks = np.zeros(starts[-1], np.int64)
+    found = np.full(starts[-1], -1)
     for q, distance in blocks:
         stop = q + len(distance)
         if np.isnan(distance).any():
             raise DataError(f"distances of queries {q} to {stop - 1} contain NaN")
         own = np.arange(truth.start[q], truth.start[stop])
         kept = own[truth.positive[own]]
-        index, key = truth.index[kept], distance[row[kept] - q, truth.index[kept]]
+        key = distance[row[kept] - q, truth.index[kept]]
         distance[row[own] - q, truth.index[own]] = np.inf
-        order = np.lexsort((index, key, row[kept]))
-        index, key = index[order], key[order]
-        before, start = np.zeros(len(kept), np.int64), starts[q : stop + 1] - starts[q]
+        order = np.lexsort((key, row[kept]))  # stable: equal distances stay by index
+        key, index = key[order], truth.index[kept[order]]
+        start, before = starts[q : stop + 1] - starts[q], found[starts[q] : starts[stop]]
+        before[:] = 0
+        positives = Positives(start, key.astype(np.float64), index, key, key)
 
-        def count(a: int, b: int, distance=distance, start=start, given=(key, index), out=before):
-            key, index = given
-            positives = Positives(start[a : b + 1], key.astype(np.float64), index, key, key)
-            count_block(distance[a:b], 0, positives, GIVEN, NOTHING, NOTHING, out)
+        def count(a: int, b: int, distance=distance, positives=positives, before=before) -> None:
+            part = positives._replace(start=positives.start[a : b + 1])
+            count_block(distance[a:b], 0, part, GIVEN, NOTHING, NOTHING, before)
 
         in_threads(count, len(distance))
-        ranks[starts[q] : starts[stop]] = before + nth(start)
         queries(len(distance))
-    return ranks
+    return found

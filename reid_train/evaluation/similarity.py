@@ -5,33 +5,26 @@ squared distance. The product gives the cosine's score, and ‖g‖² − 2 q·g
 missing ‖q‖² is the same for the whole gallery of a query.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 
-from data_shards.errors import ConfigError, DataError
-from reid_train.evaluation.ground_truth import Labels, read_only
-from reid_train.evaluation.kernels.rank_counts import COSINE, EUCLIDEAN, Vectors, norms
+from data_shards.errors import DataError
+from reid_train.evaluation.ground_truth import Labels, as_array, read_only
+from reid_train.evaluation.kernels.rank_counts import Vectors, norms
+from reid_train.evaluation.measures import COSINE, EUCLIDEAN
 
-METRICS: dict[str, int] = {"cosine": COSINE, "euclidean": EUCLIDEAN}
 SHORTEST, LONGEST = 1e-30, 1e18  # lengths that float32 can invert and square
+CPU = torch.device("cpu")
 _UNIT = float(np.finfo(np.float32).eps) / 2
 _TINY = float(np.finfo(np.float32).tiny)
-
-
-def metric_code(metric: str) -> int:
-    """The kernels' number for a metric. Raises `ConfigError`."""
-    if metric not in METRICS:
-        raise ConfigError(f"no metric {metric!r}; there are {', '.join(METRICS)}")
-    return METRICS[metric]
 
 
 @dataclass(frozen=True)
@@ -46,35 +39,28 @@ class Features:
         read_only(self, "embedding", "scale", "norm")
 
     @classmethod
-    def of(cls, embedding: np.ndarray) -> Features:
+    def of(cls, embedding: np.ndarray) -> Self:
         norm = np.empty(len(embedding))
         in_threads(lambda a, b: norms(embedding[a:b], norm[a:b]), len(embedding))
         return cls(embedding, np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0), norm)
 
     @classmethod
-    def joined(cls, *parts: Features) -> Features:
+    def joined(cls, *parts: "Features") -> Self:
         """One after another, copied."""
-        return cls(
-            np.concatenate([part.embedding for part in parts]),
-            np.concatenate([part.scale for part in parts]),
-            np.concatenate([part.norm for part in parts]),
-        )
+        arrays = zip(*((part.embedding, part.scale, part.norm) for part in parts), strict=True)
+        return cls(*map(np.concatenate, arrays))
 
     def __len__(self) -> int:
         return len(self.norm)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Self:
+        """Consecutive rows, as views, or listed ones, copied."""
+        return type(self)(self.embedding[rows], self.scale[rows], self.norm[rows])
 
     @property
     def vectors(self) -> Vectors:
         """What the compiled loops need for exact scores."""
         return Vectors(self.embedding, self.scale)
-
-    def rows(self, first: int, stop: int) -> Features:
-        """Consecutive rows, as views."""
-        return Features(self.embedding[first:stop], self.scale[first:stop], self.norm[first:stop])
-
-    def only(self, wanted: np.ndarray) -> Features:
-        """The rows of a mask (N,), copied."""
-        return Features(self.embedding[wanted], self.scale[wanted], self.norm[wanted])
 
 
 def check_inputs(
@@ -116,10 +102,7 @@ def check_shapes(
 
 def _matrix(name: str, embedding: object) -> np.ndarray:
     """`embedding` as an (N, D) array of real numbers, N and D at least 1."""
-    try:
-        rows = np.asarray(embedding)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"{name} embeddings must be an array of shape (N, D): {error}") from None
+    rows = as_array(f"{name} embeddings", embedding, "(N, D)")
     if rows.ndim != 2 or 0 in rows.shape or rows.dtype.kind not in "fiu":
         raise DataError(
             f"{name} embeddings must be a matrix of numbers of shape (N, D), one row an image, N "
@@ -128,12 +111,15 @@ def _matrix(name: str, embedding: object) -> np.ndarray:
     return rows
 
 
-def check_features(name: str, embedding: object, first: int = 0) -> Features:
+def check_features(
+    name: str, embedding: object, first: int = 0, total: int | None = None
+) -> Features:
     """`embedding` as `Features` in one piece of memory.
 
     Args:
         name: what to call it in an error.
-        first: number of its first row, for an error in a part of something larger.
+        first, total: for an error in a part of something larger: the number of the part's first
+            row, and how many rows there are in all.
 
     Raises:
         DataError: not a matrix of numbers; or a row with NaN, with infinite values, or with a
@@ -143,30 +129,28 @@ def check_features(name: str, embedding: object, first: int = 0) -> Features:
     with np.errstate(over="ignore"):
         features = Features.of(np.ascontiguousarray(rows, np.float32))
     # A row's length shows what is in it: the squares of float32 values never overflow float64.
-    norm = features.norm
-    wrong = np.flatnonzero(~np.isfinite(norm))
-    if len(wrong):
+    norm, shape = features.norm, (total or len(rows), rows.shape[1])
+    if len(wrong := np.flatnonzero(~np.isfinite(norm))):
         raise DataError(
             f"{name} embedding {first + wrong[0]} has NaN or infinite values ({len(wrong)} such "
-            "rows): was the training unstable, or half precision used?"
+            f"rows, array of shape {shape}): was the training unstable, or half precision used?"
         )
-    wrong = np.flatnonzero(((norm < SHORTEST) & (norm > 0)) | (norm > LONGEST))
-    if len(wrong):
+    if len(wrong := np.flatnonzero(((norm < SHORTEST) & (norm > 0)) | (norm > LONGEST))):
         raise DataError(
             f"{name} embedding {first + wrong[0]} has length {norm[wrong[0]]:.1e} ({len(wrong)} "
-            f"such rows): lengths must be 0, or from {SHORTEST:.0e} to {LONGEST:.0e}; scale the "
-            "embeddings"
+            f"such rows, array of shape {shape}): lengths must be 0, or from {SHORTEST:.0e} to "
+            f"{LONGEST:.0e}; scale the embeddings"
         )
     return features
 
 
-def left_operand(query: Features, metric: int, device: torch.device) -> torch.Tensor:
+def left_operand(query: Features, metric: int, device: torch.device = CPU) -> torch.Tensor:
     """Queries as `quick_scores` takes them: −q/‖q‖ for the cosine, −2q for Euclidean."""
     factor = -query.scale if metric == COSINE else np.full(len(query), -2.0)
     return _operand(query.embedding, factor, device)
 
 
-def right_operand(block: Features, metric: int, device: torch.device) -> torch.Tensor:
+def right_operand(block: Features, metric: int, device: torch.device = CPU) -> torch.Tensor:
     """A block of the gallery as `quick_scores` takes it: g/‖g‖ for the cosine, else g."""
     return _operand(block.embedding, block.scale if metric == COSINE else None, device)
 
@@ -276,8 +260,5 @@ def in_threads(function: Callable[[int, int], object], count: int) -> None:
     """
     threads = min(torch.get_num_threads(), os.cpu_count() or 1, max(count, 1))
     edges = [count * i // threads for i in range(threads + 1)]
-    if threads == 1:
-        function(0, count)
-        return
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(function, edges[:-1], edges[1:]))

@@ -1,7 +1,5 @@
 """The tasks of an evaluation: the sources that they read from, and the pool that runs them."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,26 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.progress import Progress, silent
+from data_shards.progress import Progress, phase, silent
 from reid_train.evaluation.embedding_store import EmbeddingFiles
 from reid_train.evaluation.similarity import Features
 
 TASKS = 4  # of a worker, one after another: progress is seen, and a slow worker gets fewer
 
-Range = tuple[int, int]
-"""Consecutive images: the first, and the one past the last."""
 Count = Callable[[int], object]
 """Called with how much more is done."""
 
 
-def ranges(count: int, size: int, first: int = 0) -> list[Range]:
+def ranges(count: int, size: int, first: int = 0) -> list[range]:
     """Consecutive ranges of `size` images from `first` to `count`; the last may be shorter."""
-    return [(a, min(a + size, count)) for a in range(first, count, size)]
-
-
-def length(own: Range) -> int:
-    """How many images a range has."""
-    return own[1] - own[0]
+    return [range(a, min(a + size, count)) for a in range(first, count, size)]
 
 
 def ignore(more: int) -> None:
@@ -37,10 +28,10 @@ def ignore(more: int) -> None:
 
 @dataclass(frozen=True)
 class Separate:
-    """Queries and gallery in memory, each in an array of its own."""
+    """Queries in memory, and the gallery in another array, or in files that are streamed."""
 
     query: Features
-    gallery: Features
+    gallery: Features | EmbeddingFiles
 
 
 @dataclass(frozen=True)
@@ -53,43 +44,28 @@ class Joined:
     @property
     def query(self) -> Features:
         """Only the queries."""
-        return self.both.rows(0, self.queries)
+        return self.both[: self.queries]
 
     @property
     def gallery(self) -> Features:
         """Only the gallery."""
-        return self.both.rows(self.queries, len(self.both))
+        return self.both[self.queries :]
 
 
-def read_all(files: EmbeddingFiles) -> Joined:
-    """Read all embeddings into memory."""
-    both = Features.of(files.read("query", "gallery"))
-    return Joined(both, int(np.count_nonzero(files.split == "query")))
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """Queries in memory, and a gallery that stays on storage."""
-
-    query: Features
-    files: EmbeddingFiles
-
-
-Source = Separate | Joined | Streamed
+Source = Separate | Joined
 
 
 def gallery_blocks(
-    source: Source, own: Sequence[Range], size: int
+    source: Source, own: Sequence[range], size: int
 ) -> Iterator[tuple[int, Features]]:
     """The images of consecutive gallery ranges, `size` at a time, with the index of the first."""
-    first, stop = own[0][0], own[-1][1]
-    if isinstance(source, Streamed):
-        for at, embedding in source.files.blocks("gallery", first, stop, size):
+    gallery, first, stop = source.gallery, own[0].start, own[-1].stop
+    if isinstance(gallery, EmbeddingFiles):
+        for at, embedding in gallery.blocks("gallery", first, stop, size):
             yield at, Features.of(embedding)
     else:
-        gallery = source.gallery
-        for a, b in ranges(stop, size, first):
-            yield a, gallery.rows(a, b)
+        for part in ranges(stop, size, first):
+            yield part.start, gallery[part.start : part.stop]
 
 
 @dataclass(frozen=True)
@@ -118,16 +94,14 @@ class Pool:
 
     def one(self, stage: str, function: Callable, *given: Any) -> Any:
         """Run `function(*given)` as a stage of one task; returns what `put` of its result would."""
-        self.progress(stage, 0, 1)
-        if self.workers == 1:
-            result = function(*given)
-        else:
+        with phase(self.progress, stage):
+            if self.workers == 1:
+                return function(*given)
             import ray
 
             result = _task(function)(*given)
             ray.wait([result], fetch_local=False)  # it stays on the node that made it
-        self.progress(stage, 1, 1)
-        return result
+            return result
 
     def map(
         self,
@@ -135,7 +109,7 @@ class Pool:
         function: Callable,
         given: Sequence[Any],
         blocks: Sequence,
-        size: Callable[[Any], int],
+        size: Callable[[Any], int] = len,
     ) -> Iterator[Any]:
         """Yield the results of `function(*given, blocks of the task, count)`, as tasks end.
 
@@ -152,7 +126,7 @@ class Pool:
             done += more
             self.progress(stage, done, total)
 
-        self.progress(stage, 0, total)
+        count(0)
         if self.workers == 1:
             yield function(*given, blocks, count)
             return
@@ -180,7 +154,7 @@ def _task(function: Callable) -> Callable[..., Any]:
     return ray.remote(num_cpus=1, max_retries=2)(function).remote  # type: ignore[attr-defined]
 
 
-def divided(blocks: Sequence, count: int, size: Callable[[Any], int]) -> list[list]:
+def divided(blocks: Sequence, count: int, size: Callable[[Any], int] = len) -> list[list]:
     """Consecutive blocks, divided among at most `count` tasks of about the same size."""
     ends = np.cumsum([size(block) for block in blocks])
     middle = ends - np.diff(ends, prepend=0) / 2

@@ -1,23 +1,14 @@
 """Verification: how many true pairs are accepted when few false ones are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
+from reid_train.evaluation import similarity
 from reid_train.evaluation.ground_truth import GroundTruth
-from reid_train.evaluation.kernels.rank_counts import EUCLIDEAN, histogram
-from reid_train.evaluation.measures import Metric
-from reid_train.evaluation.similarity import (
-    full_precision,
-    left_operand,
-    metric_code,
-    quick_scores,
-    right_operand,
-)
-from reid_train.evaluation.tasks import Count, Range, Source, gallery_blocks
+from reid_train.evaluation.kernels.rank_counts import histogram
+from reid_train.evaluation.measures import EUCLIDEAN
+from reid_train.evaluation.tasks import Count, Source, gallery_blocks, ranges
 
 BINS = 1 << 18
 BLOCK = 8192
@@ -28,40 +19,38 @@ CHUNK = 512  # queries in a product
 def count_distances(
     source: Source,
     truth: GroundTruth,
-    metric: Metric,
+    metric: int,
     longest: float,
-    own: Sequence[Range],
+    own: Sequence[range],
     images: Count,
 ) -> np.ndarray:
     """How many true and false pairs lie in each bin of distance: (2, BINS) int64.
 
     Args:
-        source: queries and gallery.
         longest: the greatest norm in the whole gallery.
         own: some of the gallery's ranges of BLOCK images.
         images: called with each block's images.
     """
-    code, query = metric_code(metric), source.query
-    # The Euclidean score lacks ‖q‖², which distances of different queries need.
-    lowest, span = -1.0, 2.0
-    if code == EUCLIDEAN:
+    query, row, lowest, span = source.query, truth.row, -1.0, 2.0
+    if metric == EUCLIDEAN:
         lowest, span = 0.0, float((query.norm.max() + longest) ** 2) or 1.0
-    cpu, row = torch.device("cpu"), truth.row
     genuine, impostor = found = np.zeros((2, BINS), np.int64)
-    starts = range(0, len(query), CHUNK)
-    with full_precision():
-        lefts = [left_operand(query.rows(q, q + CHUNK), code, cpu) for q in starts]
+    chunks = [(q.start, query[q.start : q.stop]) for q in ranges(len(query), CHUNK)]
+    with similarity.full_precision():
+        lefts = [similarity.left_operand(part, metric) for _, part in chunks]
         for first, block in gallery_blocks(source, own, BLOCK):
-            right = right_operand(block, code, cpu)
-            for q, left in zip(starts, lefts, strict=True):
-                scores = quick_scores(left, right, block, code).numpy()
-                if code == EUCLIDEAN:
-                    scores += np.float32(query.norm[q : q + CHUNK, None] ** 2)
-                known = np.arange(truth.start[q], truth.start[q + len(scores)])
-                index = truth.index[known]
-                known = known[(index >= first) & (index < first + len(block))]
-                rows, columns = row[known] - q, truth.index[known] - first
-                positive = truth.positive[known]
+            right = similarity.right_operand(block, metric)
+            known = truth.within(first, len(block))
+            for (q, part), left in zip(chunks, lefts, strict=True):
+                scores = similarity.quick_scores(left, right, block, metric).numpy()
+                if metric == EUCLIDEAN:  # distances of different queries need ‖q‖²
+                    scores += np.float32(part.norm[:, None] ** 2)
+                here = known[slice(*np.searchsorted(row[known], [q, q + len(part)]))]
+                rows, columns, positive = (
+                    row[here] - q,
+                    truth.index[here] - first,
+                    truth.positive[here],
+                )
                 histogram(scores[rows[positive], columns[positive]], lowest, span, genuine)
                 scores[rows, columns] = np.inf
                 histogram(scores.reshape(-1), lowest, span, impostor)

@@ -11,7 +11,7 @@ import json
 import numpy as np
 from retrieval import SIZES, Problem, Stopwatch, in_child, line, multiply, timed
 
-from reid_train.evaluation import neighbours, reranking
+from reid_train.evaluation import reranking, similarity
 from reid_train.evaluation.reranking import rank_distances
 
 
@@ -105,7 +105,7 @@ def naive(problem: Problem, k1: int = 20, k2: int = 6, weight: float = 0.3) -> d
 
 def ours(problem: Problem) -> dict[str, float]:
     """Sparse, and how much of its time is products."""
-    product = Stopwatch(neighbours, "quick_scores")
+    product = Stopwatch(similarity, "quick_scores")
     found = metrics(reranking.rerank(problem.query, problem.gallery), problem)
     return found | {"product": product.seconds, "product cpu": product.cpu}
 

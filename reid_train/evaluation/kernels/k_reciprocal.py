@@ -1,13 +1,12 @@
 """Compiled loops of k-reciprocal encoding on sparse rows (Zhong et al., CVPR 2017)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from reid_train.evaluation.kernels.rank_counts import COSINE, score_pair
+from reid_train.evaluation.kernels.rank_counts import score_pair
+from reid_train.evaluation.measures import COSINE
 
 
 class Sets(NamedTuple):
@@ -31,12 +30,6 @@ class Compressed(NamedTuple):
     start: np.ndarray
     item: np.ndarray
     value: np.ndarray
-
-
-@njit(nogil=True, cache=True)
-def distance_of(metric: int, score: float) -> float:
-    """The distance that re-ranking starts from: (1 − cosine)² or the squared Euclidean one."""
-    return (1.0 + score) ** 2 if metric == COSINE else score
 
 
 @njit(nogil=True, cache=True)
@@ -96,7 +89,8 @@ def encode(neighbours, full, half, furthest, metric, vectors, first, out):
             j = items[m]
             if near[j] != i:
                 known[j] = score_pair(metric, vectors, i, vectors, j)
-            weight = np.exp(-distance_of(metric, float(known[j])) / furthest[i])
+            distance = (1.0 + known[j]) ** 2 if metric == COSINE else known[j]
+            weight = np.exp(-distance / furthest[i])
             values[m] = weight
             total += weight
         for m in range(count):

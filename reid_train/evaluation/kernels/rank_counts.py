@@ -5,15 +5,15 @@ product, smaller is closer. If a score differs from a positive's by more than th
 comparing the two is enough. The few other pairs are scored again in float64.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numba import njit
 
-COSINE, EUCLIDEAN, GIVEN = 0, 1, 2
+from reid_train.evaluation.measures import COSINE
+
+GIVEN = 2  # instead of a metric's number: the scores are exact
 _STRIP = 256  # gallery items looked at together: 1 KB of scores, held in the L1 cache
 _BINS, _LANES = 1024, 16  # of a histogram of scores, and of what lies before or after all bins
 _LEAST_SPAN = np.float32(1e-30)  # of a histogram, to divide by
@@ -145,17 +145,6 @@ def _accumulate(counts, doubtful):
 
 
 @njit(nogil=True, cache=True)
-def _first_above(ascending, first, stop, value):
-    while first < stop:
-        middle = (first + stop) // 2
-        if ascending[middle] <= value:
-            first = middle + 1
-        else:
-            stop = middle
-    return first
-
-
-@njit(nogil=True, cache=True)
 def count_block(scores, first, positives, metric, query, block, before):
     """Add to `before` how many of a block's gallery items come before each positive.
 
@@ -166,7 +155,7 @@ def count_block(scores, first, positives, metric, query, block, before):
         scores: (B, W) float32, infinite for items of the query's own identity.
         first: gallery index of the block's first column.
         positives: `Positives` of the B queries.
-        metric: COSINE, EUCLIDEAN, or GIVEN if the scores are exact.
+        metric: a metric's number, or GIVEN.
         query, block: `Vectors` of the rows and of the columns.
         before: (P,) int64.
     """
@@ -198,7 +187,7 @@ def count_block(scores, first, positives, metric, query, block, before):
                 g = left + i
                 if row[g] > greatest:
                     continue
-                certain = _first_above(low, a, b, row[g])
+                certain = a + np.searchsorted(low[a:b], row[g], side="right")
                 arrivals[certain - a] += 1
                 if certain == a or row[g] > high[certain - 1]:
                     continue
@@ -263,14 +252,8 @@ def count_on_device(
     rows, columns = close.cpu().numpy().T.copy()
     exact = np.empty(len(rows))
     score_pairs(metric, query, block, rows, columns, exact)
-    _settle_pairs(
-        start[rows],
-        bounds.cpu().numpy().astype(np.int64),
-        first + columns,
-        exact,
-        positives,
-        before,
-    )
+    bounds = bounds.cpu().numpy().astype(np.int64)
+    _settle_pairs(start[rows], bounds, first + columns, exact, positives, before)
 
 
 @njit(nogil=True, cache=True)

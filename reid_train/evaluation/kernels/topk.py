@@ -5,8 +5,6 @@ the k nearest: further than the k-th by more than twice the scores' error. At th
 few that are left exactly and sort them.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

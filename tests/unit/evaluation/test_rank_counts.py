@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reid_train.evaluation.kernels.rank_counts import COSINE, GIVEN, Positives, count_block
+from reid_train.evaluation.kernels.rank_counts import GIVEN, Positives, count_block
+from reid_train.evaluation.measures import COSINE
 from reid_train.evaluation.reranking import NOTHING
 from reid_train.evaluation.similarity import Features, tolerance, tolerance_at
 

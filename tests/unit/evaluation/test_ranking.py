@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from naive import dense_scores, sorted_metrics
 
 from data_shards.errors import ConfigError, DataError
-from reid_train.evaluation import ranking
+from reid_train.evaluation import ranking, similarity
 from reid_train.evaluation.evaluate import evaluate
 from reid_train.evaluation.ground_truth import Labels
-from reid_train.evaluation.kernels.rank_counts import count_on_device
+from reid_train.evaluation.kernels import rank_counts
 from reid_train.evaluation.measures import Measures
 from reid_train.evaluation.ranking import rank, top_matches
 from reid_train.evaluation.reranking import rank_distances
@@ -164,9 +164,9 @@ def test_counts_on_an_accelerator_are_those_of_the_cpu(monkeypatch, metric, valu
 
     def count(scores: np.ndarray, *rest) -> None:
         # The accelerator's path works on any device that torch has.
-        count_on_device(torch.from_numpy(scores), *rest)
+        rank_counts.count_on_device(torch.from_numpy(scores), *rest)
 
-    monkeypatch.setattr(ranking, "count_block", count)
+    monkeypatch.setattr(rank_counts, "count_block", count)
     result = rank(query, base, *label_arrays(labels), metric=metric, chunk=16)
     np.testing.assert_array_equal(result.average_precision, expected.average_precision)
 
@@ -202,12 +202,12 @@ def test_products_are_float32_where_training_is_allowed_less():
 
 
 def test_a_product_less_precise_than_float32_is_noticed(monkeypatch):
-    product = ranking.quick_scores
+    product = similarity.quick_scores
 
     def rounded(*operands) -> torch.Tensor:
         return product(*operands).bfloat16().float()
 
-    monkeypatch.setattr(ranking, "quick_scores", rounded)
+    monkeypatch.setattr(similarity, "quick_scores", rounded)
     threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="is a lower precision forced on it"):
         golden_rank()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from reid_train.evaluation.measures import METRICS, Measures
 from reid_train.evaluation.neighbours import all_pairs, nearest_neighbours
 from reid_train.evaluation.ranking import rank
 from reid_train.evaluation.reranking import rerank
-from reid_train.evaluation.similarity import METRICS, Features
+from reid_train.evaluation.similarity import Features
 
 
 def pointing_much_the_same_way(rng: np.random.Generator) -> np.ndarray:
@@ -73,5 +74,5 @@ def test_neighbours_of_nearly_constant_embeddings_are_those_of_float64(make):
 @pytest.mark.parametrize("make", [a_constant_and_noise, nearly_one_constant])
 def test_reranked_distances_of_nearly_constant_embeddings_stay_within_bounds(make, metric):
     made = make(np.random.default_rng(0))
-    for _, distance in rerank(made[:60], made[60:], metric=metric):
+    for _, distance in rerank(made[:60], made[60:], Measures(metric)):
         assert np.all((distance > -0.01) & (distance < 1.01))

@@ -15,16 +15,17 @@ from naive import dense_reranking, dense_scores
 from data_shards.errors import ConfigError, DataError
 from reid_train.evaluation import neighbours, reranking
 from reid_train.evaluation.ground_truth import Labels
-from reid_train.evaluation.measures import ReRanking
+from reid_train.evaluation.measures import METRICS, Measures
 from reid_train.evaluation.neighbours import all_pairs, merge, nearest_neighbours
 from reid_train.evaluation.reranking import rank_distances, rerank
-from reid_train.evaluation.similarity import METRICS, Features
+from reid_train.evaluation.similarity import Features
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "evaluation.npz", allow_pickle=False)
 
 
-def reranked(query, gallery, settings=None, metric="cosine") -> np.ndarray:
-    return np.concatenate([block for _, block in rerank(query, gallery, settings, metric=metric)])
+def reranked(query, gallery, **settings) -> np.ndarray:
+    blocks = rerank(query, gallery, Measures(**settings))
+    return np.concatenate([block for _, block in blocks])
 
 
 def drawn(seed: int, count: int, metric: str) -> np.ndarray:
@@ -73,7 +74,7 @@ def test_sparse_reranking_equals_dense(
         patch.setattr(neighbours, "BLOCK", block)
         patch.setattr(reranking, "CHUNK", chunk)
         patch.setattr(reranking, "KEPT", kept)
-        found = reranked(query, base, ReRanking(k1, k2, weight), metric)
+        found = reranked(query, base, metric=metric, k1=k1, k2=k2, weight=weight)
     expected = dense_reranking(query, base, metric, k1, k2, weight)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -157,12 +158,10 @@ def test_progress_reaches_its_end():
     assert ("neighbours", 1020**2, 1020**2) in seen
 
 
-@pytest.mark.parametrize(
-    "settings", [ReRanking(k1=50), ReRanking(k1=0), ReRanking(weight=1.5), ReRanking(k2=60)]
-)
+@pytest.mark.parametrize("settings", [{"k1": 50}, {"k1": 0}, {"weight": 1.5}, {"k2": 60}])
 def test_senseless_settings_are_an_error(settings):
     with pytest.raises(ConfigError, match="re-ranking"):
-        reranked(np.ones((5, 8), np.float32), np.ones((40, 8), np.float32), settings)
+        reranked(np.ones((5, 8), np.float32), np.ones((40, 8), np.float32), **settings)
 
 
 def test_nan_embeddings_are_an_error():
