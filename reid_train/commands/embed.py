@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from data_shards.errors import ConfigError, DataError, ObjectExists, ReidError
 from data_shards.progress import Progress, display, phase, silent
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from data_shards.dataset import Dataset
+    from data_shards.storage import Storage
 
 PART = 4096
 """Images of a part."""
@@ -67,15 +68,18 @@ def check_counts(workers: int, batch: int | None) -> None:
             raise ConfigError(f"{name} must be at least 1, not {number}")
 
 
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a line as it is: brackets in names are no markup, and addresses are not broken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+
+
 def embed(settings: Embed, console: Console) -> int:
     """Run the command; return the number of images."""
     check_counts(settings.workers, settings.batch)
     connect_ray(settings.workers, console)
     with display(console) as progress:
         images = embed_dataset(settings, progress)
-    console.print(
-        f"{images:,} embeddings at {settings.out}", highlight=False, markup=False, soft_wrap=True
-    )
+    say(console, f"{images:,} embeddings at {settings.out}")
     return images
 
 
@@ -90,26 +94,21 @@ def connect_ray(workers: int, console: Console) -> None:
             start_ray(workers)
 
 
-@dataclass(frozen=True)
-class Task:
-    """One part: rows `first` to `stop` of a split."""
+class Task(NamedTuple):
+    """One part: some rows of a split."""
 
     key: str
     split: str
-    first: int
-    stop: int
+    rows: range
 
 
 def tasks_of(dataset: Dataset, splits: Sequence[str]) -> list[Task]:
     """The parts of a dataset's splits, in order."""
     from reid_train.evaluation.embedding_store import part_key
+    from reid_train.evaluation.tasks import ranges
 
-    ranges = [
-        (split, first, min(first + PART, len(dataset.index(split))))
-        for split in splits
-        for first in range(0, len(dataset.index(split)), PART)
-    ]
-    return [Task(part_key(number), *rows) for number, rows in enumerate(ranges)]
+    parts = [(split, rows) for split in splits for rows in ranges(len(dataset.index(split)), PART)]
+    return [Task(part_key(number), *part) for number, part in enumerate(parts)]
 
 
 def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
@@ -147,14 +146,14 @@ def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
         "part": PART,
         "parts": len(tasks),
     }
-    device = _claim(settings.out, job, chosen)
+    device = _claim(storage, settings.out, job, chosen)
     if missing and device != chosen and (settings.device, device) != ("auto", "cpu"):
         raise DataError(
             f"{settings.out} was started with --device {device}: continue with that, or choose "
             "another place"
         )
-    total = sum(task.stop - task.first for task in tasks)
-    done = total - sum(task.stop - task.first for task in missing)
+    total = sum(len(task.rows) for task in tasks)
+    done = total - sum(len(task.rows) for task in missing)
     progress("embedding", done, total)
     if missing:
         given = ray.put((weights, config)), device, settings
@@ -168,12 +167,10 @@ def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
     return total
 
 
-def _claim(out: str, job: dict[str, Any], device: str) -> str:
+def _claim(storage: Storage, out: str, job: dict[str, Any], device: str) -> str:
     """Write `job.json`, or check that it is of the same job; returns the job's device."""
-    from data_shards.storage import open_storage
     from reid_train.evaluation.embedding_store import JOB
 
-    storage = open_storage(out)
     if not storage.exists(JOB) and any(storage.list("part-")):
         raise DataError(
             f"{out} has embeddings but no {JOB} that describes them: choose another place"
@@ -264,25 +261,17 @@ class _Worker:
         from reid_train.model.precision import autocast
 
         config, index = self.config, self.dataset.index(task.split)
-        rows = np.arange(task.first, task.stop)
-        batches = split_batches(
-            self.dataset,
-            self.cache,
-            task.split,
-            rows,
-            batch=self.settings.batch or config.evaluation.batch,
-            height=config.image.height,
-            width=config.image.width,
-            workers=self.settings.loader.workers,
-        )
+        network, device, rows = self.embedder.network, self.embedder.device, np.array(task.rows)
+        options = {
+            "batch": self.settings.batch or config.evaluation.batch,
+            "height": config.image.height,
+            "width": config.image.width,
+            "workers": self.settings.loader.workers,
+        }
+        batches = split_batches(self.dataset, self.cache, task.split, rows, **options)
         # In the precision of the training's own evaluations, to give the same figures.
-        embedding = embed_batches(
-            self.embedder.network,
-            batches,
-            self.embedder.device,
-            mirror=config.evaluation.mirror,
-            autocast=autocast(config, self.embedder.device),
-        )
+        options = {"mirror": config.evaluation.mirror, "autocast": autocast(config, device)}
+        embedding = embed_batches(network, batches, device, **options)
         split = np.full(len(rows), task.split)
         table = EmbeddingTable(
             embedding.cpu().numpy(), index.pid[rows], index.camid[rows], split, index.path[rows]

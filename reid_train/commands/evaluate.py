@@ -6,14 +6,16 @@ import json
 import os
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from data_shards.errors import ConfigError
 from data_shards.progress import display
-from reid_train.commands.embed import Embed, check_counts, connect_ray, embed
+from reid_train.commands.embed import Embed, check_counts, connect_ray, embed, say
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.measures import Measures
 
@@ -57,29 +59,16 @@ class Evaluate:
 
     def embedding(self, out: str) -> Embed:
         """The settings of embedding the model's images."""
-        assert self.model is not None
-        assert self.data is not None
-        return Embed(
-            model=self.model,
-            data=self.data,
-            out=out,
-            workers=self.workers,
-            device=self.device,
-            batch=self.batch,
-            tracking_uri=self.tracking_uri,
-            loader=self.loader,
-        )
+        shared = {f.name: getattr(self, f.name) for f in fields(Embed) if hasattr(self, f.name)}
+        return Embed(out=out, **shared)
 
     def check(self) -> None:
         """Raise `ConfigError` for what does not go together or is out of range."""
         self.measures.check()
         check_counts(self.workers, self.batch)
-        if self.output is not None and (
-            self.output == "" or self.output.endswith("/") or os.path.isdir(self.output)
-        ):
-            raise ConfigError(
-                f"--output {self.output!r} is a folder: give the name of a file in it"
-            )
+        output = self.output
+        if output is not None and (output.endswith("/") or Path(output).is_dir()):  # "" is ".", too
+            raise ConfigError(f"--output {output!r} is a folder: give the name of a file in it")
         if self.model is None:
             if self.embeddings is None:
                 raise ConfigError("give --embeddings FILE, or --model and --data")
@@ -88,10 +77,9 @@ class Evaluate:
                     "--data and --tracking-uri go with --model: --embeddings are measured as they "
                     "are"
                 )
-            return
-        if self.data is None:
+        elif self.data is None:
             raise ConfigError("--model needs --data: the sharded dataset to measure it on")
-        if (self.embeddings or "").endswith(".npz"):
+        elif (self.embeddings or "").endswith(".npz"):
             raise ConfigError(
                 "a model's embeddings are kept as Parquet: --embeddings is a folder here"
             )
@@ -102,14 +90,14 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
     settings.check()
     if settings.model is None:
         assert settings.embeddings is not None
-        found = _measure(settings.embeddings, settings, console)
-        _write(settings, found, settings.embeddings, console)
-        return found
+        return _measure(settings.embeddings, settings, console, settings.embeddings)
     import ray
 
     from data_shards.dataset import Dataset
     from reid_train.evaluation.ground_truth import Labels, find_ground_truth
     from reid_train.tracking.server import run_page
+    from reid_train.tracking.tracker import Tracker
+    from reid_train.tracking.uris import registry_uri
 
     assert settings.data is not None
     dataset = Dataset.open(settings.data)
@@ -117,75 +105,73 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
     find_ground_truth(Labels(query.pid, query.camid, gallery.pid, gallery.camid))
     settings.measures.check(len(query), len(gallery))
     connect_ray(settings.workers, console)
-    if settings.embeddings is None and len(ray.nodes()) > 1:
-        raise ConfigError(
-            "on several nodes, give a place that all can write to: --embeddings s3://bucket/prefix"
-        )
     place = nullcontext(settings.embeddings)
     if settings.embeddings is None:
+        if len(ray.nodes()) > 1:
+            raise ConfigError(
+                "on several nodes, give a place that all can write to: "
+                "--embeddings s3://bucket/prefix"
+            )
         place = tempfile.TemporaryDirectory(prefix="reid-embeddings-")
-    with _tracker(settings) as tracker, place as out:
+    given = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    registered = settings.model.startswith("models:/")
+    uri = registry_uri(given) if given or registered else None  # a checkpoint, and no MLflow
+    tracker = Tracker.start(uri, settings.experiment, run_name=settings.model)
+    with tracker, place as out:
         assert out is not None
         embed(settings.embedding(out), console)
-        found = _measure(out, settings, console)
-        _write(settings, found, f"{settings.model} on {settings.data}", console)
+        found = _measure(out, settings, console, f"{settings.model} on {settings.data}")
         _log(settings, found, dataset, tracker)
     if tracker.uri and tracker.run_id:
-        _say(console, f"logged to {run_page(tracker.uri, tracker.run_id)}")
+        say(console, f"logged to {run_page(tracker.uri, tracker.run_id)}")
     return found
 
 
-def _say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a line as it is: brackets in names are no markup, and addresses are not broken."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
-
-
-def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
-    """Read embeddings, print what measuring them takes, measure, and show the outcome."""
+def _measure(url: str, settings: Evaluate, console: Console, source: str) -> Measurement:
+    """Read embeddings, print what measuring them takes, measure, show and write the outcome."""
+    from reid_train.evaluation import evaluate as evaluation
     from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, read_embeddings
-    from reid_train.evaluation.evaluate import UNITS, evaluate, evaluate_files
     from reid_train.evaluation.ground_truth import find_ground_truth
 
     measures, workers = settings.measures, settings.workers
     if url.endswith(".npz"):
         if workers > 1:
-            _say(console, "npz files are measured in one process; Parquet files by all workers")
+            say(console, "npz files are measured in one process; Parquet files by all workers")
         query, gallery, labels = read_embeddings(url)
-        measures.check(len(query), len(gallery))
-        say_needed(len(query), len(gallery), query.shape[1], measures, console)
-        with display(console, units=UNITS) as progress:
-            found = evaluate(query, gallery, labels, measures, progress=progress)
-        show(found, console)
-        return found
-    files = EmbeddingFiles.open(url)
-    labels = files.labels
+        workers, dimensions = 1, query.shape[1]
+        run = partial(evaluation.evaluate, query, gallery, labels, measures)
+    else:
+        files = EmbeddingFiles.open(url)
+        labels, dimensions = files.labels, files.dimensions
+        find_ground_truth(labels)  # raises if there is none, before workers start
+        run = partial(evaluation.evaluate_files, files, measures, workers=workers)
+        longest = max((len(group.rows) for group in files.groups), default=0)
+        if workers > 1 and longest > 4 * ROWS:
+            say(
+                console,
+                f"{url} has row groups of {longest:,} rows, and a worker reads a whole one: "
+                f"write it with row_group_size={ROWS} to divide it better",
+            )
     sizes = len(labels.query_pid), len(labels.gallery_pid)
-    find_ground_truth(labels)  # raises if there is none, before workers start
     measures.check(*sizes)
-    longest = max((group.rows for group in files.groups), default=0)
-    if workers > 1 and longest > 4 * ROWS:
-        _say(
-            console,
-            f"{url} has row groups of {longest:,} rows, and a worker reads a whole one: "
-            f"write it with row_group_size={ROWS} to divide it better",
-        )
     if workers > 1:
         connect_ray(workers, console)
-    say_needed(*sizes, files.dimensions, measures, console, workers=workers)
-    with display(console, units=UNITS) as progress:
-        found = evaluate_files(files, measures, workers=workers, progress=progress)
+    say_needed(*sizes, dimensions, measures, console, workers=workers)
+    with display(console, units=evaluation.UNITS) as progress:
+        found = run(progress=progress)
     show(found, console)
+    if settings.output:
+        from data_shards.storage import open_file
+
+        text = json.dumps({"embeddings": source, **found.to_json()}, indent=2, ensure_ascii=False)
+        storage, key = open_file(settings.output)
+        storage.write(key, text.encode() + b"\n")
+        say(console, f"written to {settings.output}")
     return found
 
 
 def say_needed(
-    queries: int,
-    gallery: int,
-    dimensions: int,
-    measures: Measures,
-    console: Console,
-    *,
-    workers: int = 1,
+    queries: int, gallery: int, dimensions: int, measures: Measures, console: Console, workers: int
 ) -> None:
     """Print how much there is to measure, and the memory that it takes here and in workers."""
     import psutil
@@ -201,7 +187,7 @@ def say_needed(
             f" in the driver, {needed.worker / 1e9:.1f} GB in each of {workers} workers, and "
             f"{needed.node / 1e9:.1f} GB shared by the workers of a node"
         )
-    _say(
+    say(
         console,
         f"{queries:,} queries × {gallery:,} gallery images × {dimensions:,} dimensions: at most "
         f"about {text}; {available / 1e9:.1f} GB available here",
@@ -209,7 +195,7 @@ def say_needed(
     if needed.driver + workers * needed.worker + needed.node > available:
         where = " on one machine" if workers > 1 else ""
         text = f"this may not fit{where}; the machine will swap or stop the program"
-        _say(console, text, style="yellow")
+        say(console, text, style="yellow")
 
 
 def show(found: Measurement, console: Console) -> None:
@@ -223,7 +209,7 @@ def show(found: Measurement, console: Console) -> None:
     steps += [f"database augmentation {measures.augment}"] if measures.augment else []
     if measures.rerank:
         steps += [f"re-ranked (k1 {measures.k1}, k2 {measures.k2}, λ {measures.weight:g})"]
-    _say(console, ", ".join(steps))
+    say(console, ", ".join(steps))
     table, rows = Table(), {"": result}
     if found.plain is not None:
         rows = {"plain": found.plain, "re-ranked": result}
@@ -235,9 +221,9 @@ def show(found: Measurement, console: Console) -> None:
         table.add_row(*([name] if name else []), *values)
     console.print(table)
     if result.valid < found.queries:
-        _say(console, f"{found.queries - result.valid:,} queries without a match were left out")
+        say(console, f"{found.queries - result.valid:,} queries without a match were left out")
     if found.pairs:
-        _say(console, "by camera pair, in %")
+        say(console, "by camera pair, in %")
         # Narrow: nine columns fit a terminal.
         pairs = Table("query", "gallery", "queries", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in next(iter(found.pairs.values())).summary():
@@ -248,43 +234,15 @@ def show(found: Measurement, console: Console) -> None:
         console.print(pairs)
 
 
-def _write(settings: Evaluate, found: Measurement, source: str, console: Console) -> None:
-    """Write a measurement as JSON, whole or not at all, if --output is given."""
-    from data_shards.storage import open_storage
-
-    if not settings.output:
-        return
-    folder, _, key = settings.output.rpartition("/")
-    text = json.dumps({"embeddings": source, **found.to_json()}, indent=2, ensure_ascii=False)
-    storage = open_storage(folder or ("/" if settings.output.startswith("/") else "."))
-    storage.write(key, text.encode() + b"\n")
-    _say(console, f"written to {settings.output}")
-
-
-def _tracker(settings: Evaluate) -> Tracker:
-    """An MLflow run for a model's measurement, opened before anything is embedded."""
-    from reid_train.tracking.tracker import Tracker
-    from reid_train.tracking.uris import registry_uri
-
-    assert settings.model is not None
-    given = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    registered = settings.model.startswith("models:/")
-    uri = registry_uri(given) if given or registered else None  # a checkpoint, and no MLflow
-    return Tracker.start(uri, settings.experiment, run_name=settings.model)
-
-
 def _log(settings: Evaluate, found: Measurement, dataset: Dataset, tracker: Tracker) -> None:
     """Log a model's measurement."""
     tracker.log_parameters({f"measures.{k}": v for k, v in vars(found.measures).items()})
-    tracker.set_tags(
-        {
-            "model": settings.model,
-            "dataset": dataset.url,
-            "manifest_digest": dataset.manifest.digest,
-            "evaluation_digest": dataset.manifest.evaluation_digest,
-        }
-    )
-    summary = dict(found.result.summary())
+    digests = {
+        "manifest_digest": dataset.manifest.digest,
+        "evaluation_digest": dataset.manifest.evaluation_digest,
+    }
+    tracker.set_tags({"model": settings.model, "dataset": dataset.url, **digests})
+    summary = found.result.summary()
     if found.plain is not None:
         summary |= {f"plain {k}": v for k, v in found.plain.summary().items()}
     # MLflow accepts neither @ nor = in a name.
