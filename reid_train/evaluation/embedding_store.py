@@ -11,7 +11,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -33,20 +33,13 @@ _LABELS = ("pid", "camid", "split")
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """Embeddings of some images, in memory.
+    """Embeddings of N images, in memory."""
 
-    Args:
-        embedding: (N, D) float32.
-        pid, camid: (N,) integers.
-        split: (N,) strings.
-        path: (N,) strings, or empty.
-    """
-
-    embedding: np.ndarray
-    pid: np.ndarray
+    embedding: np.ndarray  # (N, D) float32
+    pid: np.ndarray  # (N,) integers
     camid: np.ndarray
-    split: np.ndarray
-    path: np.ndarray = field(default_factory=lambda: np.array([], dtype=str))
+    split: np.ndarray  # (N,) strings
+    path: np.ndarray | None = None  # (N,) strings, if known
 
 
 def part_key(number: int) -> str:
@@ -66,7 +59,7 @@ def write_part(storage: Storage, key: str, table: EmbeddingTable) -> None:
         "camid": pa.array(table.camid, pa.int32()),
         "split": pa.array(list(table.split), pa.string()),
     }
-    if len(table.path):
+    if table.path is not None:
         columns["path"] = pa.array(list(table.path), pa.string())
     sink = io.BytesIO()
     # Compression and dictionaries do not make embeddings smaller.
@@ -106,21 +99,13 @@ class RowGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class EmbeddingFiles:
-    """Parquet embeddings that stay where they are; only labels are in memory.
-
-    Args:
-        url: what was opened.
-        storage: where the parts are.
-        dimensions: D.
-        groups: all row groups, in order.
-        pid, camid, split: (N,) of all rows.
-    """
+    """Parquet embeddings that stay where they are; only labels are in memory."""
 
     url: str
     storage: Storage
     dimensions: int
-    groups: tuple[RowGroup, ...]
-    pid: np.ndarray
+    groups: tuple[RowGroup, ...]  # all, in order
+    pid: np.ndarray  # (N,) of all rows
     camid: np.ndarray
     split: np.ndarray
 

@@ -38,20 +38,15 @@ UNITS = {
 class Measurement:
     """What was measured, and of how much.
 
-    Args:
-        result: the metrics; of the re-ranked gallery if that was asked for.
-        queries, gallery, dimensions: sizes.
-        measures: the settings.
-        plain: the metrics before re-ranking, if there was one.
-        pairs: metrics by (query camera, gallery camera), as if there were only these two.
+    `pairs` are the metrics by (query camera, gallery camera), as if there were only these two.
     """
 
-    result: RankingResult
+    result: RankingResult  # of the re-ranked gallery, if that was asked for
     queries: int
     gallery: int
     dimensions: int
     measures: Measures
-    plain: RankingResult | None = None
+    plain: RankingResult | None = None  # before re-ranking, if there was one
     pairs: dict[tuple[int, int], RankingResult] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:

@@ -82,16 +82,11 @@ class GroundTruth:
     """Gallery images of each query's own identity, as rows of a compressed sparse matrix.
 
     Those of another camera are the query's positives. The others are junk and not counted.
-
-    Args:
-        start: (Q + 1,) int64; query q has the entries `start[q]:start[q + 1]`.
-        index: (M,) int64 gallery indices, ascending for each query.
-        positive: (M,) bool.
     """
 
-    start: np.ndarray
-    index: np.ndarray
-    positive: np.ndarray
+    start: np.ndarray  # (Q + 1,) int64; query q has the entries `start[q]:start[q + 1]`
+    index: np.ndarray  # (M,) int64 gallery indices, ascending for each query
+    positive: np.ndarray  # (M,) bool
 
     def __post_init__(self) -> None:
         read_only(self, "start", "index", "positive")

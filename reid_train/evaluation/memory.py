@@ -16,16 +16,11 @@ _ROW = 40 * 6 * 8  # bytes of a re-ranked image's sparse row, at k1 = 20 and k2 
 
 
 class Memory(NamedTuple):
-    """Bytes that an evaluation takes at most, about.
+    """Bytes that an evaluation takes at most, about."""
 
-    Args:
-        driver: of this process.
-        worker, node: of each Ray worker, and shared by the workers of a node; 0 without Ray.
-    """
-
-    driver: int
-    worker: int = 0
-    node: int = 0
+    driver: int  # of this process
+    worker: int = 0  # of each Ray worker
+    node: int = 0  # shared by the workers of a node
 
 
 def memory_needed(

@@ -9,27 +9,20 @@ RANKS = (1, 5, 10, 20)
 
 @dataclass(frozen=True)
 class RankingResult:
-    """How well a gallery answers its queries. Queries without a match are left out.
+    """How well a gallery answers its queries. Means are of the queries with a match.
 
-    Args:
-        cmc: (R,) float64; at r - 1 the share of queries with a match among the first r.
-        mAP: mean of the average precision.
-        mINP: mean of the inverse negative penalty (Ye et al., TPAMI 2021).
-        average_precision: (Q,) float64, NaN for a query without a match.
-        inverse_negative_penalty: (Q,) float64, matches over the rank of the last one, or NaN.
-        first_match_rank: (Q,) int64, from 1; 0 for a query without a match.
-        valid: how many queries have a match.
-        tar_at_far: true accept rate by false accept rate, if it was measured.
+    The inverse negative penalty is the number of matches over the rank of the last one (Ye et al.,
+    TPAMI 2021).
     """
 
-    cmc: np.ndarray
+    cmc: np.ndarray  # (R,) float64; at r - 1 the share of queries with a match among the first r
     mAP: float
     mINP: float
-    average_precision: np.ndarray
-    inverse_negative_penalty: np.ndarray
-    first_match_rank: np.ndarray
-    valid: int
-    tar_at_far: dict[float, float] | None = None
+    average_precision: np.ndarray  # (Q,) float64, NaN for a query without a match
+    inverse_negative_penalty: np.ndarray  # (Q,) float64, NaN for a query without a match
+    first_match_rank: np.ndarray  # (Q,) int64, from 1; 0 for a query without a match
+    valid: int  # how many queries have a match
+    tar_at_far: dict[float, float] | None = None  # true by false accept rate, if measured
 
     def summary(self) -> dict[str, float]:
         """The metrics by name: mAP, mINP, rank-1, rank-5, … up to the length of the CMC."""

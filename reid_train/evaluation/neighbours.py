@@ -19,17 +19,11 @@ BLOCK = 1536
 
 
 class Neighbours(NamedTuple):
-    """The nearest of each image, itself included.
+    """The nearest of each image, itself included."""
 
-    Args:
-        index: (N, k) int32, by ascending exact score, then by index; −1 where fewer are known.
-        score: (N, k) float64, ∞ where fewer are known.
-        furthest: (N,) float32, the greatest score.
-    """
-
-    index: np.ndarray
-    score: np.ndarray
-    furthest: np.ndarray
+    index: np.ndarray  # (N, k) int32, by exact score, then by index; −1 where fewer are known
+    score: np.ndarray  # (N, k) float64, ascending; ∞ where fewer are known
+    furthest: np.ndarray  # (N,) float32, the greatest score
 
 
 def merge(a: Neighbours, b: Neighbours) -> Neighbours:

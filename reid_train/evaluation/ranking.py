@@ -49,41 +49,34 @@ Blocks = Iterable[tuple[int, Features]]
 def rank(
     query: np.ndarray,
     gallery: np.ndarray,
-    query_pid: np.ndarray,
-    query_camid: np.ndarray,
-    gallery_pid: np.ndarray,
-    gallery_camid: np.ndarray,
+    labels: Labels,
     *,
     metric: Metric = "cosine",
     max_rank: int = 50,
-    chunk: int = CHUNK,
     device: str | torch.device = "cpu",
     progress: Progress = silent,
 ) -> RankingResult:
     """Measure how well the gallery answers the queries (METHOD §6).
 
     Args:
-        query: (Q, D) float32 embeddings; the cosine does not depend on their lengths.
-        gallery: (G, D) float32.
-        query_pid, query_camid, gallery_pid, gallery_camid: (Q,) and (G,) integers ≥ 0.
+        query, gallery: (Q, D), (G, D) float32 embeddings; the cosine ignores their lengths.
+        labels: identities and cameras.
         metric: "cosine" or "euclidean".
         max_rank: length of the CMC.
-        chunk: queries at a time; memory grows with it, results do not change.
         device: where the product and the counting run.
         progress: called with "ranking" and gallery images.
 
     Raises:
         DataError: NaN or infinite embeddings, other shapes or types, or no query with a match.
-        ConfigError: an unknown metric, or `max_rank` or `chunk` below 1.
+        ConfigError: an unknown metric, or `max_rank` below 1.
     """
     code = metric_code(metric)
-    if chunk < 1 or max_rank < 1:
-        raise ConfigError(f"chunk and max_rank must be at least 1, not {chunk} and {max_rank}")
-    labels = Labels(query_pid, query_camid, gallery_pid, gallery_camid)
+    if max_rank < 1:
+        raise ConfigError(f"max_rank must be at least 1, not {max_rank}")
     source = Separate(*similarity.check_inputs(query, gallery, labels))
     truth, own = find_ground_truth(labels), ranges(len(gallery), BLOCK)
     scores, _ = score_matches(source, truth, code, own)
-    count = partial(count_before, chunk=chunk, device=device)
+    count = partial(count_before, device=device)
     (before,) = Pool(progress=progress).map("ranking", count, (source, truth, code, scores), own)
     return metrics_of(truth.positives(), before, max_rank)
 
@@ -127,7 +120,6 @@ def count_before(
     images: Count,
     *,
     blocks: Blocks | None = None,
-    chunk: int = CHUNK,
     device: str | torch.device = "cpu",
 ) -> np.ndarray:
     """Second pass: how many images of other identities come before each positive.
@@ -137,7 +129,7 @@ def count_before(
         own: the ranges of the gallery to count in.
         images: called with each block's images.
         blocks: what to count in instead of `own`.
-        chunk, device: as in `rank`.
+        device: where the product and the counting run.
 
     Returns:
         (P,) int64: each query's positives from the closest to the furthest, equally close ones by
@@ -151,7 +143,9 @@ def count_before(
     quick_keys = scores - query.norm[row] ** 2 if metric == EUCLIDEAN else scores
     key, key_row, exact = quick_keys[order], row[order], (scores[order], truth.index[order])
     before, on_host = np.zeros(len(order), np.int64), target.type == "cpu"
-    chunk = _even(len(query), chunk, torch.get_num_threads() if on_host else 1)
+    # Of the sizes that give each thread as many chunks, the greatest up to CHUNK.
+    threads = torch.get_num_threads() if on_host else 1
+    chunk = -(-len(query) // (-(-len(query) // (CHUNK * threads)) * threads))
     chunks = [query[part.start : part.stop] for part in ranges(len(query), chunk)]
     count: Callable = rank_counts.count_block if on_host else rank_counts.count_on_device
 
@@ -186,51 +180,35 @@ def count_before(
         positives = Positives(start[first : first + len(part) + 1], *exact, low, high)
         count(quick, block.first, positives, metric, part.vectors, features.vectors, before)
 
-    threads = similarity.single_threaded_pool() if on_host else nullcontext()
-    with similarity.full_precision(), threads as pool:
+    pools = similarity.single_threaded_pool() if on_host else nullcontext()
+    with similarity.full_precision(), pools as pool:
         lefts = [similarity.left_operand(part, metric, target) for part in chunks]
-        for block in _one_ahead(prepare, blocks or gallery_blocks(source, own, BLOCK)):
+        for block in _one_ahead(map(prepare, blocks or gallery_blocks(source, own, BLOCK))):
             list((pool.map if pool else map)(partial(compare, block=block), range(len(chunks))))
             images(len(block.features))
     return before
 
 
 class _Block(NamedTuple):
-    """A block of the gallery, ready to be compared with every chunk of the queries.
-
-    `low` and `high` are those of `Positives`, for all queries; `own` are the entries of the ground
-    truth that lie in the block, those of chunk i from `ends[i]` on.
-    """
+    """A block of the gallery, ready to be compared with every chunk of the queries."""
 
     first: int
     features: Features
     operand: torch.Tensor
     slack: np.ndarray
-    low: np.ndarray
+    low: np.ndarray  # as in `Positives`, of all queries
     high: np.ndarray
-    own: np.ndarray
-    ends: np.ndarray
+    own: np.ndarray  # the entries of the ground truth that lie in the block
+    ends: np.ndarray  # those of chunk i begin at ends[i]
 
 
-def _one_ahead(
-    prepare: Callable[[tuple[int, Features]], _Block], blocks: Blocks
-) -> Iterator[_Block]:
-    """Read and prepare the next block in a thread while one is compared.
-
-    Without it, all cores but one wait in between.
-    """
-    prepared = map(prepare, blocks)
+def _one_ahead(blocks: Iterator[_Block]) -> Iterator[_Block]:
+    """Make the next block in a thread while one is compared, so that no core waits for it."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, prepared, None)
+        coming = thread.submit(next, blocks, None)
         while (block := coming.result()) is not None:
-            coming = thread.submit(next, prepared, None)
+            coming = thread.submit(next, blocks, None)
             yield block
-
-
-def _even(queries: int, chunk: int, threads: int) -> int:
-    """The greatest size up to `chunk` that gives each thread as many chunks."""
-    rounds = -(-queries // (chunk * threads))
-    return -(-queries // (rounds * threads))
 
 
 def _errors(
@@ -279,10 +257,7 @@ def _require(error: np.ndarray, slack: np.ndarray) -> None:
 def top_matches(
     query: np.ndarray,
     gallery: np.ndarray,
-    query_pid: np.ndarray,
-    query_camid: np.ndarray,
-    gallery_pid: np.ndarray,
-    gallery_camid: np.ndarray,
+    labels: Labels,
     *,
     k: int = 10,
     metric: Metric = "cosine",
@@ -291,7 +266,7 @@ def top_matches(
 
     Fewer columns if a query has fewer than k images left.
     """
-    code, labels = metric_code(metric), Labels(query_pid, query_camid, gallery_pid, gallery_camid)
+    code = metric_code(metric)
     queries, base = similarity.check_inputs(query, gallery, labels)
     right = similarity.right_operand(base, code)
     slack = similarity.tolerance(queries, base, code, certain=True)

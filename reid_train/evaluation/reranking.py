@@ -53,15 +53,10 @@ Distances = Iterable[tuple[int, np.ndarray]]
 
 @dataclass(frozen=True)
 class Encoding:
-    """What re-ranked distances are computed from.
+    """What re-ranked distances are computed from."""
 
-    Args:
-        rows: (N, N) sparse; each image's weights, queries first.
-        furthest: (N,) float64, each image's greatest distance.
-    """
-
-    rows: sp.csr_array
-    furthest: np.ndarray
+    rows: sp.csr_array  # (N, N) each image's weights, queries first
+    furthest: np.ndarray  # (N,) float64, each image's greatest distance
 
     def __post_init__(self) -> None:
         read_only(self, "furthest")

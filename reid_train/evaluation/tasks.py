@@ -75,13 +75,9 @@ class Pool:
     A task is a function of what all tasks of the stage are given, of its own blocks, and of a
     callback that counts what is done. It returns the same bits wherever it runs. In this process a
     stage is one task, in which loops and products use threads.
-
-    Args:
-        workers: Ray tasks that run at a time; 1 is this process, without Ray.
-        progress: called with each stage.
     """
 
-    workers: int = 1
+    workers: int = 1  # Ray tasks that run at a time; 1 is this process, without Ray
     progress: Progress = silent
 
     def put(self, value: Any) -> Any:

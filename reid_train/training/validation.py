@@ -15,6 +15,7 @@ from data_shards.loader import Batch, split_batches
 from data_shards.progress import phase
 from reid_train.config import TrainConfig
 from reid_train.evaluation.extract import Autocast, embed_batches, gather_rows
+from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.ranking import rank as rank_gallery
 from reid_train.evaluation.ranking import top_matches
 from reid_train.model.network import ReidNet
@@ -81,27 +82,11 @@ def validate(
     found, base = (part.numpy() for part in embeddings)
     metric = config.evaluation.metric
     with _all_cores(), phase(context.progress, "ranking"):
-        result = rank_gallery(
-            found,
-            base,
-            query.pid,
-            query.camid,
-            gallery.pid,
-            gallery.camid,
-            metric=metric,
-            device=context.device,
-        )
+        labels = Labels(query.pid, query.camid, gallery.pid, gallery.camid)
+        result = rank_gallery(found, base, labels, metric=metric, device=context.device)
     rows = _spread(result.average_precision)
-    matches = top_matches(
-        found[rows],
-        base,
-        query.pid[rows],
-        query.camid[rows],
-        gallery.pid,
-        gallery.camid,
-        k=MATCHES,
-        metric=metric,
-    )
+    labels = Labels(query.pid[rows], query.camid[rows], gallery.pid, gallery.camid)
+    matches = top_matches(found[rows], base, labels, k=MATCHES, metric=metric)
     rank_list = {
         "query": rows,
         "gallery": matches,

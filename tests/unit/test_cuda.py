@@ -9,6 +9,7 @@ import torch.distributed as dist
 from tiny import config, run, state
 from torch import nn
 
+from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.ranking import rank
 from reid_train.model import batch_norm
 from reid_train.regularization import AdaptiveL2
@@ -55,12 +56,12 @@ def test_ranks_are_those_of_the_cpu_whatever_precision_training_has(metric):
     )
     gallery[1000:1200] = gallery[:200]  # ties
     labels = pids[0], draw.integers(0, 6, 300), pids[1], draw.integers(0, 6, 4000)
-    host = rank(query, gallery, *labels, metric=metric)
+    host = rank(query, gallery, Labels(*labels), metric=metric)
     before = torch.get_float32_matmul_precision()
     for precision in ("high", "highest"):
         torch.set_float32_matmul_precision(precision)
         try:
-            device = rank(query, gallery, *labels, metric=metric, device="cuda")
+            device = rank(query, gallery, Labels(*labels), metric=metric, device="cuda")
         finally:
             torch.set_float32_matmul_precision(before)
         np.testing.assert_array_equal(device.average_precision, host.average_precision)

@@ -30,20 +30,13 @@ class Vectors(NamedTuple):
 
 
 class Positives(NamedTuple):
-    """The positives of some queries, each query's from the closest to the furthest.
+    """The positives of some queries, each query's from the closest to the furthest."""
 
-    Args:
-        start: (B + 1,) where each query's positives begin in the (P,) arrays.
-        score, index: (P,) exact scores, float64, and gallery indices, int64.
-        low, high: (P,) float32; an item scored below `low` surely comes before the positive, one
-            above `high` surely after it.
-    """
-
-    start: np.ndarray
-    score: np.ndarray
-    index: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    start: np.ndarray  # (B + 1,) where each query's positives begin in the (P,) arrays
+    score: np.ndarray  # (P,) float64, exact
+    index: np.ndarray  # (P,) int64 gallery indices
+    low: np.ndarray  # (P,) float32; an item with a lower score surely comes before the positive
+    high: np.ndarray  # (P,) float32; one with a higher score surely comes after it
 
 
 @njit(nogil=True, cache=True, fastmath=_SUM)
@@ -206,16 +199,10 @@ def count_block(scores, first, positives, metric, query, block, before):
 
 
 @njit(nogil=True, cache=True)
-def _settle_pairs(start, bounds, item, score, positives, before):
-    """Compare listed items with the positives of their rows that are too close to call.
-
-    Args:
-        start: (M,) where the row's positives begin.
-        bounds: (2, M) first and past the last such positive, counted from `start`.
-        item, score: (M,) gallery index and exact score.
-    """
+def _settle_pairs(first, stop, item, score, positives, before):
+    """Compare items (M,), given by index and exact score, each with its own range of positives."""
     for m in range(item.shape[0]):
-        for j in range(start[m] + bounds[0, m], start[m] + bounds[1, m]):
+        for j in range(first[m], stop[m]):
             before[j] += _precedes(score[m], item[m], positives.score[j], positives.index[j])
 
 
@@ -248,12 +235,13 @@ def count_on_device(
     close = torch.nonzero((possible < certain) & (scores < torch.inf))
     if len(close) == 0:
         return
-    bounds = torch.stack([possible[close[:, 0], close[:, 1]], certain[close[:, 0], close[:, 1]]])
+    places = tuple(close.T)
+    low, high = (bounds[places].cpu().numpy().astype(np.int64) for bounds in (possible, certain))
     rows, columns = close.cpu().numpy().T.copy()
     exact = np.empty(len(rows))
     score_pairs(metric, query, block, rows, columns, exact)
-    bounds = bounds.cpu().numpy().astype(np.int64)
-    _settle_pairs(start[rows], bounds, first + columns, exact, positives, before)
+    begin = start[rows]
+    _settle_pairs(begin + low, begin + high, first + columns, exact, positives, before)
 
 
 @njit(nogil=True, cache=True)

@@ -18,36 +18,22 @@ _ANY_ORDER = {"reassoc", "nnan", "nsz"}
 
 
 class Candidates(NamedTuple):
-    """The buffers of all N rows.
+    """The buffers of all N rows."""
 
-    Args:
-        score, item: (N, C) float32 and int32, unsorted.
-        count: (N,) how many each row has.
-        limit: (N,) float32, the score up to which a row takes candidates.
-        furthest: (N,) float32, the greatest score seen.
-    """
-
-    score: np.ndarray
-    item: np.ndarray
-    count: np.ndarray
-    limit: np.ndarray
-    furthest: np.ndarray
+    score: np.ndarray  # (N, C) float32, unsorted
+    item: np.ndarray  # (N, C) int32
+    count: np.ndarray  # (N,) how many each row has
+    limit: np.ndarray  # (N,) float32, the score up to which a row takes candidates
+    furthest: np.ndarray  # (N,) float32, the greatest score seen
 
 
 class Search(NamedTuple):
-    """What is searched for.
+    """What is searched for."""
 
-    Args:
-        k: how many items to keep for each row.
-        metric: COSINE or EUCLIDEAN.
-        vectors: all N embeddings.
-        slack: (N,) how far a score may be from the exact one.
-    """
-
-    k: int
+    k: int  # how many items to keep for each row
     metric: int
-    vectors: Vectors
-    slack: np.ndarray
+    vectors: Vectors  # all N embeddings
+    slack: np.ndarray  # (N,) how far a score may be from the exact one
 
 
 @njit(nogil=True, cache=True)

@@ -136,8 +136,9 @@ def test_evaluate_refuses_bad_arrays_on_every_branch(case, branch):
 @pytest.mark.parametrize("function", [rank, top_matches])
 def test_ranking_refuses_bad_arrays(case, function):
     given, message = BAD[case]
+    query, gallery, *labels = given().values()
     with pytest.raises(DataError, match=message):
-        function(**given())
+        function(query, gallery, Labels(*labels))
 
 
 @pytest.mark.parametrize("case", [case for case in BAD if "label" not in BAD[case][1]][:15])

@@ -32,11 +32,8 @@ def golden_labels() -> Labels:
 
 
 def golden_rank(**options):
-    labels = golden_labels()
-    return rank(
-        GOLDEN["query_embedding"], GOLDEN["gallery_embedding"], labels.query_pid,
-        labels.query_camid, labels.gallery_pid, labels.gallery_camid, **options,
-    )  # fmt: skip
+    both = GOLDEN["query_embedding"], GOLDEN["gallery_embedding"]
+    return rank(*both, golden_labels(), **options)
 
 
 def problem(seed: int, queries: int, gallery: int, pids: int, cameras: int, values: int):
@@ -56,10 +53,6 @@ def problem(seed: int, queries: int, gallery: int, pids: int, cameras: int, valu
     # One query at least has a match.
     labels.gallery_pid[0], labels.gallery_camid[0] = labels.query_pid[0], labels.query_camid[0] + 1
     return *embeddings, labels
-
-
-def label_arrays(labels: Labels):
-    return labels.query_pid, labels.query_camid, labels.gallery_pid, labels.gallery_camid
 
 
 def assert_same(result, expected) -> None:
@@ -98,14 +91,15 @@ def test_counting_ranks_as_a_stable_sort_does(seed, queries, gallery, pids, metr
     query, base, labels = problem(seed, queries, gallery, pids, 3, values)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "BLOCK", block)
-        result = rank(query, base, *label_arrays(labels), metric=metric, max_rank=9, chunk=chunk)
+        patch.setattr(ranking, "CHUNK", chunk)
+        result = rank(query, base, labels, metric=metric, max_rank=9)
     assert_same(result, sorted_metrics(dense_scores(query, base, metric), labels, 9))
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_many_positives_are_ranked_as_a_stable_sort_does(metric):
     query, base, labels = problem(3, 6, 900, 2, 3, 2 if metric == "cosine" else 3)
-    result = rank(query, base, *label_arrays(labels), metric=metric, max_rank=9)
+    result = rank(query, base, labels, metric=metric, max_rank=9)
     assert_same(result, sorted_metrics(dense_scores(query, base, metric), labels, 9))
 
 
@@ -122,7 +116,7 @@ def test_ranks_are_those_of_double_precision(metric):
     distance = ((query[:, None].astype(np.float64) - base[None]) ** 2).sum(-1)
     if metric == "cosine":
         distance = dense_scores(query, base, metric)
-    result = rank(query, base, *label_arrays(labels), metric=metric, max_rank=9)
+    result = rank(query, base, labels, metric=metric, max_rank=9)
     assert_same(result, sorted_metrics(distance, labels, 9))
 
 
@@ -136,7 +130,7 @@ def test_distances_that_leave_a_query_out_are_an_error():
 def test_a_collapsed_model_is_ranked_by_gallery_index(metric):
     _, _, labels = problem(5, 10, 300, 5, 3, 2)
     result = rank(
-        np.ones((10, 8), np.float32), np.ones((300, 8), np.float32), *label_arrays(labels),
+        np.ones((10, 8), np.float32), np.ones((300, 8), np.float32), labels,
         metric=metric, max_rank=9,
     )  # fmt: skip
     assert_same(result, sorted_metrics(np.zeros((10, 300)), labels, 9))
@@ -145,14 +139,14 @@ def test_a_collapsed_model_is_ranked_by_gallery_index(metric):
 def test_a_gallery_of_zeros_alone_is_ranked_by_index():
     query = np.random.default_rng(0).standard_normal((6, 9)).astype(np.float32)
     labels = Labels([1] * 6, [0] * 6, [0, 1], [1, 1])
-    result = rank(query, np.zeros((2, 9), np.float32), *label_arrays(labels), metric="euclidean")
+    result = rank(query, np.zeros((2, 9), np.float32), labels, metric="euclidean")
     assert result.mAP == 0.5
 
 
 def test_zero_embeddings_are_as_far_as_orthogonal_ones():
     labels = Labels([0], [0], [0, 1, 0], [1, 1, 1])
     base = np.float32([[0, 0], [0, 1], [-1, 0]])
-    result = rank(np.float32([[1, 0]]), base, *label_arrays(labels))
+    result = rank(np.float32([[1, 0]]), base, labels)
     assert result.average_precision[0] == pytest.approx((1 / 1 + 2 / 3) / 2)
 
 
@@ -160,14 +154,15 @@ def test_zero_embeddings_are_as_far_as_orthogonal_ones():
 @pytest.mark.parametrize("values", [2, 3])
 def test_counts_on_an_accelerator_are_those_of_the_cpu(monkeypatch, metric, values):
     query, base, labels = problem(7, 40, 500, 6, 3, values)
-    expected = rank(query, base, *label_arrays(labels), metric=metric, chunk=16)
+    monkeypatch.setattr(ranking, "CHUNK", 16)
+    expected = rank(query, base, labels, metric=metric)
 
     def count(scores: np.ndarray, *rest) -> None:
         # The accelerator's path works on any device that torch has.
         rank_counts.count_on_device(torch.from_numpy(scores), *rest)
 
     monkeypatch.setattr(rank_counts, "count_block", count)
-    result = rank(query, base, *label_arrays(labels), metric=metric, chunk=16)
+    result = rank(query, base, labels, metric=metric)
     np.testing.assert_array_equal(result.average_precision, expected.average_precision)
 
 
@@ -214,18 +209,21 @@ def test_a_product_less_precise_than_float32_is_noticed(monkeypatch):
     assert torch.get_num_threads() == threads
 
 
-def test_chunks_do_not_change_a_bit():
-    whole, parts = golden_rank(), golden_rank(chunk=7)
+def test_chunks_do_not_change_a_bit(monkeypatch):
+    whole = golden_rank()
+    monkeypatch.setattr(ranking, "CHUNK", 7)
+    parts = golden_rank()
     np.testing.assert_array_equal(whole.average_precision, parts.average_precision)
 
 
-def test_threads_do_not_change_a_bit_and_are_given_back():
+def test_threads_do_not_change_a_bit_and_are_given_back(monkeypatch):
+    monkeypatch.setattr(ranking, "CHUNK", 7)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append(golden_rank(chunk=7).average_precision)
+            results.append(golden_rank().average_precision)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -235,7 +233,7 @@ def test_threads_do_not_change_a_bit_and_are_given_back():
 def test_queries_without_a_match_are_left_out_of_the_means():
     labels = Labels([0, 1], [0, 0], [0, 5, 1], [1, 1, 0])
     query = np.float32([[1, 0], [0, 1]])
-    result = rank(query, np.float32([[0, 1], [1, 0], [1, 1]]), *label_arrays(labels))
+    result = rank(query, np.float32([[0, 1], [1, 0], [1, 1]]), labels)
     assert result.valid == 1
     assert np.isnan(result.average_precision[1])
     assert result.first_match_rank[1] == 0
@@ -244,13 +242,13 @@ def test_queries_without_a_match_are_left_out_of_the_means():
 
 def test_junk_neither_helps_nor_hurts():
     query, base, labels = problem(1, 8, 60, 4, 3, 2)
-    before = rank(query, base, *label_arrays(labels))
+    before = rank(query, base, labels)
     junk = Labels(
         labels.query_pid, labels.query_camid,
         np.concatenate([labels.gallery_pid, labels.query_pid[:1]]),
         np.concatenate([labels.gallery_camid, labels.query_camid[:1]]),
     )  # fmt: skip
-    after = rank(query, np.concatenate([base, query[:1]]), *label_arrays(junk))
+    after = rank(query, np.concatenate([base, query[:1]]), junk)
     assert after.average_precision[0] == before.average_precision[0]
 
 
@@ -286,7 +284,7 @@ def test_true_accept_rate_matches_the_sorted_impostors(metric):
 @pytest.mark.parametrize("metric", METRICS)
 def test_top_matches_are_the_first_of_a_stable_sort(metric):
     query, base, labels = problem(4, 12, 300, 5, 3, 2 if metric == "cosine" else 1)
-    found = top_matches(query, base, *label_arrays(labels), k=10, metric=metric)
+    found = top_matches(query, base, labels, k=10, metric=metric)
     distance = dense_scores(query, base, metric)
     for i in range(len(query)):
         junk = (labels.gallery_pid == labels.query_pid[i]) & (
@@ -321,17 +319,15 @@ def test_bad_input_says_what_is_wrong(change, message):
         "query_pid": np.array([0, 1]), "query_camid": np.array([0, 0]),
         "gallery_pid": np.array([0, 1, 2]), "gallery_camid": np.array([1, 1, 1]),
     }  # fmt: skip
+    query, gallery, *labels = (arguments | change).values()
     with pytest.raises(DataError, match=message):
-        rank(**{**arguments, **change})
+        rank(query, gallery, Labels(*labels))
 
 
 def test_an_empty_gallery_is_an_error():
     nothing = np.array([], int)
     with pytest.raises(DataError, match="gallery is empty"):
-        rank(
-            np.ones((1, 2), np.float32), np.ones((0, 2), np.float32), np.array([0]),
-            np.array([0]), nothing, nothing,
-        )  # fmt: skip
+        rank(np.ones((1, 2)), np.ones((0, 2)), Labels([0], [0], nothing, nothing))
 
 
 def test_an_unknown_metric_is_an_error():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.measures import METRICS, Measures
 from reid_train.evaluation.neighbours import all_pairs, nearest_neighbours
 from reid_train.evaluation.ranking import rank
@@ -30,9 +31,8 @@ def test_near_collinear_embeddings_are_ranked_as_float64_does(make):
     made = make(np.random.default_rng(0))
     pid, camid = np.arange(300) % 10, np.arange(300) // 10 % 3
     query, gallery = slice(0, 60), slice(60, 300)
-    result = rank(
-        made[query], made[gallery], pid[query], camid[query], pid[gallery], camid[gallery]
-    )
+    labels = Labels(pid[query], camid[query], pid[gallery], camid[gallery])
+    result = rank(made[query], made[gallery], labels)
     unit = made.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     expected = []
@@ -50,8 +50,8 @@ def test_a_collapsed_model_is_ranked_by_index_where_its_own_items_show_nothing(m
     # All matches are in the first block; the roundings of all products have one sign.
     made = np.full((16 + 2560, dimensions), 0.37, np.float32)
     pid, gallery_pid = np.arange(16), np.arange(2560)
-    camid = np.zeros(16, int), np.ones(2560, int)
-    result = rank(made[:16], made[16:], pid, camid[0], gallery_pid, camid[1], metric=metric)
+    labels = Labels(pid, np.zeros(16, int), gallery_pid, np.ones(2560, int))
+    result = rank(made[:16], made[16:], labels, metric=metric)
     np.testing.assert_array_equal(result.first_match_rank, np.arange(1, 17))
 
 
