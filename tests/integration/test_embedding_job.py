@@ -17,7 +17,7 @@ from data_shards.building.build import build as build_shards
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ReidError
 from data_shards.progress import silent
-from reid_train.commands import embed as job
+from reid_train.commands import embedding_job as job
 from reid_train.commands.embed import Embed
 from reid_train.commands.evaluate import Evaluate, evaluate
 from reid_train.config import LoaderConfig

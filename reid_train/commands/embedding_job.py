@@ -1,0 +1,196 @@
+"""Embed a dataset on Ray workers that write parts.
+
+A part has consecutive images of a split and is a Parquet file of its own, written whole or not at
+all. So each image is embedded once, and an interrupted job continues with the missing parts.
+`job.json` is written first and once. It records the model, the dataset and the device of the parts.
+The first worker records the precision in `precision`, and all others follow it: another device or
+precision gives other last digits.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import ray.exceptions
+
+from data_shards.cache import ShardCache
+from data_shards.dataset import Dataset
+from data_shards.errors import DataError, ObjectExists, ReidError
+from data_shards.loader import split_batches
+from data_shards.progress import Progress, phase, silent
+from data_shards.storage import Storage, expand_home, open_storage
+from reid_train.commands.embed import Embed
+from reid_train.evaluation.embedding_store import JOB, EmbeddingTable, part_key, write_part
+from reid_train.evaluation.extract import embed_batches
+from reid_train.evaluation.tasks import ranges
+from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
+from reid_train.model.precision import autocast, precision_on, set_precision
+from reid_train.out_of_memory import out_of_memory
+from reid_train.registry.load import fetch
+from reid_train.runs.ray_trainer import use_gpu
+
+PART = 4096
+"""Images of a part."""
+PRECISION = "precision"
+"""Name of the file with the precision of all parts, "bf16" or "float32"."""
+
+
+class Task(NamedTuple):
+    """One part: some rows of a split."""
+
+    key: str
+    split: str
+    rows: range
+
+
+def tasks_of(dataset: Dataset, splits: Sequence[str]) -> list[Task]:
+    """The parts of a dataset's splits, in order."""
+    parts = [(split, rows) for split in splits for rows in ranges(len(dataset.index(split)), PART)]
+    return [Task(part_key(number), *part) for number, part in enumerate(parts)]
+
+
+def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
+    """Embed what is missing; Ray must be running. Returns the images of all parts.
+
+    Raises:
+        DataError: no such images, or the parts that are there are of another model, dataset,
+            device or precision.
+    """
+    dataset, storage = Dataset.open(settings.data), open_storage(settings.out)
+    tasks = tasks_of(dataset, settings.splits)
+    if not tasks:
+        raise DataError(f"{settings.data} has no images in {', '.join(settings.splits)}")
+    with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
+        with phase(progress, "loading the model"):
+            folder = fetch(settings.model, Path(temporary), settings.tracking_uri)
+            Embedder.from_folder(folder, "cpu")  # raises what is wrong before anything starts
+        weights, config = ((folder / name).read_bytes() for name in (WEIGHTS, CONFIG))
+    there = {key for key, _ in storage.list("part-")}
+    missing = [task for task in tasks if task.key not in there]
+    chosen = "cuda" if missing and use_gpu(settings.device, settings.workers, free=True) else "cpu"
+    job = {
+        "weights": hashlib.sha256(weights).hexdigest(),
+        "config": hashlib.sha256(config).hexdigest(),
+        "manifest_digest": dataset.manifest.digest,
+        "splits": list(settings.splits),
+        "part": PART,
+        "parts": len(tasks),
+    }
+    device = _claim(storage, settings.out, job, chosen)
+    if missing and device != chosen and (settings.device, device) != ("auto", "cpu"):
+        raise DataError(
+            f"{settings.out} was started with --device {device}: continue with that, or choose "
+            "another place"
+        )
+    total = sum(len(task.rows) for task in tasks)
+    done = total - sum(len(task.rows) for task in missing)
+    progress("embedding", done, total)
+    if missing:
+        given = ray.put((weights, config)), device, settings
+        actor = ray.remote(_Worker).options(  # type: ignore[attr-defined]
+            num_cpus=1, num_gpus=int(device == "cuda"), max_restarts=2, max_task_retries=2
+        )
+        actors = [actor.remote(*given) for _ in range(min(settings.workers, len(missing)))]
+        for images in _results(actors, missing):
+            done += images
+            progress("embedding", done, total)
+    return total
+
+
+def _claim(storage: Storage, out: str, job: dict[str, Any], device: str) -> str:
+    """Write `job.json`, or check that it is of the same job; returns the job's device."""
+    if not storage.exists(JOB) and any(storage.list("part-")):
+        raise DataError(
+            f"{out} has embeddings but no {JOB} that describes them: choose another place"
+        )
+    try:
+        content = json.dumps(job | {"device": device}, indent=2)
+        storage.write(JOB, content.encode(), create_once=True)
+    except ObjectExists:
+        kept = json.loads(storage.read(JOB))
+        device = kept.pop("device", device)
+        if kept != job:
+            raise DataError(
+                f"{out} holds embeddings of another model, dataset or choice of splits: "
+                "choose another place"
+            ) from None
+    return device
+
+
+def _results(actors: Sequence[Any], tasks: Sequence[Task]) -> Iterator[int]:
+    """Images of each part that is done. An actor gets its first task once it has started."""
+    busy = {actor.ready.remote(): actor for actor in actors}
+    left, done = deque(tasks), 0
+    while done < len(tasks):
+        (reference,), _ = ray.wait(list(busy))
+        actor = busy.pop(reference)
+        try:
+            images = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if reason := out_of_memory(str(error)):
+                raise ReidError(
+                    f"{reason}: lower --batch and give the same command to continue"
+                ) from None
+            raise error.cause if isinstance(error.cause, ReidError) else error from None
+        except ray.exceptions.RayError as error:
+            reason = out_of_memory(str(error)) or str(error).strip().splitlines()[0]
+            raise ReidError(
+                f"an embedding worker was lost: {reason}. Give the same command to continue"
+            ) from error
+        if images is not None:
+            done += 1
+            yield images
+        if left:
+            busy[actor.embed.remote(left.popleft())] = actor
+
+
+class _Worker:
+    """Embeds parts; a Ray actor."""
+
+    def __init__(self, files: tuple[bytes, bytes], device: str, settings: Embed) -> None:
+        with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
+            folder = Path(temporary)
+            for name, content in zip((WEIGHTS, CONFIG), files, strict=True):
+                (folder / name).write_bytes(content)
+            self.embedder = Embedder.from_folder(folder, device)
+        config, storage = self.embedder.config, open_storage(settings.out)
+        precision: str = precision_on(config, self.embedder.device)
+        try:
+            storage.write(PRECISION, precision.encode(), create_once=True)
+        except ObjectExists:
+            precision = storage.read(PRECISION).decode()
+        self.config, self.storage = config.replace(precision=precision), storage
+        set_precision(self.config)
+        self.settings, self.dataset = settings, Dataset.open(settings.data)
+        cache = expand_home(settings.loader.cache).absolute()
+        self.cache = ShardCache(self.dataset.storage, cache, settings.loader.cache_bytes)
+
+    def ready(self) -> None:
+        """Return once the actor has started."""
+
+    def embed(self, task: Task) -> int:
+        """Write one part; return its number of images."""
+        config, index = self.config, self.dataset.index(task.split)
+        network, device, rows = self.embedder.network, self.embedder.device, np.array(task.rows)
+        options = {
+            "batch": self.settings.batch or config.evaluation.batch,
+            "height": config.image.height,
+            "width": config.image.width,
+            "workers": self.settings.loader.workers,
+        }
+        batches = split_batches(self.dataset, self.cache, task.split, rows, **options)
+        # In the precision of the training's own evaluations, to give the same figures.
+        options = {"mirror": config.evaluation.mirror, "autocast": autocast(config, device)}
+        embedding = embed_batches(network, batches, device, **options)
+        split = np.full(len(rows), task.split)
+        table = EmbeddingTable(
+            embedding.cpu().numpy(), index.pid[rows], index.camid[rows], split, index.path[rows]
+        )
+        write_part(self.storage, task.key, table)
+        return len(rows)
