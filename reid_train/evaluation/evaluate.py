@@ -127,25 +127,20 @@ def _read(files: EmbeddingFiles) -> Joined:
     return Joined(both, int(np.count_nonzero(files.split == "query")))
 
 
+@dataclass
 class _Stages:
-    """The stages of one evaluation.
+    """The stages of one evaluation."""
 
-    Args:
-        pool: runs the tasks.
-        source: a `tasks.Source`, as the pool's `put` gives it.
-        edges: the ranges of the gallery that tasks read at a time.
-        labels, measures: as in `evaluate`.
-    """
+    pool: Pool
+    source: Any  # a `tasks.Source`, as the pool's `put` gives it
+    edges: list[range]  # of the gallery, which tasks read at a time
+    labels: Labels
+    measures: Measures
 
-    def __init__(
-        self, pool: Pool, source: Any, edges: list[range], labels: Labels, measures: Measures
-    ) -> None:
-        self.pool, self.source, self.edges = pool, source, edges
-        self.labels, self.measures = labels, measures
-        self.metric = metric_code(measures.metric)
-        self.queries, self.gallery = len(labels.query_pid), len(labels.gallery_pid)
-        self.truth = find_ground_truth(labels)
-        self.given_truth = pool.put(self.truth)
+    def __post_init__(self) -> None:
+        self.metric, self.truth = metric_code(self.measures.metric), find_ground_truth(self.labels)
+        self.queries, self.gallery = len(self.labels.query_pid), len(self.labels.gallery_pid)
+        self.given_truth = self.pool.put(self.truth)
 
     def run(self, dimensions: int) -> Measurement:
         """All stages."""

@@ -28,15 +28,7 @@ from reid_train.evaluation.kernels.rank_counts import Positives
 from reid_train.evaluation.measures import EUCLIDEAN, Metric, metric_code
 from reid_train.evaluation.metrics import RankingResult, metrics_of
 from reid_train.evaluation.similarity import Features
-from reid_train.evaluation.tasks import (
-    Count,
-    Pool,
-    Separate,
-    Source,
-    gallery_blocks,
-    ignore,
-    ranges,
-)
+from reid_train.evaluation.tasks import Count, Pool, Separate, Source, gallery_blocks, ranges
 
 BLOCK = 2048  # gallery images in a product; they and their scores fit the cache
 CHUNK = 256  # queries in a product: with more, threads wait longer for a block's last one
@@ -64,7 +56,7 @@ def rank(
         metric: "cosine" or "euclidean".
         max_rank: length of the CMC.
         device: where the product and the counting run.
-        progress: called with "ranking" and gallery images.
+        progress: called with "matches", then "ranking", and gallery images.
 
     Raises:
         DataError: NaN or infinite embeddings, other shapes or types, or no query with a match.
@@ -74,15 +66,16 @@ def rank(
     if max_rank < 1:
         raise ConfigError(f"max_rank must be at least 1, not {max_rank}")
     source = Separate(*similarity.check_inputs(query, gallery, labels))
-    truth, own = find_ground_truth(labels), ranges(len(gallery), BLOCK)
-    scores, _ = score_matches(source, truth, code, own)
+    truth, own, pool = find_ground_truth(labels), ranges(len(gallery), BLOCK), Pool(1, progress)
+    given = source, truth, code
+    ((scores, _),) = pool.map("matches", score_matches, given, own)
     count = partial(count_before, device=device)
-    (before,) = Pool(progress=progress).map("ranking", count, (source, truth, code, scores), own)
+    (before,) = pool.map("ranking", count, (*given, scores), own)
     return metrics_of(truth.positives(), before, max_rank)
 
 
 def score_matches(
-    source: Source, truth: GroundTruth, metric: int, own: Sequence[range], images: Count = ignore
+    source: Source, truth: GroundTruth, metric: int, own: Sequence[range], images: Count
 ) -> tuple[np.ndarray, float]:
     """First pass: the exact scores (M,) float64 of all entries of `truth` in a task's ranges.
 
@@ -145,7 +138,8 @@ def count_before(
     before, on_host = np.zeros(len(order), np.int64), target.type == "cpu"
     # Of the sizes that give each thread as many chunks, the greatest up to CHUNK.
     threads = torch.get_num_threads() if on_host else 1
-    chunk = -(-len(query) // (-(-len(query) // (CHUNK * threads)) * threads))
+    rounds = -(-len(query) // (CHUNK * threads))
+    chunk = -(-len(query) // (rounds * threads))
     chunks = [query[part.start : part.stop] for part in ranges(len(query), chunk)]
     count: Callable = rank_counts.count_block if on_host else rank_counts.count_on_device
 

@@ -23,7 +23,7 @@ import scipy.sparse as sp
 
 from data_shards.errors import DataError
 from data_shards.progress import Progress, silent
-from reid_train.evaluation import neighbours
+from reid_train.evaluation import neighbours, similarity
 from reid_train.evaluation.ground_truth import GroundTruth, Labels, find_ground_truth, read_only
 from reid_train.evaluation.kernels import k_reciprocal
 from reid_train.evaluation.kernels.k_reciprocal import Compressed, Rows, Sets
@@ -31,13 +31,7 @@ from reid_train.evaluation.kernels.rank_counts import GIVEN, Positives, count_bl
 from reid_train.evaluation.measures import COSINE, Measures, metric_code
 from reid_train.evaluation.metrics import RankingResult, metrics_of
 from reid_train.evaluation.neighbours import Block, Neighbours
-from reid_train.evaluation.similarity import (
-    Features,
-    check_inputs,
-    full_precision,
-    in_threads,
-    tolerance,
-)
+from reid_train.evaluation.similarity import Features
 from reid_train.evaluation.tasks import Count, Joined, Pool, ignore, ranges
 
 CHUNK = 512  # queries in a yield of distances
@@ -87,7 +81,7 @@ def rerank(
     measures = measures or Measures()
     metric = metric_code(measures.metric)
     measures.check_reranking()
-    source = Joined(Features.joined(*check_inputs(query, gallery)), len(query))
+    source = Joined(Features.joined(*similarity.check_inputs(query, gallery)), len(query))
     measures.check_reranking(total := len(source.both))
     kept, blocks = room_for_scores(len(query), len(gallery)), neighbours.all_pairs(total)
     given = source, measures.needed, metric, kept
@@ -141,7 +135,7 @@ def encode(source: Joined, near: Neighbours, measures: Measures) -> Encoding:
     spread = near.furthest.astype(np.float64) + (metric == COSINE)
     furthest = spread**2 if metric == COSINE else spread
     # If all images are the same, the greatest distance is only a rounding error.
-    furthest[spread <= tolerance(both, both, metric, certain=True)] = 1.0
+    furthest[spread <= similarity.tolerance(both, both, metric, certain=True)] = 1.0
     # Python rounds half to even.
     full, half = (_reciprocal(near.index, k) for k in (measures.k1, round(measures.k1 / 2)))
     widest = min(full.item.shape[1] * (1 + half.item.shape[1]), count)
@@ -164,7 +158,7 @@ def _reciprocal(nearest: np.ndarray, k: int) -> Sets:
         out = Sets(sets.item[a:b], sets.count[a:b])
         k_reciprocal.reciprocal_neighbours(nearest, k, a, out)
 
-    in_threads(fill, len(nearest))
+    similarity.in_threads(fill, len(nearest))
     return sets
 
 
@@ -184,7 +178,7 @@ def _rows_of(fill: Callable[[int, Rows], None], count: int, widest: int) -> sp.c
         def part(a: int, b: int, first=images.start, rows=rows) -> None:
             fill(first + a, Rows(*(values[a:b] for values in rows)))
 
-        in_threads(part, len(images))
+        similarity.in_threads(part, len(images))
         used = np.arange(widest) < rows.length[:, None]
         lengths.append(rows.length)
         items.append(rows.item[used])
@@ -218,7 +212,7 @@ def _distances(
                 furthest = encoding.furthest[first + a : first + b]
                 k_reciprocal.blend_jaccard(out[a:b], own, columns, metric, furthest, weight)
 
-            in_threads(blend, len(out))
+            similarity.in_threads(blend, len(out))
             yield first, out
 
 
@@ -229,7 +223,7 @@ def _scores_across(source: Joined, metric: int, own: Sequence[Sequence[Block]]) 
     for blocks in own:
         first, stop = blocks[0].rows.start, min(blocks[0].rows.stop, queries)
         out = np.empty((stop - first, len(both) - queries), np.float32)
-        with full_precision():
+        with similarity.full_precision():
             for block in blocks:
                 _copy_across(block, scores_of(block), out, first, queries)
         yield first, out
@@ -287,6 +281,6 @@ def _count_before(blocks: Distances, truth: GroundTruth, queries: Count = ignore
             part = positives._replace(start=positives.start[a : b + 1])
             count_block(distance[a:b], 0, part, GIVEN, NOTHING, NOTHING, before)
 
-        in_threads(count, len(distance))
+        similarity.in_threads(count, len(distance))
         queries(len(distance))
     return found
