@@ -6,7 +6,7 @@ The model is code and safetensors, without pickles: MLflow runs `pyfunc_model.py
 import shutil
 import tempfile
 import warnings
-from importlib.metadata import version as installed_version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +83,10 @@ def log_model(
                     code_paths=[str(package) for package in sorted(code.iterdir())],
                     signature=ModelSignature(Schema([images]), Schema([embeddings])),
                     input_example=example,
-                    pip_requirements=[_pinned(package) for package in REQUIREMENTS],
+                    # A local part such as +cu130 names a build that registries do not have.
+                    pip_requirements=[
+                        f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS
+                    ],
                     mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
                 )
             _check_in_model(path / "MLmodel")
@@ -105,8 +108,3 @@ def _check_in_model(description: Path) -> None:
     text = description.read_text()
     unmarked, marked = (f"is_signature_from_type_hint: {value}" for value in ("false", "true"))
     description.write_text(text.replace(unmarked, marked))
-
-
-def _pinned(package: str) -> str:
-    # A local part such as +cu130 names a build that package registries do not have.
-    return f"{package}=={installed_version(package).partition('+')[0]}"

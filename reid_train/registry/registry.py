@@ -2,7 +2,7 @@
 
 The tags of a version hold its metrics and the dataset that they were measured on. The alias
 `champion` marks the model to use. It moves only to a version with a higher mAP on the same query
-and gallery.
+and gallery. If MLflow or its artifact store fails, a `StorageError` says why.
 """
 
 import logging
@@ -97,7 +97,6 @@ def register(
 
     Raises:
         DataError: the folder does not hold a model.
-        StorageError: MLflow or its artifact store failed.
     """
     from reid_train.registry.packaging import log_model
 
@@ -127,28 +126,20 @@ def default_name(dataset: str, evaluation_digest: str, tracking_uri: str | None 
 
     Two datasets may have the same name. If the registered models of that name were measured on
     another query and gallery, the name ends in the start of the digest of this one's.
-
-    Raises:
-        StorageError: MLflow failed.
     """
     name = accepted(f"reid-{dataset}")
     uri = registry_uri(tracking_uri)
     with mlflow_errors(f"looking up {name}", uri):
         versions = all_pages(connect(uri).search_model_versions, f"name = '{name}'")
     measured = {version.tags.get("evaluation_digest") for version in versions}
-    if measured and evaluation_digest not in measured:
-        return f"{name}-{evaluation_digest[:8]}"
-    return name
+    is_free = not measured or evaluation_digest in measured
+    return name if is_free else f"{name}-{evaluation_digest[:8]}"
 
 
 def registered_version(
     name: str, run_id: str, metrics: Mapping[str, float], tracking_uri: str
 ) -> Registered | None:
-    """Return the version that an MLflow run has registered with these metrics, if there is one.
-
-    Raises:
-        StorageError: MLflow failed.
-    """
+    """Return the version that an MLflow run has registered with these metrics, if there is one."""
     with mlflow_errors(f"looking for versions of {name}", tracking_uri):
         client = connect(tracking_uri)
         for version in all_pages(client.search_model_versions, f"name = '{name}'"):
@@ -161,11 +152,7 @@ def registered_version(
 def should_promote(
     candidate: Mapping[str, str], champion: Mapping[str, str] | None
 ) -> tuple[bool, str]:
-    """Decide from the tags of a version and of the champion, if there is one, which is better.
-
-    Returns:
-        Whether the version becomes the champion, and the reason in words.
-    """
+    """Decide from their tags whether a version replaces the champion, and say why in words."""
     score = _number(candidate.get("mAP"))
     if score is None:
         return False, "not promoted: its mAP was not measured"
@@ -187,7 +174,6 @@ def list_models(tracking_uri: str | None = None) -> list[ModelVersion]:
 
     Raises:
         ConfigError: no tracking URI was given or found.
-        StorageError: MLflow failed.
     """
     uri = registry_uri(tracking_uri)
     found = []

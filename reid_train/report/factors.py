@@ -153,10 +153,7 @@ def _fill(
 
 
 def _difference(values: np.ndarray, kind: np.ndarray) -> np.ndarray:
-    """(T, n), the difference of each tensor to the median of its kind, in per cent.
-
-    All tensors decay together; this shows how they differ.
-    """
+    """(T, n), the difference of each tensor to the median of its kind, in per cent."""
     medians = np.empty_like(values)
     for name in np.unique(kind):
         member = kind == name
@@ -193,11 +190,7 @@ def _map(
 
 
 def groups(names: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Group neighbouring tensors by module, and split a group that has too many of them.
-
-    Returns:
-        (module, first, end) of each group, in order.
-    """
+    """Group neighbouring tensors by module, as (module, first, end); split groups of too many."""
     modules = [name.split(".")[:-1] or [name] for name in names]
 
     def split(first: int, end: int, depth: int) -> list[tuple[str, int, int]]:

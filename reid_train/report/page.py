@@ -33,17 +33,16 @@ class Row:
 
     def cells(self) -> tuple[str, str, str]:
         """Before, after and change as text, with a dash for what is not known."""
-        before, after = _known(self.before), _known(self.after)
-        if before is None or after is None:
-            return self._text(before), self._text(after), "–"
+        before, after = (math.nan if v is None else v for v in (self.before, self.after))
         change = after - before
         sign = "+" if change > 0 else "−" if change < 0 else "±"
         # A change of a percentage is in points.
         size = f"{100 * abs(change):.1f}" if self.unit == "%" else self._text(abs(change))
-        return self._text(before), self._text(after), sign + size
+        change = sign + size if math.isfinite(change) else "–"
+        return self._text(before), self._text(after), change
 
-    def _text(self, value: float | None) -> str:
-        if value is None:
+    def _text(self, value: float) -> str:
+        if not math.isfinite(value):
             return "–"
         if self.unit == "%":
             return f"{100 * value:.1f}%"
@@ -59,13 +58,7 @@ class Picture(NamedTuple):
 
 
 def print_summary(console: Console, rows: Sequence[Row], title: str = "") -> None:
-    """Print a table of metrics before and after training.
-
-    Args:
-        console: where to print it.
-        rows: one for each metric, such as `Row("mAP", 0.021, 0.594)`.
-        title: a line above the table; not markup.
-    """
+    """Print a table of metrics before and after training, with a title above it."""
     heading = Text(title, style="bold") if title else None
     table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, header_style="dim")
     table.add_column("metric")
@@ -87,15 +80,9 @@ def write_page(
     *,
     facts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a page with metrics, pictures and the configuration.
+    """Write a page with metrics, pictures and the configuration of a run.
 
-    Args:
-        path: the HTML file to write.
-        title: name of the run.
-        rows: metrics before and after training.
-        pictures: PNG files, which are copied into the page in this order.
-        config: the configuration of the run; anything that JSON can hold.
-        facts: short facts by name, such as the dataset, the commit or the time it took.
+    The PNG files are copied into the page. Facts are short texts by name, such as the commit.
     """
     template = Template(Path(__file__).with_name("page.html").read_text())
     document = template.substitute(
@@ -128,7 +115,3 @@ def _figure(picture: Picture) -> str:
         f'<figure><img src="data:image/png;base64,{data}" alt="{caption}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-
-
-def _known(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)

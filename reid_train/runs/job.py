@@ -51,7 +51,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
             preflight.check(config, dataset, saved)
         folder = open_storage(config.output).child(str(config.name))
         with run_lock.held(folder, str(config.name)) as lock:
-            finished = saved is not None and _is_finished(config)
+            finished = saved is not None and _is_finished(config, folder.url)
             if saved and finished and (summary := _complete(config, saved)):
                 shown.print(f"run {config.name} has finished; nothing to do")
                 return summary
@@ -96,9 +96,8 @@ def _tracked(config: TrainConfig, dataset: Dataset, saved: Run | None) -> Iterat
         yield tracker
 
 
-def _is_finished(config: TrainConfig) -> bool:
+def _is_finished(config: TrainConfig, run: str) -> bool:
     """Return whether a run that is resumed has its last checkpoint, and it is not damaged."""
-    run = f"{config.output}/{config.name}"
     stored = stored_checkpoints(run)
     if not stored or stored[0].epoch < config.total_epochs:
         return False

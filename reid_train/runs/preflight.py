@@ -74,10 +74,7 @@ def require_measurable(dataset: Dataset) -> None:
 
 
 def require_tracking(config: TrainConfig, saved: Run | None) -> None:
-    """Raise a `ReidError` if MLflow would refuse a name, or does not take a new run.
-
-    A run that is resumed continues while MLflow is away.
-    """
+    """Raise a `ReidError` if MLflow would refuse a name or a new run; a resumed run needs none."""
     tracking = config.tracking
     if tracking.uri == "off":
         return

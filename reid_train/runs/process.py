@@ -13,7 +13,6 @@ from pathlib import Path
 
 from data_shards.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PREFIX = "reid-worker-"
 _held: list[int] = []  # descriptors with locks that show that this process lives
 
@@ -25,11 +24,7 @@ class Stop:
         self.signal: signal.Signals | None = None
 
     def ask(self, number: int, _frame: object) -> None:
-        """Handle a signal: the first asks for an orderly end, the second ends the process.
-
-        Raises:
-            Interrupted: it is the second.
-        """
+        """Handle a signal: the first asks for an orderly end, the second raises `Interrupted`."""
         if self.signal is not None:
             raise Interrupted("ended at once, by a second signal", number)
         self.signal = signal.Signals(number)
@@ -42,7 +37,7 @@ def stop_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.ask) for number in SIGNALS}
+    before = {n: signal.signal(n, stop.ask) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:

@@ -56,12 +56,6 @@ def publish(
 ) -> tuple[Summary, list[Row]]:
     """Draw, store, track and register the result of a run that has ended.
 
-    Args:
-        config: the run.
-        dataset: what it was trained on; the rank list's images are read from it.
-        tracker: of the run.
-        progress: takes the stages.
-
     Returns:
         The summary, and the rows of the table that a person is shown.
 

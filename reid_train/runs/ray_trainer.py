@@ -50,14 +50,7 @@ def fit(
 ) -> None:
     """Train on the Ray cluster at hand, or on a local one that this starts.
 
-    A run that has checkpoints resumes from the newest.
-
-    Args:
-        config: as `prepare` returned it.
-        dataset: what it trains on; every worker checks that it opens the same one.
-        run_id: MLflow run to log to, if any.
-        lock: the driver's lock of the run.
-        display: where progress is shown.
+    A run that has checkpoints resumes from the newest. The arguments are as for `run_workers`.
 
     Raises:
         ReidError: what a worker raised on purpose, or why the run failed.
@@ -98,7 +91,7 @@ def run_workers(
 
     Args:
         config: as `prepare` returned it.
-        dataset: what it trains on.
+        dataset: what it trains on; every worker checks that it opens the same one.
         run_id: MLflow run that rank 0 logs to, if any.
         lock: nothing is written into the run's folder once it is not held; trials have none.
         board: a `Board` actor that progress is shown on, if any.
@@ -146,8 +139,6 @@ def ray_name(name: str) -> str:
 
 def start_ray(cpus: int, *, logs: bool = True) -> None:
     """Connect to the cluster at RAY_ADDRESS, or start Ray here with at least `cpus` CPUs.
-
-    With `logs`, what workers print and log is shown here.
 
     Raises:
         ReidError: the cluster does not answer, or refuses the connection.
@@ -260,11 +251,7 @@ def _report(
 ) -> None:
     """Hand metrics and a checkpoint to Ray Train, which uploads it while training continues.
 
-    Args:
-        keeper: uploads and deletes checkpoints; None on ranks above 0.
-        until: epoch after whose report the run ends, if any.
-        metrics: of the checkpoint.
-        folder: the checkpoint; None on ranks above 0.
+    Ranks above 0 have neither a keeper nor a checkpoint's folder.
     """
 
     def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:

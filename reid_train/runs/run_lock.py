@@ -55,6 +55,10 @@ class Owner:
         pid = os.getpid()
         return cls(platform.node(), _boot(), pid, _started(pid))
 
+    def to_json(self) -> bytes:
+        """Return what a lock contains."""
+        return json.dumps(asdict(self)).encode()
+
     def lives(self) -> bool | None:
         """Return whether the process is running; None if it is on another machine."""
         if (self.host, self.boot) != (platform.node(), _boot()):
@@ -124,7 +128,7 @@ def held(
         if data is not None:
             _require_dead(storage, name, number, data, silent)
         try:
-            storage.write(_key(number + 1), _json(owner), create_once=True)
+            storage.write(_key(number + 1), owner.to_json(), create_once=True)
         except ObjectExists:
             continue  # another driver was quicker
         if data is not None:
@@ -185,7 +189,7 @@ def _rewrite(
                 )
                 lost()
                 return
-            storage.write(key, _json(replace(lock.owner, beats=beats)))
+            storage.write(key, replace(lock.owner, beats=beats).to_json())
         except ReidError as error:
             logger.warning("lock of run %s not renewed, trying again: %s", name, error)
 
@@ -200,10 +204,6 @@ def _newest(storage: Storage) -> tuple[int, bytes | None]:
 
 def _key(number: int) -> str:
     return f"{number:06}.json"
-
-
-def _json(owner: Owner) -> bytes:
-    return json.dumps(asdict(owner)).encode()
 
 
 def _owner(data: bytes) -> Owner | None:

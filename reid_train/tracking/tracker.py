@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from data_shards.errors import Interrupted, StorageError
 from reid_train.tracking.server import connect, explain, is_final, status
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # What MLflow takes in one log_batch call.
 METRICS_PER_BATCH = 1000
-PARAMETERS_PER_BATCH = 100
+TEXTS_PER_BATCH = 100
 LONGEST_WAIT = 60.0
 UNACCEPTABLE = {400, 413, 422}
 """HTTP status of values that MLflow will never take. 401, 403 and 404 are not among them: a gateway
@@ -43,15 +43,6 @@ KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
 """Tag that lets an experiment open on its training runs in MLflow's pages. Without it the page for
 traces of language models opens."""
 _SECRET_NAME = re.compile(r"secret|password|passwd|token|credential|access_?key|api_?key", re.I)
-
-
-class Point(NamedTuple):
-    """One value of one metric; `time` is when it was logged, in ms."""
-
-    name: str
-    value: float
-    time: int
-    step: int
 
 
 class Tracker:
@@ -83,7 +74,7 @@ class Tracker:
         self.uri, self.run_id, self._owner = uri, run_id, owner
         self._system_metrics, self._interval, self._may_send = system_metrics, interval, may_send
         self._last_steps: dict[str, int] = {}
-        self._buffer: list[Point] = []
+        self._buffer: list[tuple[str, float, int, int]] = []  # name, value, time in ms, step
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._deadline = float("inf")
@@ -146,30 +137,28 @@ class Tracker:
         if self._thread is None:
             return
         now = time.time_ns() // 1_000_000
-        points = [Point(name, float(value), now, step) for name, value in metrics.items()]
         with self._lock:
-            self._buffer += points
+            self._buffer += [(name, float(value), now, step) for name, value in metrics.items()]
 
     def log_parameters(self, parameters: Mapping[str, object]) -> None:
         """Log a flat configuration, without names that look like secrets."""
-        if not self.enabled:
-            return
-        from mlflow.entities import Param
-
-        params = [Param(name, value) for name, value in _public(parameters).items()]
-        for start in range(0, len(params), PARAMETERS_PER_BATCH):
-            part = params[start : start + PARAMETERS_PER_BATCH]
-            self._attempt("parameters", "log_batch", params=part)
+        self._log_texts("params", "Param", parameters)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
-        """Set up to 100 tags, without those that are None or whose names look like secrets."""
+        """Set tags, without those that are None or whose names look like secrets."""
+        given = {name: value for name, value in tags.items() if value is not None}
+        self._log_texts("tags", "RunTag", given)
+
+    def _log_texts(self, what: str, entity: str, values: Mapping[str, object]) -> None:
+        """Log values as text, in batches of MLflow's entities of this kind."""
         if not self.enabled:
             return
-        from mlflow.entities import RunTag
+        from mlflow import entities
 
-        given = {name: value for name, value in tags.items() if value is not None}
-        made = [RunTag(name, value) for name, value in _public(given).items()]
-        self._attempt("tags", "log_batch", tags=made)
+        public = {k: redact(str(v)) for k, v in values.items() if not _SECRET_NAME.search(k)}
+        made = [getattr(entities, entity)(name, text) for name, text in public.items()]
+        for start in range(0, len(made), TEXTS_PER_BATCH):
+            self._attempt(what, "log_batch", **{what: made[start : start + TEXTS_PER_BATCH]})
 
     def log_artifacts(self, path: Path, folder: str | None = None) -> None:
         """Upload the content of a folder into a folder of the run's artifacts."""
@@ -235,14 +224,7 @@ class Tracker:
                     for metric in client.get_run(run_id).data.to_proto().metrics:
                         self._last_steps[metric.key] = metric.step
                     if self._system_metrics:
-                        from mlflow.system_metrics.system_metrics_monitor import (
-                            SystemMetricsMonitor,
-                        )
-
-                        monitor = SystemMetricsMonitor(
-                            run_id, resume_logging=True, tracking_uri=uri
-                        )
-                        monitor.start()
+                        monitor = _start_monitor(uri, run_id)
                     begun = True
                 self._send(client, run_id)
                 wait = self._interval
@@ -272,7 +254,11 @@ class Tracker:
                 points = self._buffer[:METRICS_PER_BATCH]
             if not points:
                 return
-            fresh = [Metric(*p) for p in points if p.step > self._last_steps.get(p.name, -1)]
+            fresh = [
+                Metric(name, value, when, step)
+                for name, value, when, step in points
+                if step > self._last_steps.get(name, -1)
+            ]
             try:
                 # If MLflow took a batch but its answer was lost, the batch is sent again. MLflow
                 # drops values whose name, time, step and value it has.
@@ -303,6 +289,9 @@ def _open_run(uri: str, experiment: str, run_name: str | None, run_id: str | Non
     return client.create_run(identifier, run_name=run_name).info.run_id
 
 
-def _public(values: Mapping[str, object]) -> dict[str, str]:
-    """The values as text, without those whose names look like secrets."""
-    return {k: redact(str(v)) for k, v in values.items() if not _SECRET_NAME.search(k)}
+def _start_monitor(uri: str, run_id: str) -> Any:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    return monitor

@@ -15,10 +15,8 @@ def training_uri(given: str | None, output: str) -> str:
     """Choose where a training is tracked: as given, at MLFLOW_TRACKING_URI, or in a SQLite file.
 
     The file is in the folder `output`, where runs are kept, or in the working folder if that is on
-    S3. Only workers on this machine can reach it: a cluster needs a server.
-
-    Raises:
-        ConfigError: there is a user or a password in the URI.
+    S3. Only workers on this machine can reach it: a cluster needs a server. A URI with a user or a
+    password is a `ConfigError`.
     """
     if chosen := given or os.environ.get("MLFLOW_TRACKING_URI"):
         return without_password(chosen)
@@ -60,11 +58,7 @@ def artifacts_beside(uri: str) -> str | None:
 
 
 def without_password(uri: str) -> str:
-    """Return a URI that holds no secret, since it is stored in configurations and reports.
-
-    Raises:
-        ConfigError: there is a user or a password in it.
-    """
+    """Return a URI that may be stored with a run; raise `ConfigError` if it holds a password."""
     if redact(uri) != uri:
         raise ConfigError(
             f"leave user and password out of the tracking URI ({redact(uri)}): it is stored with "
