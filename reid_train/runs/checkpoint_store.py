@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,19 +77,17 @@ def opened(place: str, name: str) -> Iterator[Checkpoint]:
         yield _fetch(place, Path(temporary, name))
 
 
-@contextmanager
-def newest_whole(run: str) -> Iterator[Checkpoint | None]:
+def newest_whole(run: str) -> AbstractContextManager[Checkpoint | None]:
     """Download, check and open the newest checkpoint of a run that is not damaged, once.
 
-    Yields:
-        The checkpoint; None if the run has none. Its folder has the name it has in the run, and is
-        deleted when the block ends.
+    Returns:
+        A context with the checkpoint; None if the run has none. Its folder has the name it has in
+        the run, and is deleted when the block ends.
 
     Raises:
         DataError: the run has checkpoints, and all are damaged.
     """
-    with first_whole(run, [stored.name for stored in stored_checkpoints(run)]) as checkpoint:
-        yield checkpoint
+    return first_whole(run, [stored.name for stored in stored_checkpoints(run)])
 
 
 @contextmanager
