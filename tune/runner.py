@@ -69,11 +69,7 @@ def run(
 ) -> None:
     """Run trials, `at_a_time` of them together, until nothing is left to try.
 
-    Args:
-        controller: says what to run and takes the results.
-        board: `Board` actor that trials show their progress on.
-        at_a_time: most trials that run together.
-        stopping: judges evaluations; None stops no trial.
+    Trials show their progress on the `Board` actor. Without `stopping` none is stopped early.
 
     Raises:
         Interrupted: SIGTERM or SIGINT ended it; the sweep can be continued from its store.
