@@ -29,7 +29,7 @@ from reid_train.out_of_memory import out_of_memory
 from reid_train.runs.checkpoint_store import stored_evaluations
 from reid_train.runs.process import Stop, stop_signals
 from reid_train.runs.ray_internals import release
-from reid_train.runs.ray_trainer import explained, run_workers, start_ray
+from reid_train.runs.ray_trainer import explained, run_workers, start_ray, use_gpu
 from reid_train.training.context import UNMEASURED
 from tune.controller import Controller
 from tune.schedulers import EarlyStopping
@@ -37,11 +37,14 @@ from tune.schedulers import EarlyStopping
 _METRICS = {"epoch", "step", "checkpoint", "mAP", "mINP"}
 
 
-def connect() -> None:
-    """Connect to the Ray cluster at hand, or start one here."""
+def connect(config: TrainConfig) -> TrainConfig:
+    """Connect to the Ray cluster at hand, or start one here; settle `auto` for all trials."""
     # Each trial has processes without a CPU of their own; a small machine would warn of them.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     start_ray(1, logs=False)
+    if config.device != "auto":
+        return config
+    return config.replace(device="cuda" if use_gpu("auto", config.workers) else "cpu")
 
 
 def slots(config: TrainConfig, concurrent: int | None) -> int:

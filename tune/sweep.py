@@ -22,7 +22,6 @@ from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
 from reid_train.runs.console import Board, beside_driver
 from reid_train.runs.publish import publish
-from reid_train.runs.ray_trainer import use_gpu
 from reid_train.runs.run_dir import REPORT, prepare
 from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.server import run_page
@@ -87,9 +86,7 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
     preflight.check(config, dataset)
     Store.open(settings, config, dataset.manifest.digest, create=False)
-    runner.connect()
-    if config.device == "auto":  # settled once for all trials
-        config = config.replace(device="cuda" if use_gpu("auto", config.workers) else "cpu")
+    config = runner.connect(config)
     at_a_time = runner.slots(config, settings.concurrent)
     store = Store.open(settings, config, dataset.manifest.digest)
     base = config.replace(

@@ -62,8 +62,7 @@ def main(data: str, output: str, count: int, overrides: list[str]) -> None:
     base = recipe("csv_small").replace(data=data, output=output, tracking__uri="off")
     base = tyro.cli(TrainConfig, default=base, args=overrides, config=(tyro.conf.AvoidSubcommands,))
     config = prepare(base.replace(evaluation__initial=False))
-    runner.connect()
-    config = runner.resolve_device(config)
+    config = runner.connect(config)
     slots = runner.slots(config, None)
     # What is started and cached once is not counted against the first.
     one_by_one(config.replace(output=f"{output}/warm-up"), 1)
