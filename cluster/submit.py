@@ -203,14 +203,7 @@ async def _follow(
 ) -> JobDetails:
     """Print a job's log until the job ends; connect again when the connection is lost.
 
-    Args:
-        client: of the job server.
-        job: its id.
-        how: the command that follows the job, for messages.
-        quiet: print nothing of the log.
-
-    Raises:
-        ReidError: the server was silent for `GIVE_UP_SECONDS`.
+    `how` is the command that follows the job, for messages. With `quiet` nothing is printed.
     """
     from aiohttp import ClientError  # Ray's client does not catch it
 

@@ -222,11 +222,7 @@ def _conclude(
     store: Store,
     parent: Tracker,
 ) -> Outcome:
-    """Rank, register the best, draw, and store the report.
-
-    Raises:
-        DataError: no trial was trained to its end.
-    """
+    """Rank, register the best, draw, and store the report."""
     entries = ranking(trials, base)
     if not entries:
         raise DataError(common_cause(trials))
