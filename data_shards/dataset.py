@@ -1,9 +1,9 @@
 """A sharded dataset, opened for reading."""
 
-from __future__ import annotations
-
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -15,21 +15,15 @@ from data_shards.storage import Storage, open_storage
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The manifest and the index of a sharded dataset, both checked.
-
-    Attributes:
-        url: where it is.
-        storage: reads its shards; their names in the manifest are its keys.
-        manifest: what it consists of.
-    """
+    """The manifest and the index of a sharded dataset, both checked."""
 
     url: str
-    storage: Storage
+    storage: Storage  # reads its shards; their names in the manifest are its keys
     manifest: Manifest
     _index: dict[str, Index] = field(repr=False)
 
     @classmethod
-    def open(cls, url: str) -> Dataset:
+    def open(cls, url: str) -> Self:
         """Read and check `manifest.json` and `index.parquet` at `url`.
 
         Raises:
@@ -50,11 +44,7 @@ class Dataset:
         return cls(url, storage, manifest, parts)
 
     def index(self, split: str) -> Index:
-        """One split's images, in shard order; empty if the dataset has none.
-
-        Args:
-            split: one of `SPLITS`.
-        """
+        """The images of one of `SPLITS`, in shard order; empty if the dataset has none."""
         return self._index[split]
 
     @property
@@ -85,7 +75,9 @@ def why_not_measurable(
     for split, images in (("query", query), ("gallery", gallery)):
         if not images:
             return f"there are no {split} images"
-    cameras = _cameras_of(gallery)
+    cameras = defaultdict[int, set[int]](set)
+    for pid, camid in gallery:
+        cameras[pid].add(camid)
     shared = [(pid, camid) for pid, camid in query if pid in cameras]
     if not shared:
         return (
@@ -94,7 +86,7 @@ def why_not_measurable(
         )
     if any(cameras[pid] != {camid} for pid, camid in shared):
         return None
-    seen = set().union(*_cameras_of(query).values(), *cameras.values())
+    seen = {camid for _, camid in (*query, *gallery)}
     if len(seen) == 1:
         return (
             f"all query and gallery images are from one camera ({min(seen)}); each query needs a"
@@ -104,10 +96,3 @@ def why_not_measurable(
         "no query has a gallery image of the same person from another camera; give each camera its"
         " own camid"
     )
-
-
-def _cameras_of(images: Iterable[tuple[int, int]]) -> dict[int, set[int]]:
-    cameras: dict[int, set[int]] = {}
-    for pid, camid in images:
-        cameras.setdefault(pid, set()).add(camid)
-    return cameras

@@ -5,26 +5,17 @@ row per image, so that any image can be read by offset without scanning a tar. B
 in full when they are read: a `Manifest` or an `Index` that exists is valid.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    model_validator,
-)
+import pydantic
+from pydantic import AfterValidator, Field, JsonValue
 
 from data_shards.errors import DataError
 from data_shards.records import SPLITS
@@ -32,17 +23,8 @@ from data_shards.records import SPLITS
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.parquet"
 
-COLUMNS = {
-    "shard": "int32",
-    "offset": "int64",
-    "size": "int64",
-    "pid": "int64",
-    "label": "int64",
-    "camid": "int32",
-    "width": "int32",
-    "height": "int32",
-    "path": "string",
-}
+COLUMNS = {"shard": "int32", "offset": "int64", "size": "int64", "pid": "int64", "label": "int64"}
+COLUMNS |= {"camid": "int32", "width": "int32", "height": "int32", "path": "string"}
 """The type of each column, as Arrow names it."""
 
 
@@ -60,8 +42,8 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Split = Literal["train", "val", "query", "gallery"]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class _Model(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class SplitInfo(_Model):
@@ -97,32 +79,23 @@ class LeftOut(_Model):
 class Manifest(_Model):
     """What a sharded dataset consists of.
 
-    Attributes:
-        name: the dataset's name, also in each image's JSON member.
-        source: the parser that read it, such as `msmt17`.
-        options: the parser's options, and `shard_bytes`.
-        complete: whether all published counts were met.
-        content: SHA-256 over all images and their labels; a build to a URL that already holds a
-            dataset must have the same.
-        splits: counts for each split that has images.
-        shards: `Index.shard` is a position in this list.
-        index: the index file.
-        left_out: unreadable images that the user chose to leave out.
+    `content` is a SHA-256 over all images and their labels: a build to a URL that already holds a
+    dataset must have the same.
     """
 
     schema_version: Literal[1] = 1
-    name: str
-    source: str
-    options: dict[str, JsonValue]
-    complete: bool
+    name: str  # also in each image's JSON member
+    source: str  # the parser that read it, such as `msmt17`
+    options: dict[str, JsonValue]  # of the parser, and `shard_bytes`
+    complete: bool  # whether all published counts were met
     content: Sha256
-    splits: dict[Split, SplitInfo]
+    splits: dict[Split, SplitInfo]  # those that have images
     shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1, strict=False)]
     index: FileInfo
-    left_out: Annotated[tuple[LeftOut, ...], Field(strict=False)] = ()
+    left_out: Annotated[tuple[LeftOut, ...], Field(strict=False)] = ()  # the user's choice
 
-    @model_validator(mode="after")
-    def _counts_agree(self) -> Manifest:
+    @pydantic.model_validator(mode="after")
+    def _counts_agree(self) -> Self:
         names = Counter(shard.name for shard in self.shards)
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"shard {twice[0]} is listed twice")
@@ -152,7 +125,7 @@ class Manifest(_Model):
         return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n").encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> Manifest:
+    def from_json(cls, data: bytes) -> Self:
         """Read `manifest.json`.
 
         Raises:
@@ -160,7 +133,7 @@ class Manifest(_Model):
         """
         try:
             return cls.model_validate_json(data)
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the document"
             raise DataError(
@@ -171,39 +144,27 @@ class Manifest(_Model):
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Images in shard order, one row each, as columns of length N.
+    """Images in shard order, one row each, as columns of length N."""
 
-    Attributes:
-        shard: (N,) int32, a position in `manifest.shards`.
-        offset: (N,) int64, bytes from the start of the shard to the encoded image.
-        size: (N,) int64, bytes of the encoded image.
-        pid: (N,) int64.
-        label: (N,) int64, 0..C-1 by ascending pid in train; -1 elsewhere.
-        camid: (N,) int32.
-        width: (N,) int32, pixels.
-        height: (N,) int32, pixels.
-        path: (N,) object (str), path of the image in its source dataset.
-    """
-
-    shard: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
-    pid: np.ndarray
-    label: np.ndarray
-    camid: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
-    path: np.ndarray
+    shard: np.ndarray  # int32, a position in `manifest.shards`
+    offset: np.ndarray  # int64, bytes from the start of the shard to the encoded image
+    size: np.ndarray  # int64, bytes of the encoded image
+    pid: np.ndarray  # int64
+    label: np.ndarray  # int64, 0..C-1 by ascending pid in train; -1 elsewhere
+    camid: np.ndarray  # int32
+    width: np.ndarray  # int32, pixels
+    height: np.ndarray  # int32, pixels
+    path: np.ndarray  # object (str), path of the image in its source dataset
 
     def __len__(self) -> int:
         return len(self.shard)
 
-    def select(self, rows: np.ndarray) -> Index:
+    def select(self, rows: np.ndarray) -> Self:
         """Select rows by a boolean mask or by integer positions."""
-        return Index(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @classmethod
-    def from_columns(cls, columns: dict[str, Any]) -> Index:
+    def from_columns(cls, columns: dict[str, Any]) -> Self:
         """Build an index from one sequence per column, cast to the column's type."""
         kinds = {name: object if kind == "string" else kind for name, kind in COLUMNS.items()}
         return cls(**{name: np.asarray(columns[name], kind) for name, kind in kinds.items()})
@@ -214,13 +175,13 @@ class Index:
         import pyarrow.parquet as pq
 
         columns = [pa.array(getattr(self, name), kind) for name, kind in COLUMNS.items()]
-        table = pa.table(columns, list(COLUMNS))
         sink = io.BytesIO()
+        table = pa.table(columns, list(COLUMNS))
         pq.write_table(table, sink, compression="zstd", row_group_size=1 << 17)
         return sink.getvalue()
 
     @classmethod
-    def from_parquet(cls, data: bytes, manifest: Manifest) -> Index:
+    def from_parquet(cls, data: bytes, manifest: Manifest) -> Self:
         """Read `index.parquet` and check it against the manifest.
 
         Raises:
@@ -269,16 +230,10 @@ def _check_index(index: Index, manifest: Manifest) -> None:
 
     shards = manifest.shards
     shard, offset, size = index.shard, index.offset, index.size
-    require(
-        bool(((shard >= 0) & (shard < len(shards))).all()),
-        "a row names no shard",
-    )
+    require(bool(((shard >= 0) & (shard < len(shards))).all()), "a row names no shard")
     require(bool((np.diff(shard) >= 0).all()), "its rows are not in shard order")
-    counts = np.bincount(shard, minlength=len(shards))
-    require(
-        counts.tolist() == [s.images for s in shards],
-        "a shard has more or fewer images than listed",
-    )
+    counts = np.bincount(shard, minlength=len(shards)).tolist()
+    require(counts == [s.images for s in shards], "a shard has more or fewer images than listed")
     capacity = np.array([s.bytes for s in shards], np.int64)[shard]
     # `size <= capacity` first, so that the sum below cannot overflow.
     fits = (offset >= 0) & (size > 0) & (size <= capacity) & (offset <= capacity - size)

@@ -69,32 +69,23 @@ def duration(seconds: float | None) -> str:
 
 @dataclass
 class Stage:
-    """One stage's progress, and its pace as a moving average.
-
-    Args:
-        name: what is shown.
-        unit: what is counted, such as "images"; empty for a phase.
-        total: how many there are.
-        began: `time.monotonic()` of the first report.
-        done: how many are done.
-        note: what is shown after the figures.
-        later: seconds that the whole takes beside this stage's own, such as evaluations.
-    """
+    """One stage's progress, and its pace as a moving average."""
 
     name: str
-    unit: str
+    unit: str  # what is counted, such as "images"; empty for a phase
     total: int
-    began: float
+    began: float  # `time.monotonic()` of the first report
     done: int = 0
-    note: str = ""
-    later: float = 0.0
-    seen: float = field(init=False)
+    note: str = ""  # what is shown after the figures
+    later: float = 0.0  # seconds that the whole takes beside this stage's own: evaluations
+    seen: float = field(init=False)  # when `done` last grew
     reported: float = field(init=False)
+    lined: float = field(init=False)  # when a line was last printed
     _amount: float = 0.0
     _seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.seen = self.reported = self.began
+        self.seen = self.reported = self.lined = self.began
 
     def update(self, done: int, total: int, now: float) -> None:
         """Take a report."""
@@ -117,26 +108,25 @@ class Stage:
             return None
         return self.later + max((self.total - self.done) / pace - (now - self.seen), 0)
 
-    def figures(self, now: float) -> str:
+    def __str__(self) -> str:
         """`3,200 of 19,732 images, 410/s, 0:00:40 left`; of a phase the time since its start."""
+        now = time.monotonic()
         if not self.unit:
             return duration(now - self.began)
-        parts = [f"{self.done:,} of {self.total:,} {self.unit}", *_rate(self.per_second())]
-        return ", ".join([*parts, f"{duration(self.left(now))} left", *filter(None, [self.note])])
+        counts = f"{self.done:,} of {self.total:,} {self.unit}{_rate(self.per_second())}"
+        return f"{counts}, {duration(self.left(now))} left" + (self.note and f", {self.note}")
 
-    def ending(self, now: float) -> str:
+    def ending(self, seconds: float) -> str:
         """`19,732 images in 0:00:48, 411/s`."""
-        seconds = now - self.began
         if not self.unit:
             return f"done in {duration(seconds)}"
-        parts = [f"{self.total:,} {self.unit} in {duration(seconds)}", *_rate(self.total / seconds)]
-        return ", ".join(parts)
+        return f"{self.total:,} {self.unit} in {duration(seconds)}{_rate(self.total / seconds)}"
 
 
-def _rate(per_second: float | None) -> list[str]:
+def _rate(per_second: float | None) -> str:
     if per_second is None:
-        return []
-    return [f"{per_second:,.0f}/s" if per_second >= 10 else f"{per_second:.2g}/s"]
+        return ""
+    return f", {per_second:,.0f}/s" if per_second >= 10 else f", {per_second:.2g}/s"
 
 
 class Display:
@@ -146,7 +136,6 @@ class Display:
         self.console = console
         self._units, self._unit = units, unit
         self._stages: dict[str, Stage] = {}
-        self._lined: dict[str, float] = {}
         self._lock = threading.Lock()
         self._bars = _bars(console) if console.is_terminal else None
         self._tasks: dict[str, Any] = {}
@@ -172,24 +161,18 @@ class Display:
             if done >= total:
                 self._remove(stage)
                 if now - shown.began >= LONG:
-                    self.print(f"{stage}: {shown.ending(now)}")
+                    self.print(f"{stage}: {shown.ending(now - shown.began)}")
             elif self._bars is not None:
                 self._bars.update(self._tasks[stage], completed=done, total=total)
-            elif shown.unit and now - self._lined[stage] >= LINE_EVERY and shown.seen == now:
-                self._lined[stage] = now
-                self.print(f"{stage}: {shown.figures(now)}")
+            elif shown.unit and now - shown.lined >= LINE_EVERY and shown.seen == now:
+                shown.lined = now
+                self.print(f"{stage}: {shown}")
 
     def print(self, text: str) -> None:
         """Print a line that stays, above the bars."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
-        """Remove the bars."""
-        if self._bars is not None:
-            self._bars.stop()
-
     def _begin(self, stage: Stage) -> None:
-        self._lined[stage.name] = stage.began
         if self._bars is not None:
             total = stage.total if stage.unit else None
             self._bars.start()  # not before there is something to show: it leaves an empty line
@@ -224,25 +207,19 @@ def display(
     try:
         yield shown
     finally:
-        shown.close()
+        if shown._bars is not None:
+            shown._bars.stop()
 
 
 def _bars(console: Console) -> Any:
     """The bars on a terminal, not started."""
-    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+    from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
-    from rich.text import Text
-
-    class Figures(ProgressColumn):
-        """Count, pace and time left."""
-
-        def render(self, task: Task) -> Text:
-            return Text(task.fields["stage"].figures(time.monotonic()), style="cyan")
 
     return Bars(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        Figures(),
+        TextColumn("{task.fields[stage]}", style="cyan", markup=False),
         console=console,
         transient=True,
         expand=True,
