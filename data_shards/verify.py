@@ -1,16 +1,11 @@
 """Read a sharded dataset back in full and compare it with its manifest and index."""
 
-from __future__ import annotations
-
 import json
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from data_shards.building.parallel import cores, parallel_map
 from data_shards.dataset import Dataset
@@ -19,20 +14,12 @@ from data_shards.manifest import Index, ShardInfo
 from data_shards.progress import Progress, silent
 from data_shards.storage import Storage
 
-
-@dataclass(frozen=True)
-class _Task:
-    shard: ShardInfo
-    dataset: str
-    rows: Index
+Task = tuple[ShardInfo, Index]
+"""A shard and the images that it should hold."""
 
 
 def verify(
-    url: str,
-    *,
-    decode_images: bool = False,
-    jobs: int | None = None,
-    progress: Progress = silent,
+    url: str, *, decode_images: bool = False, jobs: int | None = None, progress: Progress = silent
 ) -> tuple[Dataset, list[str]]:
     """Check every shard's bytes and members, and its images if asked to.
 
@@ -50,23 +37,18 @@ def verify(
         StorageError: the storage cannot be reached.
     """
     dataset = Dataset.open(url)
-    tasks = []
+    tasks = list[Task]()
     for position, shard in enumerate(dataset.manifest.shards):
         index = dataset.index(shard.split)
-        rows = index.select(np.flatnonzero(index.shard == position))
-        tasks.append(_Task(shard, dataset.manifest.name, rows))
-    check = partial(_check_shard, dataset.storage, decode_images)
-    problems, done, total = list[str](), 0, sum(len(task.rows) for task in tasks)
-    progress("verifying", 0, total)
-    for task, found in zip(tasks, parallel_map(check, tasks, jobs or cores()), strict=True):
-        problems += found
-        done += len(task.rows)
-        progress("verifying", done, total)
-    return dataset, problems
+        tasks.append((shard, index.select(index.shard == position)))
+    check = partial(_check_shard, dataset.storage, dataset.manifest.name, decode_images)
+    counts, report = [len(rows) for _, rows in tasks], partial(progress, "verifying")
+    problems = parallel_map(check, tasks, jobs or cores(), counts, report)
+    return dataset, [problem for of_shard in problems for problem in of_shard]
 
 
-def _check_shard(storage: Storage, decode_images: bool, task: _Task) -> list[str]:
-    shard = task.shard
+def _check_shard(storage: Storage, dataset: str, decode_images: bool, task: Task) -> list[str]:
+    shard, rows = task
     try:
         size = storage.size(shard.name)
         if size != shard.bytes:
@@ -75,16 +57,19 @@ def _check_shard(storage: Storage, decode_images: bool, task: _Task) -> list[str
         with tempfile.TemporaryDirectory(prefix="data-shards-") as folder:
             path = Path(folder, "shard.tar")
             storage.download(shard.name, path, sha256=shard.sha256)
-            return [f"{shard.name}: {problem}" for problem in _problems(path, task, decode_images)]
+            constant = {"dataset": dataset, "split": shard.split}
+            problems = _problems(path, rows, constant, decode_images)
+            return [f"{shard.name}: {problem}" for problem in problems]
     except ObjectMissing:
         return [f"{shard.name} is missing"]
     except DataError as error:
         return [str(error)]
 
 
-def _problems(path: Path, task: _Task, decode_images: bool) -> Iterator[str]:
+def _problems(
+    path: Path, rows: Index, constant: dict[str, str], decode_images: bool
+) -> Iterator[str]:
     """Compare a tar with the index: the same images at the same places, described the same."""
-    rows = task.rows
     try:
         with tarfile.open(path, "r:") as tar:
             members = tar.getmembers()
@@ -100,30 +85,22 @@ def _problems(path: Path, task: _Task, decode_images: bool) -> Iterator[str]:
             if (image.offset_data, image.size) != (rows.offset[row], rows.size[row]):
                 yield f"{image.name} is not where the index has it"
                 continue
-            file.seek(image.offset_data)
-            data = file.read(image.size)
+            numbers = ("pid", "label", "camid", "width", "height")
+            expected = constant | {name: int(getattr(rows, name)[row]) for name in numbers}
             file.seek(description.offset_data)
-            if _parsed(file.read(description.size)) != _expected(task, row):
+            try:
+                found = json.loads(file.read(description.size))
+            except ValueError:
+                found = None
+            if found != expected | {"path": str(rows.path[row])}:
                 yield f"{description.name} does not agree with the index"
             if decode_images:
-                yield from _undecodable(data, image.name, rows, row)
+                file.seek(image.offset_data)
+                size = (rows.width[row], rows.height[row])
+                yield from _undecodable(file.read(image.size), image.name, size)
 
 
-def _parsed(data: bytes) -> object:
-    try:
-        return json.loads(data)
-    except ValueError:
-        return None
-
-
-def _expected(task: _Task, row: int) -> dict[str, int | str]:
-    rows = task.rows
-    numbers = {c: int(getattr(rows, c)[row]) for c in ("pid", "label", "camid", "width", "height")}
-    texts = {"dataset": task.dataset, "split": task.shard.split, "path": str(rows.path[row])}
-    return numbers | texts
-
-
-def _undecodable(data: bytes, name: str, rows: Index, row: int) -> Iterator[str]:
+def _undecodable(data: bytes, name: str, size: tuple[int, int]) -> Iterator[str]:
     from data_shards.decode import decode  # imports OpenCV, which --help does not need
 
     try:
@@ -131,5 +108,5 @@ def _undecodable(data: bytes, name: str, rows: Index, row: int) -> Iterator[str]
     except DataError as error:
         yield f"{name}: {error}"
         return
-    if (width, height) != (rows.width[row], rows.height[row]):
+    if (width, height) != size:
         yield f"{name} is {width} × {height} pixels, which does not agree with the index"

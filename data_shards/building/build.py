@@ -6,8 +6,6 @@ once, and then the notes are removed. A digest over all images and labels identi
 with another digest never changes what is at the destination.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import inspect
@@ -21,34 +19,15 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_shards.building import state
 from data_shards.building.parallel import cores, parallel_map
 from data_shards.building.scan import ScannedImage, scan
-from data_shards.building.state import (
-    ShardNote,
-    claim,
-    find_finished,
-    read_note,
-    remove_notes,
-    write_note,
-    write_once,
-)
-from data_shards.building.writer import ShardPlan, plan_shards, write_shard
+from data_shards.building.writer import ShardPlan, count_splits, index_of, plan_shards, write_shard
 from data_shards.dataset import why_not_measurable
 from data_shards.errors import ConfigError, DataError, StorageError
-from data_shards.manifest import (
-    COLUMNS,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    FileInfo,
-    Index,
-    Manifest,
-    Split,
-    SplitInfo,
-    json_digest,
-    sha256,
-)
+from data_shards.manifest import INDEX_NAME, FileInfo, Index, Manifest, json_digest, sha256
 from data_shards.progress import Progress, silent
-from data_shards.records import SHARD_BYTES, SPLITS, ImageRecord
+from data_shards.records import SHARD_BYTES, ImageRecord
 from data_shards.sources import SOURCES
 from data_shards.sources.layout import difference
 from data_shards.storage import Storage, open_storage
@@ -111,9 +90,12 @@ def build(
     options, jobs = _all_options(source, options or {}), jobs or cores()
     if shard_bytes < 1:
         raise ConfigError(f"--shard-bytes must be positive, not {shard_bytes}")
-    name = _checked_name(name) if name is not None else _default_name(source, root)
+    if name is None:
+        name = _sanitized(root.stem) if source == "csv" else source
+    else:
+        _check_name(name)
     storage = open_storage(out)
-    storage.exists(MANIFEST_NAME)  # shows a wrong bucket or password now, not after the scan
+    storage.exists(state.PLAN)  # shows a wrong bucket or password now, not after the scan
     records = SOURCES[source].read(root, **options)
     _check_records(records, root)
     shortfall = difference(SOURCES[source], records, root)
@@ -135,25 +117,24 @@ def build(
     draft = {"name": name, "source": source, "options": recorded, "complete": shortfall is None}
     content = _content_digest(draft, images)
     with _work_folder(work, f"{content} {storage.url}") as folder:
-        manifest = find_finished(storage, content)
+        manifest = state.find_finished(storage, content)
         if manifest is not None:
             return BuildResult(manifest, already_built=True)
-        claim(storage, content)
+        state.claim(storage, content)
         plans = plan_shards(images, shard_bytes)
-        notes = _write_shards(storage, plans, name, jobs, folder, progress)
-        data = _index(plans, notes).to_parquet()
+        write, counts = partial(_write, storage, name, folder), [len(p.images) for p in plans]
+        notes = parallel_map(write, plans, jobs, counts, partial(progress, "writing"))
+        data = index_of(plans, [note.offsets for note in notes]).to_parquet()
         manifest = Manifest(
             **draft,
             content=content,
-            splits=_count(plans),
+            splits=count_splits(plans),
             shards=tuple(note.info for note in notes),
             index=FileInfo(name=INDEX_NAME, bytes=len(data), sha256=sha256(data)),
             left_out=tuple(left_out),
         )
         Index.from_parquet(data, manifest)
-        write_once(storage, INDEX_NAME, data)
-        write_once(storage, MANIFEST_NAME, manifest.to_json())
-        remove_notes(storage)
+        state.finish(storage, manifest, data)
         return BuildResult(manifest, already_built=False)
 
 
@@ -169,17 +150,12 @@ def _all_options(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | dict(options)
 
 
-def _checked_name(name: str) -> str:
+def _check_name(name: str) -> None:
     if not name or not name.isprintable() or _NOT_IN_NAMES.search(name):
         raise ConfigError(
             f"--name {name!r} cannot be the name of a dataset, because MLflow names its models"
             f" after it: use letters, digits, - and _, such as --name {_sanitized(name)}"
         )
-    return name
-
-
-def _default_name(source: str, root: Path) -> str:
-    return _sanitized(root.stem) if source == "csv" else source
 
 
 def _sanitized(name: str) -> str:
@@ -219,35 +195,14 @@ def _check_identities(records: Sequence[ImageRecord], root: Path) -> None:
 
 
 def _content_digest(draft: Mapping[str, Any], images: Sequence[ScannedImage]) -> str:
-    rows = [
-        [r.relative, r.pid, r.camid, r.split, image.sha256]
-        for image in images
-        for r in [image.record]
-    ]
+    pairs = ((image.record, image.sha256) for image in images)
+    rows = [[r.relative, r.pid, r.camid, r.split, digest] for r, digest in pairs]
     return json_digest([draft, sorted(rows)])
 
 
-def _write_shards(
-    storage: Storage,
-    plans: Sequence[ShardPlan],
-    dataset: str,
-    jobs: int,
-    folder: Path,
-    progress: Progress,
-) -> list[ShardNote]:
-    task = partial(_write_and_upload, storage, dataset, folder)
-    total, done, notes = sum(len(plan.images) for plan in plans), 0, list[ShardNote]()
-    progress("writing", 0, total)
-    for note in parallel_map(task, plans, jobs):
-        notes.append(note)
-        done += note.info.images
-        progress("writing", done, total)
-    return notes
-
-
-def _write_and_upload(storage: Storage, dataset: str, folder: Path, plan: ShardPlan) -> ShardNote:
+def _write(storage: Storage, dataset: str, folder: Path, plan: ShardPlan) -> state.ShardNote:
     """Write and upload one shard, unless an earlier build did."""
-    if (note := read_note(storage, plan)) is not None:
+    if (note := state.read_note(storage, plan)) is not None:
         return note
     path = folder / PurePosixPath(plan.name).name
     with disk_errors(path):
@@ -259,8 +214,8 @@ def _write_and_upload(storage: Storage, dataset: str, folder: Path, plan: ShardP
         path.unlink(missing_ok=True)
         raise
     storage.upload(plan.name, path)
-    note = ShardNote(info=info, offsets=tuple(offsets))
-    write_note(storage, note)
+    note = state.ShardNote(info=info, offsets=tuple(offsets))
+    state.write_note(storage, note)
     path.unlink()
     return note
 
@@ -302,27 +257,3 @@ def _try_lock(folder: Path) -> int | None:
             on_failure.pop_all()
             return lock
     return None
-
-
-def _index(plans: Sequence[ShardPlan], notes: Sequence[ShardNote]) -> Index:
-    rows = []
-    for shard, (plan, note) in enumerate(zip(plans, notes, strict=True)):
-        for member, offset in zip(plan.images, note.offsets, strict=True):
-            image, record = member.image, member.image.record
-            where = (shard, offset, image.size)
-            who = (record.pid, member.label, record.camid)
-            rows.append((*where, *who, image.width, image.height, record.relative))
-    return Index.from_columns(dict(zip(COLUMNS, zip(*rows, strict=True), strict=True)))
-
-
-def _count(plans: Sequence[ShardPlan]) -> dict[Split, SplitInfo]:
-    splits: dict[Split, SplitInfo] = {}
-    for split in SPLITS:
-        records = [m.image.record for plan in plans if plan.split == split for m in plan.images]
-        if records:
-            splits[split] = SplitInfo(
-                images=len(records),
-                identities=len({record.pid for record in records}),
-                cameras=len({record.camid for record in records}),
-            )
-    return splits

@@ -1,7 +1,5 @@
 """Map a function over processes; the results do not depend on how many there are."""
 
-from __future__ import annotations
-
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -23,8 +21,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def parallel_map(function: Callable[[T], R], items: Sequence[T], jobs: int) -> Iterator[R]:
-    """Yield results in the order of the items, each as soon as it and those before it are done.
+def parallel_map(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    jobs: int,
+    images: Sequence[int],
+    progress: Callable[[int, int], None],
+) -> list[R]:
+    """Return the results in the order of the items.
 
     Processes are spawned, not forked, because the caller may have threads. A script that calls
     this needs the usual `if __name__ == "__main__":`.
@@ -33,7 +37,19 @@ def parallel_map(function: Callable[[T], R], items: Sequence[T], jobs: int) -> I
         function: a module's function, or a partial of one.
         items: what it is called with.
         jobs: processes at most; with 1, everything happens in this process.
+        images: how many there are in each item.
+        progress: called with the images that are done, and with all.
     """
+    results, done, total = [], 0, sum(images)
+    progress(0, total)
+    for result, count in zip(_results(function, items, jobs), images, strict=True):
+        results.append(result)
+        done += count
+        progress(done, total)
+    return results
+
+
+def _results(function: Callable[[T], R], items: Sequence[T], jobs: int) -> Iterator[R]:
     workers = min(jobs, len(items))
     if workers <= 1:
         yield from map(function, items)

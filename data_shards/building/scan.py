@@ -1,9 +1,8 @@
 """Read and decode every image of a dataset once, before anything is written."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from data_shards.building.parallel import parallel_map
 from data_shards.errors import DataError
@@ -16,44 +15,29 @@ CHUNK = 64  # images in a task
 
 @dataclass(frozen=True, slots=True)
 class ScannedImage:
-    """A record with what was found in its file.
-
-    Attributes:
-        record: what the source says about the image.
-        size: bytes of the file.
-        sha256: of the file, in hex.
-        width: pixels.
-        height: pixels.
-    """
+    """A record with what was found in its file."""
 
     record: ImageRecord
-    size: int
-    sha256: str
-    width: int
-    height: int
+    size: int  # bytes of the file
+    sha256: str  # of the file, in hex
+    width: int  # pixels
+    height: int  # pixels
 
 
 def scan(
     records: Sequence[ImageRecord], jobs: int, progress: Progress = silent
 ) -> tuple[list[ScannedImage], list[LeftOut]]:
-    """Decode all images in full.
-
-    Args:
-        records: the images.
-        jobs: processes.
-        progress: called with the stage "scanning" and counts of images.
+    """Decode all images in full, in `jobs` processes; the stage of `progress` is "scanning".
 
     Returns:
         The readable images and the unreadable ones, both in the order of the records.
     """
     chunks = [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)]
-    good, bad = list[ScannedImage](), list[LeftOut]()
-    progress("scanning", 0, len(records))
-    for results in parallel_map(_scan_chunk, chunks, jobs):
-        for result in results:
-            (good if isinstance(result, ScannedImage) else bad).append(result)  # type: ignore
-        progress("scanning", len(good) + len(bad), len(records))
-    return good, bad
+    sizes, report = [len(chunk) for chunk in chunks], partial(progress, "scanning")
+    scanned = parallel_map(_scan_chunk, chunks, jobs, sizes, report)
+    results = [result for chunk in scanned for result in chunk]
+    good = [result for result in results if isinstance(result, ScannedImage)]
+    return good, [result for result in results if isinstance(result, LeftOut)]
 
 
 def _scan_chunk(records: Sequence[ImageRecord]) -> list[ScannedImage | LeftOut]:

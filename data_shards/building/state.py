@@ -4,8 +4,6 @@
 finished. All of them are removed when the manifest is written.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import PurePosixPath
@@ -14,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_shards.building.writer import ShardPlan
 from data_shards.errors import DataError, ObjectExists, ObjectMissing
-from data_shards.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from data_shards.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, ShardInfo
 from data_shards.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -91,13 +89,15 @@ def write_note(storage: Storage, note: ShardNote) -> None:
     storage.write(_note_key(note.info.name), note.model_dump_json().encode())
 
 
-def write_once(storage: Storage, key: str, data: bytes) -> None:
-    """Write an object that must not exist; the same bytes, of an earlier build, are accepted."""
-    try:
-        storage.write(key, data, create_once=True)
-    except ObjectExists:
-        if storage.read(key) != data:
-            raise
+def finish(storage: Storage, manifest: Manifest, index: bytes) -> None:
+    """Write the index and the manifest, once, and remove the notes."""
+    for key, data in ((INDEX_NAME, index), (MANIFEST_NAME, manifest.to_json())):
+        try:
+            storage.write(key, data, create_once=True)
+        except ObjectExists:
+            if storage.read(key) != data:  # the same bytes are of an earlier build
+                raise
+    remove_notes(storage)
 
 
 def remove_notes(storage: Storage) -> None:

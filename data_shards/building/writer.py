@@ -4,8 +4,6 @@ For each image, a shard holds the original file and a JSON member that describes
 `<split>-<number>`, so that the stock `webdataset` reader pairs them.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile
@@ -13,10 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from data_shards.building.scan import ScannedImage
 from data_shards.errors import DataError
-from data_shards.manifest import ShardInfo, sha256
+from data_shards.manifest import COLUMNS, Index, ShardInfo, SplitInfo, sha256
 from data_shards.records import SPLITS
 from data_shards.storage.atomic import disk_errors, file_sha256
 
@@ -58,10 +57,9 @@ def plan_shards(images: Iterable[ScannedImage], shard_bytes: int) -> list[ShardP
     label = {pid: n for n, pid in enumerate(pids)}
     plans = []
     for split, group in groupby(ordered, key=lambda image: image.record.split):
+        labels = label if split == "train" else {}
         members = [
-            ShardImage(
-                image, f"{split}-{n:08d}", label[image.record.pid] if split == "train" else -1
-            )
+            ShardImage(image, f"{split}-{n:08d}", labels.get(image.record.pid, -1))
             for n, image in enumerate(group)
         ]
         for n, shard in enumerate(_fill(members, shard_bytes)):
@@ -91,7 +89,8 @@ def write_shard(plan: ShardPlan, dataset: str, path: Path) -> tuple[ShardInfo, l
                 data = _reread(member.image)
                 offsets.append(file.tell() + _BLOCK)
                 _add(tar, member.key + _extension(member.image.record.relative), data)
-                _add(tar, member.key + ".json", describe(member, dataset))
+                described = describe(dataset, member)
+                _add(tar, member.key + ".json", json.dumps(described, ensure_ascii=False).encode())
         size = file.tell()
     info = ShardInfo(
         name=plan.name,
@@ -103,20 +102,37 @@ def write_shard(plan: ShardPlan, dataset: str, path: Path) -> tuple[ShardInfo, l
     return info, offsets
 
 
-def describe(member: ShardImage, dataset: str) -> bytes:
-    """The JSON member of an image."""
-    record = member.image.record
-    fields = {
-        "dataset": dataset,
-        "pid": record.pid,
-        "label": member.label,
-        "camid": record.camid,
-        "split": record.split,
-        "path": record.relative,
-        "width": member.image.width,
-        "height": member.image.height,
-    }
-    return json.dumps(fields, ensure_ascii=False).encode()
+def index_of(plans: Sequence[ShardPlan], offsets: Sequence[Sequence[int]]) -> Index:
+    """The index of written shards; `offsets` has those of each shard's images."""
+    rows = []
+    for shard, (plan, places) in enumerate(zip(plans, offsets, strict=True)):
+        for member, offset in zip(plan.images, places, strict=True):
+            image, record = member.image, member.image.record
+            where, who = (shard, offset, image.size), (record.pid, member.label, record.camid)
+            rows.append((*where, *who, image.width, image.height, record.relative))
+    return Index.from_columns(dict(zip(COLUMNS, zip(*rows, strict=True), strict=True)))
+
+
+def count_splits(plans: Sequence[ShardPlan]) -> dict[Any, SplitInfo]:
+    """The manifest's counts of each split that has images."""
+    splits = {}
+    for split in SPLITS:
+        records = [m.image.record for plan in plans if plan.split == split for m in plan.images]
+        if records:
+            splits[split] = SplitInfo(
+                images=len(records),
+                identities=len({record.pid for record in records}),
+                cameras=len({record.camid for record in records}),
+            )
+    return splits
+
+
+def describe(dataset: str, member: ShardImage) -> dict[str, Any]:
+    """The content of an image's JSON member."""
+    image, record = member.image, member.image.record
+    who = {"pid": record.pid, "label": member.label, "camid": record.camid}
+    where = {"split": record.split, "path": record.relative}
+    return {"dataset": dataset, **who, **where, "width": image.width, "height": image.height}
 
 
 def _fill(members: Sequence[ShardImage], shard_bytes: int) -> Iterator[list[ShardImage]]:
