@@ -4,8 +4,6 @@ Help and mistakes answer at once, so nothing slow is imported before a command r
 `cli` import Ray, PyTorch, boto3 and the like inside the functions that need them.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib

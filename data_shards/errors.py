@@ -5,8 +5,6 @@ one `error:` line and exits with the class's `exit_code`. Any other exception is
 traceback.
 """
 
-from __future__ import annotations
-
 
 class ReidError(Exception):
     """Base of all errors that this project raises on purpose."""

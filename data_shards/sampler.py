@@ -15,8 +15,6 @@ each pair are sorted by a random order of identities and dealt to the two steps 
 of one identity are neighbours in that order, so they go to different steps again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import count
 from typing import Literal

@@ -1,62 +1,22 @@
 """Object storage and local folders behind one small interface."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Union
 from urllib.parse import unquote
 
 from data_shards.errors import ConfigError
 from data_shards.storage.local import LocalStorage
 
+if TYPE_CHECKING:
+    from data_shards.storage.s3 import S3Storage
+
 __all__ = ["LocalStorage", "Storage", "expand_home", "open_file", "open_storage"]
 
 _MISSPELT = re.compile(r"(s3|file):/*(.*)", re.IGNORECASE | re.DOTALL)
 
-
-class Storage(Protocol):
-    """Named byte strings below a URL. Keys are relative, with forward slashes."""
-
-    @property
-    def url(self) -> str:
-        """Where this storage is rooted."""
-        ...
-
-    def read(self, key: str, *, sha256: str | None = None) -> bytes:
-        """The whole object. Raises `ObjectMissing`; `DataError` if its digest differs."""
-        ...
-
-    def read_range(self, key: str, start: int, length: int) -> bytes:
-        """Exactly `length` bytes from byte `start`. Raises `ObjectMissing`, `StorageError`."""
-        ...
-
-    def write(self, key: str, data: bytes, *, create_once: bool = False) -> None:
-        """Put an object, whole or not at all; `ObjectExists` if `create_once` and it is there."""
-
-    def upload(self, key: str, path: Path) -> None:
-        """Put a file; a large one in parts, resuming an interrupted upload of the same file."""
-
-    def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
-        """Get an object into a file, whole or not at all; `DataError` if its digest differs."""
-
-    def exists(self, key: str) -> bool:
-        """Whether the object exists."""
-        ...
-
-    def size(self, key: str) -> int:
-        """Bytes of the object. Raises `ObjectMissing`."""
-        ...
-
-    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """Key and bytes of all objects whose key starts with `prefix`, by ascending key."""
-        ...
-
-    def delete(self, key: str) -> None:
-        """Remove an object; do nothing if it does not exist."""
-
-    def child(self, key: str) -> Self:
-        """The storage rooted at `key` below this one."""
-        ...
+Storage = Union[LocalStorage, "S3Storage"]
+"""Named byte strings below a URL; `LocalStorage` says what the methods of both kinds do."""
 
 
 def open_storage(url: str) -> Storage:

@@ -15,12 +15,13 @@ from data_shards.storage.atomic import TEMPORARY, atomic_write, disk_errors, req
 
 @dataclass(frozen=True)
 class LocalStorage:
-    """A folder on a disk."""
+    """A folder on a disk. Keys are relative, with forward slashes."""
 
     root: Path
 
     @property
     def url(self) -> str:
+        """Where this storage is rooted."""
         return str(self.root)
 
     def _path(self, key: str) -> Path:
@@ -29,6 +30,7 @@ class LocalStorage:
         return self.root / key
 
     def read(self, key: str, *, sha256: str | None = None) -> bytes:
+        """The whole object. Raises `ObjectMissing`; `DataError` if its digest differs."""
         path = self._path(key)
         with disk_errors(path):
             data = path.read_bytes()
@@ -37,6 +39,7 @@ class LocalStorage:
         return data
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from byte `start`. Raises `ObjectMissing`, `StorageError`."""
         path = self._path(key)
         with disk_errors(path), path.open("rb") as file:
             data = os.pread(file.fileno(), length, start)
@@ -45,25 +48,31 @@ class LocalStorage:
         return data
 
     def write(self, key: str, data: bytes, *, create_once: bool = False) -> None:
+        """Put an object, whole or not at all; `ObjectExists` if `create_once` and it is there."""
         path = self._path(key)
         with disk_errors(path), atomic_write(path, create_once=create_once) as file:
             file.write(data)
 
     def upload(self, key: str, path: Path) -> None:
+        """Put a file. On S3 a large one goes in parts, and an interrupted upload is resumed."""
         _copy(path, self._path(key))
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
+        """Get an object into a file, whole or not at all; `DataError` if its digest differs."""
         _copy(self._path(key), path, sha256)
 
     def exists(self, key: str) -> bool:
+        """Whether the object exists."""
         return self._path(key).is_file()
 
     def size(self, key: str) -> int:
+        """Bytes of the object. Raises `ObjectMissing`."""
         path = self._path(key)
         with disk_errors(path):
             return path.stat().st_size
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Key and bytes of all objects whose key starts with `prefix`, by ascending key."""
         found = []
         for folder, _, names in os.walk(self.root):
             for name in names:
@@ -75,6 +84,7 @@ class LocalStorage:
         yield from sorted(found)
 
     def delete(self, key: str) -> None:
+        """Remove an object; do nothing if it does not exist."""
         path = self._path(key)
         with disk_errors(path):
             path.unlink(missing_ok=True)
@@ -83,6 +93,7 @@ class LocalStorage:
                 path.parent.rmdir()
 
     def child(self, key: str) -> Self:
+        """The storage rooted at `key` below this one."""
         return type(self)(self._path(key))
 
 

@@ -79,7 +79,10 @@ def _client() -> Any:
 
 @dataclass(frozen=True)
 class S3Storage:
-    """A bucket, or everything below a prefix in one. Cheap to copy, pickle and fork."""
+    """A bucket, or everything below a prefix in one, with the methods of `LocalStorage`.
+
+    It is cheap to copy, pickle and fork.
+    """
 
     bucket: str
     prefix: str
