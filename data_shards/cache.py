@@ -97,11 +97,7 @@ class ShardCache:
         return path
 
     def open(self, shard: ShardInfo) -> int:
-        """Open the shard; the file descriptor stays valid when the shard is removed.
-
-        Raises:
-            ConfigError, DataError, StorageError: as `path` does.
-        """
+        """Open what `path` returns; the file descriptor stays valid when the shard is removed."""
         for _ in range(_OPEN_ATTEMPTS):
             path = self.path(shard)
             with contextlib.suppress(FileNotFoundError):  # removed since `path` returned
@@ -113,9 +109,8 @@ class ShardCache:
     def reopen(self, shard: ShardInfo, descriptor: int) -> int | None:
         """Check a shard again after an image in it could not be read.
 
-        Returns:
-            A file descriptor of another copy if the one behind `descriptor` was damaged or has
-            been replaced; None if it is whole, so that the image itself is damaged.
+        Return a descriptor of another copy if the one behind `descriptor` was damaged or has been
+        replaced; None if it is whole, so that the image itself is damaged.
         """
         _checked.discard(self._target(shard))
         another = self.open(shard)
@@ -141,11 +136,7 @@ class ShardCache:
                 self._thread.start()
 
     def require(self, shards: Sequence[ShardInfo], at_once: int) -> None:
-        """Check that any `at_once` of these shards fit together.
-
-        Raises:
-            ConfigError: they do not; the message says how many bytes are needed.
-        """
+        """Raise a `ConfigError` with the bytes needed unless any `at_once` shards fit together."""
         needed = sum(sorted((shard.bytes for shard in shards), reverse=True)[:at_once])
         if needed > self.max_bytes and not self.in_place:
             raise ConfigError(

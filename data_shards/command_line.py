@@ -43,14 +43,12 @@ def run_one_of(
 ) -> int:
     """Run the command that the first word names; return its exit code.
 
-    Args:
-        commands: by name; the help shows the first line of each docstring.
-        prog: what comes before the command's name.
-        words: by default those of the command line.
+    The help, with `prog` before the names, shows the first line of each command's docstring.
     """
     name, *arguments = (sys.argv[1:] if words is None else words) or [""]
     if name in ("", "-h", "--help"):
-        lines = [f"  {key:9}  {first_line(command)}" for key, command in commands.items()]
+        first = {key: (run.__doc__ or "").partition("\n")[0] for key, run in commands.items()}
+        lines = [f"  {key:9}  {line.rstrip('.')}" for key, line in first.items()]
         print(f"usage: {prog} COMMAND [options]\n", *lines, sep="\n")
         print(f"\nOptions of a command: {prog} COMMAND --help")
         return 0 if name else 2
@@ -62,11 +60,6 @@ def run_one_of(
         return commands[name](arguments)
 
     return run_command(run)
-
-
-def first_line(command: object) -> str:
-    """The first line of a docstring, without its full stop."""
-    return (getattr(command, "__doc__", None) or "").partition("\n")[0].rstrip(".")
 
 
 def command(target: Callable[..., Any], prog: str) -> Command:

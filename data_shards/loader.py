@@ -102,9 +102,6 @@ def split_batches(
 
     Yields:
         Batches of at most B images; no batch if the rank's range is empty.
-
-    Raises:
-        ConfigError, DataError, StorageError: as `train_batches` does.
     """
     if batch < 1 or not 0 <= rank < world:
         raise ConfigError(f"cannot make batches of {batch} for rank {rank} of {world}")
@@ -156,10 +153,9 @@ def _batches(
 def _ahead(
     index: Index, shards: Sequence[ShardInfo], steps: list[np.ndarray], room: int
 ) -> Iterator[list[ShardInfo] | None]:
-    """Choose the shards to keep on disk at each step: those of the next steps, as many as fit.
+    """Yield the shards to keep on disk at each step: those of the next steps, as many as fit.
 
-    Yields:
-        They are in the order of first use; None if they are those of the step before, or fewer.
+    They are in the order of first use; None stands for those of the step before, or fewer.
     """
     needs = [np.unique(index.shard[rows]).tolist() for rows in steps]
     most = max((sum(shards[i].bytes for i in need) for need in needs), default=0)

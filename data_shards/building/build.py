@@ -66,19 +66,12 @@ def build(
     work: Path | None = None,
     progress: Progress = silent,
 ) -> BuildResult:
-    """Shard a dataset.
+    """Shard a dataset; `data_shards.cli.build_command` describes the other arguments.
 
     Args:
         source: a key of `SOURCES`.
-        root: the dataset's folder (for `csv` its file; for `synthetic` where to render).
         out: URL of an empty place, of an interrupted build of this dataset, or of this dataset.
-        name: the dataset's name, which its models in MLflow are named after; by default the
-            source's name, for `csv` that of the file.
         options: keyword arguments of the source's `read`.
-        shard_bytes: approximate bytes of a tar.
-        allow_incomplete: accept other than the published counts, and record that in the manifest.
-        skip_unreadable: leave unreadable images out, and list them in the manifest.
-        jobs: processes; by default one per core.
         work: folder for tars until they are uploaded; keep it the same to resume uploads.
         progress: called with the stages "scanning" and "writing" and counts of images.
 

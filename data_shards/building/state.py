@@ -31,11 +31,7 @@ class ShardNote(BaseModel):
 
 
 def find_finished(storage: Storage, content: str) -> Manifest | None:
-    """Return the manifest at the destination if it is of the dataset to be built.
-
-    Raises:
-        DataError: a different dataset is there.
-    """
+    """The manifest at the destination, if there is one; a `DataError` if of another dataset."""
     try:
         manifest = Manifest.from_json(storage.read(MANIFEST_NAME))
     except ObjectMissing:
@@ -53,8 +49,7 @@ def find_finished(storage: Storage, content: str) -> Manifest | None:
 def claim(storage: Storage, content: str) -> None:
     """Reserve the destination for one dataset; an interrupted build of it resumes.
 
-    Raises:
-        DataError: it is reserved for another dataset, or holds shards of an unknown build.
+    It is a `DataError` if another dataset has it, or if it holds shards of an unknown build.
     """
     plan = json.dumps({"content": content}).encode()
     try:

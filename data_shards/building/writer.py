@@ -42,13 +42,10 @@ class ShardPlan:
 
 
 def plan_shards(images: Iterable[ScannedImage], shard_bytes: int) -> list[ShardPlan]:
-    """Assign images to shards: by split, then identity, then path.
+    """Assign images to shards of about `shard_bytes`: by split, then identity, then path.
 
-    An identity's images are contiguous in one shard, unless they are larger than a shard.
-
-    Args:
-        images: in any order.
-        shard_bytes: approximate bytes of a tar; exceeded only by a single larger image.
+    An identity's images are contiguous in one shard, unless they are larger than a shard. Only a
+    single larger image makes a larger shard.
     """
     ordered = sorted(
         images, key=lambda i: (SPLITS.index(i.record.split), i.record.pid, i.record.relative)
@@ -68,15 +65,7 @@ def plan_shards(images: Iterable[ScannedImage], shard_bytes: int) -> list[ShardP
 
 
 def write_shard(plan: ShardPlan, dataset: str, path: Path) -> tuple[ShardInfo, list[int]]:
-    """Write one tar.
-
-    Args:
-        plan: the images to write.
-        dataset: the dataset's name, for the JSON members.
-        path: the file to write.
-
-    Returns:
-        Its entry in the manifest, and the offset of each image.
+    """Write one tar; return its entry in the manifest, and the offset of each image.
 
     Raises:
         DataError: an image has changed since it was scanned.
@@ -92,14 +81,8 @@ def write_shard(plan: ShardPlan, dataset: str, path: Path) -> tuple[ShardInfo, l
                 described = describe(dataset, member)
                 _add(tar, member.key + ".json", json.dumps(described, ensure_ascii=False).encode())
         size = file.tell()
-    info = ShardInfo(
-        name=plan.name,
-        split=plan.split,  # type: ignore[arg-type]
-        images=len(plan.images),
-        bytes=size,
-        sha256=file_sha256(path),
-    )
-    return info, offsets
+    found = {"images": len(plan.images), "bytes": size, "sha256": file_sha256(path)}
+    return ShardInfo.model_validate({"name": plan.name, "split": plan.split, **found}), offsets
 
 
 def index_of(plans: Sequence[ShardPlan], offsets: Sequence[Sequence[int]]) -> Index:
