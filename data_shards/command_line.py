@@ -64,12 +64,7 @@ def run_one_of(
 
 def command(target: Callable[..., Any], prog: str) -> Command:
     """A command that parses its words and calls `target` with them."""
-
-    def run(words: list[str]) -> int | None:
-        return parse(target, words, prog)
-
-    run.__doc__ = target.__doc__
-    return run
+    return functools.update_wrapper(functools.partial(parse, target, prog=prog), target)
 
 
 def parse(target: Callable[..., Any], words: Sequence[str], prog: str, **options: Any) -> Any:
@@ -125,10 +120,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     An option of another section comes first: `--schedule.epochs` is near `--optimizer.epochs`.
     """
 
-    def field(name: str) -> str:
-        return name.rpartition(".")[2].lstrip("-")
-
-    names = list(dict.fromkeys(known))
-    near = [name for name in names if field(name) == field(word)]
+    names, field = list(dict.fromkeys(known)), word.rpartition(".")[2].lstrip("-")
+    near = [name for name in names if name.rpartition(".")[2].lstrip("-") == field]
     near = near or difflib.get_close_matches(word, names, n=1)
     return f" Did you mean {near[0]}?" if near else ""
