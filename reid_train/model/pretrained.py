@@ -195,7 +195,7 @@ def fitted(
         source: where the state is from, for the error.
 
     Raises:
-        DataError: tensors are missing, left over or of another shape.
+        DataError: tensors are missing, left over, of another shape, or not finite.
     """
     found = {_without_wrappers(name): value for name, value in state.items()}
     found = {name: value for name, value in found.items() if not name.startswith("fc.")}
@@ -218,6 +218,12 @@ def fitted(
             if names
         )
         raise DataError(f"weights: {source} does not fit the backbone: {listed}")
+    broken = [name for name, value in found.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise DataError(
+            f"weights: {source} has values that are not finite in {', '.join(broken[:3])}: the "
+            "training that wrote it diverged; give an earlier file"
+        )
     return found
 
 

@@ -16,9 +16,14 @@ from reid_train.runs import preflight, run_lock
 from reid_train.runs.checkpoint_store import newest_whole, stored_checkpoints
 from reid_train.runs.console import UNITS
 from reid_train.runs.publish import Summary, publish, show
-from reid_train.runs.ray_trainer import fit
+from reid_train.runs.ray_trainer import fit, start_ray
 from reid_train.runs.run_dir import Run, prepare, require_free, same_dataset, same_training, write
-from reid_train.tracking.provenance import code_commit, submitted_job
+from reid_train.tracking.provenance import (
+    code_commit,
+    different_versions,
+    library_versions,
+    submitted_job,
+)
 from reid_train.tracking.server import has_run, last_step
 from reid_train.tracking.tracker import Tracker
 from reid_train.tracking.uris import training_uri
@@ -47,6 +52,11 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
         else:
             same_training(saved.config, config)
             same_dataset(saved, dataset)
+            if changed := different_versions(saved.versions):
+                shown.print(
+                    f"since the run was started, {changed}: its next steps may differ in their "
+                    "last digits from those of a run that was not interrupted"
+                )
         with phase(shown, "checking the settings"):
             preflight.check(config, dataset, saved)
         folder = open_storage(config.output).child(str(config.name))
@@ -55,6 +65,9 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
             if saved and finished and (summary := _complete(config, saved)):
                 shown.print(f"run {config.name} has finished; nothing to do")
                 return summary
+            if not finished:
+                with phase(shown, "starting Ray"):  # before the name is taken, since it may fail
+                    start_ray(config.workers)
             with _tracked(config, dataset, saved) as tracker:
                 if finished:  # send the values that MLflow does not have
                     with newest_whole(folder.url) as newest:
@@ -81,7 +94,8 @@ def _tracked(config: TrainConfig, dataset: Dataset, saved: Run | None) -> Iterat
         run_id = None  # the run moved to another MLflow
     experiment = config.tracking.experiment
     with Tracker.start(uri, experiment, run_name=config.name, run_id=run_id) as tracker:
-        write(Run(config, dataset.manifest.digest, tracker.run_id), new=saved is None)
+        digest = dataset.manifest.digest
+        write(Run(config, digest, tracker.run_id, library_versions()), new=saved is None)
         if run_id is None:
             tracker.log_parameters(config.flat())
         tracker.set_tags(

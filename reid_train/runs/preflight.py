@@ -3,11 +3,12 @@
 import numpy as np
 
 from data_shards.dataset import Dataset
-from data_shards.errors import ConfigError, DataError
+from data_shards.errors import ConfigError, DataError, StorageError
 from reid_train.config import TrainConfig
 from reid_train.ray_utils import require_ray_cluster
 from reid_train.runs.run_dir import Run
 from reid_train.tracking.server import require_experiment, require_names
+from reid_train.tracking.uris import sqlite_file
 from reid_train.training.data import epoch_plan, train_index
 
 
@@ -80,5 +81,12 @@ def require_tracking(config: TrainConfig, saved: Run | None) -> None:
         return
     model = None if tracking.model_name == "off" else tracking.model_name
     require_names(model=model, experiment=tracking.experiment, run=config.name)
-    if tracking.uri is not None and saved is None:
+    if tracking.uri is None:
+        return
+    if saved is None:
         require_experiment(tracking.uri, tracking.experiment)
+    elif (file := sqlite_file(tracking.uri)) is not None and not file.exists():
+        raise StorageError(
+            f"MLflow's file {file} is not there any more: give its place with --tracking.uri "
+            "sqlite:////path/mlflow.db, or give --tracking.uri off"
+        )

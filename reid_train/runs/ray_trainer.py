@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import platform
 import re
 import tempfile
 import time
@@ -21,9 +22,9 @@ from ray.train.torch import TorchConfig, get_device
 
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
-from data_shards.errors import DataError, Interrupted, ReidError
-from data_shards.progress import Display, phase
-from data_shards.storage import expand_home
+from data_shards.errors import ConfigError, DataError, Interrupted, ReidError
+from data_shards.progress import Display
+from data_shards.storage import LocalStorage, expand_home, open_file
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import gpu_out_of_memory, out_of_memory
 from reid_train.ray_utils import require_ray_cluster
@@ -34,6 +35,7 @@ from reid_train.runs.ray_internals import CONTEXT_LOGGER, ResilientTrainer, on_p
 from reid_train.runs.run_lock import RunLock
 from reid_train.tracking import prometheus
 from reid_train.tracking.tracker import Tracker
+from reid_train.tracking.uris import sqlite_file
 from reid_train.training.checkpoint import Checkpoint
 from reid_train.training.context import Stopped, StopRequest, WorkerContext
 
@@ -56,9 +58,7 @@ def fit(
         ReidError: what a worker raised on purpose, or why the run failed.
         Interrupted: SIGTERM or SIGINT ended it; a checkpoint was written.
     """
-    with phase(display, "starting Ray"):
-        start_ray(config.workers)
-        board = beside_driver(Board).remote()
+    board = beside_driver(Board).remote()
     with stop_signals() as stop, watch(board, display, config, stop):
         try:
             run_workers(config, dataset, run_id, lock=lock, board=board)
@@ -151,7 +151,7 @@ def start_ray(cpus: int, *, logs: bool = True) -> None:
         options |= {"address": "local", "num_cpus": max(cpus, os.cpu_count() or 1)}
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS") or "this machine"
         raise ReidError(f"Ray on {where} does not start: {' '.join(str(error).split())}") from error
 
@@ -179,6 +179,7 @@ def _train(settings: dict[str, Any]) -> None:
     config = TrainConfig.from_json(settings["config"])
     ray_context = ray.train.get_context()
     rank, board, until = ray_context.get_world_rank(), settings["board"], settings["until"]
+    _require_shared_folders(config, settings["lock"])
     dataset = Dataset.open(config.data)
     if dataset.manifest.digest != settings["manifest_digest"]:
         raise DataError(f"{config.data} changed since the run was started")
@@ -217,6 +218,23 @@ def _train(settings: dict[str, Any]) -> None:
             context.show, context.progress = board.show.remote, reporter(board)
         with contextlib.suppress(_Enough, Stopped):
             train(config, dataset, context, resume)
+
+
+def _require_shared_folders(config: TrainConfig, lock: RunLock | None) -> None:
+    """Raise `ConfigError` if this node lacks a file that the driver has in a local folder."""
+    files = {"--data": f"{config.data}/manifest.json"}
+    if lock is not None:
+        files["--output"] = f"{config.output}/{config.name}/run.json"
+    if file := sqlite_file(config.tracking.uri or ""):
+        files["--tracking.uri"] = str(file)
+    for flag, file in files.items():
+        storage, key = open_file(file)
+        if isinstance(storage, LocalStorage) and not storage.exists(key):
+            advice = "a server's address" if flag == "--tracking.uri" else "an s3:// URL"
+            raise ConfigError(
+                f"node {platform.node()} has no {file}: give {flag} {advice}, or a place that all "
+                "nodes share"
+            )
 
 
 _START = "start"

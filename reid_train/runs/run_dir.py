@@ -6,7 +6,8 @@ report. A name is taken once; `--resume` continues the run that has it.
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Self
 
@@ -35,6 +36,8 @@ class Run:
     config: TrainConfig
     manifest_digest: str
     mlflow_run_id: str | None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the libraries when it was last started; runs of older versions have none."""
 
     def to_json(self) -> bytes:
         """Return the run as JSON."""
@@ -57,7 +60,8 @@ class Run:
         try:
             values = json.loads(open_storage(output).read(f"{name}/run.json"))
             config = TrainConfig.from_json(json.dumps(values["config"]), where)
-            return cls(config, values["manifest_digest"], values["mlflow_run_id"])
+            versions = dict(values.get("versions", {}))
+            return cls(config, values["manifest_digest"], values["mlflow_run_id"], versions)
         except ObjectMissing as error:
             raise ConfigError(f"no run to resume: {where} is not there") from error
         except (ValueError, KeyError, TypeError) as error:

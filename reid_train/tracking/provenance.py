@@ -1,9 +1,12 @@
-"""Where a run comes from: the commit of the code, and the Ray job that started it."""
+"""Where a run comes from: the commit, the versions of libraries, the Ray job that started it."""
 
 import functools
 import json
 import os
+import platform
 import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -35,3 +38,19 @@ def submitted_job() -> str | None:
         return described.get("metadata", {}).get("job_submission_id")
     except (ValueError, AttributeError):
         return None
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide what a step computes."""
+    libraries = {name: version(name) for name in ("numpy", "torch", "torchvision")}
+    return {"Python": platform.python_version(), **libraries}
+
+
+def different_versions(before: Mapping[str, str]) -> str:
+    """Say which versions differ from those before, as `torch 2.13.0 became 2.14.1`."""
+    now = library_versions()
+    return ", ".join(
+        f"{name} {old} became {now[name]}"
+        for name, old in before.items()
+        if name in now and old != now[name]
+    )

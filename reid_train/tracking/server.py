@@ -33,6 +33,7 @@ QUIET = (
     "mlflow.system_metrics",
 )
 """Loggers that print MLflow's own work to the terminal, at INFO."""
+_ARTIFACTS = re.compile(r"while downloading one or more artifacts from (\S+):")
 _CAUSE = re.compile(r"Caused by (\w+)\((.*)\)\)$", re.S)
 _REASONS = {
     "NewConnectionError": "nothing listens there",
@@ -204,6 +205,11 @@ def explain(error: Exception, uri: str) -> str:
         return f"it refuses access (403): use the login of a user who has it ({first_line})"
     if code == "ENDPOINT_NOT_FOUND":
         return "the server there is not MLflow (404): check host, port and path"
+    if artifacts := _ARTIFACTS.search(text):
+        return (
+            f"it has the files at {artifacts[1]}, and they cannot be read there. If they were "
+            "moved, move them back, or make that place a link to them"
+        )
     if cause := _CAUSE.search(text):
         kind, detail = cause.groups()
         return f"it cannot be reached: {_REASONS.get(kind) or detail.strip(chr(39))}"

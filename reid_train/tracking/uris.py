@@ -52,9 +52,13 @@ def artifacts_beside(uri: str) -> str | None:
 
     MLflow's default is the working folder of whichever process comes first.
     """
-    if not uri.startswith(_SQLITE):
-        return None
-    return (Path(uri.removeprefix(_SQLITE)).resolve().parent / "artifacts").as_uri()
+    file = sqlite_file(uri)
+    return None if file is None else (file.resolve().parent / "artifacts").as_uri()
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of a SQLite URI; None if it is another URI."""
+    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
 
 
 def without_password(uri: str) -> str:

@@ -37,6 +37,14 @@ def _assert_loaded(network: ReidNet, state: dict[str, Tensor]) -> None:
         assert torch.equal(own[f"{copy}.0.conv1.weight"], state["layer4.0.conv1.weight"])
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path, network, pretrained):
+    broken = pretrained["layer1.0.conv1.weight"].clone()
+    broken[0, 0, 0, 0] = torch.nan
+    torch.save(pretrained | {"layer1.0.conv1.weight": broken}, tmp_path / "diverged.pth")
+    with pytest.raises(DataError, match=r"not finite in layer1.0.conv1.weight: .* diverged"):
+        load_backbone(network, str(tmp_path / "diverged.pth"))
+
+
 @pytest.mark.parametrize("name", ["r18.safetensors", "r18.pth", "r18.pt"])
 def test_a_state_dict_loads_into_both_copies_of_the_last_stage(tmp_path, network, pretrained, name):
     path = tmp_path / name

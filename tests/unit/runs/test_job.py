@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from tiny import build_dataset, config, make_worker
 
@@ -18,6 +19,7 @@ from reid_train.registry.load import SUMMARY
 from reid_train.runs import job, preflight
 from reid_train.runs.checkpoint_store import Keeper, newest_whole
 from reid_train.tracking.tracker import Tracker
+from reid_train.tracking.uris import local_tracking
 from reid_train.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("small_and_quick")
@@ -55,6 +57,7 @@ def fitted(monkeypatch, tmp_path) -> list[TrainConfig]:
             train(config, dataset, worker, resume)
 
     monkeypatch.setattr(job, "fit", fit)
+    monkeypatch.setattr(job, "start_ray", lambda cpus: None)
     return calls
 
 
@@ -114,6 +117,39 @@ def test_name_is_free_until_mlflow_has_the_run(settings, fitted, monkeypatch):
     assert not list(Path(settings.output).rglob("*.json"))
     monkeypatch.setattr(Tracker, "start", start)
     run(settings)
+
+
+def test_name_is_free_if_ray_does_not_start(settings, fitted, monkeypatch):
+    def refuse(cpus: int) -> None:
+        raise ReidError("Ray on this machine does not start")
+
+    monkeypatch.setattr(job, "start_ray", refuse)
+    with pytest.raises(ReidError, match="does not start"):
+        run(settings)
+    assert not list(Path(settings.output).rglob("*.json"))
+
+
+def test_run_resumed_with_other_libraries_says_so(settings, fitted):
+    run(settings)
+    file = Path(settings.output, "läuft", "run.json")
+    values = json.loads(file.read_text())
+    assert "became" not in run(settings, resume=True)
+    file.write_text(json.dumps(values | {"versions": values["versions"] | {"torch": "2.0.1"}}))
+    assert f"torch 2.0.1 became {torch.__version__.split('+')[0]}" in run(settings, resume=True)
+    file.write_text(json.dumps({name: values[name] for name in values if name != "versions"}))
+    assert "nothing to do" in run(settings, resume=True)  # a run of an older version has none
+
+
+def test_mlflow_file_that_was_moved_is_missed_and_not_made_again(settings, fitted, tmp_path):
+    tracked = settings.replace(tracking__uri=local_tracking(tmp_path), tracking__model_name="off")
+    run(tracked)
+    (tmp_path / "mlflow.db").rename(tmp_path / "moved.db")
+    with pytest.raises(StorageError, match=r"MLflow's file .*mlflow.db is not there any more"):
+        run(tracked, resume=True)
+    assert not (tmp_path / "mlflow.db").exists()
+    moved = tracked.replace(tracking__uri=f"sqlite:///{tmp_path}/moved.db")
+    run(moved, resume=True)
+    assert len(fitted) == 1
 
 
 def test_name_that_is_taken_is_refused_before_mlflow_is_asked(settings, fitted, monkeypatch):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import ray
 
-from reid_train.runs.ray_trainer import use_gpu
+from data_shards.errors import ConfigError, ReidError
+from data_shards.storage import LocalStorage
+from reid_train.recipes import recipe
+from reid_train.runs import run_lock
+from reid_train.runs.ray_trainer import _require_shared_folders, start_ray, use_gpu
 
 
 @pytest.mark.parametrize(
@@ -36,3 +40,30 @@ def test_where_only_free_gpus_count_those_of_others_do_not(monkeypatch):
     monkeypatch.setattr(ray, "available_resources", lambda: {"GPU": 1.0})
     assert use_gpu("auto", 2)
     assert not use_gpu("auto", 2, free=True)
+
+
+def test_node_without_a_folder_of_the_driver_names_it_and_the_flag(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "runs"
+    tracking = f"sqlite:///{tmp_path}/mlflow.db"
+    config = recipe("demo").replace(
+        data=str(data), output=str(out), name="r", tracking__uri=tracking
+    )
+    files = data / "manifest.json", out / "r" / "run.json", tmp_path / "mlflow.db"
+    with run_lock.held(LocalStorage(out / "r"), "r") as lock:
+        for flag, file in zip(("--data", "--output", "--tracking.uri"), files, strict=True):
+            with pytest.raises(ConfigError, match=rf"node .* has no {file}: give {flag} .*share"):
+                _require_shared_folders(config, lock)
+            file.parent.mkdir(exist_ok=True)
+            file.touch()
+        _require_shared_folders(config, lock)
+    elsewhere = config.replace(
+        data="s3://b/people", output="s3://b/runs", tracking__uri="http://mlflow:5000"
+    )
+    _require_shared_folders(elsewhere, lock)
+
+
+def test_temporary_folder_too_long_for_ray_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("a" * 100)))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ReidError, match=r"does not start: .* length"):
+        start_ray(1)

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from data_shards.errors import ConfigError, ReidError, StorageError
 from reid_train.tracking import server
-from reid_train.tracking.server import require_experiment, run_page
+from reid_train.tracking.server import explain, require_experiment, run_page
 from reid_train.tracking.uris import local_tracking
 
 
@@ -118,6 +119,12 @@ def test_an_experiment_that_is_not_there_yet_is_no_error(monkeypatch):
     client = SimpleNamespace(get_experiment_by_name=lambda name: None)
     monkeypatch.setattr(server, "connect", lambda uri: client)
     require_experiment("http://mlflow:5000", "reid")
+
+
+def test_artifacts_that_were_moved_are_named():
+    text = "The following failures occurred while downloading one or more artifacts from "
+    error = MlflowException(f"{text}file:///old/artifacts:\n##### File  #####\n[Errno 2]")
+    assert "files at file:///old/artifacts, and they cannot be read" in explain(error, "sqlite://")
 
 
 def test_no_password_is_told(monkeypatch):
