@@ -75,7 +75,10 @@ def require_measurable(dataset: Dataset) -> None:
 
 
 def require_tracking(config: TrainConfig, saved: Run | None) -> None:
-    """Raise a `ReidError` if MLflow would refuse a name or a new run; a resumed run needs none."""
+    """Raise a `ReidError` if MLflow would refuse a name, or does not take a new run.
+
+    A run that is resumed continues while MLflow is away.
+    """
     tracking = config.tracking
     if tracking.uri == "off":
         return

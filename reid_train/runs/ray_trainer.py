@@ -291,7 +291,7 @@ def _report(
 
 
 def _stop_requests(board: Any, rank: int, lock: RunLock | None) -> Callable[[], StopRequest]:
-    """Return what asks for the requests of the driver, and of Ray for a node that leaves.
+    """Return a function that says whether the run has to stop, or to save because a node leaves.
 
     Rank 0 also checks the driver's lock. Workers may outlive a killed driver, and must not log
     steps that the workers of the next one log too.
