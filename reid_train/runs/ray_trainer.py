@@ -152,8 +152,13 @@ def start_ray(cpus: int, *, logs: bool = True) -> None:
     try:
         ray.init(**options)
     except (OSError, RuntimeError, ValueError) as error:
-        where = os.environ.get("RAY_ADDRESS") or "this machine"
-        raise ReidError(f"Ray on {where} does not start: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        if not (address := os.environ.get("RAY_ADDRESS")):
+            raise ReidError(f"Ray does not start on this machine: {reason}") from error
+        raise ReidError(
+            f"the Ray cluster at {address} does not let this program join: {reason}. If its logs "
+            "speak of a token, set RAY_AUTH_MODE=token and use the cluster's token"
+        ) from error
 
 
 def _train_worker(settings: dict[str, Any]) -> None:

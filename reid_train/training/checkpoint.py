@@ -17,8 +17,11 @@ it, is refused.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data_shards.errors import DataError
+from data_shards.storage.atomic import disk_errors
 from reid_train.config import TrainConfig
 from reid_train.regularization import AdaptiveL2
 from reid_train.training.history import History
@@ -84,6 +88,7 @@ def save(
 
     Raises:
         DataError: a tensor has values that are not finite; nothing is written.
+        StorageError: the disk is full, or refuses.
     """
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     training = _optimizer_tensors(optimizer)
@@ -95,16 +100,17 @@ def save(
     # safetensors cannot write an empty file, and before the first step there are no moments.
     training["global_step"] = torch.tensor(progress.global_step)
     require_finite((weights | training).items())
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / MODEL)
-    save_file(training, folder / TRAINING)
-    history.save(folder / HISTORY)
-    np.savez(folder / RANK_LIST, allow_pickle=False, **rank_list)
-    (folder / CONFIG).write_text(config.to_json())
-    position = {"progress": asdict(progress), "origin": asdict(origin)}
-    (folder / PROGRESS).write_text(json.dumps(position, indent=2))
-    seal = {name: digest(folder / name) for name in FILES}
-    (folder / SEAL).write_text(json.dumps(seal, indent=2))
+    with _writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / MODEL)
+        save_file(training, folder / TRAINING)
+        history.save(folder / HISTORY)
+        np.savez(folder / RANK_LIST, allow_pickle=False, **rank_list)
+        (folder / CONFIG).write_text(config.to_json())
+        position = {"progress": asdict(progress), "origin": asdict(origin)}
+        (folder / PROGRESS).write_text(json.dumps(position, indent=2))
+        seal = {name: digest(folder / name) for name in FILES}
+        (folder / SEAL).write_text(json.dumps(seal, indent=2))
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,18 @@ class Checkpoint:
             for name in file.keys():  # noqa: SIM118
                 if name.startswith(prefix):
                     yield name.removeprefix(prefix), file.get_tensor(name)
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Turn what writing into a folder raises into a `StorageError`."""
+    with disk_errors(folder):
+        try:
+            yield
+        except SafetensorError as error:  # it has the number of the system's error in its text
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else errno.EIO
+            raise OSError(number, os.strerror(number)) from error
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 from ray.cluster_utils import Cluster
@@ -34,6 +33,7 @@ SMALL = [
     "--optimizer.epochs", "2", "--evaluation.every", "9", "--evaluation.no-initial",
     "--checkpoint.every-steps", str(EVERY), "--tracking.every-steps", "2",
     "--tracking.model-name", "off", "--precision", "float32",
+    "--optimizer.epsilon", "1",  # see the test of other numbers of workers
 ]  # fmt: skip
 PATIENCE = 480.0  # seconds, for a busy machine
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -318,10 +318,10 @@ def test_run_whose_head_is_gone_ends_and_is_resumed_elsewhere(wanderer):
 
 
 def test_run_on_other_numbers_of_workers_has_the_quiet_runs_losses(quiet, wanderer):
-    # Sums are grouped otherwise, and once in a while another example is the hardest then.
-    found, expected = quiet.steps("wanderer"), quiet.steps("quiet")
-    assert found == pytest.approx(expected, rel=0.05)
-    assert np.mean([abs(found[step] / loss - 1) for step, loss in expected.items()]) < 0.01
+    # With other workers sums are grouped otherwise. With its usual ε, Adam turns the last digits of
+    # gradients near 0 into whole steps: the losses differ by 1e-7, ten times as much at each step,
+    # and by 1e-3 once another example is the hardest. With ε = 1 they stay within 5e-7.
+    assert quiet.steps("wanderer") == pytest.approx(quiet.steps("quiet"), rel=1e-5)
 
 
 @pytest.fixture

@@ -65,5 +65,5 @@ def test_node_without_a_folder_of_the_driver_names_it_and_the_flag(tmp_path):
 def test_temporary_folder_too_long_for_ray_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("a" * 100)))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ReidError, match=r"does not start: .* length"):
+    with pytest.raises(ReidError, match=r"Ray does not start on this machine: .* length"):
         start_ray(1)

@@ -11,14 +11,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import narrow_resnet18
 from tiny_checkpoint import ORIGIN, PROGRESS, SETTINGS, trained
 from torchvision.models import resnet
 
-from data_shards.errors import DataError
+from data_shards.errors import DataError, StorageError
 from reid_train.model.factory import build_model
-from reid_train.training.checkpoint import RANK_LIST, SEAL, Checkpoint, Origin
+from reid_train.training import checkpoint
+from reid_train.training.checkpoint import RANK_LIST, SEAL, Checkpoint, Origin, save
+from reid_train.training.history import History
 from reid_train.training.optimizer import build_regularizer
 
 FILES = [
@@ -130,3 +133,27 @@ def test_theta_of_other_tensors_is_refused(original, monkeypatch):
     fewer = build_regularizer(SETTINGS.replace(regularization__exclude=("*.bias",)), model)
     with pytest.raises(DataError, match="not in this model"):
         Checkpoint.open(original[0]).load_theta(fewer)
+
+
+@pytest.mark.parametrize("writer", ["numpy", "safetensors"])
+def test_full_disk_is_one_line(original, tmp_path, monkeypatch, writer):
+    def refuse(*_: object) -> None:  # what it says on a small file system
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    if writer == "safetensors":
+        monkeypatch.setattr(checkpoint, "save_file", refuse)
+    (tmp_path / RANK_LIST).symlink_to("/dev/full")
+    _, (model, regularizer, optimizer) = original
+    with pytest.raises(StorageError, match=f"disk full while writing {tmp_path}: free some space"):
+        save(
+            tmp_path,
+            config=SETTINGS,
+            origin=ORIGIN,
+            progress=PROGRESS,
+            history=History(),
+            model=model,
+            regularizer=regularizer,
+            optimizer=optimizer,
+            rank_list={"query": np.arange(3)},
+        )
+    assert not (tmp_path / SEAL).exists()
