@@ -16,8 +16,7 @@ from reid_train.config import TrainConfig, explain
 
 PACKAGED = Path(__file__).parent / "plan" / "throughput.json"
 OWN = Path("~/.config/reid/throughput.json")
-LOOKS = 3
-"""How often a run must have recorded its speed. The first record includes the warm-up."""
+LOOKS = 3  # how often a run must have recorded its speed. The first record includes the warm-up.
 
 
 class Measurement(BaseModel):

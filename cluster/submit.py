@@ -32,28 +32,22 @@ from reid_train.tracking.uris import redact
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-SETTINGS = (
+SETTINGS = (  # variables that a job gets: addresses, never keys
     "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION",
     "AWS_RESPONSE_CHECKSUM_VALIDATION", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_S3_ENDPOINT_URL",
     "MLFLOW_TRACKING_URI",
 )  # fmt: skip
-"""Variables that a job gets: addresses, never keys."""
-EXCLUDES = (
+EXCLUDES = (  # not sent with the working directory, as everything that its .gitignore names
     ".git", ".venv", "venv", "__pycache__", ".demo", ".cluster", ".pytest_cache", ".ruff_cache",
     ".hypothesis", "*.egg-info", "mlruns", "mlflow.db", "*.tar", "*.zip", "*.safetensors", "*.pth",
     "*.parquet",
 )  # fmt: skip
-"""Not sent with the working directory, as everything that its .gitignore names."""
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
-STOP_WAIT_SECONDS = 600
-"""Between SIGTERM and SIGKILL of a stopped job. Ray's 3 s are too few for a checkpoint."""
+STOP_WAIT_SECONDS = 600  # between SIGTERM and SIGKILL; Ray's 3 s are too few for a checkpoint
 CONSTRAINTS = "constraints.txt"
-ANSWER_SECONDS = 20.0
-"""How long a job server may take for its first answer."""
-PAUSE_SECONDS = 1.0
-"""Between the end of a connection and the next one."""
-GIVE_UP_SECONDS = 600.0
-"""How long the job server may be silent until the log is no longer followed; the job continues."""
+ANSWER_SECONDS = 20.0  # how long a job server may take for its first answer
+PAUSE_SECONDS = 1.0  # between the end of a connection and the next one
+GIVE_UP_SECONDS = 600.0  # a job server silent for so long is no longer asked; the job continues
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
-"""What a person sees while a sweep runs: a live table on a terminal, lines in a log.
-
-A trial that ends gets a line with its rank and the time that the sweep still takes.
-"""
+"""What a person sees while a sweep runs: a live table on a terminal, lines in a log."""
 
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,10 +20,8 @@ from tune.controller import Controller
 from tune.space import AMPLITUDE, LEARNING_RATE, THETA_MULTIPLIER, Value
 from tune.store import ENDED, Trial
 
-MOST_ROWS = 16
-"""Rows of the live table; of the ended trials the best are shown."""
-SHORT = {AMPLITUDE: "A", LEARNING_RATE: "lr", THETA_MULTIPLIER: "θ×"}
-"""Names that fit a table."""
+MOST_ROWS = 16  # rows of the live table; of the ended trials the best are shown
+SHORT = {AMPLITUDE: "A", LEARNING_RATE: "lr", THETA_MULTIPLIER: "θ×"}  # names that fit a table
 _COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red", "running": "bold"}
 
 
@@ -37,9 +33,7 @@ class Paces:
         self._stages: dict[int, Stage] = {}
         self._now = 0.0
 
-    def update(
-        self, trials: Sequence[Trial], states: dict[str, dict[str, Any]], now: float
-    ) -> None:
+    def update(self, trials: Sequence[Trial], states: dict[str, Any], now: float) -> None:
         """Take the newest states by name of the run; a trial that began anew is timed anew."""
         running = [t for t in trials if t.state == "running" and t.run_name in states]
         before, self._now = self._stages, now
@@ -134,10 +128,9 @@ def table(trials: Sequence[Trial], paces: Paces) -> Table:
 
 def summary(trials: Sequence[Trial], paces: Paces, total: int, slots: int) -> str:
     """One line on the whole sweep."""
-    counts = {state: sum(t.state == state for t in trials) for state in ("running", *ENDED)}
-    running = counts.pop("running")
-    ended = sum(counts.values())
-    states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    counts = Counter(trial.state for trial in trials)
+    running, ended = counts["running"], sum(counts[state] for state in ENDED)
+    states = ", ".join(f"{counts[state]} {state}" for state in ENDED if counts[state])
     parts = [f"{ended} of {total} trials ended" + (f" ({states})" if states else "")]
     parts.append(f"{running} running")
     best = max((t for t in trials if t.evaluations), key=lambda t: t.score, default=None)
@@ -160,8 +153,7 @@ def ending(trial: Trial, trials: Sequence[Trial]) -> str:
     parts = [f"{trial.name} {trial.state}"]
     if trial.evaluations:
         ranked = [t for t in _ranked(trials) if t.evaluations]
-        place = ranked.index(trial) + 1
-        parts += [f"mAP {percent(trial)}", f"rank {place} of {len(ranked)}"]
+        parts += [f"mAP {percent(trial)}", f"rank {ranked.index(trial) + 1} of {len(ranked)}"]
     settings = trial.label or describe(trial.values)
     return f"{', '.join(parts)} ({settings})" + (f": {trial.reason}" if trial.reason else "")
 

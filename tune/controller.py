@@ -13,20 +13,14 @@ from tune.store import ENDED, State, Store, Trial
 
 logger = logging.getLogger(__name__)
 
-RETRIES = 3
-"""How often in a row, without an evaluation in between, a lost trial is run again."""
+RETRIES = 3  # how often in a row, without an evaluation in between, a lost trial is run again
 
 
 class Controller:
     """Trials from their proposal to their end; every change is written to the store.
 
-    Args:
-        store: where trials are kept.
-        base: the sweep's configuration, its output the sweep's folder.
-        trials: all trials so far; queued ones, and those that ran when a driver ended, run first.
-        searcher: says what else to try.
-        on_begin: called with each trial that begins, before it is written.
-        on_end: called with each trial that ended, before it is written; again if killed meanwhile.
+    Of the `trials` so far, queued ones and those that ran when a driver ended run first. `on_begin`
+    and `on_end` get a trial before it is written; `on_end` again if the driver is killed meanwhile.
     """
 
     def __init__(
@@ -76,12 +70,9 @@ class Controller:
         evaluations: Sequence[dict[str, Any]],
         lags: Callable[[dict[str, Any]], bool] = lambda evaluation: False,
     ) -> bool:
-        """Take a trial's evaluations; whether it shall be stopped.
+        """Take one evaluation of a trial, or at its end all that are kept; whether to stop it.
 
-        Args:
-            number: of the trial.
-            evaluations: one, or when it ends all that are kept, some of which may be known.
-            lags: whether the scheduler stops a trial at an evaluation.
+        `lags` says whether the scheduler stops a trial at an evaluation.
         """
         trial = self.trials[number]
         if trial.state != "running":

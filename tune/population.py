@@ -22,22 +22,15 @@ from tune.space import MODE, Dimension, Space, Value, at, draw, near
 from tune.store import Trial
 
 QUARTER = 0.25
-RESAMPLE = 0.25
-"""Probability that a setting is drawn anew instead of changed a little."""
-STEPS = (0.8, 1.25)
-"""Factors by which a number is changed; in a list, one place down or up."""
-ROUNDS = 2
-"""The first exchange is in the first half of a run, unless the backbone is frozen then."""
+RESAMPLE = 0.25  # probability that a setting is drawn anew instead of changed a little
+STEPS = (0.8, 1.25)  # factors by which a number is changed; in a list, one place down or up
+ROUNDS = 2  # the first exchange is in the first half of a run, unless the backbone is frozen then
+# Fields, or sections, in which members must not differ: a copied checkpoint would not fit.
 UNFIT = ("model.", "optimizer.epochs", "optimizer.frozen_epochs", MODE)
-"""Fields, or sections, in which members must not differ: a copied checkpoint would not fit."""
 
 
 class Population(Searcher):
-    """Proposes the members of a population, and their next parts round by round.
-
-    Raises:
-        ConfigError: the space has fields that all members must share.
-    """
+    """Proposes the members of a population, and their next parts round by round."""
 
     def __init__(self, size: int, interval: int, space: Space, base: TrainConfig, first: int):
         if unfit := [name for name in space if name.startswith(UNFIT)]:
@@ -56,9 +49,8 @@ class Population(Searcher):
             number = self._first + len(members)
             rng = np.random.default_rng((self.base.seed, number))
             values: dict[str, Value] = {MODE: "adaptive", **draw(self.space, rng)}
-            trial = Trial(number, values, seed=self.base.seed, until=self._until(0))
-            trial.changes.append({"epoch": 0, "values": values, "from": None})
-            return trial
+            changes = [{"epoch": 0, "values": values, "from": None}]
+            return Trial(number, values, "", self.base.seed, until=self._until(0), changes=changes)
         alive = [member for member in members if member.state != "failed"]
         queued = [member for member in alive if member.state == "queued"]
         if not queued and alive and all(member.state == "waiting" for member in alive):
@@ -92,10 +84,7 @@ class Population(Searcher):
 
 
 def exchange(members: Sequence[Trial], rng: np.random.Generator) -> dict[int, int]:
-    """Donors: for each member of the worst quarter, its number to one of the best quarter's.
-
-    Members are compared by mAP at the last evaluation; a single one has no donor.
-    """
+    """For each number of the worst quarter, by the last mAP, one of the best quarter's."""
     ranked = sorted(members, key=lambda m: (m.evaluations[-1]["mAP"], -m.number))
     count = min(math.ceil(len(ranked) * QUARTER), len(ranked) // 2)
     best = ranked[len(ranked) - count :]
@@ -114,9 +103,10 @@ def explore(values: dict[str, Value], space: Space, rng: np.random.Generator) ->
 
 
 def _step(value: Any, dimension: Dimension, up: bool) -> Value:
+    move = 1 if up else -1
     if isinstance(dimension, CategoricalDistribution):
-        place = dimension.choices.index(value) + (1 if up else -1)
+        place = dimension.choices.index(value) + move
         return dimension.choices[min(max(place, 0), len(dimension.choices) - 1)]
     if isinstance(dimension, IntDistribution):
-        return min(max(value + (1 if up else -1), dimension.low), dimension.high)
+        return min(max(value + move, dimension.low), dimension.high)
     return near(value * STEPS[up], dimension)

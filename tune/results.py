@@ -1,7 +1,4 @@
-"""What a sweep found: the ranking, whether adaptation pays, and how to train the best again.
-
-Pure functions on trials.
-"""
+"""What a sweep found: the ranking, whether adaptation pays, and how to train the best again."""
 
 import math
 import shlex
@@ -21,12 +18,10 @@ MODES = {
     "constant": "constant L2",
     "none": "no L2",
 }
-FEW = 3
-"""With no more searched configurations than this, none is called the best."""
+FEW = 3  # with no more searched configurations than this, none is called the best
+# Not on the command line: what is given anyway, and what does not change what is learnt.
 LEFT_OUT = ("recipe", "data", "output", "name", "loader", "tracking", "checkpoint", "device")
-"""Not on the command line: what is given anyway, and what does not change what is learnt."""
-HEADER = ("", "trial", "mAP (%)", "trainings", "settings")
-"""Columns of the ranking."""
+HEADER = ("", "trial", "mAP (%)", "trainings", "settings")  # columns of the ranking
 
 
 @dataclass(frozen=True)
@@ -35,8 +30,7 @@ class Entry:
 
     trial: Trial
     repeats: tuple[Trial, ...]
-    mode: str
-    """Of the regularization; "held" for an adaptive one in which no λ is learnt."""
+    mode: str  # of the regularization; "held" for an adaptive one in which no λ is learnt
 
     @property
     def scores(self) -> list[float]:
@@ -82,9 +76,8 @@ def ranking(trials: Sequence[Trial], base: TrainConfig) -> list[Entry]:
         if trial.state == "finished" and trial.repeats is None:
             repeats = [t for t in trials if t.repeats == trial.number and t.state == "finished"]
             same = tuple(t for t in repeats if t.label != HELD)
-            fixed = tuple(t for t in repeats if t.label == HELD)
             entries.append(Entry(trial, same, trial.config(base).regularization.mode))
-            if fixed:
+            if fixed := tuple(t for t in repeats if t.label == HELD):
                 entries.append(Entry(fixed[0], fixed, "held"))
     return sorted(entries, key=lambda e: (len(e.repeats) > 0, e.mean), reverse=True)
 
@@ -102,18 +95,15 @@ def survivors(trials: Sequence[Trial], base: TrainConfig, count: int) -> list[Tr
 def held(trials: Sequence[Trial], base: TrainConfig) -> list[Trial]:
     """A repeat of the best adaptive configuration, if there is one, with θ's learning rate at 0.
 
-    Over constant L2 and no L2, which keep the base's learning rate, that configuration has two
-    advantages: it was searched for, and its λ are learnt. This removes the second.
+    Its advantages over the baselines are that it was searched for, and that its λ are learnt. This
+    removes the second.
     """
     best = [e.trial for e in ranking(trials, base) if e.mode == "adaptive"][:1]
     return [Trial(0, t.values | {THETA_MULTIPLIER: 0.0}, HELD, repeats=t.number) for t in best]
 
 
 def verdict(entries: Sequence[Entry]) -> list[str]:
-    """Sentences: the best adaptive configuration against the paper's, and with less adaptation.
-
-    With few searched configurations, or a tie, the first sentence says so instead of naming a best.
-    """
+    """Sentences: the best adaptive configuration against the paper's, and with less adaptation."""
     adaptive = [e for e in entries if e.mode == "adaptive"]
     if not adaptive:
         return ["No adaptive configuration was trained to the end."]

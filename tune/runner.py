@@ -50,11 +50,7 @@ def connect(config: TrainConfig) -> TrainConfig:
 def slots(config: TrainConfig, concurrent: int | None) -> int:
     """How many trials run at a time, so that the workers of all of them fit the cluster.
 
-    A trial's own process takes no CPU, and its workers are placed all or none, so trials never wait
-    for each other's halves.
-
-    Raises:
-        ConfigError: the workers of one trial do not fit.
+    A trial's own process takes no CPU, and its workers are placed all or none.
     """
     kind = "GPU" if config.device == "cuda" else "CPU"
     nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
@@ -72,7 +68,7 @@ def run(
 ) -> None:
     """Run trials, `at_a_time` of them together, until nothing is left to try.
 
-    Trials show their progress on the `Board` actor. Without `stopping` none is stopped early.
+    `board` is the sweep's `Board` actor, on which trials show their progress.
 
     Raises:
         Interrupted: SIGTERM or SIGINT ended it; the sweep can be continued from its store.
@@ -122,12 +118,9 @@ def run(
 def run_trial(task: dict[str, Any], board: Any) -> None:
     """Train, and report each evaluation to Ray Tune.
 
-    A failure that the configuration causes is reported as a result named `failure`. A lost machine
-    raises, and the trial is run again: it resumes from the last checkpoint of its run.
-
-    Args:
-        task: `number`, `config` (JSON), `run_id` in MLflow, `start` and `until` (`run_workers`).
-        board: the sweep's `Board` actor, to show progress on.
+    The `task` is what `_NextTrial.suggest` returns. A failure that the configuration causes is
+    reported as a result named `failure`. A lost machine raises, and the trial is run again: it
+    resumes from the last checkpoint of its run.
     """
     config = TrainConfig.from_json(task["config"])
     # The sweep's board as a run uses its own: states are shown under the trial's name.

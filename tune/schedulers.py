@@ -1,9 +1,7 @@
 """When a trial is stopped early: Ray Tune's ASHA, asynchronous Hyperband or median stopping rule.
 
-Ray Tune's own scheduler decides, with Ray Tune's controller and trials. It is wrapped for two
-reasons. A driver that was killed is continued from the sweep's store: the scheduler sees the
-evaluations of earlier drivers again, in the order in which they came. And each trial of the sweep
-is one trial to the scheduler, also when it is run again after its process was lost.
+Ray Tune's scheduler decides. It is wrapped for two reasons: after a kill it sees the evaluations of
+earlier drivers again, in their order; and a trial whose process was lost stays the same trial.
 `Tuner.restore` would do neither: its snapshots are periodic and pickled.
 """
 
@@ -23,10 +21,8 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial as RayTrial
     from ray.tune.schedulers import TrialScheduler
 
-BRACKETS = 3
-"""Brackets of hyperband: a trial of the n-th is first judged at the n-th rung."""
-STOPPING = ("asha", "hyperband", "median")
-"""Schedulers that stop trials."""
+BRACKETS = 3  # brackets of hyperband: a trial of the n-th is first judged at the n-th rung
+STOPPING = ("asha", "hyperband", "median")  # schedulers that stop trials
 
 
 class EarlyStopping:
@@ -86,17 +82,17 @@ def _scheduler(settings: Sweep, config: TrainConfig) -> TrialScheduler:
 def first_decision(config: TrainConfig, factor: float) -> int:
     """The first evaluation at which a trial may be stopped, or replaced in a population.
 
-    While the backbone is frozen, and while the second phase warms up, mAP hardly depends on what is
-    searched: it is the first evaluation after both. In a shorter run it is earlier, so that there
-    is another decision at `factor` times its epoch; but never while the backbone is frozen.
+    It is after the frozen phase and the warm-up, in which mAP hardly depends on what is searched.
+    In a shorter run it is earlier, so that there is another decision at `factor` times its epoch;
+    but never while the backbone is frozen.
     """
     every, frozen = config.evaluation.every, config.optimizer.frozen_epochs
     warmup = config.optimizer.warmup_epochs if config.optimizer.schedule == "step" else 0
     # The last epoch's evaluation decides nothing: its trial has ended.
     last = (config.total_epochs - 1) // every * every
     early_enough = int(last / factor) // every * every
-    wanted = _evaluation_after(frozen + warmup, every)
-    return max(_evaluation_after(frozen, every), min(wanted, early_enough))
+    wanted = min(_evaluation_after(frozen + warmup, every), early_enough)
+    return max(_evaluation_after(frozen, every), wanted)
 
 
 def decides_while_frozen(grace: int, config: TrainConfig) -> bool:

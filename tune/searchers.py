@@ -1,7 +1,6 @@
 """What a sweep tries next: a sampler of Optuna, or a grid.
 
-A searcher learns from trials as they end, and also from those of an earlier driver, so that a sweep
-that was killed continues where it was.
+A searcher also learns from the trials of an earlier driver, to continue where that was killed.
 """
 
 import warnings
@@ -60,11 +59,7 @@ class GridSearcher(Searcher):
 
 
 class OptunaSearcher(Searcher):
-    """Asks a sampler of Optuna until the sweep has as many trials as it was given.
-
-    Raises:
-        ConfigError: the sampler does not take the space.
-    """
+    """Asks a sampler of Optuna until the sweep has as many trials as it was given."""
 
     def __init__(self, settings: Sweep, space: Space, base: TrainConfig):
         lists = any(isinstance(d, CategoricalDistribution) for d in space.values())

@@ -1,11 +1,8 @@
 """What is searched: ranges of configuration fields, and the first points of a sweep.
 
-Pure functions on values. A space maps names of `TrainConfig` fields to distributions of Optuna:
+A space maps names of `TrainConfig` fields to distributions of Optuna:
 
-    {
-        "regularization.amplitude": FloatDistribution(1e-4, 5e-2, log=True),
-        "batch.images": CategoricalDistribution((2, 4)),
-    }
+    {"regularization.amplitude": FloatDistribution(1e-4, 5e-2, log=True)}
 """
 
 import contextlib
@@ -33,12 +30,10 @@ AMPLITUDE = "regularization.amplitude"
 LEARNING_RATE = "optimizer.learning_rate"
 THETA_MULTIPLIER = "regularization.theta_lr_multiplier"
 MODE = "regularization.mode"
+# Sections with fields that can be searched; the others do not change what is learnt.
 SECTIONS = ("batch", "image", "augment", "model", "regularization", "loss", "optimizer")
-"""Sections with fields that can be searched; the others do not change what is learnt."""
-FIXED = "fixed"
-"""In place of a dimension: the field keeps its configured value."""
-GOLDEN = (math.sqrt(5) - 1) / 2
-"""A share of a range that is no whole number: a field that takes only integers refuses it."""
+FIXED = "fixed"  # in place of a dimension: the field keeps its configured value
+GOLDEN = (math.sqrt(5) - 1) / 2  # an irrational share of a range: a field of integers refuses it
 _CALL = re.compile(r"\s*(\w+)\s*\((.*)\)\s*")
 
 
@@ -83,20 +78,12 @@ def default(config: TrainConfig) -> dict[str, str]:
 
 
 def apply(values: Mapping[str, Value], config: TrainConfig) -> TrainConfig:
-    """A configuration with these values of its fields.
-
-    Raises:
-        ConfigError: it does not accept them.
-    """
+    """A configuration with these values; a `ConfigError` if it does not accept them."""
     return config.replace(**{name.replace(".", "__"): value for name, value in values.items()})
 
 
 def parse(text: str) -> Dimension:
-    """Read `uniform(0, 0.3)`, `loguniform(5e-5, 1e-3)`, `integer(2, 8)` or `choice(a, b)`.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
+    """Read `uniform(0, 0.3)`, `loguniform(5e-5, 1e-3)`, `integer(2, 8)` or `choice(a, b)`."""
     match = _CALL.fullmatch(text)
     kind, parts = (match[1], match[2].split(",")) if match else ("", [])
     with contextlib.suppress(ValueError):  # not two, or not numbers
@@ -126,11 +113,7 @@ def _value(text: str) -> Value:
 
 
 def build(texts: Mapping[str, str], config: TrainConfig) -> Space:
-    """Read a space and check it against the configuration that it varies.
-
-    Args:
-        texts: field name to range, as `parse` reads it, or `fixed`.
-        config: gives all fields that are not searched.
+    """Read ranges by field name, or `fixed`, and check them against a configuration.
 
     Raises:
         ConfigError: an unknown field, a range that cannot be read, or values that the
@@ -139,8 +122,8 @@ def build(texts: Mapping[str, str], config: TrainConfig) -> Space:
     fields = [name for name in config.flat() if name.split(".")[0] in SECTIONS]
     for name in texts:
         if name not in fields:
-            near = [known for known in sorted(fields) if known.endswith(name.split(".")[-1])]
-            hint = f"; did you mean {near[0]}?" if near else ""
+            alike = [known for known in sorted(fields) if known.endswith(name.split(".")[-1])]
+            hint = f"; did you mean {alike[0]}?" if alike else ""
             raise ConfigError(f"{name!r} is not a field that can be searched{hint}")
     space = {name: parse(text) for name, text in texts.items() if text.strip() != FIXED}
     if not space:
@@ -165,11 +148,7 @@ def build(texts: Mapping[str, str], config: TrainConfig) -> Space:
 
 
 def overrides(items: Iterable[str]) -> dict[str, str]:
-    """Read `name=range` items of a command line.
-
-    Raises:
-        ConfigError: an item without `=`.
-    """
+    """Read `name=range` items of a command line."""
     found = {}
     for item in items:
         name, equals, text = item.partition("=")
@@ -180,11 +159,7 @@ def overrides(items: Iterable[str]) -> dict[str, str]:
 
 
 def read_file(path: Path) -> dict[str, str]:
-    """Read a space file: JSON, field name to range.
-
-    Raises:
-        ConfigError: it cannot be read, or is something else.
-    """
+    """Read a space file: JSON, field name to range."""
     try:
         return TypeAdapter(dict[str, str]).validate_json(path.read_bytes())
     except OSError as error:
@@ -215,11 +190,7 @@ def draw(space: Space, rng: np.random.Generator) -> dict[str, Value]:
 
 
 def grid(space: Space, points: int) -> list[dict[str, Value]]:
-    """The finest grid of at most `points` points, with as many values on each numeric axis.
-
-    Raises:
-        ConfigError: even two values an axis are too many.
-    """
+    """The finest grid of at most `points` points, with as many values on each numeric axis."""
     choices = [d.choices for d in space.values() if isinstance(d, CategoricalDistribution)]
     fixed, ranges, steps = math.prod(map(len, choices)), len(space) - len(choices), 2
     if (least := fixed * steps**ranges) > points:

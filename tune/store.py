@@ -25,41 +25,29 @@ from tune.space import Value, apply
 State = Literal["queued", "running", "waiting", "finished", "stopped", "failed"]
 """`waiting`: between two parts of a population's training; `stopped`: by the scheduler."""
 ENDED = ("finished", "stopped", "failed")
-HELD = "λ held"
-"""Label of a repeat in which no λ is learnt: each stays where it starts."""
+HELD = "λ held"  # label of a repeat in which no λ is learnt: each stays where it starts
 
 
 @dataclass
 class Trial:
-    """One configuration's training.
-
-    Attributes:
-        values: what differs from the sweep's base; a population changes them between parts.
-        label: name of a first point; other trials have none.
-        repeats: number of the trial that this one repeats with another seed.
-        evaluations: metrics by name, with epoch, step, run, checkpoint and the time at which it
-            came (Unix seconds), ascending by epoch.
-        part: number of trainings before this one, in a population; each has its own run folder.
-        start: run and checkpoint folder that this part started from.
-        until: epoch at which this part ends, if before the last.
-        changes: epoch, values and donor at the start of each part, in a population.
-        losses: how often its process was lost since the last evaluation.
-    """
+    """One configuration's training."""
 
     number: int
-    values: dict[str, Value]
-    label: str = ""
+    values: dict[str, Value]  # what differs from the base; a population changes them between parts
+    label: str = ""  # of a first point; other trials have none
     seed: int = 0
-    repeats: int | None = None
+    repeats: int | None = None  # number of the trial that this one repeats with another seed
     state: State = "queued"
     reason: str = ""
+    # Metrics by name, with epoch, step, run, checkpoint and Unix time, ascending by epoch.
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     mlflow_run_id: str | None = None
-    part: int = 0
-    start: str | None = None
-    until: int | None = None
+    part: int = 0  # trainings before this one, in a population; each has its own run folder
+    start: str | None = None  # run and checkpoint folder that this part started from
+    until: int | None = None  # epoch at which this part ends, if before the last
+    # Epoch, values and donor at the start of each part, in a population.
     changes: list[dict[str, Any]] = field(default_factory=list)
-    losses: int = 0
+    losses: int = 0  # of its process, since the last evaluation
     images_per_second: float | None = None
     began: float = 0.0
     ended: float = 0.0

@@ -27,23 +27,10 @@ from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.server import run_page
 from reid_train.tracking.tracker import Tracker
 from reid_train.tracking.uris import training_uri
-from tune import plots, runner
-from tune.config import Sweep
+from tune import plots, results, runner
 from tune.console import watch
 from tune.controller import Controller
 from tune.plan import Plan
-from tune.results import (
-    FEW,
-    HEADER,
-    Entry,
-    command,
-    held,
-    markdown,
-    ranking,
-    rows,
-    survivors,
-    verdict,
-)
 from tune.schedulers import STOPPING, EarlyStopping
 from tune.searchers import Searcher
 from tune.store import Store, Trial
@@ -60,7 +47,7 @@ class Outcome:
 
     name: str
     trials: list[Trial]
-    entries: list[Entry]
+    entries: list[results.Entry]
     verdict: list[str]
     command: str
     report: str
@@ -96,7 +83,7 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     few = f". Few are searched: give more --trials than {settings.trials} for a best one"
     console.print(
         f"{config.name}: {settings.trials} trials, {at_a_time} at a time: {len(labels)} baselines "
-        f"({', '.join(labels)}) and {searched} searched{few if searched <= FEW else ''}"
+        f"({', '.join(labels)}) and {searched} searched{few if searched <= results.FEW else ''}"
     )
     with (
         run_lock.held(store.storage, str(config.name)),
@@ -111,25 +98,27 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
             store.note("mlflow", {"run_id": parent.run_id})
             parent.log_parameters(config.flat() | settings.model_dump(mode="json"))
         parent.set_tags({"kind": "sweep", "dataset": dataset.url, "commit": code_commit()})
-        search = _Search(settings, base, store, parent, console, at_a_time)
+        stages = _Stages(plan, config, base, dataset, store, parent, console, at_a_time)
         trials = store.trials()
-        trials = search.run(trials + plan.first[len(trials) :], plan.searcher, settings.trials)
+        trials = stages.run(trials + plan.first[len(trials) :], plan.searcher, settings.trials)
         if settings.seeds > 1:
-            chosen = survivors(trials, base, settings.survivors)
+            chosen = results.survivors(trials, base, settings.survivors)
             again = [Trial(0, t.values, t.label, repeats=t.number) for t in chosen]
-            trials = search.repeat(again, trials)
-            trials = search.repeat(held(trials, base), trials)
-        outcome = _conclude(plan, config, base, trials, dataset, store, parent)
+            trials = stages.repeat(again, trials)
+            trials = stages.repeat(results.held(trials, base), trials)
+        outcome = stages.conclude(trials)
     _show(outcome, parent, console)
     return outcome
 
 
 @dataclass(frozen=True)
-class _Search:
-    """What the stages of a sweep share: the search, and the repeats of its survivors."""
+class _Stages:
+    """The stages of a sweep: the search, the repeats of its survivors, and the report."""
 
-    settings: Sweep
+    plan: Plan
+    config: TrainConfig
     base: TrainConfig
+    dataset: Dataset
     store: Store
     parent: Tracker
     console: Console
@@ -137,15 +126,13 @@ class _Search:
 
     def run(self, trials: list[Trial], searcher: Searcher, total: int) -> list[Trial]:
         """Run what is queued, what had begun, and what is proposed; return all trials."""
-        controller = Controller(
-            self.store, self.base, trials, searcher, on_begin=self._begin, on_end=self._end
-        )
+        controller = Controller(self.store, self.base, trials, searcher, self._begin, self._end)
         if controller.over:
             return controller.trials
         stopping = None
-        if self.settings.scheduler in STOPPING:
+        if self.plan.settings.scheduler in STOPPING:
             originals = [trial for trial in trials if trial.repeats is None]
-            stopping = EarlyStopping(self.settings, self.base, originals)
+            stopping = EarlyStopping(self.plan.settings, self.base, originals)
         board = beside_driver(Board).remote()
         try:
             with watch(controller, board, self.console, total, self.at_a_time):
@@ -154,14 +141,14 @@ class _Search:
             # MLflow shows what was cut short as killed; continuing opens the runs again.
             for trial in controller.trials:
                 if trial.state == "running":
-                    _reopened(trial, self.base).finish("KILLED")
+                    self._reopened(trial).finish("KILLED")
             raise
         return controller.trials
 
     def repeat(self, wanted: Sequence[Trial], trials: list[Trial]) -> list[Trial]:
         """Run each of the wanted with every seed that is still missing; return all trials."""
         known = {(t.repeats, t.label, t.seed) for t in trials}
-        seeds = range(self.base.seed + 1, self.base.seed + 1 + self.settings.seeds)
+        seeds = range(self.base.seed + 1, self.base.seed + 1 + self.plan.settings.seeds)
         seeded = [replace(trial, seed=seed) for trial in wanted for seed in seeds]
         new = [t for t in seeded if (t.repeats, t.label, t.seed) not in known]
         trials = trials + [replace(t, number=number) for number, t in enumerate(new, len(trials))]
@@ -193,7 +180,7 @@ class _Search:
 
     def _end(self, trial: Trial) -> None:
         """Log what a stopped worker may have left unsent, the state and its reason."""
-        tracker = _reopened(trial, self.base)
+        tracker = self._reopened(trial)
         for evaluation in trial.evaluations:
             metrics = {
                 name: value
@@ -206,48 +193,50 @@ class _Search:
         if trial.evaluations:
             self.parent.log({"trial/mAP": trial.score}, trial.number)
 
+    def _reopened(self, trial: Trial) -> Tracker:
+        """A trial's MLflow run; what is not tracked gets a tracker that does nothing."""
+        uri = self.base.tracking.uri if trial.mlflow_run_id else None
+        return Tracker(uri, trial.mlflow_run_id, system_metrics=False)
 
-def _reopened(trial: Trial, base: TrainConfig) -> Tracker:
-    """A trial's MLflow run; what is not tracked gets a tracker that does nothing."""
-    uri = base.tracking.uri if trial.mlflow_run_id else None
-    return Tracker(uri, trial.mlflow_run_id, system_metrics=False)
+    def conclude(self, trials: list[Trial]) -> Outcome:
+        """Rank, register the best, draw, and store the report."""
+        base, storage = self.base, self.store.storage
+        entries = results.ranking(trials, base)
+        if not entries:
+            raise DataError(common_cause(trials))
+        best = entries[0].best
+        summary = self._publish(best)
+        sentences = results.verdict(entries)
+        if len(best.changes) > 1:
+            sentences.append(
+                f"{best.name} changed its settings while it trained (see its `changes`); the "
+                "command below trains with the last ones from the start."
+            )
+        again = results.command(best.best_config(base), self.config.output)
+        with tempfile.TemporaryDirectory(prefix="reid-sweep-") as temporary:
+            folder = Path(temporary)
+            sentences += plots.draw(folder, trials, entries, base, self.plan.space, storage)
+            text = "\n".join(sentences) + f"\n\n{results.markdown(entries, trials)}\n"
+            (folder / "ranking.md").write_text(f"{text}Train the best again:\n\n    {again}\n")
+            for path in sorted(folder.iterdir()):
+                storage.upload(f"{REPORT}/{path.name}", path)
+            self.parent.log_artifacts(folder, REPORT)
+        name, model, champion = str(self.config.name), summary["model"], summary["champion"]
+        self.parent.log({"mAP": entries[0].mean, "best/mAP": best.score}, len(trials))
+        self.parent.set_tags({"best": best.name, "verdict": " ".join(sentences), "model": model})
+        report = f"{base.output}/{REPORT}"
+        return Outcome(name, trials, entries, sentences, again, report, model, champion)
 
-
-def _conclude(
-    plan: Plan,
-    config: TrainConfig,
-    base: TrainConfig,
-    trials: list[Trial],
-    dataset: Dataset,
-    store: Store,
-    parent: Tracker,
-) -> Outcome:
-    """Rank, register the best, draw, and store the report."""
-    entries = ranking(trials, base)
-    if not entries:
-        raise DataError(common_cause(trials))
-    best = entries[0].best
-    summary = _publish(best, base, dataset, store)
-    sentences = verdict(entries)
-    if len(best.changes) > 1:
-        sentences.append(
-            f"{best.name} changed its settings while it trained (see its `changes`); the command "
-            "below trains with the last ones from the start."
-        )
-    again = command(best.best_config(base), config.output)
-    with tempfile.TemporaryDirectory(prefix="reid-sweep-") as temporary:
-        folder = Path(temporary)
-        sentences += plots.draw(folder, trials, entries, base, plan.space, store.storage)
-        text = "\n".join(sentences) + f"\n\n{markdown(entries, trials)}\n"
-        (folder / "ranking.md").write_text(f"{text}Train the best again:\n\n    {again}\n")
-        for path in sorted(folder.iterdir()):
-            store.storage.upload(f"{REPORT}/{path.name}", path)
-        parent.log_artifacts(folder, REPORT)
-    model = summary["model"]
-    parent.log({"mAP": entries[0].mean, "best/mAP": best.score}, len(trials))
-    parent.set_tags({"best": best.name, "verdict": " ".join(sentences), "model": model})
-    report, champion = f"{base.output}/{REPORT}", summary["champion"]
-    return Outcome(str(config.name), trials, entries, sentences, again, report, model, champion)
+    def _publish(self, best: Trial) -> dict:
+        """The best trial's report and registered model; once, however often a sweep continues."""
+        noted = self.store.noted("published")
+        assert best.best is not None
+        if noted.get("run") != best.best["run"]:
+            with self._reopened(best) as tracker:
+                summary, _ = publish(best.best_config(self.base), self.dataset, tracker)
+            noted = json.loads(json.dumps(vars(summary))) | {"run": best.best["run"]}
+            self.store.note("published", noted)
+        return noted
 
 
 def common_cause(trials: Sequence[Trial]) -> str:
@@ -264,25 +253,13 @@ def common_cause(trials: Sequence[Trial]) -> str:
     )
 
 
-def _publish(best: Trial, base: TrainConfig, dataset: Dataset, store: Store) -> dict:
-    """The best trial's report and registered model; once, however often a sweep continues."""
-    noted = store.noted("published")
-    assert best.best is not None
-    if noted.get("run") != best.best["run"]:
-        with _reopened(best, base) as tracker:
-            summary, _ = publish(best.best_config(base), dataset, tracker)
-        noted = json.loads(json.dumps(vars(summary))) | {"run": best.best["run"]}
-        store.note("published", noted)
-    return noted
-
-
 def _show(outcome: Outcome, parent: Tracker, console: Console) -> None:
     """Print the ranking, the verdict, and where to look."""
     table = Table(title=f"{outcome.name}: ranking", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in HEADER[:-1]:
+    for name in results.HEADER[:-1]:
         table.add_column(name, justify="left" if name == "trial" else "right", no_wrap=True)
-    table.add_column(HEADER[-1], overflow="fold")
-    for row in rows(outcome.entries):
+    table.add_column(results.HEADER[-1], overflow="fold")
+    for row in results.rows(outcome.entries):
         table.add_row(*row)
     console.print(table)
     lines = [*outcome.verdict, "", "Train the best again:", f"  {outcome.command}", ""]

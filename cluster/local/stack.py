@@ -39,8 +39,7 @@ from data_shards.errors import ReidError
 
 BUCKET = "reid"
 TOKEN = "ray-token"
-MARK = "REID_STACK"
-"""Environment variable of the processes of a stack, by which `down` finds them."""
+MARK = "REID_STACK"  # environment variable of the processes of a stack, by which `down` finds them
 START_SECONDS = 240.0
 STOP_SECONDS = 30.0
 

@@ -38,14 +38,8 @@ def name(field: str) -> str:
 def landscape(path: Path, trials: Sequence[Trial], base: TrainConfig, space: Space) -> bool:
     """Draw every adaptive trial at its learning rate and amplitude, coloured by its mAP.
 
-    Args:
-        path: the PNG file to write.
-        trials: all trials; a baseline without a place in the picture is marked on the scale.
-        base: the sweep's configuration.
-        space: gives the axes; two other ranges are taken where these are not searched.
-
-    Returns:
-        Whether it was drawn: it needs two ranges.
+    Other ranges are taken where these are not searched. A baseline without a place in the picture
+    is marked on the scale. Returns whether it was drawn: it needs two ranges.
     """
     ranges = [field for field, d in space.items() if not isinstance(d, CategoricalDistribution)]
     wanted = [field for field in (LEARNING_RATE, AMPLITUDE) if field in ranges]
@@ -123,9 +117,8 @@ def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, baselines: Sequence
     beside.set_title("mAP (%)", loc="left", size=style.TEXT, color=style.MUTED, pad=8)
     heights = [float(norm(100 * trial.score)) for trial in baselines]
     line = {"transform": axes.transAxes, "color": style.ORANGE, "clip_on": False}
-    for trial, height, place in zip(
-        baselines, heights, style.spread(heights, 0.05, 0, 1), strict=True
-    ):
+    places = style.spread(heights, 0.05, 0, 1)
+    for trial, height, place in zip(baselines, heights, places, strict=True):
         axes.plot([1.035, 1.065], [height, height], linewidth=1.6, **line)
         axes.plot([1.12, 1.135, 1.15], [height, place, place], linewidth=0.8, **line)
         text = {"transform": axes.transAxes, "color": style.ORANGE, "va": "center"}
@@ -143,8 +136,7 @@ def _fit(axis: XAxis | YAxis, dimension: Any) -> None:
     else:
         room = 0.04 * (high - low)
         scale, limits = "linear", (low - room, high + room)
-        whole = isinstance(dimension, IntDistribution)
-        locator = MaxNLocator(5, steps=style.ROUND, integer=whole)
+        locator = MaxNLocator(5, steps=style.ROUND, integer=isinstance(dimension, IntDistribution))
     axis.axes.set(**{f"{axis.axis_name}scale": scale, f"{axis.axis_name}lim": limits})
     axis.set_major_locator(locator)
     axis.set_minor_locator(NullLocator())

@@ -20,8 +20,7 @@ from tune.space import Space
 from tune.store import ENDED, Trial
 
 _STATES = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
-LEAST = 4
-"""Different results that fANOVA needs."""
+LEAST = 4  # different results that fANOVA needs
 
 
 def optuna_plots(
@@ -56,8 +55,8 @@ def optuna_plots(
         _save(folder / "slice.png", plot, "mAP over each setting", width=3.2 * len(space))
         plot = partial(draw.plot_parallel_coordinate, finished, target_name="mAP (%)")
         _save(folder / "parallel.png", plot, "From settings to mAP")
-    plot = partial(draw.plot_timeline, ended)
-    _save(folder / "timeline.png", plot, "When each trial was trained")
+    title = "When each trial was trained"
+    _save(folder / "timeline.png", partial(draw.plot_timeline, ended), title)
     return missing
 
 
@@ -94,9 +93,8 @@ def _restyle(figure: Figure) -> None:
         for side in ("left", "center"):
             axes.set_title("", loc=side)
         axes.grid(color=style.GRID, linewidth=0.8)
-        axes.tick_params(
-            which="both", labelsize=style.TEXT, labelcolor=style.INK, color=style.FAINT
-        )
+        colours: dict[str, Any] = {"labelcolor": style.INK, "color": style.FAINT}
+        axes.tick_params(which="both", labelsize=style.TEXT, **colours)
         for label in (axes.xaxis.label, axes.yaxis.label):
             label.set(size=style.TEXT, color=style.MUTED)
         for collection in axes.collections:
