@@ -26,8 +26,6 @@ one number per tensor. Keep the regularizer outside the module that DDP or FSDP 
 of the model's forward pass.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -39,10 +37,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_shards.errors import ConfigError, DataError
-from reid_train.model.sharding import local_part
 from reid_train.model.step_order import StepOrder
 from reid_train.model.tracked_parameters import KINDS, TrackedParameters
-from reid_train.model.weight_gradients import add_scaled_weights, squared_norm
+from reid_train.model.weight_gradients import add_scaled_weights, local_part, squared_norm
 
 
 class _L2(nn.Module, ABC):
@@ -95,15 +92,17 @@ class _L2(nn.Module, ABC):
         for factor, weight, groups in zip(
             factors, self._tracked.weights, self._tracked.groups, strict=True
         ):
-            if weight.requires_grad:
-                square = squared_norm(weight)
-                if groups and not hasattr(square, "full_tensor"):
-                    raise ConfigError(
-                        "regularizer: penalty() cannot be differentiated through FSDP1: use "
-                        "add_gradients() and last_penalty"
-                    )
-                square = square.full_tensor() if groups else square  # type: ignore[operator]
-                total = total + factor * square.to(total)
+            if not weight.requires_grad:
+                continue
+            square = squared_norm(weight)
+            if (full_tensor := getattr(square, "full_tensor", None)) is not None:
+                square = full_tensor()
+            elif groups:
+                raise ConfigError(
+                    "regularizer: penalty() cannot be differentiated through FSDP1: use "
+                    "add_gradients() and last_penalty"
+                )
+            total = total + factor * square.to(total)
         return total
 
     @property
@@ -133,27 +132,16 @@ class _L2(nn.Module, ABC):
                 gradient.
         """
         self._tracked.follow()
-        self._order.begin(self._tracked.weights, self._theta())
         factors = self.factor_vector()
-        squares = self._tracked.summed_over_shards(
-            add_scaled_weights(self._tracked.weights, 2 * factors)
-        )
+        weights, theta = self._tracked.weights, getattr(self, "theta", torch.empty(0))
+        self._order.begin(weights, theta)
+        squares = self._tracked.summed_over_shards(add_scaled_weights(weights, 2 * factors))
         self._last_penalty = torch.dot(factors, squares)
         self._set_factor_gradient(squares)
-        self._order.end(self._watched_gradient(), self._theta())
+        self._order.end(weights, theta)
 
     def _set_factor_gradient(self, squares: Tensor) -> None:
         """Set the gradient of what λ is made from, given ∂/∂λ_n = ‖w_n‖², (n,)."""
-
-    def _theta(self) -> Tensor | None:
-        """Return θ, if λ is made from it."""
-        return None
-
-    def _watched_gradient(self) -> Tensor | None:
-        """Return a small gradient that shows what was done to all of them."""
-        gradients = [w.grad for w in self._tracked.weights if w.grad is not None]
-        small = [g for g in gradients if g.numel() >= 16 and g.dtype.is_floating_point]
-        return local_part(min(small, key=Tensor.numel)) if small else None
 
     def _weight_group(self, lr: float) -> dict[str, Any]:
         """Return the optimizer's group of all weights, including excluded and frozen ones."""
@@ -207,7 +195,7 @@ class AdaptiveL2(_L2):
 
     def factor_vector(self) -> Tensor:
         """Return λ, (n,) float32, differentiable in θ."""
-        position = self._position()
+        position = self._position()  # this may move the amplitudes, too
         # hardtanh and not clamp: its gradient is zero at the very ends of the range too.
         return self.amplitudes * F.hardtanh(position, 0.0, 1.0)
 
@@ -218,8 +206,8 @@ class AdaptiveL2(_L2):
             lr: learning rate of the weights.
             theta_lr_multiplier: θ's learning rate divided by the weights'; 1 as published.
         """
-        self._order.learns = lr * theta_lr_multiplier != 0
         theta_lr = lr * theta_lr_multiplier
+        self._order.learns = theta_lr != 0
         theta = {"params": [self.theta], "lr": theta_lr, "weight_decay": 0.0, "name": "theta"}
         return [self._weight_group(lr), theta]
 
@@ -272,12 +260,6 @@ class AdaptiveL2(_L2):
         else:
             self.theta.grad.copy_(gradient)
 
-    def _theta(self) -> Tensor | None:
-        return self.theta
-
-    def _watched_gradient(self) -> Tensor | None:
-        return self.theta.grad
-
 
 class ConstantL2(_L2):
     """The baseline: the same constant λ for all tensors (in the loss, not decoupled decay).
@@ -293,6 +275,7 @@ class ConstantL2(_L2):
 
     def __init__(self, model: nn.Module, factor: float, *, exclude: Sequence[str] = ()) -> None:
         super().__init__(model, exclude)
+        self._order.learns = False
         _check_number("factor", factor, least=0.0)
         self.factor = factor
 

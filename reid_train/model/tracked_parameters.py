@@ -1,7 +1,5 @@
 """The parameters of a model that are regularized, by name, even if the model replaces them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from operator import is_
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from data_shards.errors import ConfigError
-from reid_train.model.sharding import shard_groups
 
 KINDS = ("kernel", "bias", "gamma", "beta")
 NORMS = (
@@ -22,6 +19,8 @@ NORMS = (
 )
 # What torch.compile, FSDP1 and activation checkpointing insert into the names of parameters.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+Groups = tuple[dist.ProcessGroup, ...]
 
 
 class TrackedParameters:
@@ -43,15 +42,14 @@ class TrackedParameters:
     """
 
     def __init__(self, model: nn.Module, exclude: Sequence[str]) -> None:
-        self._model = _unwrapped(model)
-        self._exclude = tuple(exclude)
+        self._model, self._exclude = _unwrapped(model), tuple(exclude)
         self._optimizer_made = False
         self._look_up()
         for pattern in self._exclude:
-            if not any(fnmatchcase(name, pattern) for name in self._all_names):
+            if not any(fnmatchcase(name, pattern) for name in self._all):
                 raise ConfigError(
                     f"regularizer: exclude pattern {pattern!r} matches no parameter; names look "
-                    f"like {', '.join(self._all_names[:3])}"
+                    f"like {', '.join(list(self._all)[:3])}"
                 )
         if not self.names:
             raise ConfigError("regularizer: the model has no parameter left to regularize")
@@ -65,7 +63,7 @@ class TrackedParameters:
         self._optimizer_made = False
         self.follow()
         self._optimizer_made = True
-        return list(self._all_weights)
+        return list(self._all.values())
 
     def follow(self) -> None:
         """Look the parameters up again if the model has replaced them.
@@ -73,16 +71,12 @@ class TrackedParameters:
         Raises:
             ConfigError: names or shapes have changed, or an optimizer may hold the old parameters.
         """
-        weights = list(self._model.parameters())
-        if (
-            len(weights) == len(self._all_weights)
-            and all(map(is_, weights, self._all_weights))
-            and all(w.shape == shape for w, shape in zip(weights, self._shapes, strict=True))
-        ):
+        weights, before = list(self._model.parameters()), self._all
+        same = len(weights) == len(before) and all(map(is_, weights, before.values()))
+        if same and [weight.shape for weight in weights] == self._shapes:
             return
         now = {name: weight for name, _, weight in _named_tensors(self._model)}
-        before = dict(zip(self._all_names, self._all_weights, strict=True))
-        shapes = dict(zip(self._all_names, self._shapes, strict=True))
+        shapes = dict(zip(before, self._shapes, strict=True))
         changes = [
             *(f"{name} is gone" for name in before if name not in now),
             *(f"{name} is new" for name in now if name not in before),
@@ -110,32 +104,22 @@ class TrackedParameters:
     def summed_over_shards(self, squares: Tensor) -> Tensor:
         """Return ‖w_n‖² of whole tensors, (n,), from those of this rank's parts."""
         for group in dict.fromkeys(group for groups in self.groups for group in groups):
+            total = squares.clone()
+            dist.all_reduce(total, group=group)
             sharded = [group in groups for groups in self.groups]
-            if all(sharded):
-                dist.all_reduce(squares, group=group)
-            else:
-                index = torch.tensor(sharded).nonzero().squeeze(1).to(squares.device)
-                part = squares[index]
-                dist.all_reduce(part, group=group)
-                squares[index] = part
+            squares = torch.where(torch.tensor(sharded, device=squares.device), total, squares)
         return squares
 
     def _look_up(self) -> None:
         """Find the model's parameters, and those to regularize."""
-        model = self._model
-        groups = shard_groups(model)
-        tensors = list(_named_tensors(model))
-        self._all_names = tuple(name for name, _, _ in tensors)
-        self._all_weights = tuple(weight for _, _, weight in tensors)
-        self._shapes = tuple(weight.shape for weight in self._all_weights)
-        included = [
-            tensor
-            for tensor in tensors
-            if not any(fnmatchcase(tensor[0], pattern) for pattern in self._exclude)
-        ]
+        tensors = list(_named_tensors(self._model))
+        self._all = {name: weight for name, _, weight in tensors}
+        self._shapes = [weight.shape for weight in self._all.values()]
+        included = [t for t in tensors if not any(fnmatchcase(t[0], p) for p in self._exclude)]
         self.names = tuple(name for name, _, _ in included)
         self.kinds = tuple(kind for _, kind, _ in included)
         self.weights = tuple(weight for _, _, weight in included)
+        groups = _shard_groups(self._model)
         self.groups = tuple(groups.get(id(weight), ()) for weight in self.weights)
 
 
@@ -165,3 +149,41 @@ def _kind(owner: nn.Module, name: str) -> str:
     if isinstance(owner, NORMS):
         return "beta" if name == "bias" else "gamma"
     return "bias" if "bias" in name else "kernel"
+
+
+def _shard_groups(model: nn.Module) -> dict[int, Groups]:
+    """Return the process groups over which sharded parameters must be summed, by their `id`.
+
+    Raises:
+        ConfigError: FSDP1 has merged parameters, or one is a sum over ranks.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return {}
+    from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel, ShardingStrategy
+    from torch.distributed.tensor import DTensor
+
+    groups: dict[int, Groups] = {}
+    for module in FullyShardedDataParallel.fsdp_modules(model):  # outer ones before inner ones
+        whole = module.sharding_strategy == ShardingStrategy.NO_SHARD
+        group = module.process_group
+        for parameter in module.parameters():
+            if isinstance(parameter, FlatParameter):
+                raise ConfigError(
+                    "regularizer: FSDP has merged the model's parameters into flat ones, so none "
+                    "has a λ of its own: give FSDP use_orig_params=True, or use fully_shard"
+                )
+            # FSDP1 marks what it has split, and leaves what it was told to ignore unmarked. PyTorch
+            # 2.11 to 2.14; nothing public says it.
+            if getattr(parameter, "_fsdp_flattened", False):
+                groups[id(parameter)] = () if whole or group is None else (group,)
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):  # of FSDP2 or tensor parallelism
+            continue
+        if any(placement.is_partial() for placement in parameter.placements):
+            raise ConfigError(
+                f"regularizer: {name} is placed as {parameter.placements}; its value is a sum over "
+                "ranks, of which no rank knows the norm. Shard or replicate it"
+            )
+        split = [n for n, place in enumerate(parameter.placements) if not place.is_replicate()]
+        groups[id(parameter)] = tuple(parameter.device_mesh.get_group(n) for n in split)
+    return groups

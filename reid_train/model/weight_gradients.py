@@ -4,17 +4,24 @@ It holds for real and complex weights of any floating point type, for frozen, em
 ones, and for weights with sparse gradients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from reid_train.model.sharding import local_part
-
 EXACT = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 """Types in which a product with a float32 scale keeps the scale's digits."""
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, which shares its memory; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def squared_norm(weight: Tensor) -> Tensor:
+    """Return the differentiable Σ|w|², a float32 or float64 scalar: the readable reference."""
+    return _real(weight).to(_norm_dtype(weight)).square().sum()
 
 
 def add_scaled_weights(weights: Sequence[nn.Parameter], scales: Tensor) -> Tensor:
@@ -28,73 +35,68 @@ def add_scaled_weights(weights: Sequence[nn.Parameter], scales: Tensor) -> Tenso
         ‖w_n‖², (n,), of the type and on the device of `scales`; 0 for frozen weights. For a sharded
         weight, of this rank's part.
     """
-    devices = list(dict.fromkeys(local_part(weight).device for weight in weights))
-    if devices == [scales.device]:
-        return _add(weights, scales)
-    squares = torch.zeros_like(scales)
+    squares = [scales.new_zeros(())] * len(weights)
+    devices = dict.fromkeys(weight.device for weight in weights)
     for device in devices:
-        chosen = [i for i, weight in enumerate(weights) if local_part(weight).device == device]
-        index = torch.tensor(chosen, device=scales.device)
-        own = _add([weights[i] for i in chosen], scales[index].to(device))
-        squares[index] = own.to(scales.device)
+        chosen = [i for i, w in enumerate(weights) if w.requires_grad and w.device == device]
+        own = [weights[i] for i in chosen]
+        if device.type == "cpu":
+            numbers = scales.tolist()
+            found = _add_each(own, [numbers[i] for i in chosen])
+        else:
+            factors = scales.to(device).unbind()
+            found = _add_lists(own, [factors[i] for i in chosen])
+        for i, square in zip(chosen, found, strict=True):
+            squares[i] = square
+    if len(devices) > 1:
+        squares = [square.to(scales.device) for square in squares]
+    return torch.stack(squares).to(scales.dtype)
+
+
+def _add_each(weights: Sequence[nn.Parameter], scales: Sequence[float]) -> list[Tensor]:
+    """Do the work on the CPU and return ‖w‖².
+
+    Tensor by tensor and not list by list: the norm leaves the weight in the cache for the sum. (On
+    the CPU the list operations are loops, too.)
+    """
+    squares = []
+    for weight, scale in zip(weights, scales, strict=True):
+        part = local_part(weight)
+        squares.append(_accurate_squared_norm(part))
+        _add_one(weight, part, _gradient(weight, part), scale)
     return squares
 
 
-def squared_norm(weight: Tensor) -> Tensor:
-    """Return the differentiable Σ|w|², a float32 or float64 scalar: the readable reference."""
-    return _real(weight).to(_norm_dtype(weight)).square().sum()
-
-
-def _add(weights: Sequence[nn.Parameter], scales: Tensor) -> Tensor:
-    """Do the work for weights on one device, that of `scales`."""
-    squares = [scales.new_zeros(())] * len(weights)
-    trainable = [i for i, weight in enumerate(weights) if weight.requires_grad]
-    if scales.device.type == "cpu":
-        # Tensor by tensor and not list by list: the norm leaves the weight in the cache for the
-        # sum. (On the CPU the list operations are loops, too.)
-        numbers = scales.tolist()
-        for i in trainable:
-            part = local_part(weights[i])
-            squares[i] = _accurate_squared_norm(part)
-            _add_one(weights[i], part, numbers[i])
-        return torch.stack(squares).to(scales.dtype)
-    # The scales stay on the device, as tensors of no dimension, so that nothing waits for them.
-    factors = scales.unbind()
-    norms = _add_lists([weights[i] for i in trainable], [factors[i] for i in trainable])
-    for i, norm in zip(trainable, norms, strict=True):
-        squares[i] = norm
-    return torch.stack(squares).to(scales.dtype).square_()
-
-
 def _add_lists(weights: Sequence[nn.Parameter], scales: Sequence[Tensor]) -> list[Tensor]:
-    """Do the work for trainable weights by operations on lists; return their ‖w‖."""
+    """Do the work by operations on lists and return ‖w‖²; nothing waits for the device."""
     parts = [local_part(weight) for weight in weights]
-    gradients = [_gradient(weight, part) for weight, part in zip(weights, parts, strict=True)]
-    alike = [
-        n
-        for n, (part, gradient) in enumerate(zip(parts, gradients, strict=True))
-        if part.dtype in EXACT and gradient is not None and gradient.layout == torch.strided
-    ]
-    if alike:
-        targets = [gradient for n in alike if (gradient := gradients[n]) is not None]
-        torch._foreach_addcmul_(  # pyright: ignore[reportPrivateImportUsage]
-            targets, [parts[n] for n in alike], [scales[n] for n in alike]
-        )
-    for n in sorted(set(range(len(parts))) - set(alike)):
-        _add_one(weights[n], parts[n], scales[n])
-    values = [_real(part) for part in parts]
-    norms = list(scales)  # replaced below
-    for dtype in dict.fromkeys(_norm_dtype(value) for value in values):
-        chosen = [n for n, value in enumerate(values) if _norm_dtype(value) == dtype]
-        found = torch._foreach_norm([values[n] for n in chosen], 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
-        for n, norm in zip(chosen, found, strict=True):
-            norms[n] = norm
-    return norms
+    targets, values, factors = [], [], []
+    for weight, part, scale in zip(weights, parts, scales, strict=True):
+        gradient = _gradient(weight, part)
+        if part.dtype in EXACT and gradient is not None and gradient.layout == torch.strided:
+            targets.append(gradient)
+            values.append(part)
+            factors.append(scale)
+        else:
+            _add_one(weight, part, gradient, scale)
+    if targets:
+        torch._foreach_addcmul_(targets, values, factors)  # pyright: ignore[reportPrivateImportUsage]
+    squares = [torch.empty(0)] * len(parts)
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, part in enumerate(parts):
+        by_dtype.setdefault(_norm_dtype(part), []).append(i)
+    for dtype, places in by_dtype.items():
+        norms = torch._foreach_norm([_real(parts[i]) for i in places], 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(norms, norms)  # pyright: ignore[reportPrivateImportUsage]
+        for i, square in zip(places, norms, strict=True):
+            squares[i] = square
+    return squares
 
 
-def _add_one(weight: nn.Parameter, part: Tensor, scale: float | Tensor) -> None:
+def _add_one(
+    weight: nn.Parameter, part: Tensor, gradient: Tensor | None, scale: float | Tensor
+) -> None:
     """Add scale · w to a weight's gradient; `part` is this rank's part of the weight."""
-    gradient = _gradient(weight, part)
     if gradient is None:
         return
     if gradient.layout != torch.strided:
@@ -126,8 +128,9 @@ def _accurate_squared_norm(weight: Tensor) -> Tensor:
         # Moving the channels to the end flattens a channels_last weight without a copy.
         rows = weight if weight.is_contiguous() else weight.movedim(1, -1)
         weight = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=dtype)
-    flat = (weight.float() if dtype == torch.float32 else weight.double()).reshape(-1)
-    return torch.dot(flat, flat)
+    if weight.ndim == 0 or weight.dtype != dtype:
+        weight = weight.to(dtype).reshape(-1)
+    return torch.dot(weight, weight)
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -49,12 +49,10 @@ def way(request, monkeypatch) -> None:
     """Both ways of adding: the CPU's, and the one of other devices, here on the CPU, too."""
     if request.param == "by lists":
 
-        def add(weights, scales: Tensor) -> Tensor:
-            trainable = [weight for weight in weights if weight.requires_grad]
-            assert len(trainable) == len(weights)
-            return torch.stack(weight_gradients._add_lists(weights, scales.unbind())).float() ** 2
+        def add(weights, scales: list[float]) -> list[Tensor]:
+            return weight_gradients._add_lists(weights, torch.tensor(scales).unbind())
 
-        monkeypatch.setattr(weight_gradients, "_add", add)
+        monkeypatch.setattr(weight_gradients, "_add_each", add)
 
 
 @pytest.mark.usefixtures("way")
