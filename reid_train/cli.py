@@ -1,7 +1,5 @@
 """The command line: `python -m reid_train train | evaluate | embed | report | models | recipes`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated

@@ -4,8 +4,6 @@ The defaults are the paper's (Ni, Fang, Huttunen, ICPR 2020). A recipe (`recipes
 `TrainConfig`; every field is a flag, such as `--optimizer.learning-rate 3e-4`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -271,7 +269,7 @@ class TrainConfig(Section):
         return self.model_dump_json(indent=2)
 
     @classmethod
-    def from_json(cls, text: str | bytes, where: str = "configuration") -> TrainConfig:
+    def from_json(cls, text: str | bytes, where: str = "configuration") -> Self:
         """Read a configuration.
 
         Raises:
@@ -282,7 +280,7 @@ class TrainConfig(Section):
         except ValidationError as error:
             raise ConfigError(f"{where}: {explain(error)}") from error
 
-    def replace(self, **changes: object) -> TrainConfig:
+    def replace(self, **changes: object) -> Self:
         """A validated copy; `replace(optimizer__epochs=3)` changes a field of a section."""
         values = self.model_dump()
         for name, value in changes.items():
@@ -292,29 +290,29 @@ class TrainConfig(Section):
                 inner = inner[section]
             inner[field] = value
         try:
-            return TrainConfig.model_validate(values)
+            return self.model_validate(values)
         except ValidationError as error:
             raise ConfigError(explain(error)) from error
 
     def flat(self) -> dict[str, object]:
         """Dotted names to values, for MLflow's parameters."""
-        return dict(_flatten("", self.model_dump(mode="json")))
+        return _flatten(self.model_dump(mode="json"))
 
 
 def explain(error: ValidationError) -> str:
     """A validation error as one line."""
     parts = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        parts.append(f"{place}: {message}" if place else message)
+        place = ".".join(map(str, item["loc"]))
+        parts.append(f"{place}: " * bool(place) + item["msg"].removeprefix("Value error, "))
     return "; ".join(parts)
 
 
-def _flatten(prefix: str, values: dict):
-    for key, value in values.items():
-        name = f"{prefix}.{key}" if prefix else key
+def _flatten(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(name, value)
+            flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            yield name, value
+            flat[prefix + name] = value
+    return flat

@@ -1,7 +1,5 @@
 """One line for a machine or a GPU that ran out of memory."""
 
-from __future__ import annotations
-
 import re
 
 _KILLED = "due to the node running low on memory"

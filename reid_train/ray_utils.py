@@ -1,7 +1,5 @@
 """What to do before Ray is imported: quiet, off the network, and a cluster that answers."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import socket

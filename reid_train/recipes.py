@@ -1,7 +1,5 @@
 """Named configurations. A recipe is a Python value: read it, copy it, change it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 

@@ -5,10 +5,8 @@ the key (seed, step), and each rank takes its slice. So the augmented images do 
 number of workers, on the device, or on whether the run was resumed.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -24,8 +22,7 @@ ERASED_ASPECT = (0.3, 1 / 0.3)  # height over width
 TRIES = 100
 
 
-@dataclass(frozen=True, slots=True)
-class AugmentParams:
+class AugmentParams(NamedTuple):
     """How to augment each image of a batch: arrays of length B, int32 (flip: bool).
 
     The image is flipped if `flip`. The output's pixel (y, x) is its pixel (y + top, x + left),
@@ -41,20 +38,9 @@ class AugmentParams:
     erase_left: np.ndarray
     erase_right: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.flip)
-
-    def rows(self, rows: slice) -> AugmentParams:
+    def rows(self, rows: slice) -> Self:
         """Return the parameters of some of the images, such as one rank's slice."""
-        return AugmentParams(
-            self.flip[rows],
-            self.top[rows],
-            self.left[rows],
-            self.erase_top[rows],
-            self.erase_bottom[rows],
-            self.erase_left[rows],
-            self.erase_right[rows],
-        )
+        return self._make(values[rows] for values in self)
 
 
 def draw(

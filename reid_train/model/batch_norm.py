@@ -5,8 +5,6 @@ same running statistics. So the number of workers changes no loss and no weight 
 evaluation mode, or with one worker, this is plain batch normalization.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Communication between the data-parallel workers, for batch norm and losses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,11 +4,10 @@ This module and its imports need only torch, torchvision, NumPy, OpenCV, pydanti
 `registry.py` records their versions in each registered model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Self
 
 import cv2
 import numpy as np
@@ -43,7 +42,7 @@ class Embedder:
         self.config = config
 
     @classmethod
-    def from_folder(cls, folder: str | Path, device: torch.device | str | None = None) -> Embedder:
+    def from_folder(cls, folder: str | Path, device: torch.device | str | None = None) -> Self:
         """Read `model.safetensors` and `config.json` from a folder, such as a checkpoint.
 
         Raises:
@@ -91,17 +90,12 @@ class Embedder:
         """
         images = require_images(images)
         embeddings = np.empty((len(images), self.embedding_size), np.float32)
-        size = self.config.evaluation.batch
-        for start in range(0, len(images), size):
-            part = resize(
-                images[start : start + size], self.config.image.height, self.config.image.width
-            )
-            embedding = embed(
-                self.network,
-                torch.from_numpy(part).to(self.device),
-                mirror=self.config.evaluation.mirror,
-            )
-            embeddings[start : start + size] = embedding.cpu().numpy()
+        image, evaluation = self.config.image, self.config.evaluation
+        for start in range(0, len(images), evaluation.batch):
+            rows = slice(start, start + evaluation.batch)
+            part = torch.from_numpy(resize(images[rows], image.height, image.width))
+            found = embed(self.network, part.to(self.device), mirror=evaluation.mirror)
+            embeddings[rows] = found.cpu().numpy()
         return embeddings
 
 
@@ -153,15 +147,14 @@ def require_images(images: object) -> np.ndarray:
     wanted = "images must be (N, H, W, 3) uint8, RGB with values from 0 to 255"
     if isinstance(images, list | tuple):
         try:
-            array = np.asarray(images)
+            images = np.asarray(images)
         except ValueError as error:
             raise DataError(
                 f"{wanted}, not a list of images of several sizes: resize them to one size and use "
                 "numpy.stack(images)"
             ) from error
-        if array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255:
-            array = array.astype(np.uint8)
-        images = array
+        if images.dtype.kind in "iu" and images.size and images.min() >= 0 and images.max() <= 255:
+            images = images.astype(np.uint8)
     if not isinstance(images, np.ndarray):
         raise DataError(f"{wanted}, not {type(images).__name__}: convert them to a NumPy array")
     if images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3:
@@ -174,19 +167,18 @@ def require_images(images: object) -> np.ndarray:
 
 def _shape_advice(shape: tuple[int, ...]) -> str:
     """How to make a shape (N, H, W, 3), or nothing."""
-    if len(shape) == 4 and shape[3] != 3 and shape[1] == 3:
-        return "move the channels last with images.transpose(0, 2, 3, 1)"
-    if len(shape) == 3 and shape[2] == 3:
-        return "make one image a batch with images[None]"
-    if len(shape) == 3 and shape[0] == 3:
-        return "make one image a batch with images.transpose(1, 2, 0)[None]"
-    if len(shape) == 4 and shape[3] == 4:
-        return "drop the alpha channel with images[..., :3]"
-    if len(shape) == 4 and shape[3] == 1:
-        return "repeat the grey channel with images.repeat(3, axis=3)"
-    if 0 in shape:
-        return "an empty batch is numpy.empty((0, H, W, 3), numpy.uint8)"
-    return ""
+    match shape:
+        case (_, 3, _, last) if last != 3:
+            return "move the channels last with images.transpose(0, 2, 3, 1)"
+        case (_, _, 3):
+            return "make one image a batch with images[None]"
+        case (3, _, _):
+            return "make one image a batch with images.transpose(1, 2, 0)[None]"
+        case (_, _, _, 4):
+            return "drop the alpha channel with images[..., :3]"
+        case (_, _, _, 1):
+            return "repeat the grey channel with images.repeat(3, axis=3)"
+    return "an empty batch is numpy.empty((0, H, W, 3), numpy.uint8)" if 0 in shape else ""
 
 
 def _type_advice(images: np.ndarray) -> str:

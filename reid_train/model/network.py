@@ -6,12 +6,10 @@ convolution and not in its first 1×1 ("v1.5"); convolutions have no bias, so th
 and fewer θ; batch norm in the backbone has ε = 1e-5 and momentum 0.1.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +91,9 @@ class ReidNet(nn.Module):
             channels = source.fc.in_features
             if not 0 <= stripes <= channels:
                 raise ConfigError(f"model: {stripes} stripes; 0 to {channels} are possible")
-            _remove_stride(source.layer4)
+            for module in source.layer4.modules():
+                if isinstance(module, nn.Conv2d):  # the map keeps the resolution of its input
+                    module.stride = (1, 1)
             shared = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
             self.trunk = nn.Sequential(OrderedDict((n, getattr(source, n)) for n in shared))
             self.global_layer4 = source.layer4
@@ -137,9 +137,8 @@ class ReidNet(nn.Module):
         """
         last = {name: value for name, value in state.items() if name.startswith("layer4.")}
         self.trunk.load_state_dict({k: v for k, v in state.items() if k not in last})
-        for stage in (self.global_layer4, self.regional_layer4):
-            if stage is not None:
-                stage.load_state_dict({k.removeprefix("layer4."): v for k, v in last.items()})
+        for stage in self.backbone_modules()[1:]:
+            stage.load_state_dict({k.removeprefix("layer4."): v for k, v in last.items()})
 
     def backbone_shapes(self) -> dict[str, torch.Size]:
         """Return the shapes of the backbone's tensors, by their names in torchvision's ResNet."""
@@ -151,10 +150,6 @@ class ReidNet(nn.Module):
         parts = (self.trunk, self.global_layer4, self.regional_layer4)
         return [part for part in parts if part is not None]
 
-    def backbone_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that come from the pretrained ResNet."""
-        return [p for part in self.backbone_modules() for p in part.parameters()]
-
     def freeze_backbone(self, frozen: bool) -> None:
         """Freeze or unfreeze the backbone.
 
@@ -162,11 +157,11 @@ class ReidNet(nn.Module):
         them, as in Keras where a layer has `trainable = False`.
         """
         self._backbone_frozen = frozen
-        for parameter in self.backbone_parameters():
-            parameter.requires_grad_(not frozen)
+        for part in self.backbone_modules():
+            part.requires_grad_(not frozen)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> ReidNet:
+    def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         for part in self.backbone_modules():
@@ -192,10 +187,3 @@ class ReidNet(nn.Module):
             end = (i + 1) * height if i + 1 < count else regional.shape[2]
             stripe = regional[:, :, i * height : end]
             yield head, reduction(stripe).relu()  # pyright: ignore[reportReturnType]
-
-
-def _remove_stride(stage: nn.Module) -> None:
-    """Set all strides of a ResNet stage to 1, so that its output has its input's resolution."""
-    for module in stage.modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)

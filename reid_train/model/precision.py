@@ -1,7 +1,5 @@
 """Numerical precision: bfloat16 where the device has it, or true float32."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -33,11 +31,9 @@ def autocast(config: TrainConfig, device: torch.device) -> Callable[[], Abstract
 def precision_on(config: TrainConfig, device: torch.device) -> Literal["bf16", "float32"]:
     """The precision that the network runs in on a device."""
     if config.precision == "auto":
-        return "bf16" if _has_bf16(device) else "float32"
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16")
+        return "bf16" if has_bf16 else "float32"
     return config.precision
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))

@@ -1,6 +1,4 @@
-"""Pretrained weights for the backbone: by name, from a path, or from object storage."""
-
-from __future__ import annotations
+"""Build the network, its backbone with pretrained weights: by name, from a path or storage."""
 
 import io
 import logging
@@ -8,8 +6,7 @@ import pickle
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import safetensors.torch
 import torch
@@ -19,6 +16,7 @@ from torchvision import models
 
 from data_shards.errors import ConfigError, DataError, ObjectMissing
 from data_shards.storage import open_file
+from reid_train.config import TrainConfig
 from reid_train.model.network import ReidNet
 
 logger = logging.getLogger(__name__)
@@ -26,6 +24,23 @@ logger = logging.getLogger(__name__)
 DOWNLOAD_TRIES = 3
 DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
 RETRY_WAIT = 1.0  # seconds, doubled at each try
+
+
+def build_model(config: TrainConfig, identities: int) -> ReidNet:
+    """Return the network with its initial weights, which depend only on the configuration.
+
+    Args:
+        config: its `model` section and its seed are used.
+        identities: number of training identities, the classes of every classifier.
+
+    Raises:
+        ReidError: the pretrained weights cannot be read or do not fit the backbone.
+    """
+    model = config.model
+    options = {"stripes": model.stripes, "batch_norm": model.batch_norm, "seed": config.seed}
+    network = ReidNet(model.backbone, identities, **options)
+    load_backbone(network, model.weights)
+    return network
 
 
 def load_backbone(network: ReidNet, source: str) -> None:
@@ -76,8 +91,12 @@ def read_state(source: str) -> dict[str, Tensor]:
             f"weights: {source} is {found}, not a file of weights: get the file itself, and save "
             "its state dict as .safetensors or .pth"
         )
-    state = _safetensors(content, source) if _is_safetensors(content) else _torch(content, source)
-    return _state_dict(state, source)
+    if not _is_safetensors(content):
+        return _state_dict(_torch(content, source), source)
+    try:
+        return _state_dict(safetensors.torch.load(content), source)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DataError(f"weights: {source} is a damaged safetensors file: {error}") from error
 
 
 # What a wrong or failed download begins with.
@@ -105,7 +124,9 @@ def _not_weights(content: bytes) -> str | None:
     for start, name in SIGNATURES.items():
         if content.startswith(start):
             return name
-    if content[257:262] == b"ustar" and not _is_torch_tar(content):
+    # PyTorch's files from before version 0.4 are tar archives, too.
+    torch_members = (b"sys_info", b"pickle", b"storages", b"tensors")
+    if content[257:262] == b"ustar" and content[:512].split(b"\0", 1)[0] not in torch_members:
         return "a tar archive"
     if content.startswith(b"PK\x03\x04") and b"data.pkl" not in content:
         return "a ZIP archive or the beginning of one"
@@ -123,18 +144,6 @@ def _not_weights(content: bytes) -> str | None:
 def _is_safetensors(content: bytes) -> bool:
     """Return whether a file begins as safetensors do: the header's length, then JSON."""
     return len(content) > 8 and content[8:9] == b"{" and content[6:8] == b"\0\0"
-
-
-def _is_torch_tar(content: bytes) -> bool:
-    """Return whether a tar archive is one of PyTorch's, from before version 0.4."""
-    return content[:512].split(b"\0", 1)[0] in (b"sys_info", b"pickle", b"storages", b"tensors")
-
-
-def _safetensors(content: bytes, source: str) -> Mapping[str, Tensor]:
-    try:
-        return safetensors.torch.load(content)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"weights: {source} is a damaged safetensors file: {error}") from error
 
 
 def _torch(content: bytes, source: str) -> object:
@@ -163,24 +172,18 @@ def _state_dict(state: object, source: str) -> dict[str, Tensor]:
     for key in ("state_dict", "model_state_dict", "model", "net", "network"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
+    wrong = f"weights: {source} is not a state dict"
     if not isinstance(state, Mapping):
         kind = type(state).__name__
-        raise DataError(
-            f"weights: {source} is not a state dict, a mapping of names to tensors, but a {kind}"
-        )
+        raise DataError(f"{wrong}, a mapping of names to tensors, but a {kind}")
     if not state:
         raise DataError(f"weights: {source} is an empty state dict")
     for name, value in state.items():
         if not isinstance(name, str):
-            raise DataError(
-                f"weights: {source} is not a state dict: it has the key {name!r}, not a name"
-            )
+            raise DataError(f"{wrong}: it has the key {name!r}, not a name")
         if not isinstance(value, Tensor):
-            others = ", ".join(str(key) for key in list(state)[:5])
-            raise DataError(
-                f"weights: {source} is not a state dict: {name} is a {type(value).__name__}, not a "
-                f"tensor; it has {others}"
-            )
+            kind, others = type(value).__name__, ", ".join(str(key) for key in list(state)[:5])
+            raise DataError(f"{wrong}: {name} is a {kind}, not a tensor; it has {others}")
     return dict(state)
 
 
@@ -197,8 +200,8 @@ def fitted(
     Raises:
         DataError: tensors are missing, left over, of another shape, or not finite.
     """
-    found = {_without_wrappers(name): value for name, value in state.items()}
-    found = {name: value for name, value in found.items() if not name.startswith("fc.")}
+    named = [(_without_wrappers(name), value) for name, value in state.items()]
+    found = {name: value for name, value in named if not name.startswith("fc.")}
     for name in shapes:  # files from before torch 0.4.1 do not count batches
         if name.endswith("num_batches_tracked"):
             found.setdefault(name, torch.tensor(0))
@@ -238,11 +241,12 @@ def _imagenet(backbone: str) -> dict[str, Tensor]:
     """Return torchvision's ImageNet weights, from its cache or the network."""
     url = models.get_model_weights(backbone)["IMAGENET1K_V1"].url
     for attempt in range(1, DOWNLOAD_TRIES + 1):
+        before = socket.getdefaulttimeout()
         try:
-            with _socket_timeout(DOWNLOAD_TIMEOUT):
-                return torch.hub.load_state_dict_from_url(
-                    url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-                )
+            socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub would wait without a bound
+            return torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
         except (OSError, RuntimeError) as error:
             logger.warning("weights: try %d of %d: %s: %s", attempt, DOWNLOAD_TRIES, url, error)
             if attempt == DOWNLOAD_TRIES:
@@ -252,15 +256,6 @@ def _imagenet(backbone: str) -> dict[str, Tensor]:
                     "of 'imagenet', or 'none' to start from random weights"
                 ) from error
             time.sleep(RETRY_WAIT * 2 ** (attempt - 1))
+        finally:
+            socket.setdefaulttimeout(before)
     raise AssertionError("unreachable")
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Bound the waits of sockets made inside, which torch.hub leaves unbounded."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

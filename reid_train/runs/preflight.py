@@ -25,7 +25,7 @@ def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> No
     """
     import torch
 
-    from reid_train.model.factory import build_model
+    from reid_train.model.pretrained import build_model
     from reid_train.training.optimizer import build_regularizer
 
     require_ray_cluster()

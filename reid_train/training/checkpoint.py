@@ -15,8 +15,6 @@ holds no pickle. The seal is written last; a folder without a seal, or with file
 it, is refused.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -26,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -38,7 +37,6 @@ from data_shards.storage.atomic import disk_errors
 from reid_train.config import TrainConfig
 from reid_train.regularization import AdaptiveL2
 from reid_train.training.history import History
-from reid_train.training.nonfinite import require_finite
 
 FILES = MODEL, TRAINING, HISTORY, RANK_LIST, CONFIG, PROGRESS = (
     "model.safetensors",
@@ -91,15 +89,23 @@ def save(
         StorageError: the disk is full, or refuses.
     """
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    training = _optimizer_tensors(optimizer)
+    training = {
+        f"adam/{position}/{key}": tensor.contiguous()
+        for position, entry in optimizer.state_dict()["state"].items()
+        for key, tensor in entry.items()
+    }
     if isinstance(regularizer, AdaptiveL2):
-        training |= {
-            f"theta/{name}": torch.tensor(value)
-            for name, value in regularizer.theta_by_name().items()
-        }
+        theta = regularizer.theta_by_name().items()
+        training |= {f"theta/{name}": torch.tensor(value) for name, value in theta}
     # safetensors cannot write an empty file, and before the first step there are no moments.
     training["global_step"] = torch.tensor(progress.global_step)
-    require_finite((weights | training).items())
+    for name, tensor in (weights | training).items():
+        if not torch.isfinite(tensor).all():
+            raise DataError(
+                f"no checkpoint written: {name} has values that are not finite; the checkpoint "
+                "before it is good. Train with a lower --optimizer.learning-rate or with "
+                "--optimizer.clip-norm, or check the memory of the machine"
+            )
     with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / MODEL)
@@ -123,7 +129,7 @@ class Checkpoint:
     config: TrainConfig
 
     @classmethod
-    def open(cls, folder: Path, *, verify: bool = True) -> Checkpoint:
+    def open(cls, folder: Path, *, verify: bool = True) -> Self:
         """Verify the digest of every file, and read all but the tensors.
 
         Args:
@@ -223,11 +229,3 @@ def digest(path: Path) -> str:
     """Return the SHA-256 of a file, as hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"adam/{position}/{key}": tensor.contiguous()
-        for position, entry in optimizer.state_dict()["state"].items()
-        for key, tensor in entry.items()
-    }

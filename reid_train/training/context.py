@@ -1,7 +1,5 @@
 """The place of one training worker among the others, and where it reports to."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The images of a training: the plan of an epoch, and this rank's batches of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 

@@ -3,13 +3,12 @@
 Every checkpoint holds them, so the curves of a resumed run have no gap.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -87,7 +86,7 @@ class History:
         save_file(tensors, path, metadata={"tensors": json.dumps(names)})
 
     @classmethod
-    def load(cls, path: Path) -> History:
+    def load(cls, path: Path) -> Self:
         """Read what `save` wrote."""
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:

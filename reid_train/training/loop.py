@@ -5,8 +5,6 @@ triplet loss see all of it, and DDP averages the gradients, so one worker and ei
 step.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile
@@ -27,9 +25,9 @@ from data_shards.manifest import Index
 from reid_train import transforms
 from reid_train.config import TrainConfig
 from reid_train.model.collectives import gather_with_gradient
-from reid_train.model.factory import build_model
 from reid_train.model.network import ReidNet
 from reid_train.model.precision import autocast, set_precision
+from reid_train.model.pretrained import build_model
 from reid_train.regularization import AdaptiveL2
 from reid_train.training.checkpoint import Checkpoint, Origin, Progress, save
 from reid_train.training.context import UNMEASURED, Stopped, StopRequest, WorkerContext
@@ -48,8 +46,7 @@ from reid_train.training.validation import Validation, validate
 
 logger = logging.getLogger(__name__)
 
-FACTOR_ROWS = 400
-"""About how many rows of λ over time a run keeps."""
+FACTOR_ROWS = 400  # of λ over time that a run keeps, about
 
 
 def train(
@@ -116,10 +113,6 @@ def train(
             regularizer=regularizer,
             optimizer=optimizer,
             state=state,
-            nonfinite=NonFiniteFilter(
-                config.optimizer.skip_nonfinite, state.progress.skipped, model
-            ),
-            window=StepWindow(context),
         ).run(end)
 
 
@@ -141,6 +134,7 @@ class TrainLoop:
 
     Attributes:
         network: the model, wrapped for data parallelism if there are several workers.
+        weights: the weight of each loss.
         plan: rows of the train index for the current epoch, (steps · accumulate, P·K) int64.
     """
 
@@ -154,14 +148,15 @@ class TrainLoop:
     regularizer: Regularizer | None
     optimizer: torch.optim.Adam
     state: RunState
-    nonfinite: NonFiniteFilter
-    window: StepWindow
-    plan: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
 
     def __post_init__(self) -> None:
         self.progress, self.history = self.state.progress, self.state.history
         self.weights = loss_weights(self.config.loss)
         self.autocast = autocast(self.config, self.context.device)
+        allowed = self.config.optimizer.skip_nonfinite
+        self.nonfinite = NonFiniteFilter(allowed, self.progress.skipped, self.model)
+        self.window = StepWindow(self.context)
+        self.plan = np.zeros((0, 0), np.int64)
 
     @property
     def steps(self) -> int:
@@ -176,10 +171,8 @@ class TrainLoop:
         for epoch in range(progress.epoch, end):
             set_learning_rate(self.optimizer, config, epoch)
             self.plan = epoch_plan(config, self.index, epoch)
-            batches_of_steps = step_batches(
-                config, self.dataset, self.context, self.plan, progress.step
-            )
-            for batches in self.window.timed(batches_of_steps):
+            steps = step_batches(config, self.dataset, self.context, self.plan, progress.step)
+            for batches in self.window.timed(steps):
                 self.train_step(batches)
                 request = self.log_step()
                 if request or self.checkpoint_is_due():
@@ -216,9 +209,8 @@ class TrainLoop:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip_norm, norm)
         bad = self.nonfinite.step(self.optimizer, norm)
         losses = torch.stack(parts).mean(0)
-        penalty = (
-            losses.new_zeros(()) if self.regularizer is None else self.regularizer.last_penalty
-        )
+        none = losses.new_zeros(())
+        penalty = none if self.regularizer is None else self.regularizer.last_penalty
         self.window.add(torch.cat([losses, torch.stack([penalty, bad.to(penalty)])]))
         self.progress.step += 1
         self.progress.global_step += 1
@@ -238,11 +230,8 @@ class TrainLoop:
             seed=config.seed,
             step=self.progress.global_step * config.batch.accumulate + micro,
             batch=config.batch_size,
-            height=config.image.height,
-            width=config.image.width,
-            flip=config.augment.flip,
-            pad=config.augment.pad,
-            erase=config.augment.erase,
+            **config.image.model_dump(),
+            **config.augment.model_dump(),
         ).rows(context.slice(config.batch_size))
         image = transforms.apply(batch.image_on(context.device), drawn)
         label = batch.label.to(context.device, non_blocking=True)
@@ -254,12 +243,11 @@ class TrainLoop:
             pooled = pooled.float()
             all_pooled = gather_with_gradient(pooled)
             heads.append(HeadBatch(pooled, logits.float(), label, all_pooled, all_label))
-        return torch.stack(
-            [
-                weight * torch.stack([LOSSES[name](head, config.loss) for head in heads]).sum()
-                for name, weight in self.weights.items()
-            ]
-        )
+        losses = []
+        for name, weight in self.weights.items():
+            by_head = torch.stack([LOSSES[name](head, config.loss) for head in heads])
+            losses.append(weight * by_head.sum())
+        return torch.stack(losses)
 
     def log_step(self) -> StopRequest:
         """Every few steps, and before a checkpoint: read the losses, record, track, show them.
@@ -285,16 +273,10 @@ class TrainLoop:
         self._record(read, first, speed)
         self._record_factors()
         if context.rank == 0:
-            context.show(
-                {
-                    "epoch": progress.epoch,
-                    "epochs": self.config.total_epochs,
-                    "step": progress.step,
-                    "steps": self.steps,
-                    "loss": float(read.rows[-1, :-1].sum()),
-                    "images_per_second": speed,
-                }
-            )
+            place = {"epoch": progress.epoch, "epochs": self.config.total_epochs}
+            place |= {"step": progress.step, "steps": self.steps}
+            loss = float(read.rows[-1, :-1].sum())
+            context.show({**place, "loss": loss, "images_per_second": speed})
         return read.request
 
     def evaluate(self) -> Validation:

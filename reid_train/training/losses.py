@@ -5,8 +5,6 @@ add its weight to `LossConfig` in `reid_train/config.py` as `<name>_weight: floa
 It is then trained, logged as `loss/<name>` and kept in the history whenever its weight is set.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

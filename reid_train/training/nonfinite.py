@@ -1,10 +1,8 @@
 """Skip optimizer steps whose gradient is not finite, without a host sync."""
 
-from __future__ import annotations
-
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -119,19 +117,4 @@ class NonFiniteFilter:
                 f"{found}; last good checkpoint: {saved}. Train under another --name with a lower "
                 "--optimizer.learning-rate or with --optimizer.clip-norm, or resume with "
                 f"--optimizer.skip-nonfinite {max(10, 2 * self.allowed)}"
-            )
-
-
-def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse to write a checkpoint with values that are not finite.
-
-    Raises:
-        DataError: names the first such tensor.
-    """
-    for name, tensor in tensors:
-        if not torch.isfinite(tensor).all():
-            raise DataError(
-                f"no checkpoint written: {name} has values that are not finite; the checkpoint "
-                "before it is good. Train with a lower --optimizer.learning-rate or with "
-                "--optimizer.clip-norm, or check the memory of the machine"
             )

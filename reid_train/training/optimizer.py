@@ -1,7 +1,5 @@
 """The regularizer, Adam over weights and θ, and the learning rate by epoch (METHOD §5)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

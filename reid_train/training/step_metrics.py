@@ -1,7 +1,5 @@
 """Losses of recent steps, kept on the device until they are read."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeVar

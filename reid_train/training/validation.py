@@ -1,7 +1,5 @@
 """Evaluation while training: all workers embed query and gallery, rank 0 ranks them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ import torch
 
 from data_shards.dataset import Dataset
 from data_shards.loader import Batch, split_batches
-from data_shards.progress import phase
+from data_shards.progress import phase, silent
 from reid_train.config import TrainConfig
 from reid_train.evaluation.extract import Autocast, embed_batches, gather_rows
 from reid_train.evaluation.ground_truth import Labels
@@ -65,9 +63,8 @@ def validate(
             rank=context.rank,
             world=context.world,
             batch=config.evaluation.batch,
-            height=config.image.height,
-            width=config.image.width,
             workers=config.loader.workers,
+            **config.image.model_dump(),
         )
         part = embed_batches(
             model,
@@ -80,33 +77,30 @@ def validate(
     if context.rank > 0:
         return Validation()
     found, base = (part.numpy() for part in embeddings)
+    labels = Labels(query.pid, query.camid, gallery.pid, gallery.camid)
     metric = config.evaluation.metric
     with _all_cores(), phase(context.progress, "ranking"):
-        labels = Labels(query.pid, query.camid, gallery.pid, gallery.camid)
         result = rank_gallery(found, base, labels, metric=metric, device=context.device)
     rows = _spread(result.average_precision)
     labels = Labels(query.pid[rows], query.camid[rows], gallery.pid, gallery.camid)
     matches = top_matches(found[rows], base, labels, k=MATCHES, metric=metric)
-    rank_list = {
-        "query": rows,
-        "gallery": matches,
-        "similarity": _cosine(found[rows], base[matches]),
-    }
-    return Validation(result.summary(), rank_list)
+    similarity = _cosine(found[rows], base[matches])
+    return Validation(
+        result.summary(), {"query": rows, "gallery": matches, "similarity": similarity}
+    )
 
 
 def _counted(
     batches: Iterable[Batch], stage: str, total: int, context: WorkerContext
 ) -> Iterator[Batch]:
     """Yield the same batches; rank 0 reports progress as if all ranks were equally fast."""
+    report = context.progress if context.rank == 0 else silent
     done = 0
-    if context.rank == 0:
-        context.progress(stage, 0, total)
+    report(stage, 0, total)
     for batch in batches:
         yield batch
-        if context.rank == 0:
-            done = min(done + len(batch.row) * context.world, total)
-            context.progress(stage, done, total)
+        done = min(done + len(batch.row) * context.world, total)
+        report(stage, done, total)
 
 
 def _cosine(query: np.ndarray, matches: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from reid_train.config import LoaderConfig
 from reid_train.evaluation.embedding_store import EmbeddingFiles
 from reid_train.evaluation.measures import Measures
 from reid_train.model.embedder import CONFIG, WEIGHTS
-from reid_train.model.factory import build_model
+from reid_train.model.pretrained import build_model
 from reid_train.recipes import recipe
 from reid_train.tracking.server import connect
 from reid_train.tracking.uris import local_tracking

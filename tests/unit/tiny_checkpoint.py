@@ -10,7 +10,7 @@ import torch
 from tiny import config, narrow_resnet18
 from torchvision.models import resnet
 
-from reid_train.model.factory import build_model
+from reid_train.model.pretrained import build_model
 from reid_train.training.checkpoint import Origin, Progress, save
 from reid_train.training.history import History
 from reid_train.training.optimizer import build_optimizer, build_regularizer

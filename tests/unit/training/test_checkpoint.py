@@ -18,7 +18,7 @@ from tiny_checkpoint import ORIGIN, PROGRESS, SETTINGS, trained
 from torchvision.models import resnet
 
 from data_shards.errors import DataError, StorageError
-from reid_train.model.factory import build_model
+from reid_train.model.pretrained import build_model
 from reid_train.training import checkpoint
 from reid_train.training.checkpoint import RANK_LIST, SEAL, Checkpoint, Origin, save
 from reid_train.training.history import History

@@ -20,7 +20,7 @@ from data_shards.errors import DataError
 from data_shards.loader import train_batches
 from reid_train import transforms
 from reid_train.config import TrainConfig
-from reid_train.model.factory import build_model
+from reid_train.model.pretrained import build_model
 from reid_train.training import validation
 from reid_train.training.checkpoint import MODEL, TRAINING, Checkpoint
 from reid_train.training.context import UNMEASURED
