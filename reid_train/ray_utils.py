@@ -61,27 +61,23 @@ def require_ray_cluster() -> None:
         )
     advice = "start the cluster, correct RAY_ADDRESS, or unset it to run on this machine"
     try:
-        where = (parts.hostname or "", parts.port or 0)
+        host, port = parts.hostname or "", parts.port or 0
     except ValueError:
-        where = ("", 0)
-    if not all(where):
+        host, port = "", 0
+    if not (host and port):
         raise ConfigError(f"RAY_ADDRESS is {address}, not HOST:PORT of a cluster's head")
     try:
-        socket.create_connection(where, timeout=ANSWER_SECONDS).close()
+        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
     except OSError as error:
-        raise ReidError(
-            f"no Ray cluster answers at RAY_ADDRESS {address} ({error}): {advice}"
-        ) from None
-    if os.environ.get("RAY_USE_TLS", "0") in ("", "0") and not _speaks_grpc(*where):
-        raise ReidError(f"what answers at RAY_ADDRESS {address} is no Ray head: {advice}")
-
-
-def _speaks_grpc(host: str, port: int) -> bool:
+        none = f"no Ray cluster answers at RAY_ADDRESS {address} ({error})"
+        raise ReidError(f"{none}: {advice}") from None
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return
     import grpc  # a dependency of Ray
 
     with grpc.insecure_channel(f"{host}:{port}") as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
         except grpc.FutureTimeoutError:
-            return False
-    return True
+            wrong = f"what answers at RAY_ADDRESS {address} is no Ray head"
+            raise ReidError(f"{wrong}: {advice}") from None

@@ -86,12 +86,11 @@ class _L2(nn.Module, ABC):
         Raises:
             ConfigError: the model's parameters have changed, or FSDP1 has sharded them.
         """
-        self._tracked.follow()
+        tracked = self._tracked
+        tracked.follow()
         factors = self.factor_vector()
         total = factors.new_zeros(())
-        for factor, weight, groups in zip(
-            factors, self._tracked.weights, self._tracked.groups, strict=True
-        ):
+        for factor, weight, groups in zip(factors, tracked.weights, tracked.groups, strict=True):
             if not weight.requires_grad:
                 continue
             square = squared_norm(weight)

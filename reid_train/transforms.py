@@ -15,6 +15,8 @@ from torch import Tensor
 # torchvision's ImageNet weights expect (RGB / 255 − mean) / standard deviation.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+SCALE = tuple(1 / (255 * std) for std in STD)
+SHIFT = tuple(-mean / std for mean, std in zip(MEAN, STD, strict=True))
 # (0.4914, 0.4822, 0.4465) × 255, rounded down, because the authors' images hold bytes.
 ERASED = (125, 122, 113)
 ERASED_AREA = (0.02, 0.4)  # fraction of the image's area
@@ -109,10 +111,8 @@ def normalize(image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     count, height, width, _ = image.shape
     # Rows of W · 3 values: an innermost dimension of 3 would defeat vector instructions.
     rows = image.reshape(count, height, 3 * width).float()
-    scale = _row(tuple(1 / (255 * s) for s in STD), width, torch.float32, image.device)
-    shift = _row(
-        tuple(-m / s for m, s in zip(MEAN, STD, strict=True)), width, torch.float32, image.device
-    )
+    scale = _row(SCALE, width, torch.float32, image.device)
+    shift = _row(SHIFT, width, torch.float32, image.device)
     torch.addcmul(shift, rows, scale, out=rows)
     return rows.to(dtype).view(count, height, width, 3).permute(0, 3, 1, 2)
 
@@ -143,9 +143,7 @@ def _moved(image: Tensor, params: AugmentParams) -> Tensor:
 def _erased(image: Tensor, params: AugmentParams) -> Tensor:
     """Fill the images' boxes, in place; return the images (B, H, W, 3) uint8."""
     count, height, width, _ = image.shape
-    bounds = np.stack(
-        [params.erase_top, params.erase_bottom, params.erase_left, params.erase_right]
-    )
+    bounds = np.stack(params[3:])
     top, bottom, left, right = _to_device(bounds, image.device)[:, :, None]
     y = torch.arange(height, device=image.device)
     x = torch.arange(3 * width, device=image.device) // 3

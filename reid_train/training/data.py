@@ -32,8 +32,7 @@ def epoch_plan(config: TrainConfig, index: Index, epoch: int) -> np.ndarray:
     Returns:
         (steps · accumulate, P·K) int64.
     """
-    batch = config.batch
-    steps = batch.steps_per_epoch
+    batch, steps = config.batch, config.batch.steps_per_epoch
     rows = plan(
         index,
         seed=config.seed,
@@ -64,9 +63,8 @@ def step_batches(
         context.cache,
         slice_for_rank(rows, context.rank, context.world),
         start=start * config.batch.accumulate,
-        height=config.image.height,
-        width=config.image.width,
         workers=config.loader.workers,
+        **config.image.model_dump(),
     )
     while group := list(islice(batches, config.batch.accumulate)):
         yield group

@@ -61,10 +61,9 @@ class History:
 
     def evaluation_rows(self) -> list[dict[str, float]]:
         """Return the metrics of each evaluation, without its epoch."""
-        columns = {name: values for name, values in self.evaluations.items() if name != "epoch"}
         return [
-            {name: value for name, value in row.items() if not math.isnan(value)}
-            for row in _rows(columns)
+            {name: v for name, v in row.items() if name != "epoch" and not math.isnan(v)}
+            for row in _rows(self.evaluations)
         ]
 
     def columns(self) -> dict[str, list[float]]:
@@ -74,10 +73,10 @@ class History:
     def save(self, path: Path) -> None:
         """Write to a safetensors file."""
         steps, factors = self.factors()
-        columns = {f"steps/{name}": column for name, column in self.steps.items()}
-        columns |= {f"evaluations/{name}": column for name, column in self.evaluations.items()}
         tensors = {
-            name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()
+            f"{group}/{name}": torch.tensor(column, dtype=torch.float64)
+            for group, columns in (("steps", self.steps), ("evaluations", self.evaluations))
+            for name, column in columns.items()
         }
         tensors["measured/step"] = torch.tensor(self.evaluation_steps, dtype=torch.int64)
         tensors["factors/step"] = torch.from_numpy(steps)

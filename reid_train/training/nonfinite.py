@@ -31,8 +31,7 @@ class NonFiniteFilter:
 
     def __init__(self, allowed: int, skipped: int, model: nn.Module) -> None:
         device = next(model.parameters()).device
-        self.allowed = allowed
-        self.skipped = skipped
+        self.allowed, self.skipped = allowed, skipped
         self._count = torch.tensor(skipped, device=device)
         self._scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
         # If no step may be skipped, the first one ends the run and its statistics are never used.
@@ -109,8 +108,9 @@ class NonFiniteFilter:
             self.skipped += bool(bad)
             if bad and self.skipped <= self.allowed:
                 if log:
-                    count = f"{self.skipped} of at most {self.allowed}"
-                    logger.warning("%s: skipped, %s", found, count)
+                    logger.warning(
+                        "%s: skipped, %d of at most %d", found, self.skipped, self.allowed
+                    )
                 continue
             saved = "none yet" if saved_step is None else f"after step {saved_step}"
             raise DataError(

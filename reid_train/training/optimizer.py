@@ -33,9 +33,8 @@ def build_optimizer(
     """Return Adam over the weights and, in the adaptive mode, θ."""
     o = config.optimizer
     if isinstance(regularizer, AdaptiveL2):
-        groups = regularizer.parameter_groups(
-            o.learning_rate, config.regularization.theta_lr_multiplier
-        )
+        multiplier = config.regularization.theta_lr_multiplier
+        groups = regularizer.parameter_groups(o.learning_rate, multiplier)
     else:
         groups = [{"params": list(network.parameters()), "lr": o.learning_rate}]
     for group in groups:
@@ -52,20 +51,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, epo
         epoch: counted from 0 over both phases.
     """
     o = config.optimizer
-    local = epoch if epoch < o.frozen_epochs else epoch - o.frozen_epochs
-    length = o.frozen_epochs if epoch < o.frozen_epochs else o.epochs
+    frozen = epoch < o.frozen_epochs
+    local = epoch if frozen else epoch - o.frozen_epochs
+    bounds = {"peak": o.learning_rate, "minimum": o.minimum_learning_rate}
+    rate = o.learning_rate
     if o.schedule == "step":
-        rate = step_rate(
-            local,
-            peak=o.learning_rate,
-            minimum=o.minimum_learning_rate,
-            warmup=o.warmup_epochs,
-            every=o.decay_every,
-        )
+        rate = step_rate(local, warmup=o.warmup_epochs, every=o.decay_every, **bounds)
     elif o.schedule == "cosine":
-        rate = cosine_rate(local, length, peak=o.learning_rate, minimum=o.minimum_learning_rate)
-    else:
-        rate = o.learning_rate
+        rate = cosine_rate(local, o.frozen_epochs if frozen else o.epochs, **bounds)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["multiplier"]
 

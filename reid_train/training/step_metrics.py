@@ -40,15 +40,11 @@ class StepWindow:
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the same batches, and measure how long each is waited for."""
-        batches = iter(batches)
-        while True:
-            began = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        began = time.perf_counter()
+        for batch in batches:
             self._waited += time.perf_counter() - began
             yield batch
+            began = time.perf_counter()
 
     def restart_clock(self) -> None:
         """Leave the time since the last reading out of the speed (evaluation, checkpoints)."""
@@ -69,10 +65,7 @@ class StepWindow:
             dist.all_reduce(values)
             values /= self._context.world
         *rows, request = values.cpu().numpy()
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        waited, self._waited = self._waited, 0.0
-        count = len(rows)
-        return StepRows(
-            np.stack(rows), seconds / count, waited / count, StopRequest(round(request[0]))
-        )
+        count, seconds, waited = len(rows), time.perf_counter() - self._clock, self._waited
+        self.restart_clock()
+        stop = StopRequest(round(request[0]))
+        return StepRows(np.stack(rows), seconds / count, waited / count, stop)
