@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +14,6 @@ logger = logging.getLogger(__name__)
 
 STUCK_CALLS = 100
 """Calls of `add_gradients` by which the optimizer must have moved θ."""
-
-
-class _Reading(NamedTuple):
-    """Values on the host, or on their way to it, at the second or the 100th call."""
-
-    values: list[Tensor]  # a gradient and θ after the first call, then the same two now
-    copied: torch.Event | None
-    is_second: bool
-    cleared: bool  # θ's gradient, since the first call
 
 
 class StepOrder:
@@ -39,9 +29,10 @@ class StepOrder:
         self.learns = True
         self._calls = 0
         self._without_backward = 0
-        self._first: list[Tensor] = []
-        """After the first call: copies of a gradient and of θ, and that gradient itself."""
-        self._reading: _Reading | None = None
+        self._first: list[Tensor] = []  # copies of a gradient and of θ, and that gradient itself
+        self._read: list[Tensor] = []  # the same, and θ now: on the host, or on their way to it
+        self._copied: torch.Event | None = None
+        self._cleared = False
 
     def begin(self, weights: Sequence[nn.Parameter], theta: Tensor) -> None:
         """Look at the state before a call of `add_gradients`.
@@ -65,16 +56,14 @@ class StepOrder:
         if self._first and self._calls in (2, STUCK_CALLS):
             values = [value.flatten() for value in (*self._first, theta.detach())]
             self._first[2] = self._first[0]  # lets go of the gradient
-            copies = [value.to("cpu", non_blocking=True) for value in values]
-            copied = None
+            self._read = [value.to("cpu", non_blocking=True) for value in values]
+            self._cleared = theta.grad is None
             if not values[0].is_cpu:
-                copied = torch.Event(values[0].device)
-                copied.record()
-            self._reading = _Reading(copies, copied, self._calls == 2, theta.grad is None)
-        reading = self._reading
-        if reading is not None and (reading.copied is None or reading.copied.query()):
-            self._reading = None
-            self._check(reading)
+                self._copied = torch.Event(values[0].device)
+                self._copied.record()
+        if self._read and (self._copied is None or self._copied.query()):
+            read, self._read, self._copied = self._read, [], None
+            self._check(*(value.tolist() for value in read))
 
     def end(self, weights: Sequence[nn.Parameter], theta: Tensor) -> None:
         """Note what the first call has set: θ's gradient, or a small one of the weights'."""
@@ -88,9 +77,9 @@ class StepOrder:
         if gradient is not None and not gradient.is_meta:
             self._first = [gradient.clone(), theta.detach().clone(), gradient]
 
-    def _check(self, reading: _Reading) -> None:
-        before, theta_before, now, theta_now = (value.tolist() for value in reading.values)
-        if reading.is_second:
+    def _check(self, before: list, theta_before: list, now: list, theta_now: list) -> None:
+        is_second = self._calls < STUCK_CALLS
+        if is_second:
             if (divisor := _power_of_two(before, now)) is not None:
                 raise ConfigError(
                     f"regularizer: the gradients were divided by {divisor:g} after add_gradients()"
@@ -101,13 +90,13 @@ class StepOrder:
             self.learns = self.learns and any(before)
         if not self.learns or theta_now != theta_before:
             return
-        if not reading.is_second:
+        if not is_second:
             logger.warning(
                 "regularizer: no step has moved θ in %d calls of add_gradients(): make the "
                 "optimizer from parameter_groups(), and call add_gradients() before its step()",
                 STUCK_CALLS,
             )
-        elif not reading.cleared:
+        elif not self._cleared:
             logger.warning(
                 "regularizer: add_gradients() was called twice, and the optimizer did not move θ "
                 "in between: call it once per optimizer step, after the last backward()"
