@@ -154,7 +154,10 @@ class Store:
                 if key != f"trials/{trial.name}.json":
                     raise ValueError(f"it is of {trial.name}")
             except (ValueError, TypeError) as error:
-                raise ConfigError(f"{self.storage.url}/{key} is damaged: {error}") from error
+                raise ConfigError(
+                    f"{self.storage.url}/{key} is damaged: {error}. Restore it, or start a new "
+                    "sweep under another --name"
+                ) from error
             found.append(trial)
         found.sort(key=lambda trial: trial.number)
         for number, trial in enumerate(found):

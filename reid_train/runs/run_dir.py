@@ -65,7 +65,9 @@ class Run:
         except ObjectMissing as error:
             raise ConfigError(f"no run to resume: {where} is not there") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{where} is damaged: {error}") from error
+            raise ConfigError(
+                f"{where} is damaged: {error}. Restore it, or start a new run under another --name"
+            ) from error
 
 
 def fetch_report(run: str, to: Path) -> Path:
