@@ -111,11 +111,7 @@ def register(
         made = client.create_model_version(
             name, model.artifact_location, run_id, tags, model_id=model.model_id
         )
-        best = client.get_registered_model(name).aliases.get(CHAMPION)
-        best_tags = client.get_model_version(name, best).tags if best else None
-        champion, reason = should_promote(tags, best_tags)
-        if champion:
-            client.set_registered_model_alias(name, CHAMPION, made.version)
+        champion, reason = _promote(client, name, made.version, tags)
     registered = Registered(name, int(made.version), champion, reason)
     logger.info("%s: %s", registered.uri, reason)
     return registered
@@ -139,14 +135,31 @@ def default_name(dataset: str, evaluation_digest: str, tracking_uri: str | None 
 def registered_version(
     name: str, run_id: str, metrics: Mapping[str, float], tracking_uri: str
 ) -> Registered | None:
-    """Return the version that an MLflow run has registered with these metrics, if there is one."""
+    """Return the version that an MLflow run has registered with these metrics, if there is one.
+
+    It becomes the champion if it should be and is not: MLflow may have refused to move the alias.
+    """
     with mlflow_errors(f"looking for versions of {name}", tracking_uri):
         client = connect(tracking_uri)
         for version in all_pages(client.search_model_versions, f"name = '{name}'"):
             if version.run_id == run_id and version.tags.get("mAP") == str(metrics.get("mAP")):
+                reason = "registered before"
                 champion = CHAMPION in client.get_model_version(name, version.version).aliases
-                return Registered(name, int(version.version), champion, "registered before")
+                if not champion:
+                    champion, why = _promote(client, name, version.version, version.tags)
+                    reason = f"{reason}, {why}"
+                return Registered(name, int(version.version), champion, reason)
     return None
+
+
+def _promote(client: Any, name: str, version: str, tags: Mapping[str, str]) -> tuple[bool, str]:
+    """Move the champion's alias to a version if it is better; return whether, and why."""
+    best = client.get_registered_model(name).aliases.get(CHAMPION)
+    best_tags = client.get_model_version(name, best).tags if best else None
+    champion, reason = should_promote(tags, best_tags)
+    if champion:
+        client.set_registered_model_alias(name, CHAMPION, version)
+    return champion, reason
 
 
 def should_promote(

@@ -243,7 +243,7 @@ class S3Proxy:
                 else:
                     fault.act(request, **fault.options)
 
-            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PATCH = answer
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True

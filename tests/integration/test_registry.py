@@ -17,7 +17,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from safetensors.torch import load_file, save_file
 
 from data_shards.decode import decode_into
@@ -26,7 +28,13 @@ from reid_train.config import ImageConfig, ModelConfig, TrainConfig
 from reid_train.model.embedder import Embedder, resize
 from reid_train.model.network import ReidNet
 from reid_train.registry.load import load
-from reid_train.registry.registry import default_name, list_models, register, should_promote
+from reid_train.registry.registry import (
+    default_name,
+    list_models,
+    register,
+    registered_version,
+    should_promote,
+)
 from reid_train.tracking.server import connect, require_experiment, require_names
 from reid_train.tracking.tracker import Tracker
 from reid_train.tracking.uris import local_tracking
@@ -465,3 +473,21 @@ def test_a_deleted_experiment_is_found_before_a_run_starts(registry):
     client.delete_experiment(client.create_experiment("short-lived"))
     with pytest.raises(ConfigError, match=r"is deleted\. Restore it"):
         require_experiment(registry.uri, "short-lived")
+
+
+def test_version_whose_alias_was_refused_becomes_the_champion_later(registry, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise MlflowException("not allowed", PERMISSION_DENIED)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", refuse)
+        with pytest.raises(StorageError, match=r"refuses access \(403\)"):
+            registry.register("reid-alias", 0.5)
+    metrics = {"mAP": 0.5, "rank-1": 0.75}
+    found = registered_version("reid-alias", registry.run_id, metrics, registry.uri)
+    assert found is not None
+    assert (found.version, found.champion) == (1, True)
+    assert found.reason == "registered before, promoted: the first champion, mAP 0.5000"
+    again = registered_version("reid-alias", registry.run_id, metrics, registry.uri)
+    assert again is not None
+    assert again.reason == "registered before"
