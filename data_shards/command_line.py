@@ -17,8 +17,8 @@ from typing import Any
 
 from data_shards.errors import ConfigError, ReidError
 
+# Takes the words after its name; returns an exit code, or None for 0.
 Command = Callable[[list[str]], int | None]
-"""Takes the words after its name; returns an exit code, or None for 0."""
 
 
 def program(package: str, script: str) -> str:
@@ -68,13 +68,9 @@ def command(target: Callable[..., Any], prog: str) -> Command:
 
 
 def parse(target: Callable[..., Any], words: Sequence[str], prog: str, **options: Any) -> Any:
-    """Parse words with tyro: return what `target` returns, called with them.
+    """Call `target`, a settings class or a function, with words parsed by tyro; return its result.
 
-    Args:
-        target: a settings class, or a function to run.
-        words: of the command line.
-        prog: the command, for its help.
-        options: of `tyro.cli`, such as `default`.
+    `options` are those of `tyro.cli`, such as `default`.
 
     Raises:
         ConfigError: an option that does not exist; the message names the nearest.
@@ -119,7 +115,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
     An option of another section comes first: `--schedule.epochs` is near `--optimizer.epochs`.
     """
-
     names, field = list(dict.fromkeys(known)), word.rpartition(".")[2].lstrip("-")
     near = [name for name in names if name.rpartition(".")[2].lstrip("-") == field]
     near = near or difflib.get_close_matches(word, names, n=1)

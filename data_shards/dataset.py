@@ -64,13 +64,9 @@ class Dataset:
 def why_not_measurable(
     query: Collection[tuple[int, int]], gallery: Collection[tuple[int, int]]
 ) -> str | None:
-    """Why a model cannot be measured on these images; None if it can.
+    """Why a model cannot be measured on images of these pids and camids; None if it can.
 
     A match of a query is a gallery image of the same identity from another camera.
-
-    Args:
-        query: pid and camid of each query image.
-        gallery: pid and camid of each gallery image.
     """
     for split, images in (("query", query), ("gallery", gallery)):
         if not images:

@@ -147,11 +147,7 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _without_quirks(data: bytes) -> bytes:
-    """Correct the headers of a JPEG and remove stray bytes between them.
-
-    Args:
-        data: a JPEG, perhaps truncated. Entropy-coded data is copied as it is.
-    """
+    """Correct a JPEG's headers and remove stray bytes between them; it may be truncated."""
     out, position, sequential, components = bytearray(data[:2]), 2, True, 3
     while True:
         position = data.find(b"\xff", position)  # what is before a marker is stray
@@ -185,10 +181,8 @@ def _without_quirks(data: bytes) -> bytes:
 def _without_stray_bytes(data: bytes, warning: str) -> Iterator[bytes]:
     """Yield copies of a JPEG without the bytes after image data that libjpeg warned about.
 
-    Args:
-        data: a JPEG.
-        warning: libjpeg's first warning. It names the kind of the marker behind the bytes, but not
-            the place, and more bytes than there are: there is a copy for each possibility.
+    The warning names the kind of the marker behind the bytes, but not the place, and more bytes
+    than there are: there is a copy for each possibility.
     """
     if match := _STRAY_BYTES.search(warning):
         count, marker = int(match[1]), bytes([0xFF, int(match[2], 16)])

@@ -184,8 +184,7 @@ def _ahead(
 class _Slots:
     """Memory for batches; a slot is reused as soon as its last batch is no longer referenced.
 
-    Fresh memory for every batch would cost the workers as much time as decoding: the system has to
-    find, clear and map each page.
+    Fresh memory for every batch would cost the workers as much time as decoding.
     """
 
     def __init__(self, shape: tuple[int, ...], *, shared: bool) -> None:

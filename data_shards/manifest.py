@@ -126,11 +126,7 @@ class Manifest(_Model):
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        """Read `manifest.json`.
-
-        Raises:
-            DataError: it is not JSON, lacks or adds a field, or contradicts itself.
-        """
+        """Read `manifest.json`; a `DataError` if it is not valid in every field."""
         try:
             return cls.model_validate_json(data)
         except pydantic.ValidationError as error:
@@ -182,11 +178,7 @@ class Index:
 
     @classmethod
     def from_parquet(cls, data: bytes, manifest: Manifest) -> Self:
-        """Read `index.parquet` and check it against the manifest.
-
-        Raises:
-            DataError: it is not Parquet, has other columns, or does not agree with the manifest.
-        """
+        """Read `index.parquet`; a `DataError` if it is damaged or disagrees with the manifest."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 

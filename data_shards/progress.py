@@ -23,12 +23,9 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done, and the total. The stage ends when `done` reaches
 `total`. A stage with nothing to count has a total of 1: see `phase`."""
 
-LINE_EVERY = 30.0
-"""Seconds between two lines of a stage in a log."""
-LONG = 10.0
-"""Seconds from which a stage is long: its end gets a line."""
-SMOOTHING = 60.0
-"""Seconds over which the pace is averaged: older progress counts less and less."""
+LINE_EVERY = 30.0  # seconds between two lines of a stage in a log
+LONG = 10.0  # seconds from which a stage is long: its end gets a line
+SMOOTHING = 60.0  # seconds over which the pace is averaged: older progress counts less and less
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -189,19 +186,12 @@ class Display:
 def display(
     console: Console | None = None, *, units: Mapping[str, str] | None = None, unit: str = "images"
 ) -> Iterator[Display]:
-    """Show the progress of the block on a console.
+    """Show the progress of the block on a console, by default standard error.
 
     On a terminal each stage has a bar while it lasts; in a log a long stage has a line every
     `LINE_EVERY` seconds if there is something new, and a phase a line when it begins. In both, a
-    long stage leaves a line when it ends.
-
-    Args:
-        console: where; by default standard error.
-        units: what each stage counts, by its name.
-        unit: what all other stages count.
-
-    Yields:
-        The `Progress` to report to; its `print` prints a line above the bars.
+    long stage leaves a line when it ends. `units` has what a stage counts, by its name; all others
+    count `unit`. The `print` of the `Progress` that is yielded prints a line above the bars.
     """
     shown = Display(console or make_console(stderr=True), units or {}, unit)
     try:

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Final
 
 SPLITS: Final = ("train", "val", "query", "gallery")
-SHARD_BYTES: Final = 256 << 20
-"""Approximate size of a shard."""
+SHARD_BYTES: Final = 256 << 20  # approximate size of a shard
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,8 +150,8 @@ def _groups(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Deal the images of each identity into groups of K, cameras spread as evenly as possible.
 
-    Returns:
-        (G, K) rows and (G,) identities, numbered from 0 in the window; groups sorted by identity.
+    Returns (G, K) rows and (G,) identities, numbered from 0 in the window. The
+    groups of an identity are contiguous.
     """
     rows = rng.permutation(rows)
     present = np.bincount(index.label[rows]) > 0
@@ -190,14 +190,10 @@ def _groups(
 
 
 def _deal(owner: np.ndarray, identities: int, rng: np.random.Generator) -> np.ndarray:
-    """Deal groups to steps so that no identity is twice in a step.
+    """Deal groups to as many steps as possible, with no identity twice in a step.
 
-    Args:
-        owner: (G,) identity of each group; the groups of an identity are contiguous.
-        identities: P.
-
-    Returns:
-        (T, P) int64 positions in `owner`, with T as large as possible.
+    `owner` is the (G,) identity of each group; the groups of an identity are contiguous. Returns
+    (T, P) int64 positions in `owner`.
     """
     amount = np.bincount(owner)
     steps = len(owner) // identities

@@ -14,8 +14,7 @@ from data_shards.manifest import Index, ShardInfo
 from data_shards.progress import Progress, silent
 from data_shards.storage import Storage
 
-Task = tuple[ShardInfo, Index]
-"""A shard and the images that it should hold."""
+Task = tuple[ShardInfo, Index]  # a shard and the images that it should hold
 
 
 def verify(

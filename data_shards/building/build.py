@@ -35,8 +35,7 @@ from data_shards.storage.atomic import disk_errors
 
 log = logging.getLogger(__name__)
 
-LOCK_NAME = "build.lock"
-"""File in the work folder, locked while a build runs; the lock ends with the process."""
+LOCK_NAME = "build.lock"  # in the work folder; locked until the build's process ends
 
 # MLflow refuses / and : in registered models' names, and . % " and ' in logged models' names.
 _NOT_IN_NAMES = re.compile(r"""[/:.%"'\\\s]""")

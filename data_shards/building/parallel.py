@@ -28,17 +28,11 @@ def parallel_map(
     images: Sequence[int],
     progress: Callable[[int, int], None],
 ) -> list[R]:
-    """Return the results in the order of the items.
+    """Return the results in the order of the items; one job is done in this process.
 
     Processes are spawned, not forked, because the caller may have threads. A script that calls
-    this needs the usual `if __name__ == "__main__":`.
-
-    Args:
-        function: a module's function, or a partial of one.
-        items: what it is called with.
-        jobs: processes at most; with 1, everything happens in this process.
-        images: how many there are in each item.
-        progress: called with the images that are done, and with all.
+    this needs the usual `if __name__ == "__main__":`. `images` has the number of images in each
+    item; `progress` is called with how many are done, and with their total.
     """
     results, done, total = [], 0, sum(images)
     progress(0, total)

@@ -27,11 +27,7 @@ class ScannedImage:
 def scan(
     records: Sequence[ImageRecord], jobs: int, progress: Progress = silent
 ) -> tuple[list[ScannedImage], list[LeftOut]]:
-    """Decode all images in full, in `jobs` processes; the stage of `progress` is "scanning".
-
-    Returns:
-        The readable images and the unreadable ones, both in the order of the records.
-    """
+    """Decode all images in full; return the readable and the unreadable ones, both in order."""
     chunks = [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)]
     sizes, report = [len(chunk) for chunk in chunks], partial(progress, "scanning")
     scanned = parallel_map(_scan_chunk, chunks, jobs, sizes, report)

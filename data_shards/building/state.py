@@ -47,10 +47,7 @@ def find_finished(storage: Storage, content: str) -> Manifest | None:
 
 
 def claim(storage: Storage, content: str) -> None:
-    """Reserve the destination for one dataset; an interrupted build of it resumes.
-
-    It is a `DataError` if another dataset has it, or if it holds shards of an unknown build.
-    """
+    """Reserve the destination, or resume; a `DataError` if it holds another or unknown build."""
     plan = json.dumps({"content": content}).encode()
     try:
         found = storage.read(PLAN)

@@ -67,9 +67,7 @@ def plan_shards(images: Iterable[ScannedImage], shard_bytes: int) -> list[ShardP
 def write_shard(plan: ShardPlan, dataset: str, path: Path) -> tuple[ShardInfo, list[int]]:
     """Write one tar; return its entry in the manifest, and the offset of each image.
 
-    Raises:
-        DataError: an image has changed since it was scanned.
-        StorageError: the disk is full or failed.
+    It is a `DataError` if an image has changed since it was scanned.
     """
     offsets = []
     with disk_errors(path), path.open("wb") as file:

@@ -20,9 +20,7 @@ _FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))  # V1, V2
 
 
 def read(root: Path, *, val: Literal["merge", "separate"] = "merge") -> list[ImageRecord]:
-    """Read MSMT17 from its unpacked archive.
-
-    Images that a list names but that do not exist are skipped; a warning and the counts tell.
+    """Read MSMT17 from its unpacked archive; skip listed images that do not exist, with a warning.
 
     Args:
         root: the folder that holds `list_train.txt`, or its parent.

@@ -50,11 +50,7 @@ def open_storage(url: str) -> Storage:
 
 
 def expand_home(path: Path) -> Path:
-    """Replace `~` at the start of a path by the home folder.
-
-    Raises:
-        ConfigError: this user has none, as in a container that runs under an unknown user id.
-    """
+    """Replace `~` at the start of a path; a `ConfigError` if the user has no home folder."""
     try:
         return path.expanduser()
     except RuntimeError:
@@ -64,10 +60,6 @@ def expand_home(path: Path) -> Path:
 
 
 def open_file(url: str) -> tuple[Storage, str]:
-    """Open the storage of a file's folder; return it and the file's key there.
-
-    Args:
-        url: of the file, in any form that `open_storage` takes.
-    """
+    """Open the storage of a file's folder; return it and the file's key there."""
     folder, _, name = url.rpartition("/")
     return open_storage(folder or ("/" if url.startswith("/") else ".")), name

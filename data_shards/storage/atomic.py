@@ -32,9 +32,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 def atomic_write(path: Path, *, create_once: bool = False) -> Iterator[IO[bytes]]:
     """Yield a temporary file beside `path` that replaces it when the block succeeds.
 
-    Args:
-        path: the file to write; its folder is made.
-        create_once: raise `ObjectExists` if `path` exists by then, and leave it as it is.
+    If `create_once` and `path` exists by then, raise `ObjectExists` and leave it as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
