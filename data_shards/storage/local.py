@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +100,9 @@ def _copy(source: Path, target: Path, sha256: str | None = None) -> None:
     with disk_errors(source):
         stream = source.open("rb")
     with stream, disk_errors(target), atomic_write(target) as file:
+        digest = hashlib.sha256()
+        while chunk := stream.read(1 << 20):
+            file.write(chunk)
+            digest.update(chunk)
         if sha256 is not None:
-            require_sha256(str(source), hashlib.file_digest(stream, "sha256").hexdigest(), sha256)
-            stream.seek(0)
-        shutil.copyfileobj(stream, file)
+            require_sha256(str(source), digest.hexdigest(), sha256)

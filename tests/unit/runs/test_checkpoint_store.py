@@ -79,9 +79,10 @@ def test_resuming_reads_and_hashes_every_byte_once(run, monkeypatch):
     read, hashed, parsed = 0, 0, 0
 
     def note_download(self, key, path, *, sha256=None):
-        nonlocal read
+        nonlocal read, hashed
         whole(self, key, path, sha256=sha256)
         read += path.stat().st_size
+        hashed += path.stat().st_size if sha256 else 0
 
     def note_digest(file, *arguments):
         nonlocal hashed
