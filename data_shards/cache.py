@@ -44,9 +44,6 @@ class ShardCache:
         storage: where the shards are, rooted at the dataset.
         folder: made when first needed; other datasets may share it.
         max_bytes: limit of all shards in `folder`, including those being downloaded.
-
-    Attributes:
-        stats: how many "downloads" there were, and of how many "bytes".
     """
 
     def __init__(self, storage: Storage, folder: str | Path, max_bytes: int) -> None:
@@ -55,7 +52,7 @@ class ShardCache:
         self.storage = storage
         self.folder = Path(folder)
         self.max_bytes = max_bytes
-        self.stats = Counter[str]()
+        self.stats = Counter[str]()  # how many "downloads", and of how many "bytes"
         self._mutex = threading.Lock()
         self._wanted: list[ShardInfo] = []
         self._waiting: list[ShardInfo] = []

@@ -24,14 +24,7 @@ def read(
     """Render the people, unless an earlier call did, and read them.
 
     The first half of them are for training. Of the rest, each camera's first picture is a query
-    and the others are the gallery.
-
-    Args:
-        root: where to render; each choice of options gets a folder of its own inside.
-        identities: people, at least 4.
-        cameras: at least 2, each of which sees everyone.
-        images_per_camera: of each person, at least 2.
-        seed: of everything.
+    and the others are the gallery. Each choice of options has its own folder inside `root`.
     """
     if identities < 4 or cameras < 2 or images_per_camera < 2 or seed < 0:
         raise ConfigError(
