@@ -238,7 +238,7 @@ def text(outcome: Outcome, picture: str) -> str:
     return "\n".join(lines)
 
 
-SAID = ("trying again", "is damaged; fetching it again", "rank . failed", "continuing at epoch")
+SAID = ("trying again", "is damaged; fetching it again", "rank . failed", "resuming at epoch")
 """What drivers say of faults; these are counted."""
 
 
