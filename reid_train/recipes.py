@@ -69,8 +69,8 @@ _RECIPES = {
     "demo": (
         "what `make demo` trains: 32 drawn people; minutes on two cores",
         _SMALL.replace(
-            image__height=96,
-            image__width=48,
+            image__height=80,
+            image__width=40,
             batch__identities=8,
             batch__steps_per_epoch=20,
             optimizer__learning_rate=5e-4,

@@ -41,7 +41,7 @@ BUCKET = "reid"
 TOKEN = "ray-token"
 MARK = "REID_STACK"  # environment variable of the processes of a stack, by which `down` finds them
 START_SECONDS = 240.0
-STOP_SECONDS = 30.0
+STOP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
