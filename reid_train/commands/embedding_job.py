@@ -35,10 +35,8 @@ from reid_train.out_of_memory import out_of_memory
 from reid_train.registry.load import fetch
 from reid_train.runs.ray_trainer import use_gpu
 
-PART = 4096
-"""Images of a part."""
-PRECISION = "precision"
-"""Name of the file with the precision of all parts, "bf16" or "float32"."""
+PART = 4096  # images of a part
+PRECISION = "precision"  # the file with the precision of all parts, "bf16" or "float32"
 
 
 class Task(NamedTuple):

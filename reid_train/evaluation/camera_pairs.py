@@ -36,11 +36,7 @@ def count_by_camera(
 def metrics_by_cameras(
     labels: Labels, counts: Sequence[np.ndarray], max_rank: int
 ) -> dict[tuple[int, int], RankingResult]:
-    """Metrics by (query camera, gallery camera), for different ones of which a query has a match.
-
-    Args:
-        counts: those of `count_by_camera`, of the whole gallery.
-    """
+    """Metrics by (query camera, gallery camera), for pairs with a query that has a match."""
     found = {}
     for (camera, _, part), before in zip(_cameras(labels), counts, strict=True):
         lengths = np.diff(find_ground_truth(part).positives())

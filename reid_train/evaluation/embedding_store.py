@@ -113,8 +113,7 @@ class EmbeddingFiles:
     def open(cls, url: str) -> Self:
         """Read the labels of a Parquet file, or of all parts in a folder.
 
-        Raises:
-            DataError: no such file, missing columns, or parts of different dimensions.
+        Raises `DataError` for no file, missing columns, or parts of different dimensions.
         """
         storage, keys = _parts(url)
         groups, labels, dimensions, first = [], [], 0, 0
@@ -153,15 +152,10 @@ class EmbeddingFiles:
     def blocks(
         self, split: str, first: int, stop: int, size: int
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """A split's images from `first` up to `stop`, `size` at a time; the last may be fewer.
+        """A split's images from `first` up to `stop`, `size` at a time wherever row groups end.
 
-        Blocks do not depend on where row groups end.
-
-        Yields:
-            Number of the first image in the split, and (n, D) float32.
-
-        Raises:
-            DataError: embeddings of another length, NaN or infinite; says which row.
+        Yields the number of the first image in the split, and (n, D) float32; raises `DataError`
+        that says which row has another length, NaN or infinite values.
         """
         at, filled = first, 0
         out = np.empty((min(size, stop - at), self.dimensions), np.float32)

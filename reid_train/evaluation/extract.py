@@ -32,16 +32,9 @@ def embed_batches(
 
 
 def gather_rows(part: torch.Tensor, total: int, rank: int, world: int) -> torch.Tensor | None:
-    """Collect contiguous row ranges of all ranks on rank 0.
+    """Collect all ranks' rows on rank 0: (total, D) on the CPU, None for the others.
 
-    Args:
-        part: (n, D), this rank's rows `total * rank // world` to `total * (rank + 1) // world`.
-        total: rows over all ranks.
-        rank: this worker.
-        world: workers.
-
-    Returns:
-        (total, D) on the CPU for rank 0, None for the others.
+    `part` has the rows from `total * rank // world` to `total * (rank + 1) // world`.
     """
     if world == 1:
         return part.cpu()

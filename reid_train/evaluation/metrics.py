@@ -34,10 +34,8 @@ class RankingResult:
 def metrics_of(start: np.ndarray, before: np.ndarray, max_rank: int) -> RankingResult:
     """Metrics of each query's positives, from the closest to the furthest.
 
-    Args:
-        start: (Q + 1,) where each query's positives start in `before`.
-        before: (P,) int64 images of other identities before each; junk is not counted.
-        max_rank: length of the CMC.
+    `before` (P,) int64: images of other identities before each, junk not counted. `start` (Q + 1,):
+    where each query's positives start in it. The CMC has the length `max_rank`.
     """
     count = np.diff(start)
     valid = np.flatnonzero(count)

@@ -68,12 +68,8 @@ def check_inputs(
 ) -> tuple[Features, Features]:
     """Check all arrays that are measured together, before anything is computed.
 
-    Args:
-        query, gallery: (Q, D), (G, D) real numbers; lengths are 0 or from 1e-30 to 1e18.
-        labels: of Q queries and G gallery images, if they matter.
-
-    Raises:
-        DataError: names the array, its shape, and what is wanted.
+    Embeddings are (Q, D) and (G, D) real numbers; lengths are 0 or from 1e-30 to 1e18. Raises
+    `DataError` that names the array, its shape, and what is wanted.
     """
     rows = check_shapes(query, gallery, labels)
     return check_features("query", rows[0]), check_features("gallery", rows[1])
@@ -116,14 +112,9 @@ def check_features(
 ) -> Features:
     """`embedding` as `Features` in one piece of memory.
 
-    Args:
-        name: what to call it in an error.
-        first, total: for an error in a part of something larger: the number of the part's first
-            row, and how many rows there are in all.
-
-    Raises:
-        DataError: not a matrix of numbers; or a row with NaN, with infinite values, or with a
-            length that float32 cannot square or invert (the first such row is named).
+    Raises `DataError` if it is not a matrix of numbers, or for the first row with NaN, infinite
+    values or a length that float32 cannot square or invert. In the error, rows count from `first`,
+    and there are `total` of them.
     """
     rows = _matrix(name, embedding)
     with np.errstate(over="ignore"):

@@ -12,9 +12,7 @@ from reid_train.evaluation.embedding_store import EmbeddingFiles
 from reid_train.evaluation.similarity import Features
 
 TASKS = 4  # of a worker, one after another: progress is seen, and a slow worker gets fewer
-
-Count = Callable[[int], object]
-"""Called with how much more is done."""
+Count = Callable[[int], object]  # called with how much more is done
 
 
 def ranges(count: int, size: int, first: int = 0) -> list[range]:
@@ -43,12 +41,10 @@ class Joined:
 
     @property
     def query(self) -> Features:
-        """Only the queries."""
         return self.both[: self.queries]
 
     @property
     def gallery(self) -> Features:
-        """Only the gallery."""
         return self.both[self.queries :]
 
 
@@ -109,11 +105,7 @@ class Pool:
     ) -> Iterator[Any]:
         """Yield the results of `function(*given, blocks of the task, count)`, as tasks end.
 
-        Args:
-            stage: the stage's name in progress.
-            given: what all tasks are given.
-            blocks: what is divided among tasks.
-            size: how much work a block is.
+        All tasks are given `given`. `blocks` are divided among them by `size`, the work of a block.
         """
         done, total = 0, sum(map(size, blocks))
 

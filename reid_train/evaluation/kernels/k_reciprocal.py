@@ -102,10 +102,7 @@ def encode(neighbours, full, half, furthest, metric, vectors, first, out):
 def average(neighbours, rows, first, out):
     """Local query expansion: each row becomes the mean of its neighbours' rows, its own included.
 
-    Args:
-        neighbours: (N, k2).
-        rows: all rows, `Compressed`.
-        first, out: as in `encode`.
+    `neighbours` (N, k2), all `rows` as `Compressed`; `first`, `out` as in `encode`.
     """
     total = np.zeros(neighbours.shape[0])
     seen = np.full(neighbours.shape[0], -1, np.int64)

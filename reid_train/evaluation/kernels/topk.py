@@ -164,12 +164,9 @@ def _within_columns(row, left, width, limit, first, hits):
 
 @njit(nogil=True, cache=True)
 def offer_columns(block, row, column, found, search):
-    """Offer a block's columns to its rows.
+    """Offer a block's columns to its rows, and update `found`, the `Candidates`.
 
-    Args:
-        block: (B, W) float32 scores of items row, row + 1, … with column, column + 1, ….
-        found: `Candidates`, updated.
-        search: `Search`.
+    `block` (B, W) float32: scores of items row, row + 1, … with column, column + 1, ….
     """
     limit, furthest, k = found.limit, found.furthest, search.k
     least, greatest = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
