@@ -57,11 +57,6 @@ class Evaluate:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     measures: Annotated[Measures, tyro.conf.arg(name="")] = field(default_factory=Measures)
 
-    def embedding(self, out: str) -> Embed:
-        """The settings of embedding the model's images."""
-        shared = {f.name: getattr(self, f.name) for f in fields(Embed) if hasattr(self, f.name)}
-        return Embed(out=out, **shared)
-
     def check(self) -> None:
         """Raise `ConfigError` for what does not go together or is out of range."""
         self.measures.check()
@@ -119,7 +114,9 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
     tracker = Tracker.start(uri, settings.experiment, run_name=settings.model)
     with tracker, place as out:
         assert out is not None
-        embed(settings.embedding(out), console)
+        known = {f.name for f in fields(Embed)}
+        shared = {name: value for name, value in vars(settings).items() if name in known}
+        embed(Embed(out=out, **shared), console)
         found = _measure(out, settings, console, f"{settings.model} on {settings.data}")
         _log(settings, found, dataset, tracker)
     if tracker.uri and tracker.run_id:

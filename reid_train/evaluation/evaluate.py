@@ -1,10 +1,9 @@
 """Evaluate embeddings: from what to measure to a measurement that is written as JSON.
 
-There is one way for one process and for a cluster. The work of each stage is divided into tasks
-over blocks of the gallery, or of the product of all images with all. A pool runs the tasks, here or
-on Ray's workers, and their results are combined. To rank Parquet embeddings on a cluster, tasks
-stream the gallery from storage. Re-ranking, expansion and augmentation compare all images with all:
-one task reads all embeddings, and each node holds them once in Ray's shared memory.
+A pool runs each stage's tasks over blocks of images or pairs, here or on Ray's workers. To rank
+Parquet embeddings on a cluster, tasks stream the gallery from storage. Re-ranking, expansion and
+augmentation compare all images with all: one task reads all embeddings, and each node holds them
+once in Ray's shared memory.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -17,21 +16,19 @@ from data_shards.progress import Progress, silent
 from reid_train.evaluation import neighbours, reranking
 from reid_train.evaluation.camera_pairs import count_by_camera, metrics_by_cameras
 from reid_train.evaluation.embedding_store import EmbeddingFiles
-from reid_train.evaluation.expansion import averaged
 from reid_train.evaluation.ground_truth import Labels, find_ground_truth
 from reid_train.evaluation.measures import COSINE, Measures, metric_code
 from reid_train.evaluation.metrics import RankingResult, metrics_of
+from reid_train.evaluation.neighbours import Block
 from reid_train.evaluation.ranking import BLOCK, count_before, score_matches
 from reid_train.evaluation.similarity import Features, check_inputs
 from reid_train.evaluation.tasks import Joined, Pool, Separate, ranges
 from reid_train.evaluation.verification import BLOCK as ACCEPT_BLOCK
 from reid_train.evaluation.verification import count_distances, rates_of
 
-UNITS = {
-    **dict.fromkeys(("neighbours", "expansion", "augmentation"), "pairs"),
-    "distances": "queries",
-}
-"""What the stages count in progress; the others count images."""
+# What the stages count in progress; the others count images.
+UNITS = {"distances": "queries"}
+UNITS |= dict.fromkeys(("neighbours", "expansion", "augmentation"), "pairs")
 
 
 @dataclass(frozen=True)
@@ -127,20 +124,17 @@ def _read(files: EmbeddingFiles) -> Joined:
     return Joined(both, int(np.count_nonzero(files.split == "query")))
 
 
-@dataclass
 class _Stages:
-    """The stages of one evaluation."""
+    """The stages of one evaluation, of a `Source` as `put` gives it; a task reads some `edges`."""
 
-    pool: Pool
-    source: Any  # a `tasks.Source`, as the pool's `put` gives it
-    edges: list[range]  # of the gallery, which tasks read at a time
-    labels: Labels
-    measures: Measures
-
-    def __post_init__(self) -> None:
-        self.metric, self.truth = metric_code(self.measures.metric), find_ground_truth(self.labels)
-        self.queries, self.gallery = len(self.labels.query_pid), len(self.labels.gallery_pid)
-        self.given_truth = self.pool.put(self.truth)
+    def __init__(
+        self, pool: Pool, source: Any, edges: list[range], labels: Labels, measures: Measures
+    ) -> None:
+        self.pool, self.source, self.edges = pool, source, edges
+        self.labels, self.measures = labels, measures
+        self.metric, self.truth = metric_code(measures.metric), find_ground_truth(labels)
+        self.queries, self.gallery = len(labels.query_pid), len(labels.gallery_pid)
+        self.given_truth = pool.put(self.truth)
 
     def run(self, dimensions: int) -> Measurement:
         """All stages."""
@@ -187,7 +181,7 @@ class _Stages:
             for stage, (k, blocks) in stages.items()
         ]
         given = self.source, *near, measures.alpha
-        self.source = self.pool.one("averaging neighbours", averaged, *given)
+        self.source = self.pool.one("averaging neighbours", neighbours.averaged, *given)
         self.edges = ranges(self.gallery, BLOCK)
 
     def _rerank(self) -> RankingResult:
@@ -202,23 +196,18 @@ class _Stages:
         across = neighbours.blocks_across(self.queries, total)
         given = self.source, encoding, measures, self.given_truth, kept
         count = reranking.count_before_reranked
-        found = self.pool.map("distances", count, given, across, self._height)
+
+        def height(row: list[Block]) -> int:  # how many queries a row of blocks has
+            return min(row[0].rows.stop, self.queries) - row[0].rows.start
+
+        found = self.pool.map("distances", count, given, across, height)
         before = reduce(np.maximum, found)  # each query is in one task
         return metrics_of(self.truth.positives(), before, measures.max_rank)
 
     def _neighbours(
-        self,
-        stage: str,
-        k: int,
-        metric: int,
-        kept: np.ndarray | None,
-        blocks: list[neighbours.Block],
+        self, stage: str, k: int, metric: int, kept: np.ndarray | None, blocks: list[Block]
     ) -> Any:
         """The nearest neighbours in the pairs of `blocks`, as the pool's `put` gives them."""
         given = self.source, k, metric, kept
         found = self.pool.map(stage, reranking.find_neighbours, given, blocks)
         return self.pool.put(reduce(neighbours.merge, found))
-
-    def _height(self, blocks: list[neighbours.Block]) -> int:
-        """How many queries a row of blocks has."""
-        return min(blocks[0].rows.stop, self.queries) - blocks[0].rows.start

@@ -18,15 +18,6 @@ def metric_code(metric: str) -> int:
     return METRICS[metric]
 
 
-def check_expansion(k: int, alpha: float, gallery: int | None = None) -> None:
-    """Raise `ConfigError` for k or α out of range, or k larger than the gallery."""
-    if not isinstance(k, int) or k < 1 or (gallery is not None and k > gallery):
-        most = "" if gallery is None else f" ≤ {gallery}"
-        raise ConfigError(f"expansion takes 1 ≤ k{most} gallery images, not {k}")
-    if not 0 <= alpha < float("inf"):
-        raise ConfigError(f"expansion takes a finite α ≥ 0, not {alpha}")
-
-
 @dataclass(frozen=True)
 class Measures:
     """What to measure. Settings of re-ranking are by default the authors' values."""
@@ -78,7 +69,11 @@ class Measures:
         for name, k in (("--expand", self.expand), ("--augment", self.augment)):
             if k < 0:
                 raise ConfigError(f"{name} takes a number of images, or 0 for none, not {k}")
-            check_expansion(k or 1, self.alpha, gallery)
+            if k and (not isinstance(k, int) or (gallery is not None and k > gallery)):
+                most = "" if gallery is None else f" ≤ {gallery}"
+                raise ConfigError(f"expansion takes 1 ≤ k{most} gallery images, not {k}")
+        if not 0 <= self.alpha < float("inf"):
+            raise ConfigError(f"expansion takes a finite α ≥ 0, not {self.alpha}")
         if not 1 <= self.max_rank <= LONGEST_CMC:
             raise ConfigError(
                 f"--max-rank must lie between 1 and {LONGEST_CMC:,}, not {self.max_rank}"

@@ -1,4 +1,4 @@
-"""The k nearest neighbours of all images among all, exact, without an N × N matrix."""
+"""The k nearest neighbours of all images among all, exact, without an N × N matrix; their means."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from reid_train.evaluation import similarity
 from reid_train.evaluation.kernels import topk
 from reid_train.evaluation.measures import EUCLIDEAN
 from reid_train.evaluation.similarity import Features
-from reid_train.evaluation.tasks import Count, ignore, ranges
+from reid_train.evaluation.tasks import Count, Joined, ignore, ranges
 
-BLOCK = 1536
-"""Rows and columns of a product. Fixed, so that a block's scores are the same in every task."""
+BLOCK = 1536  # rows and columns of a product; fixed, so that each task computes the same scores
+_ROWS = 1024  # images averaged at a time: their neighbours' embeddings are gathered
 
 
 class Neighbours(NamedTuple):
@@ -109,23 +109,28 @@ def block_scores(features: Features, metric: int) -> Callable[[Block], np.ndarra
     return scores_of
 
 
+def copy_across(
+    block: Block, scores: np.ndarray, out: np.ndarray, first: int, queries: int
+) -> None:
+    """Copy a block's scores of queries with the gallery into `out` (B, G), from row `first` on."""
+    row, column = block.rows.start - first, block.columns.start - queries
+    part = scores[: max(queries - block.rows.start, 0), max(-column, 0) :]
+    left = max(column, 0)
+    out[row : row + len(part), left : left + part.shape[1]] = part
+
+
 def nearest_neighbours(
     features: Features,
     k: int,
     metric: int,
     own: Sequence[Block],
     pairs: Count = ignore,
-    seen: Callable[[Block, np.ndarray], object] = lambda block, scores: None,
+    kept: np.ndarray | None = None,
 ) -> Neighbours:
-    """The k nearest neighbours, as far as the blocks tell.
+    """The k ≤ N nearest neighbours, as far as the blocks tell.
 
-    Args:
-        features: all N embeddings.
-        k: how many, at most N.
-        metric: code of the metric.
-        own: what to compare with what; those of the same rows one after another.
-        pairs: called with each block's pairs.
-        seen: called with each block's scores (height, width) float32, by several threads at once.
+    Blocks of the same rows come one after another in `own`. `kept` (Q, G) float32, if given, gets
+    the scores of the first Q images with the others.
     """
     count, capacity = len(features), 4 * k
     found = topk.Candidates(
@@ -144,7 +149,8 @@ def nearest_neighbours(
 
     def offer(block: Block) -> int:
         scores, place = scores_of(block), (block.rows.start, block.columns.start)
-        seen(block, scores)
+        if kept is not None:
+            copy_across(block, scores, kept, 0, len(kept))
         with locks[block.rows]:
             topk.offer_columns(scores, *place, found, search)
         if block.mirrored:
@@ -158,3 +164,42 @@ def nearest_neighbours(
     index, score = np.empty((count, k), np.int32), np.empty((count, k))
     similarity.in_threads(lambda a, b: topk.settle(found, search, a, index[a:b], score[a:b]), count)
     return Neighbours(index, score, found.furthest)
+
+
+def averaged(
+    source: Joined, query_near: Neighbours | None, gallery_near: Neighbours | None, alpha: float
+) -> Joined:
+    """Queries, gallery or both, replaced by means with their nearest; None keeps them.
+
+    α query expansion (Radenović et al., TPAMI 2019) adds the nearest gallery images to each query.
+    Database augmentation makes every gallery image a mean of its nearest, itself included. An image
+    weighs its cosine similarity to the power α, and nothing if that is 0 or less. Means have
+    length 1.
+    """
+    both, queries = source.both, source.queries
+    out = both.embedding.copy()
+    if query_near is not None:
+        out[:queries] = _means(both, range(queries), query_near, alpha, with_self=True)
+    if gallery_near is not None:
+        images = range(queries, len(both))
+        out[queries:] = _means(both, images, gallery_near, alpha, with_self=False)
+    return Joined(Features.of(out), queries)
+
+
+def _means(
+    features: Features, images: range, nearest: Neighbours, alpha: float, *, with_self: bool
+) -> np.ndarray:
+    """Normalised sums of normalised embeddings, each weighted by its similarity: (n, D) float32.
+
+    `features` and `nearest` are those of all N images; `with_self` adds the image itself, weight 1.
+    """
+    parts = []
+    for part in ranges(images.stop, _ROWS, images.start):
+        rows = slice(part.start, part.stop)
+        index, near = nearest.index[rows], np.clip(-nearest.score[rows], 0, None)
+        weights = np.where(near > 0, near**alpha, 0) * features.scale[index]
+        total = (weights.astype(np.float32)[:, None] @ features.embedding[index])[:, 0]
+        if with_self:
+            total += features.embedding[rows] * features.scale[rows, None].astype(np.float32)
+        parts.append((total * Features.of(total).scale[:, None]).astype(np.float32))
+    return np.concatenate(parts)

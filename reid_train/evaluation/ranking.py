@@ -5,9 +5,6 @@ sort gives it. But few of these scores are computed. A float32 matrix product se
 comparisons. The few pairs that lie within its error of a positive are scored again in float64,
 always summed in the same order. So ranks do not depend on the device, on chunks, or on the tasks
 among which the gallery is divided: the counts of blocks add up.
-
-Two passes over the gallery: `score_matches` computes the positives' exact scores, `count_before`
-counts the images before them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +21,6 @@ from data_shards.progress import Progress, silent
 from reid_train.evaluation import similarity
 from reid_train.evaluation.ground_truth import GroundTruth, Labels, find_ground_truth
 from reid_train.evaluation.kernels import rank_counts
-from reid_train.evaluation.kernels.rank_counts import Positives
 from reid_train.evaluation.measures import EUCLIDEAN, Metric, metric_code
 from reid_train.evaluation.metrics import RankingResult, metrics_of
 from reid_train.evaluation.similarity import Features
@@ -34,8 +30,7 @@ BLOCK = 2048  # gallery images in a product; they and their scores fit the cache
 CHUNK = 256  # queries in a product: with more, threads wait longer for a block's last one
 PROBES = 32  # scores of a product that are checked at least
 
-Blocks = Iterable[tuple[int, Features]]
-"""Blocks of the gallery: index of the first image, and W of them."""
+Blocks = Iterable[tuple[int, Features]]  # of the gallery: index of the first image, and W of them
 
 
 def rank(
@@ -77,10 +72,7 @@ def rank(
 def score_matches(
     source: Source, truth: GroundTruth, metric: int, own: Sequence[range], images: Count
 ) -> tuple[np.ndarray, float]:
-    """First pass: the exact scores (M,) float64 of all entries of `truth` in a task's ranges.
-
-    Entries of other ranges stay NaN. Also returns the greatest norm in the ranges.
-    """
+    """First pass: exact scores (M,) float64, NaN out of a task's ranges; their greatest norm."""
     row, scores, longest = truth.row, np.full(len(truth.index), np.nan), 0.0
     for first, block in gallery_blocks(source, own, BLOCK):
         longest = max(longest, float(block.norm.max()))
@@ -115,18 +107,10 @@ def count_before(
     blocks: Blocks | None = None,
     device: str | torch.device = "cpu",
 ) -> np.ndarray:
-    """Second pass: how many images of other identities come before each positive.
+    """Second pass: how many images of other identities come before each positive, (P,) int64.
 
-    Args:
-        scores: (M,) float64, from `score_matches`, of the whole gallery.
-        own: the ranges of the gallery to count in.
-        images: called with each block's images.
-        blocks: what to count in instead of `own`.
-        device: where the product and the counting run.
-
-    Returns:
-        (P,) int64: each query's positives from the closest to the furthest, equally close ones by
-        ascending index.
+    Each query's positives are ordered by distance, then by index. `scores` (M,) float64 are those
+    of the whole gallery. `blocks`, if given, are counted in instead of `own`.
     """
     query, row, start = source.query, truth.row, truth.positives()
     target = torch.empty(0, device=device).device  # with its index
@@ -171,7 +155,7 @@ def count_before(
             _require(error, slack[checked + first])
         # Images of the query's own identity are not counted.
         quick[_indices(quick, *pairs)] = np.inf
-        positives = Positives(start[first : first + len(part) + 1], *exact, low, high)
+        positives = rank_counts.Positives(start[first : first + len(part) + 1], *exact, low, high)
         count(quick, block.first, positives, metric, part.vectors, features.vectors, before)
 
     pools = similarity.single_threaded_pool() if on_host else nullcontext()

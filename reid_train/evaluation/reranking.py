@@ -38,11 +38,8 @@ CHUNK = 512  # queries in a yield of distances
 KEPT = 1 << 28  # bytes of scores that may be kept; more are computed a second time
 ENCODED = 8192  # rows encoded at a time
 
-NOTHING = Features.of(np.empty((0, 0), np.float32)).vectors
-"""For counts that need no embeddings."""
-
-Distances = Iterable[tuple[int, np.ndarray]]
-"""Number of the first query, and distances (B, G) float32 of B queries to the whole gallery."""
+NOTHING = Features.of(np.empty((0, 0), np.float32)).vectors  # for given distances
+Distances = Iterable[tuple[int, np.ndarray]]  # first query, and (B, G) float32 to the gallery
 
 
 @dataclass(frozen=True)
@@ -94,39 +91,15 @@ def rerank(
 
 def room_for_scores(queries: int, gallery: int) -> np.ndarray | None:
     """An empty (Q, G) float32 array for the queries' scores, if it may be so large."""
-    if 4 * queries * gallery > KEPT:
-        return None
-    return np.empty((queries, gallery), np.float32)
+    fits = 4 * queries * gallery <= KEPT
+    return np.empty((queries, gallery), np.float32) if fits else None
 
 
 def find_neighbours(
-    source: Joined,
-    k: int,
-    metric: int,
-    kept: np.ndarray | None,
-    own: Sequence[Block],
-    pairs: Count,
+    source: Joined, k: int, metric: int, kept: np.ndarray | None, own: Sequence[Block], pairs: Count
 ) -> Neighbours:
-    """The nearest of all images among all, as far as a task's blocks tell.
-
-    Also puts the queries' scores with the gallery into `kept`, if there is room.
-    """
-
-    def keep(block: Block, scores: np.ndarray) -> None:
-        if kept is not None:
-            _copy_across(block, scores, kept, 0, len(kept))
-
-    return neighbours.nearest_neighbours(source.both, k, metric, own, pairs, keep)
-
-
-def _copy_across(
-    block: Block, scores: np.ndarray, out: np.ndarray, first: int, queries: int
-) -> None:
-    """Copy a block's scores of queries with the gallery into `out` (B, G), from row `first` on."""
-    row, column = block.rows.start - first, block.columns.start - queries
-    part = scores[: max(queries - block.rows.start, 0), max(-column, 0) :]
-    left = max(column, 0)
-    out[row : row + len(part), left : left + part.shape[1]] = part
+    """`nearest_neighbours` in a task's blocks; `kept` gets the queries' scores with the gallery."""
+    return neighbours.nearest_neighbours(source.both, k, metric, own, pairs, kept)
 
 
 def encode(source: Joined, near: Neighbours, measures: Measures) -> Encoding:
@@ -195,11 +168,9 @@ def _distances(
     kept: np.ndarray | None,
     own: Sequence[Sequence[Block]],
 ) -> Distances:
-    """Re-ranked distances, some queries at a time.
+    """Re-ranked distances, some queries at a time, from scores that are `kept` (overwritten).
 
-    Args:
-        kept: the queries' scores with the gallery, if there was room; overwritten.
-        own: those of `blocks_across`, to compute the scores again if there was not.
+    If there was no room for them, they are computed again in `own`, those of `blocks_across`.
     """
     metric, weight = metric_code(measures.metric), measures.weight
     rows, columns = _compressed(encoding.rows), _compressed(encoding.rows[source.queries :].tocsc())
@@ -225,7 +196,7 @@ def _scores_across(source: Joined, metric: int, own: Sequence[Sequence[Block]]) 
         out = np.empty((stop - first, len(both) - queries), np.float32)
         with similarity.full_precision():
             for block in blocks:
-                _copy_across(block, scores_of(block), out, first, queries)
+                neighbours.copy_across(block, scores_of(block), out, first, queries)
         yield first, out
 
 

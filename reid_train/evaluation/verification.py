@@ -11,8 +11,7 @@ from reid_train.evaluation.measures import EUCLIDEAN
 from reid_train.evaluation.tasks import Count, Source, gallery_blocks, ranges
 
 BINS = 1 << 18
-BLOCK = 8192
-"""Gallery images in a product. Fixed, so that a pair's score is the same in every task."""
+BLOCK = 8192  # gallery images in a product; fixed, so that each task computes the same scores
 CHUNK = 512  # queries in a product
 
 
@@ -26,10 +25,7 @@ def count_distances(
 ) -> np.ndarray:
     """How many true and false pairs lie in each bin of distance: (2, BINS) int64.
 
-    Args:
-        longest: the greatest norm in the whole gallery.
-        own: some of the gallery's ranges of BLOCK images.
-        images: called with each block's images.
+    `longest` is the greatest norm in the whole gallery, whose ranges have BLOCK images.
     """
     query, row, lowest, span = source.query, truth.row, -1.0, 2.0
     if metric == EUCLIDEAN:
@@ -46,11 +42,8 @@ def count_distances(
                 if metric == EUCLIDEAN:  # distances of different queries need ‖q‖²
                     scores += np.float32(part.norm[:, None] ** 2)
                 here = known[slice(*np.searchsorted(row[known], [q, q + len(part)]))]
-                rows, columns, positive = (
-                    row[here] - q,
-                    truth.index[here] - first,
-                    truth.positive[here],
-                )
+                rows, columns = row[here] - q, truth.index[here] - first
+                positive = truth.positive[here]
                 histogram(scores[rows[positive], columns[positive]], lowest, span, genuine)
                 scores[rows, columns] = np.inf
                 histogram(scores.reshape(-1), lowest, span, impostor)

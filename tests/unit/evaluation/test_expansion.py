@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from reid_train.evaluation import neighbours
-from reid_train.evaluation.expansion import averaged
 from reid_train.evaluation.measures import COSINE
 from reid_train.evaluation.similarity import Features
 from reid_train.evaluation.tasks import Joined
@@ -16,14 +15,14 @@ def expanded(sides, k: int, alpha: float = 3.0) -> np.ndarray:
     both = Features.of(np.concatenate(sides))
     blocks = neighbours.query_gallery_pairs(len(sides[0]), len(both))
     near = neighbours.nearest_neighbours(both, k, COSINE, blocks)
-    return averaged(Joined(both, len(sides[0])), near, None, alpha).query.embedding
+    return neighbours.averaged(Joined(both, len(sides[0])), near, None, alpha).query.embedding
 
 
 def augmented(sides, k: int) -> np.ndarray:
     both = Features.of(np.concatenate(sides))
     blocks = neighbours.all_pairs(len(both), len(sides[0]))
     near = neighbours.nearest_neighbours(both, k, COSINE, blocks)
-    return averaged(Joined(both, len(sides[0])), None, near, 3.0).gallery.embedding
+    return neighbours.averaged(Joined(both, len(sides[0])), None, near, 3.0).gallery.embedding
 
 
 def normalized(rows: np.ndarray) -> np.ndarray:
