@@ -71,12 +71,7 @@ def steps_needed(config: TrainConfig) -> int:
 
 
 def measured(run: str, device: str) -> Measurement:
-    """The median speed of a run while everything was trained, from its last checkpoint.
-
-    Raises:
-        ConfigError: there is no such run.
-        DataError: it has no checkpoint, or too few steps.
-    """
+    """The median speed of a run while everything was trained, from its last checkpoint."""
     from cluster.plan.estimate import count, describe, plans
     from data_shards.dataset import Dataset
     from data_shards.storage import open_storage
@@ -116,11 +111,7 @@ def measured(run: str, device: str) -> Measurement:
 
 
 def read_table(path: Path) -> list[Measurement]:
-    """The measurements of a file; none if there is no file.
-
-    Raises:
-        DataError: it is not a table of measurements.
-    """
+    """The measurements of a file; none if there is no file."""
     try:
         values = json.loads(path.read_bytes())
         return [Measurement.model_validate(entry) for entry in values["measurements"]]

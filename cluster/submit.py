@@ -44,7 +44,6 @@ EXCLUDES = (  # not sent with the working directory, as everything that its .git
 )  # fmt: skip
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 STOP_WAIT_SECONDS = 600  # between SIGTERM and SIGKILL; Ray's 3 s are too few for a checkpoint
-CONSTRAINTS = "constraints.txt"
 ANSWER_SECONDS = 20.0  # how long a job server may take for its first answer
 PAUSE_SECONDS = 1.0  # between the end of a connection and the next one
 GIVE_UP_SECONDS = 600.0  # a job server silent for so long is no longer asked; the job continues
@@ -68,12 +67,7 @@ class Submit:
 
 
 def submit(command: Sequence[str], options: Submit) -> int:
-    """Run a command as a job; follow its log; return its exit code.
-
-    Raises:
-        ConfigError: no command, no cluster, or nothing to install from.
-        ReidError: the cluster does not answer, or no longer answers.
-    """
+    """Run a command as a job; follow its log; return its exit code."""
     if not command:
         raise ConfigError("no command: python -m cluster submit -- python -m reid_train train …")
     console = make_console(stderr=True)
@@ -119,11 +113,9 @@ def submit(command: Sequence[str], options: Submit) -> int:
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a job gets; none of them is a secret.
-
-    A tracking URI loses its user and password; one that is a file on this machine is not passed on.
-    """
+    """The variables that a job gets; none is secret: the tracking URI loses user and password."""
     chosen = {name: environment[name] for name in SETTINGS if environment.get(name)}
+    # A file on this machine is of no use to the job.
     if urlsplit(chosen.get("MLFLOW_TRACKING_URI", "")).scheme not in ("http", "https"):
         chosen.pop("MLFLOW_TRACKING_URI", None)
     chosen[STOP_WAIT] = environment.get(STOP_WAIT) or str(STOP_WAIT_SECONDS)
@@ -133,19 +125,16 @@ def settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def requirements(working_dir: Path) -> list[str]:
-    """Lines of a requirements file: the project's dependencies, pinned by its constraints.
-
-    Raises:
-        ConfigError: the working directory has no project or no constraints.
-    """
+    """Lines of a requirements file: the project's dependencies, pinned by its constraints."""
     try:
         project = tomllib.loads((working_dir / "pyproject.toml").read_text())["project"]
-        (working_dir / CONSTRAINTS).stat()
+        (working_dir / "constraints.txt").stat()
     except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        where = working_dir.absolute()
         raise ConfigError(
-            f"--install needs pyproject.toml and {CONSTRAINTS} in {working_dir.absolute()}: {error}"
+            f"--install needs pyproject.toml and constraints.txt in {where}: {error}"
         ) from None
-    return [f"-c ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{CONSTRAINTS}", *project["dependencies"]]
+    return ["-c ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/constraints.txt", *project["dependencies"]]
 
 
 def _address(given: str | None) -> str:
@@ -195,10 +184,7 @@ def _line(error: object, most: int = 300) -> str:
 async def _follow(
     client: JobSubmissionClient, job: str, how: str, *, quiet: bool = False
 ) -> JobDetails:
-    """Print a job's log until the job ends; connect again when the connection is lost.
-
-    `how` is the command that follows the job, for messages. With `quiet` nothing is printed.
-    """
+    """Print a job's log, or nothing if `quiet`, until the job ends; connect again when needed."""
     from aiohttp import ClientError  # Ray's client does not catch it
 
     shown, silent_since, complaint = 0, None, ""

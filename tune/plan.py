@@ -28,11 +28,7 @@ class Plan:
 
 
 def make_plan(settings: Sweep, config: TrainConfig) -> Plan:
-    """Check a sweep's settings; without a name, `config` gets one from them.
-
-    Raises:
-        ConfigError: they do not fit each other.
-    """
+    """Check a sweep's settings; without a name, `config` gets one from them."""
     settings = settings.model_copy(update={"ranges": settings.ranges or default(config)})
     config = config.replace(name=config.name or default_name(settings, config))
     space = build(settings.ranges, config)

@@ -1,10 +1,9 @@
 """Population-based training (Jaderberg et al. 2017, arXiv 1711.09846) in synchronous rounds.
 
 All members train for an interval of epochs; the first round lasts at least until mAP depends on
-what is searched (`first_decision`). Then each of the worst quarter takes the checkpoint of one of
-the best quarter (weights, Adam's moments and θ) with its settings changed a little; all others
-continue from their own. What follows a round is a pure function of its results, so a sweep that was
-killed continues exactly.
+what is searched. Then each of the worst quarter takes a checkpoint of the best quarter, with its
+settings changed a little. What follows a round is a pure function of its results, so a sweep that
+was killed continues exactly.
 """
 
 import math

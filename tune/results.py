@@ -39,7 +39,6 @@ class Entry:
 
     @property
     def mean(self) -> float:
-        """Mean mAP."""
         return statistics.mean(self.scores)
 
     @property
@@ -54,7 +53,6 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """What it is, in words."""
         if self.mode == "held":
             return f"trial-{self.trial.repeats:03d}, {HELD}"
         return self.trial.label or describe(self.trial.values)

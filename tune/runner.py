@@ -1,7 +1,4 @@
-"""Run a controller's trials with Ray Tune: the only file that drives it.
-
-A trial has its own process on the cluster, with the training that `python -m reid_train` runs.
-"""
+"""Run a controller's trials with Ray Tune, each in a process of its own on the cluster."""
 
 import contextlib
 import logging
@@ -232,12 +229,8 @@ class _Results(_Unsaved, FIFOScheduler):
                 self._stopping.add(tune_controller, trial.config["number"], trial)
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
-        number, stopping = trial.config["number"], self._stopping
-
-        def lags(evaluation: dict[str, Any]) -> bool:
-            return stopping is not None and stopping.lags(tune_controller, number, evaluation)
-
-        stops = False
+        number, stopping, stops = trial.config["number"], self._stopping, False
+        lags = partial(stopping.lags, tune_controller, number) if stopping else lambda _: False
         with self._ending.guard():
             if "failure" in result:
                 self._controller.fail(number, result["failure"])

@@ -108,11 +108,7 @@ class Store:
     def open(
         cls, settings: Sweep, config: TrainConfig, manifest_digest: str, *, create: bool = True
     ) -> Self:
-        """Create a sweep's folder, or continue the same sweep; only check it without `create`.
-
-        Raises:
-            ConfigError: another sweep, or a run, has that name.
-        """
+        """Create a sweep's folder, or continue the same sweep; only check it without `create`."""
         store = cls(open_storage(config.output).child(config.name or ""))
         where = f"{config.output}/{config.name}"
         if store.storage.exists("run.json"):
@@ -142,11 +138,7 @@ class Store:
         self.storage.write(f"trials/{trial.name}.json", _json(asdict(trial)))
 
     def trials(self) -> list[Trial]:
-        """All trials, by number.
-
-        Raises:
-            ConfigError: one cannot be read, or is missing.
-        """
+        """All trials, by number; a `ConfigError` if one cannot be read, or is missing."""
         found = []
         for key, _ in self.storage.list("trials/"):
             try:

@@ -58,10 +58,6 @@ class Outcome:
 def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     """Search, repeat the survivors, rank, draw, track and register; or continue where it was.
 
-    Args:
-        plan: what to do, from `make_plan`.
-        console: where progress and the table are shown.
-
     Raises:
         ReidError: anything that the person can mend; the same call continues afterwards.
     """
@@ -173,9 +169,8 @@ class _Stages:
         numbers = {n: float(v) for n, v in trial.values.items() if isinstance(v, int | float)}
         step = int(trial.evaluations[-1]["step"]) if trial.evaluations else 0
         tracker.log({f"setting/{name}": value for name, value in numbers.items()}, step)
-        point = trial.label or "search"
-        parent = self.parent.run_id
-        tracker.set_tags({"mlflow.parentRunId": parent, "trial": trial.number, "point": point})
+        tags = {"mlflow.parentRunId": self.parent.run_id, "trial": trial.number}
+        tracker.set_tags(tags | {"point": trial.label or "search"})
         tracker.close()
 
     def _end(self, trial: Trial) -> None:

@@ -1,15 +1,9 @@
 """A real S3 server on this machine: OpenStack Swift with its S3 API, on loopback, data on disk.
 
-It checks signatures, keeps its data over restarts, needs no root, and ends with the process that
-started it:
-
-    with S3Server("/tmp/objects") as server:
-        os.environ.update(server.environment())
-        server.create_bucket("runs")
-
-`S3Server` runs this file as a command, which supervises Swift's account, container, object and
-proxy servers. It stops them when its parent ends, and polls for that: Linux's parent-death signal
-is already sent when the starting *thread* ends.
+It checks signatures, keeps its data over restarts and needs no root. `S3Server` runs this file as a
+command, which supervises Swift's account, container, object and proxy servers. It stops them when
+its parent ends, and polls for that: Linux's parent-death signal is already sent when the starting
+*thread* ends.
 """
 
 import contextlib
@@ -65,42 +59,34 @@ pipeline = {name}-server
 [app:{name}-server]
 use = egg:swift#{name}
 """
-# No cache filter: it would use any memcached that runs on this machine.
-PROXY_CONF = """\
+# The proxy's filters, in order. No cache: it would use any memcached that runs on this machine.
+FILTERS = {
+    "catch_errors": "",
+    "listing_formats": "",
+    "s3api": "location = {region}\nmax_upload_part_num = 10000\n",
+    "tempauth": "user_{user} = {secret_key} .admin\n",
+    "bulk": "",
+    # Delete the segments of a large object with it: no expirer runs that would do it later.
+    "slo": "max_manifest_segments = 10000\nallow_async_delete = false\n",
+}
+PROXY_CONF = f"""\
 [pipeline:main]
-pipeline = catch_errors listing_formats s3api tempauth bulk slo proxy-server
+pipeline = {" ".join(FILTERS)} proxy-server
 [app:proxy-server]
 use = egg:swift#proxy
 account_autocreate = true
-[filter:catch_errors]
-use = egg:swift#catch_errors
-[filter:listing_formats]
-use = egg:swift#listing_formats
-[filter:s3api]
-use = egg:swift#s3api
-location = {region}
-max_upload_part_num = 10000
-[filter:tempauth]
-use = egg:swift#tempauth
-user_{user} = {secret_key} .admin
-[filter:bulk]
-use = egg:swift#bulk
-[filter:slo]
-use = egg:swift#slo
-max_manifest_segments = 10000
-# Delete the segments of a large object with it: no expirer runs that would do it later.
-allow_async_delete = false
-"""
+""" + "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n{FILTERS[name]}" for name in FILTERS)
 
 
 class S3Server:
-    """An S3 server for one machine, owned by the process that starts it.
+    """An S3 server for one machine, which ends with the process that starts it.
 
-    Args:
-        folder: for objects, settings, logs and credentials. A server started later on the same
-            folder has the same objects and credentials.
-        port: the port to listen on; 0 picks a free one at each start.
-        host: the address to listen on.
+        with S3Server("/tmp/objects") as server:
+            os.environ.update(server.environment())
+            server.create_bucket("runs")
+
+    Objects, settings, logs and credentials are in `folder`: a server started later on it has the
+    same objects and credentials. Port 0 picks a free one at each start.
     """
 
     def __init__(self, folder: str | Path, port: int = 0, host: str = HOST) -> None:
@@ -153,18 +139,12 @@ class S3Server:
             client.create_bucket(Bucket=name)
 
     def start(self) -> None:
-        """Start the server and return when it answers; do nothing when it runs.
-
-        Raises:
-            StorageError: Swift is not installed, the folder cannot hold its data or is served by
-                another process, or the servers do not start (the message has the end of their log).
-        """
+        """Start the server and return when it answers; do nothing when it runs."""
         if self.running:
             return
         if importlib.util.find_spec("swift") is None:
-            raise StorageError(
-                "S3 server: Swift is not installed; pip install adaptive-reid[local]"
-            )
+            hint = "pip install adaptive-reid[local]"
+            raise StorageError(f"S3 server: Swift is not installed; {hint}")
         for name in ("conf", "data/disk", "logs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         _check_attributes(self.folder)
@@ -278,10 +258,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def _write_settings(folder: Path, ports: list[int], credentials: dict[str, str], host: str) -> None:
-    """Write the servers' settings, readable by their owner only.
-
-    Clients talk to the proxy only, which listens on `host`.
-    """
+    """Write the servers' settings; only the proxy, which clients talk to, listens on `host`."""
     conf = folder / "conf"
     suffix = credentials["hash_suffix"]
     write_private(conf / "swift.conf", f"[swift-hash]\nswift_hash_path_suffix = {suffix}\n")
@@ -322,10 +299,10 @@ def _build_rings(conf: Path, ports: list[int]) -> None:
     """Write the rings that map everything to the one disk; new each time, because ports change."""
     from swift.common.ring import RingBuilder  # pyright: ignore[reportMissingImports]
 
+    device = {"region": 1, "zone": 1, "ip": HOST, "device": "disk", "weight": 1}
     for name, port in zip(STORAGE, ports, strict=False):
         builder = RingBuilder(part_power=4, replicas=1, min_part_hours=0)
-        device = {"region": 1, "zone": 1, "ip": HOST, "port": port, "device": "disk", "weight": 1}
-        builder.add_dev(device)
+        builder.add_dev(device | {"port": port})
         builder.rebalance(seed="0")
         builder.get_ring().save(str(conf / f"{name}.ring.gz"))
 

@@ -19,17 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cluster.local import stack
 from cluster.local.s3_server import last_lines, s3_client
-from cluster.local.stack import (
-    ANY_PORTS,
-    MARK,
-    START_SECONDS,
-    STOP_SECONDS,
-    TOKEN,
-    Addresses,
-    Ports,
-    healthy,
-)
+from cluster.local.stack import ANY_PORTS, MARK, Addresses, Ports
 from data_shards.errors import ConfigError, ReidError
 from data_shards.progress import display, make_console, phase, print_table
 
@@ -47,7 +39,7 @@ def up(
     """
     folder = folder.resolve()
     _show(folder, start(folder, ports))
-    print(f"Ray's dashboard asks for a token: it is in {folder / TOKEN}")
+    print(f"Ray's dashboard asks for a token: it is in {folder / stack.TOKEN}")
     print("To use the servers in this shell, and to stop them:\n")
     print(f"  source {shlex.quote(str(folder / 'environment'))}\n  {_command('down', folder)}")
 
@@ -77,12 +69,7 @@ def down(folder: Path = FOLDER) -> None:
 
 
 def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None) -> Addresses:
-    """Have a stack running on a folder, and return its addresses when all of it answers.
-
-    Raises:
-        ConfigError: one runs on other ports than those asked for.
-        ReidError: it does not start.
-    """
+    """Have a stack running on a folder, and return its addresses when all of it answers."""
     console = console or make_console()
     if (found := running(folder)) is not None:
         for name, port in asdict(ports).items():
@@ -114,7 +101,7 @@ def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None
 
 
 def _wait(folder: Path, process: subprocess.Popen[bytes]) -> Addresses:
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + stack.START_SECONDS
     while (addresses := running(folder)) is None:
         ended = process.poll()
         if (ended is not None and not _locked(folder)) or time.monotonic() > deadline:
@@ -132,7 +119,7 @@ def stop(folder: Path) -> int:
     if _locked(folder):
         with contextlib.suppress(ValueError, psutil.NoSuchProcess):
             psutil.Process(int((folder / "lock").read_text())).terminate()
-        deadline = time.monotonic() + 3 * STOP_SECONDS
+        deadline = time.monotonic() + 3 * stack.STOP_SECONDS
         while _locked(folder) and time.monotonic() < deadline:
             time.sleep(0.1)
     # Ray's agents outlive it by seconds, and a killed stack leaves everything.
@@ -192,7 +179,7 @@ def _alive(process: psutil.Process) -> bool:
 
 def _show(folder: Path, addresses: Addresses) -> list[str]:
     """Print a table of the services; return those that do not answer."""
-    answers = {"s3": _s3_answers(folder), **healthy(addresses)}
+    answers = {"s3": _s3_answers(folder), **stack.healthy(addresses)}
     logs = {"s3": "s3/logs", "mlflow": "logs/mlflow.log", "ray": "logs/ray/"}
     table = Table("service", "address", "state", "logs", box=box.SIMPLE_HEAD)
     for name, answer in answers.items():

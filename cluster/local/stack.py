@@ -26,14 +26,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
-from cluster.local.s3_server import (
-    HOST,
-    S3Server,
-    free_ports,
-    last_lines,
-    stop_process,
-    write_private,
-)
+from cluster.local import s3_server
+from cluster.local.s3_server import HOST, S3Server, write_private
 from data_shards.command_line import run_command
 from data_shards.errors import ReidError
 
@@ -72,15 +66,11 @@ class Addresses:
 
 
 def serve(folder: Path, ports: Ports) -> None:
-    """Run the stack until SIGTERM, or until one of its services ends.
-
-    Raises:
-        ReidError: a service did not start, or ended; the message names its log.
-    """
+    """Run the stack until SIGTERM, or until one of its services ends."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     for name in ("environment", "stack.json"):
         (folder / name).unlink(missing_ok=True)
-    free = free_ports(4)
+    free = s3_server.free_ports(4)
     ports = Ports(*(port or other for port, other in zip(astuple(ports), free, strict=True)))
     with ExitStack() as stack:
         s3 = stack.enter_context(S3Server(folder / "s3", ports.s3))
@@ -96,7 +86,7 @@ def serve(folder: Path, ports: Ports) -> None:
             "ray": _start("ray", _ray(folder, ports, stack), folder),
         }
         for service in services.values():
-            stack.callback(stop_process, service, STOP_SECONDS)
+            stack.callback(s3_server.stop_process, service, STOP_SECONDS)
         _wait_until_healthy(addresses, services, folder)
         exports = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
         files = {"environment": "".join(exports), "stack.json": json.dumps(asdict(addresses))}
@@ -163,7 +153,7 @@ def _ray(folder: Path, ports: Ports, stack: ExitStack) -> list[str]:
         "dashboard-host": HOST,
         "dashboard-port": ports.dashboard,
         "include-dashboard": "true",
-        "ray-client-server-port": free_ports(1)[0],
+        "ray-client-server-port": s3_server.free_ports(1)[0],
         "dashboard-agent-listen-port": 0,
         "min-worker-port": 0,
         "max-worker-port": 0,
@@ -187,7 +177,8 @@ def _wait_until_healthy(
             late = not answers[name] and time.monotonic() > deadline
             if late or service.poll() is not None:
                 log = folder / "logs" / f"{name}.log"
-                raise ReidError(f"{name} did not start; {log} ends with: {last_lines([log])}")
+                last = s3_server.last_lines([log])
+                raise ReidError(f"{name} did not start; {log} ends with: {last}")
         time.sleep(0.3)
 
 

@@ -69,11 +69,7 @@ def plan(*arguments: str) -> None:
 
 
 def parse(arguments: list[str]) -> Plan:
-    """Read the flags; the recipe gives the defaults of all that `train` takes.
-
-    Raises:
-        ConfigError: an unknown recipe, or values that do not go together.
-    """
+    """Read the flags; the recipe gives the defaults of all that `train` takes."""
     options = parse_with_recipe(
         lambda base: Plan(base, gpus=tyro.MISSING, gpu_type=tyro.MISSING),
         arguments,
@@ -86,11 +82,7 @@ def parse(arguments: list[str]) -> Plan:
 
 
 def make(options: Plan) -> dict[str, Any]:
-    """What a run takes, in seconds and bytes, on `options.gpus` and on other numbers of workers.
-
-    Raises:
-        ReidError: the dataset cannot be read, or no speed is known.
-    """
+    """What a run takes, in seconds and bytes, on `options.gpus` and on other numbers of workers."""
     from cluster.plan import estimate as plan
     from data_shards.dataset import Dataset
 
@@ -103,11 +95,10 @@ def make(options: Plan) -> dict[str, Any]:
     rows, notes = {}, {}
     for workers in (n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0):
         here = replace(options, config=config.replace(workers=workers), gpus=workers)
-        if options.images_per_second is None:
+        if (given := options.images_per_second) is None:
             speed = plan.speed_of(table, here.config, options.gpu_type, network)
         else:
-            share = config.batch_size / workers
-            speed = plan.Speed(share / options.images_per_second, "--images-per-second")
+            speed = plan.Speed(config.batch_size / workers / given, "--images-per-second")
         if speed is not None:
             read = plan.download(here, dataset, epochs, counts.evaluations)
             rows[workers] = plan.estimate(here, counts, network, read, speed)
@@ -189,5 +180,4 @@ def show(options: Plan, values: dict[str, Any]) -> None:
     advice = f"The limit is {row['limit']}."
     if best < options.gpus:
         advice += f" {options.gpus} GPUs are slower than {best}: use {best} GPU{'s' * (best > 1)}."
-    for part in (table, scaling, advice):
-        make_console().print(part)
+    make_console().print(table, scaling, advice)

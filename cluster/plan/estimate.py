@@ -83,11 +83,7 @@ def plans(config: TrainConfig, dataset: Dataset) -> EpochPlan:
 
 
 def count(config: TrainConfig, dataset: Dataset, plan: EpochPlan) -> Counts:
-    """Go through the epochs as the training loop does.
-
-    Raises:
-        ConfigError: a batch cannot be made, or an epoch is shorter than an optimizer step.
-    """
+    """Go through the epochs as the training loop does."""
     batch, total, every = config.batch, config.total_epochs, config.checkpoint.every_steps
     plan(0)  # shows whether a batch can be made
     steps = [batch.steps_per_epoch or len(plan(e)) // batch.accumulate for e in range(total)]
@@ -106,11 +102,7 @@ def count(config: TrainConfig, dataset: Dataset, plan: EpochPlan) -> Counts:
 
 
 def download(options: Plan, dataset: Dataset, plan: EpochPlan, evaluations: int) -> Downloads:
-    """Count what the nodes download, their caches empty at first.
-
-    Raises:
-        ConfigError: the cache is too small for a window of shards.
-    """
+    """Count what the nodes download, their caches empty at first."""
     config, workers, shards = options.config, options.gpus, dataset.manifest.shards
     files = ShardCache(dataset.storage, config.loader.cache, config.loader.cache_bytes)
     files.require([shard for shard in shards if shard.split == "train"], config.batch.window)
@@ -218,11 +210,7 @@ def speed_of(
 def estimate(
     options: Plan, counts: Counts, network: Network, read: Downloads, speed: Speed
 ) -> dict[str, Any]:
-    """Estimate a run; frozen epochs count as if all was trained.
-
-    Returns:
-        Counts, seconds and their parts, images trained a second, cost, and the limit, by name.
-    """
+    """Seconds, speed, cost, counts and the limit; frozen epochs count as if all was trained."""
     config, workers = options.config, options.gpus
     nodes, accumulate = math.ceil(workers / options.gpus_per_node), config.batch.accumulate
     computing, exchange = accumulate * speed.seconds, 0.0
