@@ -50,10 +50,7 @@ def load(
 
 
 def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Path:
-    """Fetch the files of a model into `folder`; a model that is on this machine stays in place.
-
-    `uri` and `tracking_uri` are as for `load`. Returns the folder that has the files.
-    """
+    """Fetch a model into `folder` if it is not on this machine; return the folder that has it."""
     from reid_train.model.embedder import CONFIG, WEIGHTS
 
     location = str(uri)
@@ -70,13 +67,9 @@ def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Pat
 
 
 def best_checkpoint(run: str) -> str:
-    """Find the best checkpoint of a finished run from its summary.
+    """Return the best checkpoint of a finished run; anything that is not a run as it is.
 
-    The folder or s3:// URL of anything else is returned as it is.
-
-    Raises:
-        DataError: there is a summary, but it names no checkpoint; or there is none, but checkpoints
-            are there, as in the folder of a run that was stopped. The message names them.
+    Raises `DataError` if the run was stopped, or its summary names no checkpoint.
     """
     from reid_train.model.embedder import WEIGHTS
 

@@ -51,9 +51,6 @@ def log_model(
 
     These are the steps of `mlflow.pyfunc.log_model`. That function uses the active run and the
     tracking URI of the whole process, and would end the caller's run.
-
-    Raises:
-        DataError: the folder does not hold a model.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput

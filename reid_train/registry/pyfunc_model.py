@@ -27,12 +27,7 @@ class EmbeddingModel(PythonModel):
 
     # MLflow warns of type hints that it cannot turn into a signature, so the input has none.
     def predict(self, context, model_input, params: dict[str, Any] | None = None) -> np.ndarray:
-        """Embed a batch.
-
-        Args:
-            context: not used.
-            model_input: (N, H, W, 3) uint8, RGB.
-            params: not used.
+        """Embed images; `context` and `params` are not used.
 
         Raises:
             MlflowException: the images have another shape or type; the message says how to convert

@@ -2,7 +2,7 @@
 
 The tags of a version hold its metrics and the dataset that they were measured on. The alias
 `champion` marks the model to use. It moves only to a version with a higher mAP on the same query
-and gallery. If MLflow or its artifact store fails, a `StorageError` says why.
+and gallery.
 """
 
 import logging
@@ -12,14 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_shards.errors import ObjectMissing, StorageError
 from reid_train.tracking.server import accepted, connect, explain
 from reid_train.tracking.uris import redact, registry_uri
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +117,7 @@ def register(
 def default_name(dataset: str, evaluation_digest: str, tracking_uri: str | None = None) -> str:
     """Name a dataset's models `reid-<dataset>`, so that all with one name can be compared.
 
-    Two datasets may have the same name. If the registered models of that name were measured on
-    another query and gallery, the name ends in the start of the digest of this one's.
+    If models of that name were measured on another query and gallery, the name ends in a digest.
     """
     name = accepted(f"reid-{dataset}")
     uri = registry_uri(tracking_uri)
@@ -183,11 +179,7 @@ def should_promote(
 
 
 def list_models(tracking_uri: str | None = None) -> list[ModelVersion]:
-    """List all versions of all registered models, by name, then newest first.
-
-    Raises:
-        ConfigError: no tracking URI was given or found.
-    """
+    """List all versions of all registered models, by name, then newest first."""
     uri = registry_uri(tracking_uri)
     found = []
     with mlflow_errors("listing models", uri):

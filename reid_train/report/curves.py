@@ -14,11 +14,7 @@ _LOSSES = {
     "loss/triplet": ("triplet", style.ORANGE),
     "loss/penalty": ("L2 penalty", style.PURPLE),
 }
-_ACCURACIES = {
-    "rank-1": ("rank-1", style.GREEN),
-    "mAP": ("mAP", style.BLUE),
-    "mINP": ("mINP", style.PURPLE),
-}
+_ACCURACIES = {"rank-1": style.GREEN, "mAP": style.BLUE, "mINP": style.PURPLE}
 _LINE_POINTS = 200  # of a smoothed line; more make no difference to the eye
 _RAW_POINTS = 2000  # about one for each pixel
 
@@ -27,7 +23,6 @@ def draw_curves(path: Path, history: Mapping[str, Sequence[float] | np.ndarray])
     """Draw losses, accuracy, learning rate and speed of a training.
 
     Args:
-        path: the PNG file to write.
         history: arrays by name. Of length S: `step`, `loss/cross_entropy`, `loss/triplet`,
             `loss/penalty`, `learning_rate`, `images_per_second`. Of length E: `epoch`, `mAP`,
             `rank-1`, `mINP`, fractions from 0 to 1. Any may be missing or empty. Values that are
@@ -65,12 +60,12 @@ def _accuracy(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
     note = f"best mAP {y.max():.1%} at epoch {x[y.argmax()]:,.0f}" if len(x) else ""
     style.panel(axes, "Accuracy", note, x="epoch", y="score (%)")
     ends = []
-    for name, (label, colour) in _ACCURACIES.items():
+    for name, colour in _ACCURACIES.items():
         epoch, value = _points(data, "epoch", name)
         if len(epoch):
             dots = {"marker": "o" if len(epoch) <= 40 else None, "markersize": 3.5}
             axes.plot(epoch, 100 * value, color=colour, linewidth=1.6, clip_on=False, **dots)
-            ends.append((100 * value[-1], f"{label} {value[-1]:.1%}", colour))
+            ends.append((100 * value[-1], f"{name} {value[-1]:.1%}", colour))
     if not ends:
         style.blank(axes, "no evaluation recorded")
         return
@@ -121,10 +116,7 @@ def _points(
 
 
 def _smooth_line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str) -> float:
-    """Draw a running median over the faint points, and return its last value.
-
-    Its window is 1/25 of the points. A median has no lag and ignores spikes.
-    """
+    """Draw a running median of 1/25 of the points, over the faint points; return its last value."""
     half = len(x) // 50
     centres = np.unique(np.linspace(0, len(x) - 1, min(len(x), _LINE_POINTS)).astype(int))
     line = [np.median(y[max(0, centre - half) : centre + half + 1]) for centre in centres]

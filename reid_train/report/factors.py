@@ -27,14 +27,7 @@ _SMALL = 0.02  # relative change below which ticks of λ itself would look equal
 def save_factors(path: Path, names: Sequence[str], steps: np.ndarray, values: np.ndarray) -> None:
     """Write λ over time as Parquet: a column `step`, then one column for each tensor.
 
-    Args:
-        path: the file to write.
-        names: n tensor names in network order.
-        steps: (T,) int64, ascending optimizer steps.
-        values: (T, n) float32, λ of each tensor at each step.
-
-    Raises:
-        ValueError: the shapes disagree.
+    The arguments are as for `draw_factors`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -56,15 +49,11 @@ def draw_factors(
     sentence.
 
     Args:
-        path: the PNG file to write.
         names: n tensor names in network order, such as `backbone.layer3.5.conv2.weight`.
         steps: (T,) int64, ascending optimizer steps.
         values: (T, n) float32, λ of each tensor at each step. Steps with a value that is not
             finite are not drawn.
         kinds: "kernel", "bias", "gamma" or "beta" for each tensor.
-
-    Raises:
-        ValueError: the shapes disagree, or a kind is not one of the four.
     """
     _require_shape(names, steps, values)
     kind = np.asarray(kinds)

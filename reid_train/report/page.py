@@ -20,16 +20,12 @@ from data_shards.storage.atomic import atomic_write
 
 @dataclass(frozen=True)
 class Row:
-    """One metric before and after training.
-
-    `unit` is "%" for a fraction that is shown in per cent. Any other unit is printed after the
-    number. A value that was not measured is None.
-    """
+    """One metric before and after training; None is not measured."""
 
     metric: str
     before: float | None
     after: float | None
-    unit: str = "%"
+    unit: str = "%"  # of a fraction that is shown in per cent; others are printed after the number
 
     def cells(self) -> tuple[str, str, str]:
         """Before, after and change as text, with a dash for what is not known."""
@@ -80,10 +76,7 @@ def write_page(
     *,
     facts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a page with metrics, pictures and the configuration of a run.
-
-    The PNG files are copied into the page. Facts are short texts by name, such as the commit.
-    """
+    """Write a page with metrics, copies of the pictures, settings and short facts of a run."""
     template = Template(Path(__file__).with_name("page.html").read_text())
     document = template.substitute(
         title=escape(title),

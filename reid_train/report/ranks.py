@@ -73,13 +73,9 @@ def draw_rank_list(
     A correct match has a green frame and a tick, a wrong one a red frame and a cross.
 
     Args:
-        path: the PNG file to write.
         query_images: Q images, (H, W, 3) uint8 RGB; sizes may differ.
         gallery_images: Q rows of images, most similar first, without junk; rows may be short.
         correct: whether each gallery image shows the query's identity.
-        query_pid: identity of each query.
-        query_camid: camera of each query.
-        gallery_camid: camera of each gallery image.
         similarity: cosine similarity of each gallery image to its query.
     """
     grid = layout(query_images, gallery_images)

@@ -121,9 +121,6 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.n
 
     Once the gaps are taken off, this is isotonic regression. The gap shrinks if the labels do not
     fit between `low` and `high` otherwise.
-
-    Returns:
-        (N,) float64 positions, in the order of `wanted`.
     """
     if not len(wanted):
         return np.empty(0)

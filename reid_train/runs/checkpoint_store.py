@@ -23,8 +23,7 @@ from reid_train.training.history import History
 
 logger = logging.getLogger(__name__)
 
-KEPT_BEST = 2
-"""Checkpoints kept for their mAP, besides the newest."""
+KEPT_BEST = 2  # checkpoints kept for their mAP, besides the newest
 
 
 class Stored(NamedTuple):
@@ -54,11 +53,7 @@ def stored_checkpoints(run: str) -> list[Stored]:
 
 
 def upload(run: str, folder: Path, name: str, *, lock: RunLock | None = None) -> None:
-    """Copy a checkpoint from a folder of this machine to `<run>/<name>`, its seal last.
-
-    Raises:
-        ReidError: the lock is no longer held.
-    """
+    """Copy a checkpoint to `<run>/<name>`, its seal last. Raises if the lock is not held."""
     storage = open_storage(run).child(name)
     for file in (*FILES, SEAL):
         if lock is not None and file in (FILES[0], SEAL):
@@ -66,26 +61,11 @@ def upload(run: str, folder: Path, name: str, *, lock: RunLock | None = None) ->
         storage.upload(file, folder / file)
 
 
-@contextmanager
-def opened(place: str, name: str) -> Iterator[Checkpoint]:
-    """Download a checkpoint to a temporary folder of this name, check it, and open it.
-
-    Raises:
-        DataError: it is damaged or not there.
-    """
-    with tempfile.TemporaryDirectory(prefix="reid-checkpoint-") as temporary:
-        yield _fetch(place, Path(temporary, name))
-
-
 def newest_whole(run: str) -> AbstractContextManager[Checkpoint | None]:
-    """Download, check and open the newest checkpoint of a run that is not damaged, once.
+    """Open a copy of the newest checkpoint of a run that is not damaged; None if it has none.
 
-    Returns:
-        A context with the checkpoint; None if the run has none. Its folder has the name it has in
-        the run, and is deleted when the block ends.
-
-    Raises:
-        DataError: the run has checkpoints, and all are damaged.
+    The copy's folder has the checkpoint's name, and is deleted when the block ends. It is a
+    `DataError` if all checkpoints of the run are damaged.
     """
     return first_whole(run, [stored.name for stored in stored_checkpoints(run)])
 
@@ -97,7 +77,7 @@ def first_whole(run: str, names: list[str]) -> Iterator[Checkpoint | None]:
         for name in names:
             folder = Path(temporary, name)
             try:
-                found = _fetch(f"{run}/{name}", folder)
+                found = download(f"{run}/{name}", folder)
             except DataError as error:
                 logger.warning("passing over %s, which is damaged: %s", name, error)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -112,13 +92,10 @@ def first_whole(run: str, names: list[str]) -> Iterator[Checkpoint | None]:
         yield None
 
 
-def download(place: str, folder: Path) -> None:
-    """Copy a checkpoint into a folder of this machine, and check its digests on the way.
+def download(place: str, folder: Path) -> Checkpoint:
+    """Copy a checkpoint into a folder of this machine, check its digests on the way, and open it.
 
-    A file that arrives damaged is fetched once more.
-
-    Raises:
-        DataError: it is damaged or not there.
+    A file that arrives damaged is fetched once more. If it stays so, it is a `DataError`.
     """
     storage = open_storage(place)
     try:
@@ -128,10 +105,6 @@ def download(place: str, folder: Path) -> None:
             storage.download(file, folder / file, sha256=seal[file])
     except (ObjectMissing, ValueError, LookupError, TypeError) as error:
         raise DataError(f"checkpoint {place} is incomplete or damaged: {error}") from error
-
-
-def _fetch(place: str, folder: Path) -> Checkpoint:
-    download(place, folder)
     return Checkpoint.open(folder, verify=False)
 
 
@@ -163,10 +136,8 @@ def by_score(stored: list[Stored], scores: Mapping[int, float]) -> list[Stored]:
 class Keeper:
     """Uploads a run's checkpoints on rank 0 and deletes those that are no longer kept.
 
-    Args:
-        run: the run's folder or s3:// URL.
-        lock: has to be held whenever something is written or deleted; None for a sweep's trials.
-        resumed: the checkpoint that the run resumed from, if any.
+    The lock has to be held whenever something is written or deleted; a sweep's trials have none.
+    `resumed` is the checkpoint that the run resumed from, if any.
     """
 
     def __init__(self, run: str, lock: RunLock | None, resumed: Checkpoint | None) -> None:
@@ -181,10 +152,7 @@ class Keeper:
             self._stored = [s for s in stored_checkpoints(run) if 0 <= s.step <= newest]
 
     def keep(self, folder: Path, name: str, metrics: Mapping[str, float]) -> None:
-        """Upload a checkpoint to `<run>/<name>`, then delete those that it supersedes.
-
-        The metrics are as reported: `step`, `epoch`, and `mAP`, `UNMEASURED` if not evaluated.
-        """
+        """Upload a checkpoint with its reported metrics, then delete those that it supersedes."""
         upload(self._run, folder, name, lock=self._lock)
         with self._guard:
             entry = Stored(int(metrics["step"]), name, int(metrics["epoch"]))
@@ -207,10 +175,7 @@ def kept_checkpoints(stored: list[Stored], scores: Mapping[int, float]) -> list[
 
 
 def delete_stale_checkpoints(run: str, scores: Mapping[int, float]) -> None:
-    """Delete the checkpoints that a run which has ended does not keep, and parts of uploads.
-
-    `scores` has the mAP by global step.
-    """
+    """Delete the checkpoints that a run which has ended does not keep, and parts of uploads."""
     kept = {entry.name for entry in kept_checkpoints(stored_checkpoints(run), scores)}
     storage = open_storage(run)
     names = {key.partition("/")[0] for key, _ in storage.list("checkpoint_") if "/" in key}

@@ -7,17 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-import ray.exceptions
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_shards.progress import Display, Progress
 from reid_train.config import TrainConfig
 from reid_train.runs.process import Stop
 
-UNITS = {"training": "steps", "ranking": "pairs"}
-"""What the stages of a run count; all others count images."""
-REPORT_EVERY = 0.5
-"""Seconds between two reports of a stage from a worker, and between two looks of the driver."""
+UNITS = {"training": "steps", "ranking": "pairs"}  # all other stages count images
+REPORT_EVERY = 0.5  # seconds between reports of a stage from a worker, and looks of the driver
 
 State = dict[str, Any]
 Stages = dict[str, tuple[int, int]]
@@ -31,10 +29,7 @@ def beside_driver(actor: Any) -> Any:
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Holds the newest state of a run, written by rank 0 and read by the driver.
-
-    A sweep has one board. Its trials write their states under their names.
-    """
+    """Holds the newest state of a run, or of a sweep's trials by name: written by rank 0."""
 
     def __init__(self):
         self._states: dict[str, State] = {}
@@ -94,7 +89,7 @@ def watch(board: Any, display: Display, config: TrainConfig, stop: Stop) -> Iter
             stopping = stop.signal is not None
             try:
                 read = ray.get(board.read.remote(follower.evaluated, stopping), timeout=5)
-            except ray.exceptions.RayError:
+            except RayError:
                 continue  # Ray may answer late, and a stop has to be passed on when it does again
             if stopping and not told:
                 told = True

@@ -17,7 +17,7 @@ from reid_train.runs.checkpoint_store import newest_whole, stored_checkpoints
 from reid_train.runs.console import UNITS
 from reid_train.runs.publish import Summary, publish, show
 from reid_train.runs.ray_trainer import fit, start_ray
-from reid_train.runs.run_dir import Run, prepare, require_free, same_dataset, same_training, write
+from reid_train.runs.run_dir import Run, prepare, same_dataset, same_training, taken, write
 from reid_train.tracking.provenance import (
     code_commit,
     different_versions,
@@ -48,7 +48,8 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
         config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
         saved = Run.read(config.output, str(config.name)) if resume else None
         if saved is None:
-            require_free(config)
+            if Run.exists(config.output, str(config.name)):
+                raise taken(config)
         else:
             same_training(saved.config, config)
             same_dataset(saved, dataset)
@@ -101,7 +102,7 @@ def _tracked(config: TrainConfig, dataset: Dataset, saved: Run | None) -> Iterat
         tracker.set_tags(
             {
                 "dataset": dataset.url,
-                "manifest_digest": dataset.manifest.digest,
+                "manifest_digest": digest,
                 "evaluation_digest": dataset.manifest.evaluation_digest,
                 "commit": code_commit(),
                 "ray_job": submitted_job(),

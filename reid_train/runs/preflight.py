@@ -15,13 +15,8 @@ from reid_train.training.data import epoch_plan, train_index
 def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> None:
     """Check the settings against the dataset, build the network, and run it on an empty image.
 
-    `saved` is the run that is resumed; it no longer needs its pretrained weights.
-
-    Raises:
-        ReidError: the Ray cluster does not answer; there is no train split or too few identities in
-            it; the dataset has a query and a gallery that cannot be measured; MLflow would refuse
-            the model's name; weights are not there or do not fit; images are too small for the
-            stripes; an exclusion matches nothing.
+    `saved` is the run that is resumed; it no longer needs its pretrained weights. A check that
+    fails raises a `ReidError`.
     """
     import torch
 
@@ -65,9 +60,9 @@ def require_identities(config: TrainConfig, dataset: Dataset) -> None:
 
 def require_measurable(dataset: Dataset) -> None:
     """Raise `DataError` if there are a query and a gallery, but no query has a match."""
-    if not len(dataset.index("query")) or not len(dataset.index("gallery")):
-        return  # it is trained without being measured
-    if reason := dataset.why_not_measurable():
+    # Without a query or a gallery it is trained without being measured.
+    is_measured = len(dataset.index("query")) and len(dataset.index("gallery"))
+    if is_measured and (reason := dataset.why_not_measurable()):
         raise DataError(
             f"{dataset.url} cannot be measured: {reason}. Build it with other query and gallery "
             "images, or without any to train without measuring"

@@ -43,24 +43,18 @@ class Summary:
     before: dict[str, float]
     images_per_second: float
     report: str
-    checkpoint: str
-    """Name of the best checkpoint, a folder in the run's."""
+    checkpoint: str  # name of the best one, a folder in the run's
     model: str | None
     champion: bool
-    epochs: int = 0
-    """Epochs of the run; 0 in a summary that did not record it."""
+    epochs: int = 0  # of the run; 0 in a summary that did not record it
 
 
 def publish(
     config: TrainConfig, dataset: Dataset, tracker: Tracker, progress: Progress = silent
 ) -> tuple[Summary, list[Row]]:
-    """Draw, store, track and register the result of a run that has ended.
+    """Draw, store, track and register the result of a run; return it, and the rows to print.
 
-    Returns:
-        The summary, and the rows of the table that a person is shown.
-
-    Raises:
-        DataError: no checkpoint of the run is whole.
+    It is a `DataError` if no checkpoint of the run is whole.
     """
     run = f"{config.output}/{config.name}"
     with contextlib.ExitStack() as stack:

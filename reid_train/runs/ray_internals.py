@@ -39,8 +39,7 @@ from reid_train.out_of_memory import gpu_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-CONTEXT_LOGGER = str(train_context.__file__)
-"""Logs a line for each report. Ray names this logger after its file."""
+CONTEXT_LOGGER = str(train_context.__file__)  # logs each report; Ray names it after its file
 
 
 def set_timeouts(hang: int, collective: int) -> None:
@@ -128,10 +127,8 @@ class _NamedReservations(ControllerCallback):
 class GroupSize:
     """Numbers of workers that the two policies share. A controller's process has one run."""
 
-    started = 0
-    """Workers of the last group."""
-    least = 1
-    """Fewest workers whose share of the batch fits a GPU, as far as is known."""
+    started = 0  # workers of the last group
+    least = 1  # fewest workers whose share of the batch fits a GPU, as far as is known
 
 
 class FailurePolicy(DefaultFailurePolicy):

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.exceptions
 import ray.train
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import OutOfMemoryError, RayError
 from ray.train import ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, get_device
@@ -41,23 +40,15 @@ from reid_train.training.context import Stopped, StopRequest, WorkerContext
 
 logger = logging.getLogger(__name__)
 
-RESIZE_SECONDS = 30.0
-"""How often an elastic run looks for new nodes."""
-LOCK_SECONDS = 5.0
-"""How often rank 0 checks that its driver has the run. A new driver's workers start later."""
+RESIZE_SECONDS = 30.0  # how often an elastic run looks for new nodes
+LOCK_SECONDS = 5.0  # how often rank 0 checks its driver's lock; a new driver's workers start later
+START = "start"  # name of the folder of a checkpoint that is not the run's own
 
 
 def fit(
     config: TrainConfig, dataset: Dataset, run_id: str | None, lock: RunLock, display: Display
 ) -> None:
-    """Train on the Ray cluster at hand, or on a local one that this starts.
-
-    A run that has checkpoints resumes from the newest. The arguments are as for `run_workers`.
-
-    Raises:
-        ReidError: what a worker raised on purpose, or why the run failed.
-        Interrupted: SIGTERM or SIGINT ended it; a checkpoint was written.
-    """
+    """Train with `run_workers`, show it, and say in one line why it failed or who stopped it."""
     board = beside_driver(Board).remote()
     with stop_signals() as stop, watch(board, display, config, stop):
         try:
@@ -66,7 +57,7 @@ def fit(
             raise explained(error, config) from error
     if stop.signal is not None:
         stored = checkpoint_store.stored_checkpoints(f"{config.output}/{config.name}")
-        newest = stored[0] if stored else None
+        newest = next(iter(stored), None)
         if newest is None or newest.epoch < config.total_epochs:
             saved = f" with a checkpoint after step {newest.step}" if newest else ""
             raise Interrupted(
@@ -87,20 +78,17 @@ def run_workers(
     start: str | None = None,
     until: int | None = None,
 ) -> None:
-    """Train with a group of Ray Train workers until the run ends.
+    """Train with a group of Ray Train workers until the run ends. It resumes if it can.
 
     Args:
         config: as `prepare` returned it.
-        dataset: what it trains on; every worker checks that it opens the same one.
-        run_id: MLflow run that rank 0 logs to, if any.
+        dataset: every worker checks that it opens the same one.
+        run_id: MLflow run that rank 0 logs to.
         lock: nothing is written into the run's folder once it is not held; trials have none.
-        board: a `Board` actor that progress is shown on, if any.
+        board: a `Board` actor that shows the progress.
         callbacks: Ray Train's, such as one that reports a trial's metrics to Ray Tune.
         start: checkpoint that a run without its own starts from, a folder or an s3:// URL.
         until: epoch after whose evaluation the run ends early, with the same schedule.
-
-    Raises:
-        TrainingFailedError: the training failed, and was not or could not be retried.
     """
     # A rank that does not answer is named by Ray. One that answers but makes no progress keeps the
     # others waiting in a collective, torch's or Ray's, which gives up a little later.
@@ -138,11 +126,7 @@ def ray_name(name: str) -> str:
 
 
 def start_ray(cpus: int, *, logs: bool = True) -> None:
-    """Connect to the cluster at RAY_ADDRESS, or start Ray here with at least `cpus` CPUs.
-
-    Raises:
-        ReidError: the cluster does not answer, or refuses the connection.
-    """
+    """Connect to the cluster at RAY_ADDRESS, or start Ray here with at least `cpus` CPUs."""
     if ray.is_initialized():
         return
     require_ray_cluster()
@@ -183,24 +167,23 @@ def _train(settings: dict[str, Any]) -> None:
 
     config = TrainConfig.from_json(settings["config"])
     ray_context = ray.train.get_context()
-    rank, board, until = ray_context.get_world_rank(), settings["board"], settings["until"]
-    _require_shared_folders(config, settings["lock"])
+    rank, board = ray_context.get_world_rank(), settings["board"]
+    until, lock = settings["until"], settings["lock"]
+    _require_shared_folders(config, lock)
     dataset = Dataset.open(config.data)
     if dataset.manifest.digest != settings["manifest_digest"]:
         raise DataError(f"{config.data} changed since the run was started")
     run = f"{config.output}/{config.name}"
     run_id = settings["run_id"] if rank == 0 else None
-    uri = config.tracking.uri if run_id else None
     show_gauges = prometheus.gauges(ray_name(config.name or ""))
-    lock = settings["lock"]
     with (
-        Tracker(uri, run_id, may_send=lock and lock.is_held) as tracker,
+        Tracker(config.tracking.uri, run_id, may_send=lock and lock.is_held) as tracker,
         _resume(run, rank, settings["start"]) as resume,
     ):
         if resume is not None:
             if until is not None and resume.progress.epoch >= until:
                 return  # it was killed between its last report and its end
-            if rank == 0 and resume.folder.name != _START:
+            if rank == 0 and resume.folder.name != START:
                 # The checkpoint has the values that MLflow missed when a process died.
                 resume.history().replay(tracker.log)
 
@@ -242,10 +225,6 @@ def _require_shared_folders(config: TrainConfig, lock: RunLock | None) -> None:
             )
 
 
-_START = "start"
-"""Name of the folder of a checkpoint that is not the run's own."""
-
-
 @contextlib.contextmanager
 def _resume(run: str, rank: int, start: str | None) -> Iterator[Checkpoint | None]:
     """Open the checkpoint to resume from, the same on all ranks.
@@ -258,7 +237,8 @@ def _resume(run: str, rank: int, start: str | None) -> Iterator[Checkpoint | Non
         if found is None and name:
             found = stack.enter_context(checkpoint_store.first_whole(run, [name]))
         elif not name and start is not None:
-            found = stack.enter_context(checkpoint_store.opened(start, _START))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="reid-checkpoint-"))
+            found = checkpoint_store.download(start, Path(folder, START))
         yield found
 
 
@@ -272,10 +252,7 @@ def _report(
     metrics: dict[str, float],
     folder: Path | None,
 ) -> None:
-    """Hand metrics and a checkpoint to Ray Train, which uploads it while training continues.
-
-    Ranks above 0 have neither a keeper nor a checkpoint's folder.
-    """
+    """Hand metrics, and rank 0's checkpoint, to Ray Train. It uploads while training continues."""
 
     def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         assert keeper is not None
@@ -311,7 +288,7 @@ def _stop_requests(board: Any, rank: int, lock: RunLock | None) -> Callable[[], 
             checked = time.monotonic()
             lock.require()
         if rank == 0 and stopping is not None:
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(RayError):
                 if ray.get(stopping.remote(), timeout=10):
                     return StopRequest.STOP
         if leaving and not saved:
@@ -325,10 +302,7 @@ def _stop_requests(board: Any, rank: int, lock: RunLock | None) -> Callable[[], 
 def explained(
     error: TrainingFailedError | OutOfMemoryError, config: TrainConfig, *, advise: bool = True
 ) -> ReidError:
-    """Return a failed training's error as one line: its cause, if that was raised on purpose.
-
-    With `advise`, it says how to continue the run, too.
-    """
+    """Return a failed training's cause in one line; with `advise`, also how to continue the run."""
     if cause := on_purpose(error):
         return cause
     resume = f"with --resume --name {config.name} --output {config.output}"
@@ -350,10 +324,7 @@ def explained(
 
 
 def use_gpu(device: str, needed: int, *, free: bool = False) -> bool:
-    """Return whether each worker gets a GPU: for "cuda", and for "auto" if there are enough.
-
-    With `free`, only GPUs that are free now count.
-    """
+    """Return whether each worker gets a GPU; with `free`, only those that are free now count."""
     resources = ray.available_resources() if free else ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     if device == "cuda" and gpus < needed:

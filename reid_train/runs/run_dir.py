@@ -16,10 +16,8 @@ from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissi
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 
-REPORT = "report"
-"""Folder of a run that holds its report."""
-PAGE = "report.html"
-"""The page of a run's report; a sweep's report has pictures and a table only."""
+REPORT = "report"  # folder of a run or a sweep
+PAGE = "report.html"  # only a run's report has a page; a sweep's has pictures and a table
 RESUMABLE = {"workers", "min_workers", "device", "loader", "checkpoint", "tracking", "evaluation"}
 RESUMABLE |= {"data", "output"}
 """Sections that may change when a run is resumed: they do not change what is computed."""
@@ -36,8 +34,7 @@ class Run:
     config: TrainConfig
     manifest_digest: str
     mlflow_run_id: str | None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    """Of the libraries when it was last started; runs of older versions have none."""
+    versions: Mapping[str, str] = field(default_factory=dict)  # when last started; {} if unknown
 
     def to_json(self) -> bytes:
         """Return the run as JSON."""
@@ -51,11 +48,7 @@ class Run:
 
     @classmethod
     def read(cls, output: str, name: str) -> Self:
-        """Read `<output>/<name>/run.json`.
-
-        Raises:
-            ConfigError: there is no such run, or it cannot be read.
-        """
+        """Read `<output>/<name>/run.json`."""
         where = f"{output.rstrip('/')}/{name}/run.json"
         try:
             values = json.loads(open_storage(output).read(f"{name}/run.json"))
@@ -71,11 +64,7 @@ class Run:
 
 
 def fetch_report(run: str, to: Path) -> Path:
-    """Copy the report of a run or a sweep to a folder; return its page, or the folder without one.
-
-    Raises:
-        ConfigError: there is no report.
-    """
+    """Copy the report of a run or a sweep to a folder; return its page, or else the folder."""
     storage = open_storage(run)
     names = [PurePosixPath(key).name for key, _ in storage.list(f"{REPORT}/")]
     if not names:
@@ -89,21 +78,17 @@ def fetch_report(run: str, to: Path) -> Path:
 
 
 def prepare(config: TrainConfig) -> TrainConfig:
-    """Fill in what the driver decides: the name, and paths that are valid in any folder.
-
-    Raises:
-        ConfigError: no data or no output was given.
-    """
+    """Fill in what the driver decides: the name, and paths that are valid in any folder."""
     for flag in ("data", "output"):
         if not getattr(config, flag):
             raise ConfigError(f"--{flag} is missing: give a folder or an s3://bucket/prefix")
     weights, cache = config.model.weights, config.loader.cache
     return config.replace(
         name=config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
-        data=_absolute(config.data),
-        output=_absolute(config.output),
+        data=open_storage(config.data).url,
+        output=open_storage(config.output).url,
         # A folder named "imagenet" or "none" here is not what is meant.
-        model__weights=_absolute(weights) if Path(weights).is_file() else weights,
+        model__weights=open_storage(weights).url if Path(weights).is_file() else weights,
         # `~` is the home of each node, not of the driver.
         loader__cache=cache if cache.parts[:1] == ("~",) else cache.absolute(),
     )
@@ -138,32 +123,18 @@ def same_dataset(saved: Run, dataset: Dataset) -> None:
         )
 
 
-def require_free(config: TrainConfig) -> None:
-    """Raise a `ConfigError` if a run has the name."""
-    if Run.exists(config.output, str(config.name)):
-        raise _taken(config)
-
-
 def write(run: Run, *, new: bool = False) -> None:
-    """Write `run.json`, which takes the run's name.
-
-    Raises:
-        ConfigError: the run is new and the name is taken.
-    """
+    """Write `run.json`, which takes the name of a new run if it is free."""
     storage = open_storage(run.config.output)
     try:
         storage.write(f"{run.config.name}/run.json", run.to_json(), create_once=new)
     except ObjectExists as error:
-        raise _taken(run.config) from error
+        raise taken(run.config) from error
 
 
-def _taken(config: TrainConfig) -> ConfigError:
+def taken(config: TrainConfig) -> ConfigError:
+    """The error if a new run has the name of one that exists."""
     return ConfigError(
         f"run {config.name} exists in {config.output}: continue it with --resume, or give another "
         "--name"
     )
-
-
-def _absolute(location: str) -> str:
-    """Return a location without a slash at its end, local ones as an absolute path."""
-    return open_storage(location).url

@@ -28,12 +28,9 @@ from data_shards.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-BEAT_SECONDS = 10.0
-"""Time between two rewritings of a lock."""
-SILENT_SECONDS = 60.0
-"""How long a lock must stay unchanged before another driver may take it."""
-LOST = 2
-"""Exit code of a driver whose run was taken by another."""
+BEAT_SECONDS = 10.0  # between two rewritings of a lock
+SILENT_SECONDS = 60.0  # a lock must stay unchanged so long before another driver may take it
+LOST = 2  # exit code of a driver whose run was taken by another
 
 
 @dataclass(frozen=True)
@@ -107,18 +104,10 @@ def held(
     silent: float = SILENT_SECONDS,
     lost: Callable[[], None] = lambda: os._exit(LOST),
 ) -> Iterator[RunLock]:
-    """Hold a run's lock while the block runs.
+    """Hold the lock in a run's folder while the block runs; raise if another driver holds it.
 
-    Args:
-        run: the run's folder.
-        name: the run's name, for messages.
-        beat: seconds between two rewritings.
-        silent: seconds without a rewriting after which another driver may take the run.
-        lost: called when another driver took the run because this process did not rewrite the lock
-            in time; it must end the process at once.
-
-    Raises:
-        ConfigError: another driver trains the run.
+    `lost` is called when another driver took the run because this process did not rewrite the lock
+    in time; it must end the process at once.
     """
     storage, owner = run.child("lease"), Owner.here()
     while True:

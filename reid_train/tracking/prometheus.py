@@ -25,12 +25,7 @@ _SHOWN = {
 
 
 def gauges(run: str) -> Callable[[Mapping[str, float]], None]:
-    """Make the gauges of a run, which have its name as their tag `run`.
-
-    Returns:
-        A function that sets the gauges. It takes values by the names that MLflow has them under,
-        and ignores those that have no gauge.
-    """
+    """Make the gauges of a run; return a function that sets those in values by MLflow's names."""
     from ray.util.metrics import Gauge
 
     tags = ("run", "quantile")

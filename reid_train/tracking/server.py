@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 250
-"""Characters of a name. SQLite takes more, but the other databases of MLflow have columns of 250 to
-256, and a run's own name is kept in one of 250."""
+LONGEST = 250  # characters of a name; SQLite takes more, but other databases have such columns
 _NOT_IN_MODELS = "/:.%\"'?@"
 """MLflow refuses the first six in the name of a model; ? and @ have a meaning in models:/…"""
-ANSWER_SECONDS = 25.0
-"""How long `require_experiment` waits for an answer."""
+ANSWER_SECONDS = 25.0  # how long `require_experiment` waits
 QUIET = (
     "alembic",
     "mlflow.pyfunc",
@@ -89,11 +86,7 @@ def connect(uri: str) -> "MlflowClient":
 def require_names(
     *, model: str | None = None, experiment: str | None = None, run: str | None = None
 ) -> None:
-    """Check names before any work starts. A name that is None is not checked.
-
-    Raises:
-        ConfigError: MLflow does not accept one of them; the message has a name that it accepts.
-    """
+    """Raise `ConfigError` if MLflow does not accept a name; None is not checked."""
     for what, flag, name in (
         ("model", "--tracking.model-name", model),
         ("experiment", "--tracking.experiment", experiment),
@@ -125,13 +118,9 @@ def accepted(name: str) -> str:
 
 
 def require_experiment(uri: str, experiment: str) -> None:
-    """Check within half a minute that MLflow answers and that an experiment takes runs.
+    """Raise, within half a minute, if MLflow does not answer or an experiment is deleted.
 
     The experiment need not exist, since a run creates it.
-
-    Raises:
-        ConfigError: the experiment is deleted.
-        StorageError: MLflow does not answer, refuses, or is not MLflow.
     """
     try:
         with ThreadPool(1) as pool:  # MLflow may retry for minutes

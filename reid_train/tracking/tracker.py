@@ -4,14 +4,8 @@ Metrics are buffered and sent by a background thread: a slow or absent MLflow ne
 stops a training step. If a process ends before it has sent all, the run's last checkpoint has the
 rest. The next process logs the checkpoint's history again and skips what MLflow already has.
 
-The driver owns the run. A worker joins it by its id to log the steps:
-
-    with Tracker.start(uri, "reid", run_name="msmt17") as run:  # ends the run, or marks it failed
-        run.log_parameters(config.flat())
-        train(run.run_id)
-
-    with Tracker(uri, run_id) as tracker:  # in the worker
-        tracker.log({"loss/total": 1.0}, step=0)
+The driver owns the run: `Tracker.start` opens it, and it ends with the context. A worker joins it
+by its id, as `Tracker(uri, run_id)`, and logs the steps.
 """
 
 import contextlib
@@ -52,13 +46,12 @@ class Tracker:
     training that restarts from an older checkpoint can log its steps again.
 
     Args:
-        uri: tracking URI, such as a server's or `local_tracking(folder)`.
-        run_id: the run. If it or the URI is None, nothing is tracked.
+        uri, run_id: the MLflow and its run. If one is None, nothing is tracked.
         owner: end the run when the context ends; `start` sets it.
         system_metrics: log CPU, memory, disk, network and GPU use of this machine.
         interval: seconds between two sends.
-        may_send: asked before each send; once it says no, this process sends nothing more. It keeps
-            the workers of a killed driver from logging steps that another driver logs again.
+        may_send: asked before each send; once it says no, this process sends nothing more: another
+            driver has the run, and logs its steps.
     """
 
     def __init__(
@@ -96,9 +89,8 @@ class Tracker:
     ) -> Self:
         """Start a run, or reopen the one of that id, and own it. A URI of None tracks nothing.
 
-        Raises:
-            StorageError: MLflow cannot start a run. A run is also reopened if MLflow does not
-                answer. After that no error is raised: failed calls are repeated, with a warning.
+        It is a `StorageError` if MLflow cannot start a run. A run is also reopened if MLflow does
+        not answer. After that no error is raised: failed calls are repeated, with a warning.
         """
         if uri is not None:
             try:
@@ -114,11 +106,6 @@ class Tracker:
                     "MLflow at %s does not answer; training continues: %s", redact(uri), reason
                 )
         return cls(uri, run_id, owner=True, system_metrics=False)
-
-    @property
-    def enabled(self) -> bool:
-        """Whether anything is tracked."""
-        return self.uri is not None and self.run_id is not None
 
     def __enter__(self) -> Self:
         return self
@@ -151,7 +138,7 @@ class Tracker:
 
     def _log_texts(self, what: str, entity: str, values: Mapping[str, object]) -> None:
         """Log values as text, in batches of MLflow's entities of this kind."""
-        if not self.enabled:
+        if self.uri is None or self.run_id is None:
             return
         from mlflow import entities
 
@@ -165,10 +152,7 @@ class Tracker:
         self._attempt(str(path), "log_artifacts", str(path), folder)
 
     def close(self, timeout: float = 30.0) -> None:
-        """Send what is buffered and stop. The run keeps its status.
-
-        Values that are unsent after `timeout` seconds are dropped with a warning.
-        """
+        """Send what is buffered, for `timeout` seconds at most, and stop. The run stays open."""
         if self._thread is None:
             return
         self._deadline = time.monotonic() + timeout

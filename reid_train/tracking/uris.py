@@ -15,8 +15,7 @@ def training_uri(given: str | None, output: str) -> str:
     """Choose where a training is tracked: as given, at MLFLOW_TRACKING_URI, or in a SQLite file.
 
     The file is in the folder `output`, where runs are kept, or in the working folder if that is on
-    S3. Only workers on this machine can reach it: a cluster needs a server. A URI with a user or a
-    password is a `ConfigError`.
+    S3. Only workers on this machine can reach it: a cluster needs a server.
     """
     if chosen := given or os.environ.get("MLFLOW_TRACKING_URI"):
         return without_password(chosen)
@@ -25,11 +24,7 @@ def training_uri(given: str | None, output: str) -> str:
 
 
 def registry_uri(given: str | None) -> str:
-    """Choose where models are registered: as given, MLFLOW_TRACKING_URI, or a ./mlflow.db.
-
-    Raises:
-        ConfigError: there is none, or there is a user or a password in it.
-    """
+    """Choose where models are registered: as given, MLFLOW_TRACKING_URI, or a ./mlflow.db."""
     if chosen := given or os.environ.get("MLFLOW_TRACKING_URI"):
         return without_password(chosen)
     if Path("mlflow.db").exists():
