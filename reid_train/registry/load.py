@@ -94,10 +94,8 @@ def best_checkpoint(run: str) -> str:
 
 
 def _download(location: str, uri: str, folder: Path) -> Path:
-    """Fetch the files of `models:/name@alias` or `models:/name/version`.
-
-    MLflow's own functions for such addresses use the registry of the whole process.
-    """
+    """Fetch the files of `models:/name@alias` or `models:/name/version`."""
+    # MLflow's own functions for such addresses use the registry of the whole process.
     match = _MODEL_URI.fullmatch(location)
     if match is None:
         raise ConfigError(f"{location}: not models:/name@alias or models:/name/version")

@@ -25,10 +25,7 @@ _SMALL = 0.02  # relative change below which ticks of λ itself would look equal
 
 
 def save_factors(path: Path, names: Sequence[str], steps: np.ndarray, values: np.ndarray) -> None:
-    """Write λ over time as Parquet: a column `step`, then one column for each tensor.
-
-    The arguments are as for `draw_factors`.
-    """
+    """Write λ over time as Parquet: a column `step`, then one column for each tensor."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

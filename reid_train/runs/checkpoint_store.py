@@ -53,7 +53,7 @@ def stored_checkpoints(run: str) -> list[Stored]:
 
 
 def upload(run: str, folder: Path, name: str, *, lock: RunLock | None = None) -> None:
-    """Copy a checkpoint to `<run>/<name>`, its seal last. Raises if the lock is not held."""
+    """Copy a checkpoint to `<run>/<name>`, its seal last. It is an error if the lock is not held."""
     storage = open_storage(run).child(name)
     for file in (*FILES, SEAL):
         if lock is not None and file in (FILES[0], SEAL):

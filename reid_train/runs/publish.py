@@ -52,10 +52,7 @@ class Summary:
 def publish(
     config: TrainConfig, dataset: Dataset, tracker: Tracker, progress: Progress = silent
 ) -> tuple[Summary, list[Row]]:
-    """Draw, store, track and register the result of a run; return it, and the rows to print.
-
-    It is a `DataError` if no checkpoint of the run is whole.
-    """
+    """Draw, store, track and register the result of a run; return it, and the rows to print."""
     run = f"{config.output}/{config.name}"
     with contextlib.ExitStack() as stack:
         newest = best = stack.enter_context(checkpoint_store.newest_whole(run))

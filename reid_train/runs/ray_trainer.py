@@ -227,10 +227,7 @@ def _require_shared_folders(config: TrainConfig, lock: RunLock | None) -> None:
 
 @contextlib.contextmanager
 def _resume(run: str, rank: int, start: str | None) -> Iterator[Checkpoint | None]:
-    """Open the checkpoint to resume from, the same on all ranks.
-
-    Rank 0 chooses it: the newest of the run that is not damaged, else the one to start from.
-    """
+    """Open the checkpoint to resume from. Rank 0 chooses it, for all ranks."""
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(checkpoint_store.newest_whole(run)) if rank == 0 else None
         name = broadcast_from_rank_zero("" if found is None else found.folder.name)

@@ -43,10 +43,8 @@ def local_tracking(folder: Path) -> str:
 
 
 def artifacts_beside(uri: str) -> str | None:
-    """Where the artifacts of a SQLite file's runs are kept; None for a server, which decides it.
-
-    MLflow's default is the working folder of whichever process comes first.
-    """
+    """Where the artifacts of a SQLite file's runs are kept; None for a server, which decides it."""
+    # MLflow's default is the working folder of whichever process comes first.
     file = sqlite_file(uri)
     return None if file is None else (file.resolve().parent / "artifacts").as_uri()
 
