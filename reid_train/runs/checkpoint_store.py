@@ -53,7 +53,7 @@ def stored_checkpoints(run: str) -> list[Stored]:
 
 
 def upload(run: str, folder: Path, name: str, *, lock: RunLock | None = None) -> None:
-    """Copy a checkpoint to `<run>/<name>`, its seal last. It is an error if the lock is not held."""
+    """Copy a checkpoint to `<run>/<name>`, its seal last. The lock has to be held."""
     storage = open_storage(run).child(name)
     for file in (*FILES, SEAL):
         if lock is not None and file in (FILES[0], SEAL):
@@ -77,7 +77,8 @@ def first_whole(run: str, names: list[str]) -> Iterator[Checkpoint | None]:
         for name in names:
             folder = Path(temporary, name)
             try:
-                found = download(f"{run}/{name}", folder)
+                download(f"{run}/{name}", folder)
+                found = Checkpoint.open(folder, verify=False)
             except DataError as error:
                 logger.warning("passing over %s, which is damaged: %s", name, error)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -92,8 +93,8 @@ def first_whole(run: str, names: list[str]) -> Iterator[Checkpoint | None]:
         yield None
 
 
-def download(place: str, folder: Path) -> Checkpoint:
-    """Copy a checkpoint into a folder of this machine, check its digests on the way, and open it.
+def download(place: str, folder: Path) -> None:
+    """Copy a checkpoint into a folder of this machine, and check its digests on the way.
 
     A file that arrives damaged is fetched once more. If it stays so, it is a `DataError`.
     """
@@ -105,7 +106,6 @@ def download(place: str, folder: Path) -> Checkpoint:
             storage.download(file, folder / file, sha256=seal[file])
     except (ObjectMissing, ValueError, LookupError, TypeError) as error:
         raise DataError(f"checkpoint {place} is incomplete or damaged: {error}") from error
-    return Checkpoint.open(folder, verify=False)
 
 
 def stored_evaluations(run: str) -> list[dict[str, Any]]:

@@ -235,7 +235,8 @@ def _resume(run: str, rank: int, start: str | None) -> Iterator[Checkpoint | Non
             found = stack.enter_context(checkpoint_store.first_whole(run, [name]))
         elif not name and start is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="reid-checkpoint-"))
-            found = checkpoint_store.download(start, Path(folder, START))
+            checkpoint_store.download(start, Path(folder, START))
+            found = Checkpoint.open(Path(folder, START), verify=False)
         yield found
 
 
