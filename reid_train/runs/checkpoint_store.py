@@ -61,6 +61,15 @@ def upload(run: str, folder: Path, name: str, *, lock: RunLock | None = None) ->
         storage.upload(file, folder / file)
 
 
+@contextmanager
+def opened(place: str, name: str) -> Iterator[Checkpoint]:
+    """Download a checkpoint to a temporary folder of this name, check it, and open it."""
+    with tempfile.TemporaryDirectory(prefix="reid-checkpoint-") as temporary:
+        folder = Path(temporary, name)
+        download(place, folder)
+        yield Checkpoint.open(folder, verify=False)
+
+
 def newest_whole(run: str) -> AbstractContextManager[Checkpoint | None]:
     """Open a copy of the newest checkpoint of a run that is not damaged; None if it has none.
 

@@ -234,9 +234,7 @@ def _resume(run: str, rank: int, start: str | None) -> Iterator[Checkpoint | Non
         if found is None and name:
             found = stack.enter_context(checkpoint_store.first_whole(run, [name]))
         elif not name and start is not None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="reid-checkpoint-"))
-            checkpoint_store.download(start, Path(folder, START))
-            found = Checkpoint.open(Path(folder, START), verify=False)
+            found = stack.enter_context(checkpoint_store.opened(start, START))
         yield found
 
 
