@@ -25,8 +25,9 @@ PEOPLE, CAMERAS, IMAGES = 12, 2, 4
 SMALLER = {
     "--recipe people_small": "--recipe people_small --image.height 32 --image.width 16 "
     "--optimizer.epochs 1 --batch.steps-per-epoch 6 --tracking.every-steps 2",
+    "photo.jpg": "images/0_0_0.jpg",
 }
-"""What is replaced in the commands, so that they take minutes on two cores."""
+"""What is replaced in the commands, so that they take minutes on two cores and find a photo."""
 
 
 def blocks(page: str) -> list[str]:
@@ -89,4 +90,5 @@ def test_commands_of_the_readme_work_in_their_order(project):
         capture_output=True, text=True, timeout=3000, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert '{"predictions": [[' in done.stdout
     assert local.running(project / local.FOLDER) is None, "the last command stops the stack"
