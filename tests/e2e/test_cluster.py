@@ -109,7 +109,7 @@ def test_status_tells_every_service(folder):
     assert status.stdout.count("healthy") == 4
 
 
-def test_everything_listens_on_loopback_alone(folder):
+def test_everything_listens_only_on_loopback(folder):
     addresses = set()
     for process in marked(folder):
         try:
@@ -121,7 +121,7 @@ def test_everything_listens_on_loopback_alone(folder):
     assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
-def test_secrets_lie_in_files_of_their_owner_alone(folder):
+def test_only_the_owner_can_read_files_with_secrets(folder):
     for name in ("environment", "ray-token", "s3/credentials.json"):
         assert (folder / name).stat().st_mode & 0o077 == 0, name
 

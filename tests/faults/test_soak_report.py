@@ -18,7 +18,7 @@ def lives(hourly: float, *, step: float = 0.0) -> list[Sample]:
     ]
 
 
-def test_growth_within_lives_is_found():
+def test_growth_within_a_process_is_found():
     found = growth(lives(hourly=100 / 3600))
     assert found["worker", "handles"].hourly == pytest.approx(100, rel=0.05)
     assert found["worker", "handles"].beyond("handles")

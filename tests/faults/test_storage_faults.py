@@ -157,7 +157,7 @@ def assert_same(there: Dataset, checkpoint: Path, read: tuple[Dataset, ShardCach
 
 
 @pytest.mark.parametrize("fault", READING)
-def test_reading_goes_on_through_what_passes(proxy, there, checkpoint, tmp_path, fault, caplog):
+def test_reading_survives_transient_faults(proxy, there, checkpoint, tmp_path, fault, caplog):
     faults = [proxy.add(READING[fault], method="GET", path=path) for path in READ]
     assert_same(there, checkpoint, read_all(tmp_path), tmp_path)
     assert [f.hits for f in faults] == [1] * len(READ)
@@ -165,7 +165,7 @@ def test_reading_goes_on_through_what_passes(proxy, there, checkpoint, tmp_path,
         assert caplog.text.count("trying again in") >= len(READ)
 
 
-def test_reading_goes_on_when_the_server_was_gone_for_a_while(
+def test_reading_survives_a_server_that_was_away_for_a_while(
     proxy, there, checkpoint, tmp_path, caplog
 ):
     for path in READ[2:]:
@@ -186,7 +186,7 @@ WRITTEN += ("/index.parquet", "/manifest.json", "/run.json", "/checkpoint_000001
 
 
 @pytest.mark.parametrize("fault", WRITING)
-def test_writing_goes_on_through_what_passes(proxy, there, people, checkpoint, fault):
+def test_writing_survives_transient_faults(proxy, there, people, checkpoint, fault):
     where = f"s3://{BUCKET}/{fault.replace(' ', '-')}"
     faults = [
         proxy.add(WRITING[fault], method="PUT", path=where.partition(BUCKET)[2] + ".*" + path)
@@ -203,7 +203,7 @@ def test_writing_goes_on_through_what_passes(proxy, there, people, checkpoint, f
     assert Run.read(f"{where}/runs", "saved").manifest_digest == there.manifest.digest
 
 
-def test_large_upload_goes_on_through_a_fault_in_every_part(proxy, tmp_path, monkeypatch):
+def test_large_upload_survives_a_fault_in_every_part(proxy, tmp_path, monkeypatch):
     monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
     file = tmp_path / "shard.tar"
     file.write_bytes(os.urandom(18 << 20))
@@ -237,7 +237,7 @@ def say(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
         ({"status": 501, "code": "NotImplemented"}, "(NotImplemented)"),
     ],
 )
-def test_what_does_not_pass_is_one_line(proxy, there, capsys, monkeypatch, fault, said):
+def test_permanent_error_is_one_line(proxy, there, capsys, monkeypatch, fault, said):
     monkeypatch.setattr(retry, "RETRY_SECONDS", 0.3)
     proxy.add(refuse, method="GET|HEAD", times=None, **fault)
     code, line = say(capsys, "info", DATA)
@@ -273,7 +273,9 @@ def test_bytes_that_stay_flipped_are_an_error_and_not_kept(proxy, there, tmp_pat
     assert list(cache.folder.glob("*.tar")) == []
 
 
-def test_build_that_may_not_write_leaves_no_dataset_and_goes_on_later(proxy, there, people, capsys):
+def test_build_without_permission_leaves_no_dataset_and_continues_later(
+    proxy, there, people, capsys
+):
     where = f"s3://{BUCKET}/forbidden"
     words = ("build", "--source", "synthetic", "--root", people, "--out", where, "--jobs", 1)
     words += (
@@ -304,7 +306,7 @@ def test_upload_that_is_cut_off_lacks_its_seal(proxy, checkpoint):
     assert SEAL not in contents(f"{RUNS}/cut/checkpoint_000001")
 
 
-def test_mlflow_keeps_artifacts_on_s3_through_what_passes(proxy, tmp_path, monkeypatch):
+def test_mlflow_keeps_artifacts_on_s3_through_transient_faults(proxy, tmp_path, monkeypatch):
     from reid_train.tracking.server import connect
     from reid_train.tracking.uris import local_tracking
 

@@ -251,7 +251,7 @@ def test_run_on_a_failing_server_ends_with_the_same_bytes(place, quiet):
     assert summary["model"], "it is registered"
 
 
-def test_refused_write_stops_the_run_and_it_goes_on_when_allowed(place, quiet):
+def test_refused_write_stops_the_run_and_it_resumes_when_allowed(place, quiet):
     path = r"runs/denied/checkpoint_[^/]*/model"
     denied = place.proxy.add(
         refuse, method="PUT", path=path, skip=1, times=None, status=403, code="AccessDenied"

@@ -50,7 +50,7 @@ def modified(bucket: str) -> dict[str, object]:
     return {entry["Key"]: entry["LastModified"] for entry in pages.get("Contents", ())}
 
 
-def test_killed_build_goes_on_where_it_was(s3, people, tmp_path):
+def test_killed_build_continues(s3, people, tmp_path):
     url = f"{s3.url}/people"
     command = [sys.executable, "-m", "data_shards", "build", "--source", "synthetic"]
     command += ["--root", str(people), "--out", url, "--shard-bytes", str(SMALL), "--jobs", "2"]
@@ -122,7 +122,7 @@ def test_damage_in_the_bucket_is_found(s3, people, capsys):
     assert "gallery-000000.tar is missing" in complaint
 
 
-def test_wrong_password_is_said_and_not_shown(s3, people, monkeypatch, capsys):
+def test_wrong_password_is_reported_and_not_shown(s3, people, monkeypatch, capsys):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-password")
     command = ["build", "--source", "synthetic", "--root", str(people), "--out", s3.url]
     assert main(command) == 4
@@ -131,7 +131,7 @@ def test_wrong_password_is_said_and_not_shown(s3, people, monkeypatch, capsys):
     assert "wrong-password" not in complaint
 
 
-def test_missing_bucket_is_told_from_a_missing_object(s3):
+def test_missing_bucket_and_missing_object_have_different_errors(s3):
     with pytest.raises(StorageError, match="no bucket 'nowhere'") as caught:
         open_storage("s3://nowhere/people").exists("k")
     assert not isinstance(caught.value, ObjectMissing)

@@ -20,7 +20,7 @@ from data_shards.storage import open_storage
         ("dukemtmc", "no folders bounding_box_train, query, bounding_box_test"),
     ],
 )
-def test_missing_root_and_wrong_layout_are_told_apart(say, tmp_path, source, expected):
+def test_missing_root_and_wrong_layout_have_different_errors(say, tmp_path, source, expected):
     out = tmp_path / "out"
     nowhere = tmp_path / "nowhere"
     code, said = say("data_shards", "build", "--source", source, "--root", nowhere, "--out", out)
@@ -32,7 +32,7 @@ def test_missing_root_and_wrong_layout_are_told_apart(say, tmp_path, source, exp
     assert not out.exists()
 
 
-def test_root_is_asked_for(say, tmp_path):
+def test_root_is_required(say, tmp_path):
     code, said = say("data_shards", "build", "--source", "csv", "--out", tmp_path / "out")
     assert code == 2
     assert "needs --root" in error_line(said)

@@ -25,7 +25,7 @@ from data_shards.storage import open_storage, retry
     ],
     ids=["secret", "key", "none"],
 )
-def test_wrong_credentials_are_told_and_not_repeated(
+def test_wrong_credentials_are_reported_and_not_retried(
     say, s3, dataset, tmp_path, monkeypatch, change, expected
 ):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
@@ -114,7 +114,7 @@ def test_full_disk_ends_a_build_and_leaves_nothing_half_done(say, pictures, tiny
     assert say("data_shards", *arguments)[0] == 0
 
 
-def test_full_temporary_disk_is_told_by_verify(say, s3, dataset, tiny_disk, monkeypatch):
+def test_verify_names_a_full_temporary_disk(say, s3, dataset, tiny_disk, monkeypatch):
     url = f"{s3.url}/data"
     for path in dataset.rglob("*.*"):
         open_storage(url).upload(path.relative_to(dataset).as_posix(), path)

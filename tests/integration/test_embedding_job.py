@@ -126,7 +126,7 @@ def test_parts_of_another_precision_are_not_mixed_in(data, tmp_path):
     assert parts["bf16"] != parts["float32"]
 
 
-def test_evaluate_embeds_as_many_images_at_a_time_as_it_is_told(data, tmp_path, monkeypatch):
+def test_evaluate_embeds_batches_of_the_given_size(data, tmp_path, monkeypatch):
     told = []
 
     def embedded(settings, progress):

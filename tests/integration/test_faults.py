@@ -215,7 +215,7 @@ def test_second_driver_of_a_run_is_refused(survivor):
     assert "run survivor is being trained by process" in survivor["second"]
 
 
-def test_stopped_driver_leaves_a_checkpoint_and_says_how_to_go_on(survivor):
+def test_stopped_driver_leaves_a_checkpoint_and_prints_how_to_resume(survivor):
     assert survivor["stopped"].startswith("exit 143\n"), survivor["stopped"]
     assert "stopped by SIGTERM with a checkpoint after step 25" in survivor["stopped"]
     assert "--resume --name survivor" in survivor["stopped"]
@@ -233,7 +233,7 @@ def test_every_step_is_tracked_once_with_the_quiet_runs_loss(quiet, survivor):
     assert quiet.steps("survivor") == losses
 
 
-def test_run_that_ended_holds_no_lease(quiet, survivor):
+def test_ended_run_holds_no_lock(quiet, survivor):
     assert not list((quiet.folder / "runs" / "survivor" / "lease").glob("*.json"))
 
 
@@ -308,11 +308,11 @@ def wanderer(quiet: Place, guest: dict[str, str], cluster: Cluster) -> dict[str,
     return said
 
 
-def test_run_goes_on_between_its_least_and_most_workers(wanderer):
+def test_run_continues_between_its_least_and_most_workers(wanderer):
     assert wanderer["worlds"].split() == ["2", "1", "2", "2"], wanderer["head"]
 
 
-def test_run_whose_head_is_gone_ends_and_is_resumed_elsewhere(wanderer):
+def test_run_without_a_head_ends_and_is_resumed_elsewhere(wanderer):
     assert not wanderer["head"].startswith("exit 0")
     assert wanderer["ended"].startswith("exit 0\n"), wanderer["ended"]
 

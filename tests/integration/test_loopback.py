@@ -27,7 +27,7 @@ print(json.dumps(sorted(addresses)))
 """
 
 
-def test_a_ray_that_a_command_starts_for_itself_listens_on_loopback_alone():
+def test_ray_started_by_a_command_listens_only_on_loopback():
     environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
     done = subprocess.run(
         [sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=300,

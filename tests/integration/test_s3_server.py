@@ -57,7 +57,7 @@ def test_objects_are_read_back_whole_and_by_range(s3):
     assert [(item["Key"], item["Size"]) for item in listed] == [("folder/object", 10)]
 
 
-def test_environment_alone_signs_a_client_in(s3):
+def test_environment_is_enough_to_sign_in(s3):
     config = Config(response_checksum_validation="when_required")
     client = boto3.client("s3", config=config)
     client.put_object(Bucket=s3.name, Key="object", Body=b"here")

@@ -111,7 +111,7 @@ def test_a_name_is_taken_once(work):
     assert "Traceback" not in again.stderr
 
 
-def test_resumed_run_goes_on_to_more_epochs_on_one_worker_with_its_steps_counted_on(work):
+def test_resumed_run_trains_more_epochs_on_one_worker_and_counts_its_steps_on(work):
     folder, _ = work
     epochs = ["--optimizer.epochs", "3"]
     more = train("first", "--resume", *epochs, workers=1, cache=folder / "cache")

@@ -31,7 +31,7 @@ Refer to the documentation on how to address the out of memory issue: https://do
 """  # noqa: E501
 
 
-def test_it_is_said_where_memory_ran_out_and_what_used_it():
+def test_message_names_the_place_where_memory_ran_out_and_its_users():
     said = out_of_memory(TEXT)
     assert said is not None
     assert said.startswith("memory ran out on 192.0.2.2 (12.82GB of 23.54GB in use)")
@@ -48,7 +48,7 @@ def test_a_run_that_ends_so_says_what_to_do_in_one_line():
     assert said.endswith("continue with --resume --name r --output /runs")
 
 
-def test_a_trial_that_ends_so_is_not_told_how_to_resume():
+def test_message_of_a_failed_trial_has_no_advice_to_resume():
     config = recipe("demo").replace(name="r", output="/runs")
     said = str(explained(OutOfMemoryError(TEXT), config, advise=False))
     assert said == out_of_memory(TEXT)
@@ -60,7 +60,7 @@ GPU_TEXT = (
 )
 
 
-def test_a_gpu_that_is_too_small_is_said_with_what_to_do():
+def test_message_on_a_gpu_that_is_too_small_has_advice():
     config = recipe("demo").replace(name="r", output="/runs")
     said = str(explained(WorkerGroupError(GPU_TEXT, {3: RuntimeError(GPU_TEXT)}), config))
     assert said.startswith("a GPU's memory ran out: 2.50 GiB more were asked for, of 79.19 GiB in")

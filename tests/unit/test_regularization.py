@@ -179,7 +179,7 @@ def test_kinds_follow_the_owning_module():
     }
 
 
-def test_excluded_tensors_are_left_alone():
+def test_excluded_tensors_are_unchanged():
     network = _network()
     regularizer = AdaptiveL2(network, exclude=["1.*", "*.bias"])
     assert regularizer.names == ("0.weight", "3.weight")

@@ -70,7 +70,7 @@ def _columns(params: AugmentParams) -> np.ndarray:
     return np.stack(params)
 
 
-def test_draws_depend_on_seed_and_step_alone():
+def test_draws_depend_only_on_seed_and_step():
     def columns(seed: int, step: int) -> np.ndarray:
         return _columns(transforms.draw(seed=seed, step=step, batch=64, height=384, width=128))
 

@@ -147,7 +147,7 @@ def test_nodes_run_the_image_and_install_nothing_over_it(config):
 
 
 @pytest.mark.parametrize("key", ["head_start_ray_commands", "worker_start_ray_commands"])
-def test_ray_start_understands_its_flags_and_asks_for_a_token(config, key):
+def test_ray_start_understands_its_flags_and_requires_a_token(config, key):
     command = config[key][-1].rpartition("; ")[2].replace("$RAY_HEAD_IP", "10.0.0.1")
     mode, ray, verb, *flags = shlex.split(command)
     assert (mode, ray, verb) == ("RAY_AUTH_MODE=token", "ray", "start")

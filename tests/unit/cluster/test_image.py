@@ -66,7 +66,7 @@ def test_everything_that_is_copied_exists_and_is_in_the_context():
         ("tests/unit/test_image.py", False),
     ],
 )
-def test_the_context_is_the_code_alone(path, kept):
+def test_context_has_only_the_code(path, kept):
     assert in_context(path) is kept
 
 

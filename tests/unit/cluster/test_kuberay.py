@@ -213,7 +213,7 @@ def test_everything_is_in_the_one_namespace_and_behind_its_network_policy():
             assert group["template"]["metadata"]["labels"].items() >= selector.items()
 
 
-def test_dashboards_are_reached_from_inside_the_cluster_alone():
+def test_dashboards_are_reachable_only_inside_the_cluster():
     for document in (CLUSTER, JOB):
         head = cluster_spec(document)["headGroupSpec"]
         assert (head["serviceType"], head["enableIngress"]) == ("ClusterIP", False)

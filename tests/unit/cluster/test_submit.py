@@ -35,7 +35,7 @@ SECRETS = {
 }
 
 
-def test_job_is_told_where_things_are_and_no_secret():
+def test_job_gets_addresses_and_no_secret():
     places = {"AWS_ENDPOINT_URL": "http://s3.example", "AWS_DEFAULT_REGION": "eu-north-1"}
     given = settings(SECRETS | places)
     assert given.items() >= places.items()
@@ -143,7 +143,7 @@ def test_server_that_is_gone_for_long_is_given_up_in_one_line(monkeypatch):
     assert "\n" not in str(raised.value)
 
 
-def test_log_that_cannot_be_had_is_said_once_and_the_job_followed(monkeypatch, capsys):
+def test_missing_log_is_reported_once_and_the_job_is_followed(monkeypatch, capsys):
     statuses = [JobStatus.RUNNING] * 100 + [JobStatus.FAILED]
     monkeypatch.setattr(cluster.submit, "GIVE_UP_SECONDS", 0)
     server = Server([[HANDSHAKE]] * 101, statuses)

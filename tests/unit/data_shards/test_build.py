@@ -137,7 +137,7 @@ def stop_after(monkeypatch, count: int) -> list[str]:
     return written
 
 
-def test_interrupted_build_goes_on_where_it_was(root, tmp_path, monkeypatch):
+def test_interrupted_build_continues(root, tmp_path, monkeypatch):
     build("csv", root, str(tmp_path / "whole"), **SMALL)
     out = tmp_path / "out"
     with monkeypatch.context() as context:
@@ -181,7 +181,7 @@ def test_build_cut_off_before_its_manifest_ends_well(root, tmp_path, monkeypatch
     assert tree(out) == tree(tmp_path / "whole")
 
 
-def test_unfinished_build_of_another_dataset_is_left_alone(root, tmp_path, monkeypatch):
+def test_unfinished_build_of_another_dataset_is_kept(root, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as context:
         stop_after(context, 1)
@@ -194,7 +194,7 @@ def test_unfinished_build_of_another_dataset_is_left_alone(root, tmp_path, monke
     assert tree(out) == before
 
 
-def test_shards_of_unknown_origin_are_left_alone(root, tmp_path):
+def test_shards_of_unknown_origin_are_kept(root, tmp_path):
     shard = tmp_path / "out/shards/train-000000.tar"
     shard.parent.mkdir(parents=True)
     shard.write_bytes(b"someone's")
@@ -255,7 +255,7 @@ def test_full_disk_leaves_no_half_tar(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("work", [None, "work"])
-def test_second_build_at_once_is_refused_and_the_first_goes_on(root, tmp_path, monkeypatch, work):
+def test_second_build_at_once_is_refused_and_the_first_continues(root, tmp_path, monkeypatch, work):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     out, write, refused = tmp_path / "out", building.write_shard, []
     settings = SMALL | {"work": work and tmp_path / work}
@@ -283,13 +283,13 @@ def test_leftover_tar_that_another_still_reads_is_not_written_into(root, tmp_pat
     assert verify(str(tmp_path / "out"), jobs=1)[1] == []
 
 
-def test_one_identity_alone_is_refused(tmp_path):
+def test_single_identity_is_refused(tmp_path):
     with pytest.raises(DataError, match="one identity"):
         build("csv", people(tmp_path, train=1), str(tmp_path / "out"), **SMALL)
 
 
 @pytest.mark.parametrize(("train", "test"), [(3, 0), (0, 3)])
-def test_train_or_test_alone_will_do(tmp_path, train, test):
+def test_train_or_test_is_enough(tmp_path, train, test):
     manifest = build("csv", people(tmp_path, train, test), str(tmp_path / "out"), **SMALL).manifest
     assert ("train" in manifest.splits, "query" in manifest.splits) == (train > 0, test > 0)
 
@@ -550,7 +550,7 @@ def test_s3_and_a_folder_hold_the_same(root, tmp_path, s3_out):
     assert {key: storage.read(key) for key, _ in storage.list()} == tree(tmp_path / "out")
 
 
-def test_missing_bucket_is_said_before_the_images_are_decoded(root, s3_out, monkeypatch):
+def test_missing_bucket_is_found_before_images_are_decoded(root, s3_out, monkeypatch):
     monkeypatch.setattr(building, "scan", None)
     with pytest.raises(StorageError, match="no bucket 'nowhere'"):
         build("csv", root, "s3://nowhere/people", **SMALL)

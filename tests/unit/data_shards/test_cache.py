@@ -286,7 +286,7 @@ def test_what_a_killed_process_left_behind_takes_no_room(tmp_path, shards):
     assert not part.exists()
 
 
-def test_prefetched_shards_are_there_without_being_asked_for(tmp_path, shards):
+def test_prefetched_shards_are_present_before_they_are_read(tmp_path, shards):
     cache = make_cache(tmp_path, seconds=0.01)
     cache.prefetch(shards[3:])
     settle(lambda: cache.stats["downloads"] == 3)

@@ -303,7 +303,7 @@ def test_leaving_early_ends_the_workers(dataset, cache, rows):
     assert multiprocessing.active_children() == []
 
 
-def test_loading_leaves_the_random_state_of_the_training_alone(dataset, cache, rows):
+def test_loading_does_not_change_the_random_state_of_the_training(dataset, cache, rows):
     torch.manual_seed(0)
     state = torch.get_rng_state()
     list(train_batches(dataset, cache, rows[:2], **SIZE, workers=1))

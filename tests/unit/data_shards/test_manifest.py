@@ -95,7 +95,7 @@ def small() -> tuple[Manifest, Index]:
     return make(sizes, [7, 7, 3, 9, 9, 1])
 
 
-def test_labels_are_by_ascending_pid_in_train_alone(small):
+def test_only_train_has_labels_by_ascending_pid(small):
     _, index = small
     assert index.label.tolist() == [1, 1, 0, -1, -1, -1]
 
@@ -187,7 +187,7 @@ def test_digest_follows_every_field(small):
     assert manifest.model_copy(update={"name": "others"}).digest != manifest.digest
 
 
-def test_evaluation_digest_follows_the_test_images_alone(small):
+def test_evaluation_digest_depends_only_on_the_test_images(small):
     manifest = small[0]
 
     def with_sha(position: int) -> Manifest:

@@ -83,7 +83,7 @@ def test_every_pause_is_logged_with_the_reason(clock, caplog):
         ("InvalidRange", 416, False),
     ],
 )
-def test_what_passes_by_itself_is_told_from_what_does_not(clock, code, status, passes):
+def test_transient_errors_are_distinguished_from_others(clock, code, status, passes):
     error = answered(code, status)
     assert is_transient(error) == passes
     assert Retry().wait("k", error) == passes

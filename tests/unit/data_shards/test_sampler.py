@@ -177,7 +177,7 @@ def test_no_more_shards_than_a_window_are_in_use_at_a_time(case):
 
 @many
 @given(cases(), st.integers(1, 60))
-def test_asked_for_steps_are_given_exactly(case, steps):
+def test_plan_has_exactly_the_requested_steps(case, steps):
     index, options = case
     rows = plan(index, **options, steps=steps)
     assert len(rows) == steps

@@ -96,7 +96,7 @@ class TestBothKinds:
         with pytest.raises(StorageError, match="truncated"):
             storage.read_range("k", start, 30)
 
-    def test_missing_object_is_told_apart(self, storage):
+    def test_missing_object_has_its_own_error(self, storage):
         for use in (storage.read, storage.size, lambda key: storage.read_range(key, 0, 1)):
             with pytest.raises(ObjectMissing):
                 use("nothing")
@@ -344,7 +344,7 @@ class Object(Faulty):
 DATA = bytes(range(256)) * 20_000  # 5 MB
 
 
-def test_download_goes_on_from_the_byte_it_reached(monkeypatch, tmp_path):
+def test_download_continues_from_the_byte_it_reached(monkeypatch, tmp_path):
     server = Object(monkeypatch, DATA, cuts=[2_000_000, 1_500_000])
     digest = hashlib.sha256(DATA).hexdigest()
     open_storage("s3://b").download("k", tmp_path / "k", sha256=digest)
@@ -372,7 +372,7 @@ def test_retries_are_bounded(monkeypatch):
         open_storage("s3://b").read("k")
 
 
-def test_busy_server_is_asked_again(monkeypatch, caplog):
+def test_busy_server_is_tried_again(monkeypatch, caplog):
     server = Object(monkeypatch, DATA, cuts=[])
     server.status_first = [503, 500]
     assert open_storage("s3://b").read("k") == DATA
@@ -533,7 +533,7 @@ class Proxy(Faulty):
         request.wfile.write(content)
 
 
-def test_create_once_whose_answer_was_lost_is_ours(bucket, moto_port, monkeypatch):
+def test_create_once_recognises_its_own_bytes_after_a_lost_answer(bucket, moto_port, monkeypatch):
     proxy = Proxy(monkeypatch, moto_port)
     proxy.lose = 1
     open_storage(f"s3://{bucket}").write("k", b"mine", create_once=True)
@@ -596,7 +596,7 @@ class TestMultipart:
         storage.upload("k", file)
         assert self.parts_sent(proxy) == ["1", "2", "3"]
 
-    def test_completion_whose_answer_was_lost_counts(self, bucket, proxy, file, monkeypatch):
+    def test_upload_completes_when_the_answer_was_lost(self, bucket, proxy, file, monkeypatch):
         storage = open_storage(f"s3://{bucket}")
         handle = proxy.handle
 

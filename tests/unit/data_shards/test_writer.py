@@ -75,7 +75,7 @@ def test_offsets_lead_to_the_original_bytes(images, tmp_path):
             assert data[offset : offset + len(original)] == original
 
 
-def test_bytes_depend_on_the_images_alone(images, tmp_path):
+def test_bytes_depend_only_on_the_images(images, tmp_path):
     first = [info for _, _, info, _ in write_all(images, tmp_path / "first")]
     for image in images:
         os.utime(image.record.path, (1, 1))

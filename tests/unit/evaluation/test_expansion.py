@@ -64,5 +64,5 @@ def test_augmented_gallery_follows_the_formula(sides, k):
     np.testing.assert_allclose(augmented(sides, k), expected, atol=1e-5)
 
 
-def test_a_gallery_augmented_with_itself_alone_stays(sides):
+def test_gallery_augmented_only_with_itself_is_unchanged(sides):
     np.testing.assert_allclose(augmented(sides, 1), normalized(sides[1]), atol=1e-6)

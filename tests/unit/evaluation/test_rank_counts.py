@@ -77,7 +77,7 @@ def test_no_partial_sum_is_greater_than_the_tolerance_allows_for(seed, dimension
         assert np.abs(np.cumsum(terms[order])).max() <= share[0] + 1e-12
 
 
-def test_positives_too_far_apart_for_float32_are_told_apart():
+def test_positives_that_float32_cannot_separate_are_separated():
     scores = np.linspace(-3e38, 3e38, 41, dtype=np.float32)[None]
     keys, indices = [np.float32([-3e38, 1e38, 3e38])], [np.array([100, 120, 130])]
     assert counted(scores, keys, indices).tolist() == compared(scores, keys, indices)

@@ -136,7 +136,7 @@ def test_a_collapsed_model_is_ranked_by_gallery_index(metric):
     assert_same(result, sorted_metrics(np.zeros((10, 300)), labels, 9))
 
 
-def test_a_gallery_of_zeros_alone_is_ranked_by_index():
+def test_gallery_of_zeros_is_ranked_by_index():
     query = np.random.default_rng(0).standard_normal((6, 9)).astype(np.float32)
     labels = Labels([1] * 6, [0] * 6, [0, 1], [1, 1])
     result = rank(query, np.zeros((2, 9), np.float32), labels, metric="euclidean")
@@ -252,7 +252,7 @@ def test_junk_neither_helps_nor_hurts():
     assert after.average_precision[0] == before.average_precision[0]
 
 
-def test_camera_pairs_are_ranked_as_if_alone():
+def test_camera_pairs_are_ranked_independently():
     query, base, labels = problem(2, 30, 200, 6, 3, 2)
     pairs = evaluate(query, base, labels, Measures(max_rank=9, camera_pairs=True)).pairs
     assert all(a != b for a, b in pairs)

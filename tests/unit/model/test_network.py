@@ -81,7 +81,7 @@ def test_classifiers_start_as_in_the_paper(small):
         assert (head.norm.eps, head.norm.momentum) == (2e-5, 0.01)
 
 
-def test_initial_weights_depend_on_the_seed_alone():
+def test_initial_weights_depend_only_on_the_seed():
     torch.manual_seed(11)
     first = ReidNet("resnet18", identities=4, seed=9)
     after = torch.rand(3)

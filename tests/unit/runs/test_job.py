@@ -84,7 +84,7 @@ def test_finished_run_without_its_report_gets_it(settings, fitted):
     assert len(fitted) == 1
 
 
-def test_resuming_a_run_whose_checkpoints_are_gone_starts_over_and_says_so(settings, fitted):
+def test_resuming_a_run_without_checkpoints_starts_over_with_a_warning(settings, fitted):
     run(settings)
     for folder in Path(settings.output, "läuft").glob("checkpoint_*"):
         shutil.rmtree(folder)
@@ -152,7 +152,7 @@ def test_mlflow_file_that_was_moved_is_missed_and_not_made_again(settings, fitte
     assert len(fitted) == 1
 
 
-def test_name_that_is_taken_is_refused_before_mlflow_is_asked(settings, fitted, monkeypatch):
+def test_taken_name_is_refused_before_mlflow_is_called(settings, fitted, monkeypatch):
     run(settings)
     monkeypatch.setattr(Tracker, "start", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(ConfigError, match="continue it with --resume"):

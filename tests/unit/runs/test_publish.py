@@ -31,7 +31,7 @@ def told(model: str | None) -> str:
     return screen.getvalue()
 
 
-def test_a_person_is_told_where_the_model_is():
+def test_summary_names_the_place_of_the_model():
     assert "model      models:/reid-people/3 (now the champion)" in told("models:/reid-people/3")
     assert "model      s3://b/runs/r/checkpoint_2\n" in told(None)
 

@@ -22,7 +22,7 @@ from reid_train.runs.ray_trainer import _require_shared_folders, start_ray, use_
         ("cuda", 0, 1, True),
     ],
 )
-def test_gpus_are_taken_if_there_are_enough_or_they_are_asked_for(
+def test_gpus_are_used_if_there_are_enough_or_they_are_requested(
     device, here, needed, expected, monkeypatch
 ):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": float(here)})

@@ -51,7 +51,7 @@ def test_what_else_differs_is_named():
         same_training(RUN, RUN.replace(seed=1, optimizer__beta1=0.8, optimizer__epochs=20))
 
 
-def test_finished_run_stands_for_its_best_checkpoint(tmp_path):
+def test_finished_run_means_its_best_checkpoint(tmp_path):
     best = tmp_path / "checkpoint_2"
     best.mkdir()
     (tmp_path / "report").mkdir()
@@ -70,7 +70,7 @@ def test_a_run_that_was_stopped_names_its_checkpoints(tmp_path):
         fetch(tmp_path, Path("unused"))
 
 
-def test_summary_without_a_checkpoint_is_said(tmp_path):
+def test_summary_without_a_checkpoint_is_an_error(tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / SUMMARY).write_text("{}")
     with pytest.raises(DataError, match="names no checkpoint"):

@@ -121,7 +121,7 @@ def test_of_many_that_want_a_dead_drivers_run_one_gets_it(run):
     assert (len(got), len(refused)) == (1, 5)
 
 
-def test_lease_that_is_followed_as_it_is_read_is_not_taken_for_none(run, monkeypatch):
+def test_lock_that_is_replaced_while_it_is_read_counts_as_held(run, monkeypatch):
     leave(run, ELSEWHERE)
     read = LocalStorage.read
 
@@ -137,7 +137,7 @@ def test_lease_that_is_followed_as_it_is_read_is_not_taken_for_none(run, monkeyp
     assert leases(run) == ["lease/000002.json"]
 
 
-def test_driver_whose_run_was_taken_over_stops(run):
+def test_driver_stops_when_its_run_was_taken_over(run):
     lost = threading.Event()
     with held(run, "r", beat=0.1, lost=lost.set):
         leave(run, ELSEWHERE, 2)
@@ -153,7 +153,7 @@ def test_sleeper_does_not_take_back_a_number_that_was_given_again(run):
     assert json.loads(run.read("lease/000001.json")) == asdict(ELSEWHERE)
 
 
-def test_sleeper_does_not_go_on_with_a_run_that_another_ended(run):
+def test_sleeper_does_not_continue_a_run_that_another_ended(run):
     lost = threading.Event()
     with held(run, "r", beat=0.1, lost=lost.set):
         run.delete("lease/000001.json")
@@ -161,13 +161,13 @@ def test_sleeper_does_not_go_on_with_a_run_that_another_ended(run):
     assert leases(run) == []
 
 
-def test_lease_of_another_is_left_alone_at_the_end(run):
+def test_lock_of_another_run_is_kept_at_the_end(run):
     with held(run, "r", beat=1000):
         leave(run, ELSEWHERE, 1)
     assert leases(run) == ["lease/000001.json"]
 
 
-def test_holder_shows_that_it_lives(run):
+def test_holder_renews_its_lock(run):
     with held(run, "r", beat=0.05):
         deadline = time.monotonic() + 30
         while json.loads(run.read("lease/000001.json"))["beats"] < 2:
@@ -175,7 +175,7 @@ def test_holder_shows_that_it_lives(run):
             time.sleep(0.05)
 
 
-def test_damaged_lease_is_waited_for_like_any_other(run):
+def test_damaged_lock_is_waited_for_like_any_other(run):
     run.write("lease/000003.json", b"{")
     with held(run, "r", beat=0.1, silent=0.3):
         assert leases(run) == ["lease/000004.json"]
@@ -188,13 +188,13 @@ def test_process_number_of_another_start_of_the_machine_says_nothing():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere psutil says when a process began")
-def test_driver_lives_on_although_the_clock_is_set(monkeypatch):
+def test_driver_survives_a_change_of_the_clock(monkeypatch):
     owner, before = Owner.here(), psutil.Process.create_time
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: before(self) + 3600)
     assert owner.lives() is True
 
 
-def test_lease_on_s3_is_taken_once(s3):
+def test_lock_on_s3_is_taken_once(s3):
     run = lease_storage(s3.url)
     with (
         held(run, "r"),

@@ -127,7 +127,7 @@ def test_artifacts_that_were_moved_are_named():
     assert "files at file:///old/artifacts, and they cannot be read" in explain(error, "sqlite://")
 
 
-def test_no_password_is_told(monkeypatch):
+def test_no_password_is_printed(monkeypatch):
     def fail(uri: str) -> None:
         raise ConnectionError(f"no route to {uri}")
 

@@ -210,7 +210,7 @@ def test_a_killed_drivers_worker_sends_no_step_that_another_driver_logs_again(ml
     assert [step for _, step, _ in mlflow.points] == [0, 1, 2]
 
 
-def test_values_wait_while_it_is_not_known_whose_the_run_is(mlflow):
+def test_values_wait_until_the_owner_of_the_run_is_known(mlflow):
     answers = [ConnectionError("no S3"), True]
 
     def may_send() -> bool:
@@ -312,7 +312,7 @@ def test_local_tracking_keeps_artifacts_beside_its_database(mlflow, tmp_path):
     assert mlflow.experiments == {"reid": (tmp_path / "new" / "artifacts").as_uri()}
 
 
-def test_commit_can_be_told_where_there_is_no_repository(monkeypatch):
+def test_commit_can_be_given_without_a_repository(monkeypatch):
     monkeypatch.setenv("REID_COMMIT", "abc")
     assert code_commit() == "abc"
 

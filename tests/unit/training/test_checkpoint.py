@@ -62,7 +62,7 @@ def test_everything_comes_back_bitwise(original, monkeypatch):
             assert moments[position][key].stride() == value.stride(), (position, key)
 
 
-def test_it_is_tensors_arrays_and_json_alone(original):
+def test_checkpoint_has_only_tensors_arrays_and_json(original):
     folder, _ = original
     assert sorted(path.name for path in folder.iterdir()) == FILES
     for path in folder.iterdir():

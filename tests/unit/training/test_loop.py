@@ -172,7 +172,7 @@ def test_step_follows_the_averaged_clipped_gradient_of_loss_and_penalty(
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_frozen_phase_leaves_the_backbone_and_its_factors_alone(tiny_dataset, tmp_path):
+def test_frozen_phase_changes_neither_backbone_nor_its_factors(tiny_dataset, tmp_path):
     settings = config(optimizer__epochs=1, checkpoint__every_steps=2, evaluation__every=2)
     folder = run(tiny_dataset, settings, tmp_path).checkpoints[0]
     model = build_model(settings, 6)

@@ -81,7 +81,7 @@ def test_run_stops_with_the_step_its_images_and_the_last_good_checkpoint(
             assert torch.isfinite(tensor).all(), name
 
 
-def test_last_good_checkpoint_goes_on_when_skipping_is_allowed(
+def test_last_good_checkpoint_continues_when_skipping_is_allowed(
     tiny_dataset, tmp_path, monkeypatch, caplog
 ):
     spoil(monkeypatch, BAD, BAD + 1, forward=True)
@@ -140,7 +140,7 @@ def test_weights_that_are_not_finite_are_never_written(tiny_dataset, tmp_path, m
     ]
 
 
-def test_saturated_factors_are_told_once_for_each_end(tiny_dataset, tmp_path, caplog):
+def test_saturated_factors_are_reported_once_for_each_end(tiny_dataset, tmp_path, caplog):
     settings = SETTINGS.replace(
         regularization__theta_lr_multiplier=1e4,
         optimizer__schedule="constant",

@@ -251,7 +251,7 @@ class SlowBoard:
             raise ray.exceptions.GetTimeoutError
 
 
-def test_each_trial_that_ends_has_a_line_in_a_log_though_the_board_is_slow():
+def test_log_has_a_line_for_each_finished_trial():
     sweep: Any = SimpleNamespace(trials=[Trial(0, {}, state="running")])
     text = io.StringIO()
     console = Console(file=text, width=60, soft_wrap=True, markup=False)

@@ -152,7 +152,7 @@ def test_every_quantile_lies_in_the_range(dimension, quantile):
 
 
 @given(st.integers(4, 200))
-def test_a_grid_is_regular_and_no_larger_than_asked(points):
+def test_grid_is_regular_and_no_larger_than_requested(points):
     space: Space = {
         "a": FloatDistribution(1, 100, log=True),
         "b": CategoricalDistribution((1, 2)),
