@@ -5,8 +5,6 @@ Ray Train workers. Metrics go to MLflow and the model into its registry. Everyth
 folder.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A copy of this file and of the packages that it imports is stored with the weigh
 a model loads where this project is not installed, and no pickle is needed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
