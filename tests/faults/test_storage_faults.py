@@ -273,9 +273,7 @@ def test_bytes_that_stay_flipped_are_an_error_and_not_kept(proxy, there, tmp_pat
     assert list(cache.folder.glob("*.tar")) == []
 
 
-def test_build_without_permission_leaves_no_dataset_and_resumes(
-    proxy, there, people, capsys
-):
+def test_build_without_permission_leaves_no_dataset_and_resumes(proxy, there, people, capsys):
     where = f"s3://{BUCKET}/forbidden"
     words = ("build", "--source", "synthetic", "--root", people, "--out", where, "--jobs", 1)
     words += (
