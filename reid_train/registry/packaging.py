@@ -5,7 +5,6 @@ The model is code and safetensors, without pickles: MLflow runs `pyfunc_model.py
 
 import shutil
 import tempfile
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,22 +69,19 @@ def log_model(
             for file in CODE:
                 (code / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(SOURCE / file, code / file)
-            with warnings.catch_warnings():
-                # MLflow advises type hints, but has none for arrays.
-                warnings.filterwarnings("ignore", message=".*Add type hints", category=UserWarning)
-                mlflow.pyfunc.save_model(
-                    path,
-                    python_model=str(SOURCE / "reid_train" / "registry" / "pyfunc_model.py"),
-                    artifacts={"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)},
-                    code_paths=[str(package) for package in sorted(code.iterdir())],
-                    signature=ModelSignature(Schema([images]), Schema([embeddings])),
-                    input_example=example,
-                    # A local part such as +cu130 names a build that registries do not have.
-                    pip_requirements=[
-                        f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS
-                    ],
-                    mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
-                )
+            mlflow.pyfunc.save_model(
+                path,
+                python_model=str(SOURCE / "reid_train" / "registry" / "pyfunc_model.py"),
+                artifacts={"weights": str(folder / WEIGHTS), "config": str(folder / CONFIG)},
+                code_paths=[str(package) for package in sorted(code.iterdir())],
+                signature=ModelSignature(Schema([images]), Schema([embeddings])),
+                input_example=example,
+                # A local part such as +cu130 names a build that registries do not have.
+                pip_requirements=[
+                    f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS
+                ],
+                mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
+            )
             _check_in_model(path / "MLmodel")
             client.log_model_artifacts(logged.model_id, str(path))
     except BaseException:

@@ -23,8 +23,12 @@ class EmbeddingModel(PythonModel):
         """Read the weights; use a GPU if there is one."""
         self._embedder = Embedder.from_folder(Path(context.artifacts["weights"]).parent)
 
-    # MLflow warns of type hints that it cannot turn into a signature, so the input has none.
-    def predict(self, context, model_input, params: dict[str, Any] | None = None) -> np.ndarray:
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: np.ndarray,
+        params: dict[str, Any] | None = None,
+    ) -> np.ndarray:
         """Embed images; `context` and `params` are not used.
 
         Raises:

@@ -21,3 +21,9 @@ def test_stored_code_is_what_the_embedder_imports():
         [sys.executable, "-c", IMPORTED], cwd=SOURCE, capture_output=True, text=True, check=True
     )
     assert {str(SOURCE / file) for file in CODE} == set(done.stdout.split())
+
+
+def test_mlflow_has_no_advice_on_the_model():
+    command = [sys.executable, "-c", "import reid_train.registry.pyfunc_model"]
+    done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, check=True)
+    assert "type hint" not in done.stderr
