@@ -270,11 +270,7 @@ class TrainConfig(Section):
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "configuration") -> Self:
-        """Read a configuration.
-
-        Raises:
-            ConfigError: a name or value that this version does not accept.
-        """
+        """Read a configuration; raise a `ConfigError` for what this version does not accept."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

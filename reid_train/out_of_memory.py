@@ -16,14 +16,7 @@ def gpu_out_of_memory(text: str) -> bool:
 
 
 def out_of_memory(text: str) -> str | None:
-    """Where memory ran out and what used it, from the text of an error.
-
-    Args:
-        text: what PyTorch said of a GPU, or Ray's memory monitor when it killed a process.
-
-    Returns:
-        A sentence without its end; None if the error is another.
-    """
+    """Where memory ran out and what used it, from PyTorch's or Ray's error; None for any other."""
     if gpu_out_of_memory(text):
         asked = _ASKED.search(text)
         more = f": {asked[1]} more were asked for, of {asked[2]} in all" if asked else ""

@@ -9,9 +9,8 @@ from urllib.parse import urlsplit
 
 from data_shards.errors import ConfigError, ReidError
 
-ANSWER_SECONDS = 10.0
-"""How long the head of a cluster may take to answer."""
-NOISE = (
+ANSWER_SECONDS = 10.0  # for the head of a cluster to answer
+NOISE = (  # lines of workers that are not shown here; Ray's log files have them
     # Ray Train's own actor; nothing depends on its restart (Ray's issue 53727).
     "PreemptionWatcher",
     # It is specified so that gradient buckets keep their layout, and a resumed run its sums.
@@ -21,7 +20,6 @@ NOISE = (
     # Actors that need no CPU, such as the board, count as too many processes.
     "PYTHON worker processes have been started",
 )
-"""Lines of workers that are not shown here; Ray's log files have them."""
 
 
 def prepare_ray() -> None:
@@ -43,12 +41,7 @@ def prepare_ray() -> None:
 
 
 def require_ray_cluster() -> None:
-    """Check that the cluster at RAY_ADDRESS answers, if there is one; Ray would wait for minutes.
-
-    Raises:
-        ConfigError: RAY_ADDRESS is a job server's, or none at all.
-        ReidError: nothing answers there.
-    """
+    """Check that the cluster at RAY_ADDRESS answers, if it is set; Ray would wait for minutes."""
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "auto", "local"):
         return

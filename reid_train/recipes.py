@@ -11,9 +11,8 @@ from reid_train.config import TrainConfig, explain
 
 T = TypeVar("T")
 
-PAPER = TrainConfig()
-"""The paper's settings; the method is the same for every dataset."""
-_SMALL = PAPER.replace(
+PAPER = TrainConfig()  # the method is the same for every dataset
+_SMALL = PAPER.replace(  # for a few thousand images at most: from scratch, minutes on two cores
     model__backbone="resnet18",
     model__weights="none",
     augment__pad=4,
@@ -21,7 +20,6 @@ _SMALL = PAPER.replace(
     optimizer__frozen_epochs=0,
     checkpoint__every_steps=None,
 )
-"""What a few thousand images at most have in common: from scratch, minutes on two cores."""
 
 _RECIPES = {
     "msmt17_resnet50": ("the paper's settings, for any large dataset; a GPU", PAPER),
@@ -86,11 +84,7 @@ PURPOSES = {name: purpose for name, (purpose, _) in _RECIPES.items()}
 
 
 def recipe(name: str) -> TrainConfig:
-    """The recipe of that name.
-
-    Raises:
-        ConfigError: there is none; the message names the nearest.
-    """
+    """The recipe of that name; if there is none, a `ConfigError` names the nearest."""
     if name not in RECIPES:
         hint, there = did_you_mean(name, RECIPES), ", ".join(RECIPES)
         raise ConfigError(f"unknown recipe {name!r}.{hint} There are: {there}.")
@@ -103,16 +97,9 @@ def parse_with_recipe(
     prog: str,
     base: TrainConfig | None = None,
 ) -> T:
-    """Parse a command line whose defaults come from the recipe that it names.
+    """Parse a command line with the defaults of `base`, or else of the recipe that it names.
 
-    Args:
-        make: makes the settings with their defaults from a configuration.
-        words: of the command line.
-        prog: the command, for its help.
-        base: the defaults instead of a recipe.
-
-    Raises:
-        ConfigError: an unknown recipe or option, or a value out of range.
+    `make` turns a configuration into the command's settings; `prog` is the command, for its help.
     """
     default = make(base or recipe(peek(words, "recipe").recipe or PAPER.recipe))
     try:

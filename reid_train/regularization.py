@@ -261,15 +261,9 @@ class AdaptiveL2(_L2):
 
 
 class ConstantL2(_L2):
-    """The baseline: the same constant λ for all tensors (in the loss, not decoupled decay).
+    """The baseline: one constant λ, `factor`, for all tensors (in the loss, not decoupled decay).
 
-    Args:
-        model: the module to regularize.
-        factor: λ.
-        exclude: parameters to leave out, as `fnmatch` patterns on their names.
-
-    Raises:
-        ConfigError: as `AdaptiveL2`.
+    `model`, `exclude` and the errors are as in `AdaptiveL2`.
     """
 
     def __init__(self, model: nn.Module, factor: float, *, exclude: Sequence[str] = ()) -> None:
@@ -279,7 +273,6 @@ class ConstantL2(_L2):
         self.factor = factor
 
     def factor_vector(self) -> Tensor:
-        """Return λ, (n,) float32."""
         return torch.full((len(self.names),), self.factor, device=self._tracked.weights[0].device)
 
     def parameter_groups(self, lr: float, theta_lr_multiplier: float = 1.0) -> list[dict[str, Any]]:

@@ -17,13 +17,8 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
 
     The gradient of a rank's part is the sum of the gradients from all ranks. So a loss that is a
     mean over each rank's own anchors, with candidates from this function, has after DDP's averaging
-    the same gradient as one process with the whole batch.
-
-    Args:
-        tensor: (B, …), of the same shape and dtype on every rank.
-
-    Returns:
-        (B · world size, …); with one process, the tensor itself.
+    the same gradient as one process with the whole batch. The tensor is (B, …), of the same shape
+    and dtype on every rank; the result is (B · world size, …).
     """
     if world_size() == 1:
         return tensor

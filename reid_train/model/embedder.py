@@ -107,16 +107,10 @@ def embed(
     mirror: bool = True,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> torch.Tensor:
-    """Return the embeddings of a batch, averaged with those of the mirror images.
+    """Return the embeddings (B, D) float32 of a batch (B, H, W, 3) uint8, on the model's device.
 
-    Args:
-        model: a network in evaluation mode.
-        image: (B, H, W, 3) uint8, on the model's device.
-        mirror: whether to average with the mirror images.
-        autocast: returns the context that the network runs in.
-
-    Returns:
-        (B, D) float32, on the same device.
+    The model is in evaluation mode. `mirror` averages with the embeddings of the mirror images.
+    `autocast` returns the context that the network runs in.
     """
     pixels = transforms.normalize(image)
     with autocast():
@@ -141,8 +135,7 @@ def resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
 def require_images(images: object) -> np.ndarray:
     """Return (N, H, W, 3) uint8 images as an array; lists of one such shape are converted.
 
-    Raises:
-        DataError: another shape or type; the message says how to convert it.
+    For another shape or type, a `DataError` says how to convert it.
     """
     wanted = "images must be (N, H, W, 3) uint8, RGB with values from 0 to 255"
     if isinstance(images, list | tuple):

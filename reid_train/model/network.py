@@ -29,13 +29,7 @@ class Output(NamedTuple):
 
 
 class ObjectiveHead(nn.Module):
-    """Global average pooling, clip to [0, 1], batch norm, linear classifier without bias.
-
-    Args:
-        channels: channels of the feature map.
-        identities: C, classes of the classifier.
-        norm: class of the batch norm.
-    """
+    """Global average pooling, clip to [0, 1], batch norm, linear classifier without bias."""
 
     def __init__(self, channels: int, identities: int, norm: type[nn.Module]) -> None:
         super().__init__()
@@ -114,11 +108,7 @@ class ReidNet(nn.Module):
         self._backbone_frozen = False
 
     def forward(self, image: Tensor) -> Output:
-        """Return each head's pooled features and logits.
-
-        Args:
-            image: (B, 3, H, W), as `transforms.normalize` returns it.
-        """
+        """Return each head's output for images (B, 3, H, W) from `transforms.normalize`."""
         pooled, logits = zip(*(head(x) for head, x in self._maps(image)), strict=True)
         return Output(list(pooled), list(logits))
 
@@ -130,11 +120,7 @@ class ReidNet(nn.Module):
         return torch.cat([head.pool(x) for head, x in self._maps(image)], dim=1)
 
     def load_backbone(self, state: Mapping[str, Tensor]) -> None:
-        """Set the backbone's weights, including both copies of its last stage.
-
-        Args:
-            state: exactly the tensors of `backbone_shapes`; `pretrained.load_backbone` reads them.
-        """
+        """Set the backbone, with both last stages; `state` has exactly the `backbone_shapes`."""
         last = {name: value for name, value in state.items() if name.startswith("layer4.")}
         self.trunk.load_state_dict({k: v for k, v in state.items() if k not in last})
         for stage in self.backbone_modules()[1:]:

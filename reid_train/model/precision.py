@@ -17,19 +17,14 @@ def set_precision(config: TrainConfig) -> None:
 
 
 def autocast(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Return a factory of the context that the network runs in.
-
-    Args:
-        config: `precision` is "float32", "bf16", or "auto": bfloat16 if the device has it.
-        device: where the network runs.
-    """
+    """Return a factory of the context that the network runs in on a device."""
     if precision_on(config, device) == "float32":
         return nullcontext
     return partial(torch.autocast, device.type, dtype=torch.bfloat16)
 
 
 def precision_on(config: TrainConfig, device: torch.device) -> Literal["bf16", "float32"]:
-    """The precision that the network runs in on a device."""
+    """The precision of the network on a device; "auto" is bfloat16 if the device has it."""
     if config.precision == "auto":
         if device.type == "cuda":
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

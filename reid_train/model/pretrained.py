@@ -50,12 +50,10 @@ def load_backbone(network: ReidNet, source: str) -> None:
         network: its backbone is set, with both copies of the last stage.
         source: "none" leaves the initial weights; "imagenet" means torchvision's IMAGENET1K_V1
             for this backbone; anything else is a path or an s3:// URL of a ResNet's state dict in
-            torchvision's names, .safetensors or .pt / .pth. Its classifier is dropped.
+            torchvision's names (see `read_state`). Its classifier is dropped.
 
     Raises:
-        ConfigError: "imagenet" cannot be downloaded, or the file has an unknown ending.
-        DataError: the file is damaged, is something else, or does not fit the backbone.
-        StorageError: the file is not there or cannot be read.
+        ReidError: as `read_state` and `fitted`; or "imagenet" cannot be downloaded.
     """
     if source == "none":
         return
@@ -66,7 +64,7 @@ def load_backbone(network: ReidNet, source: str) -> None:
 def read_state(source: str) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors, .pt or .pth file, at a path or an s3:// URL.
 
-    What the file is, its content decides, not its name. Nothing but tensors is unpickled.
+    Its content decides how it is read, not its name. Nothing but tensors is unpickled.
 
     Raises:
         ConfigError: the name has none of the three endings.
@@ -190,15 +188,9 @@ def _state_dict(state: object, source: str) -> dict[str, Tensor]:
 def fitted(
     state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str
 ) -> dict[str, Tensor]:
-    """Return exactly the tensors that a backbone wants.
+    """Return the tensors of `shapes`, which the state names as torchvision does, or with prefixes.
 
-    Args:
-        state: tensors by torchvision's names, perhaps after the prefixes of wrappers.
-        shapes: the tensors that the backbone wants.
-        source: where the state is from, for the error.
-
-    Raises:
-        DataError: tensors are missing, left over, of another shape, or not finite.
+    A `DataError` says which are missing, left over, of another shape, or not finite.
     """
     named = [(_without_wrappers(name), value) for name, value in state.items()]
     found = {name: value for name, value in named if not name.startswith("fc.")}

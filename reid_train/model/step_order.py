@@ -12,21 +12,17 @@ from reid_train.model.weight_gradients import local_part
 
 logger = logging.getLogger(__name__)
 
-STUCK_CALLS = 100
-"""Calls of `add_gradients` by which the optimizer must have moved θ."""
+STUCK_CALLS = 100  # of `add_gradients`, by which the optimizer must have moved θ
 
 
 class StepOrder:
     """Compares what the first `add_gradients` set with what the second and the 100th find.
 
     The values come to the host by copies that nobody waits for.
-
-    Attributes:
-        learns: whether the optimizer should move θ.
     """
 
     def __init__(self) -> None:
-        self.learns = True
+        self.learns = True  # whether the optimizer should move θ
         self._calls = 0
         self._without_backward = 0
         self._first: list[Tensor] = []  # copies of a gradient and of θ, and that gradient itself
@@ -35,14 +31,9 @@ class StepOrder:
         self._cleared = False
 
     def begin(self, weights: Sequence[nn.Parameter], theta: Tensor) -> None:
-        """Look at the state before a call of `add_gradients`.
+        """Look at the state before a call of `add_gradients`; `theta` is empty if there is none.
 
-        Args:
-            weights: that are regularized.
-            theta: θ; empty if there is none.
-
-        Raises:
-            ConfigError: what the first call set was divided before the optimizer used it.
+        A `ConfigError` says that what the first call set was divided before the optimizer used it.
         """
         self._calls += 1
         if self._calls <= 2:

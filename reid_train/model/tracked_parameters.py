@@ -24,21 +24,10 @@ Groups = tuple[dist.ProcessGroup, ...]
 
 
 class TrackedParameters:
-    """Names, kinds and parameters of a model, without those to exclude.
+    """Names, kinds and parameters of a model, without those that `exclude` patterns match.
 
-    Args:
-        model: the module, which may be compiled or wrapped in DDP or FSDP.
-        exclude: `fnmatch` patterns on names of parameters.
-
-    Attributes:
-        names: of the parameters, without what wrappers insert.
-        kinds: of the parameters, from `KINDS`.
-        weights: the parameters themselves.
-        groups: the process groups over which each is sharded; none if it is whole.
-
-    Raises:
-        ConfigError: a pattern matches nothing, nothing is left, or FSDP1 has flattened the
-            parameters.
+    The model may be compiled or wrapped in DDP or FSDP; names are without what these insert.
+    `groups` are the process groups over which each parameter is sharded: none if it is whole.
     """
 
     def __init__(self, model: nn.Module, exclude: Sequence[str]) -> None:
@@ -55,11 +44,7 @@ class TrackedParameters:
             raise ConfigError("regularizer: the model has no parameter left to regularize")
 
     def for_optimizer(self) -> list[nn.Parameter]:
-        """Return all parameters of the model, also excluded and frozen ones.
-
-        Raises:
-            ConfigError: the model has other parameters than before.
-        """
+        """Return all parameters of the model, also excluded and frozen ones."""
         self._optimizer_made = False
         self.follow()
         self._optimizer_made = True
@@ -68,8 +53,7 @@ class TrackedParameters:
     def follow(self) -> None:
         """Look the parameters up again if the model has replaced them.
 
-        Raises:
-            ConfigError: names or shapes have changed, or an optimizer may hold the old parameters.
+        A `ConfigError` says if names or shapes changed, or an optimizer may hold the old ones.
         """
         weights, before = list(self._model.parameters()), self._all
         same = len(weights) == len(before) and all(map(is_, weights, before.values()))
@@ -152,11 +136,7 @@ def _kind(owner: nn.Module, name: str) -> str:
 
 
 def _shard_groups(model: nn.Module) -> dict[int, Groups]:
-    """Return the process groups over which sharded parameters must be summed, by their `id`.
-
-    Raises:
-        ConfigError: FSDP1 has merged parameters, or one is a sum over ranks.
-    """
+    """Return the process groups over which sharded parameters must be summed, by their `id`."""
     if not (dist.is_available() and dist.is_initialized()):
         return {}
     from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel, ShardingStrategy

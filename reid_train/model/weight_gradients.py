@@ -27,13 +27,9 @@ def squared_norm(weight: Tensor) -> Tensor:
 def add_scaled_weights(weights: Sequence[nn.Parameter], scales: Tensor) -> Tensor:
     """Add s_n · w_n to the gradient of each trainable weight, without waiting for a GPU.
 
-    Args:
-        weights: n weights. A missing gradient is created; a sparse one becomes dense.
-        scales: s, (n,), float32 or float64.
-
-    Returns:
-        ‖w_n‖², (n,), of the type and on the device of `scales`; 0 for frozen weights. For a sharded
-        weight, of this rank's part.
+    A missing gradient is created; a sparse one becomes dense. `scales` is s, (n,), float32 or
+    float64. Return ‖w_n‖², (n,), of the type and on the device of `scales`: 0 for frozen weights;
+    for a sharded weight, of this rank's part.
     """
     squares = [scales.new_zeros(())] * len(weights)
     devices = dict.fromkeys(weight.device for weight in weights)

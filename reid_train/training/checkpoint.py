@@ -57,8 +57,7 @@ class Progress:
     step: int = 0
     global_step: int = 0
     phase: str = ""
-    skipped: int = 0
-    """Steps that were skipped because their gradient was not finite."""
+    skipped: int = 0  # steps so far whose gradient was not finite
 
 
 @dataclass(frozen=True)
@@ -130,14 +129,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = True) -> Self:
-        """Verify the digest of every file, and read all but the tensors.
+        """Verify the digest of every file, and read all but the tensors, or raise a `DataError`.
 
-        Args:
-            folder: the checkpoint.
-            verify: False for a copy that was verified while it was made.
-
-        Raises:
-            DataError: it is incomplete, altered, or not a checkpoint.
+        A copy that was verified while it was made needs no `verify`.
         """
         try:
             seal = json.loads((folder / SEAL).read_text())
@@ -152,11 +146,7 @@ class Checkpoint:
         return cls(folder, progress, origin, config)
 
     def require(self, origin: Origin) -> None:
-        """Refuse to continue on another dataset.
-
-        Raises:
-            DataError: the manifests differ.
-        """
+        """Raise a `DataError` if the dataset is another: a run continues only on its own."""
         if self.origin.manifest_digest != origin.manifest_digest:
             raise DataError(
                 f"checkpoint {self.folder} was trained on the dataset with manifest "

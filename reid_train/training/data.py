@@ -15,11 +15,7 @@ from reid_train.training.context import WorkerContext
 
 
 def train_index(dataset: Dataset) -> Index:
-    """Return the index of the training images.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Return the index of the training images; raise a `DataError` if there are none."""
     index = dataset.index("train")
     if len(index) == 0:
         raise DataError(f"{dataset.url} has no train split: build it with training images")
@@ -27,11 +23,7 @@ def train_index(dataset: Dataset) -> Index:
 
 
 def epoch_plan(config: TrainConfig, index: Index, epoch: int) -> np.ndarray:
-    """Return the rows of the train index for an epoch's global batches.
-
-    Returns:
-        (steps · accumulate, P·K) int64.
-    """
+    """Return an epoch's global batches: train index rows, (steps · accumulate, P·K) int64."""
     batch, steps = config.batch, config.batch.steps_per_epoch
     rows = plan(
         index,
@@ -51,12 +43,7 @@ def step_batches(
 ) -> Iterator[list[Batch]]:
     """Yield this rank's batches of each optimizer step, `batch.accumulate` at a time.
 
-    Args:
-        config: the run.
-        dataset: what it trains on.
-        context: this worker.
-        rows: the epoch's plan.
-        start: the first optimizer step, counted from 0 within the epoch.
+    `rows` is the epoch's plan; `start` is the first optimizer step, from 0 within the epoch.
     """
     batches = train_batches(
         dataset,

@@ -18,16 +18,13 @@ from safetensors.torch import load_file, save_file
 
 @dataclass
 class History:
-    """Three tables: a row for each recorded step, each evaluation, and each reading of λ.
-
-    `tensor_names` and `tensor_kinds` describe the columns of λ.
-    """
+    """Three tables: a row for each recorded step, each evaluation, and each reading of λ."""
 
     steps: dict[str, list[float]] = field(default_factory=dict)
     evaluations: dict[str, list[float]] = field(default_factory=dict)
     evaluation_steps: list[int] = field(default_factory=list)
-    tensor_names: list[str] = field(default_factory=list)
-    tensor_kinds: list[str] = field(default_factory=list)
+    tensor_names: list[str] = field(default_factory=list)  # of the columns of λ
+    tensor_kinds: list[str] = field(default_factory=list)  # of the same columns
     factor_steps: list[int] = field(default_factory=list)
     factor_rows: list[np.ndarray] = field(default_factory=list)
 

@@ -122,10 +122,8 @@ class RunState:
 
     progress: Progress
     history: History
-    saved_step: int | None = None
-    """Global step of the last checkpoint."""
-    saturated: set[str] = field(default_factory=set)
-    """Ends of the range of λ that a warning named: "0", "A"."""
+    saved_step: int | None = None  # global step of the last checkpoint
+    saturated: set[str] = field(default_factory=set)  # ends of λ that a warning named: "0", "A"
 
 
 @dataclass
@@ -218,12 +216,8 @@ class TrainLoop:
     def losses(self, batch: Batch, micro: int) -> torch.Tensor:
         """Return the weighted losses of this rank, each summed over the heads (METHOD §3).
 
-        Args:
-            batch: this rank's part of a global batch.
-            micro: its place among the batches of the step.
-
-        Returns:
-            (number of losses,), in the order of `self.weights`.
+        The batch is this rank's part of global batch `micro` of the step. The losses are
+        (number of losses,), in the order of `self.weights`.
         """
         config, context = self.config, self.context
         drawn = transforms.draw(
@@ -252,11 +246,7 @@ class TrainLoop:
     def log_step(self) -> StopRequest:
         """Every few steps, and before a checkpoint: read the losses, record, track, show them.
 
-        Returns:
-            What the run is asked to do now.
-
-        Raises:
-            DataError: a loss or gradient is not finite.
+        Return what the run is asked to do; raise a `DataError` if a loss or gradient is not finite.
         """
         progress, context = self.progress, self.context
         due = progress.step % self.config.tracking.every_steps == 0 or progress.step == self.steps
@@ -295,20 +285,13 @@ class TrainLoop:
         return result
 
     def checkpoint_is_due(self) -> bool:
-        """Return whether a checkpoint is due by `checkpoint.every_steps`.
-
-        One that is due at the last step of an epoch is due when the epoch is done.
-        """
+        """Return whether a checkpoint is due by `every_steps`, in an epoch or when it is done."""
         every = self.config.checkpoint.every_steps
         inside = self.progress.step < self.steps
         return every is not None and inside and self.progress.global_step % every == 0
 
     def save_checkpoint(self, measured: Validation | None = None) -> None:
-        """Write a checkpoint (rank 0) and report it (every rank).
-
-        Raises:
-            DataError: a weight is not finite.
-        """
+        """Write a checkpoint of finite weights only (rank 0), and report it (every rank)."""
         measured = measured or Validation()
         folder = None
         if self.context.rank == 0:

@@ -18,16 +18,11 @@ from reid_train.config import LossConfig
 class HeadBatch(NamedTuple):
     """What a loss sees of one head and one global batch, on one rank."""
 
-    pooled: Tensor
-    """(B, D) float32, this rank's features before batch norm, in [0, 1]."""
-    logits: Tensor
-    """(B, C) float32, this rank's logits."""
-    label: Tensor
-    """(B,) int64, this rank's labels, in 0..C-1."""
-    all_pooled: Tensor
-    """(N, D) float32, the features of all ranks; gradients flow to the rank they came from."""
-    all_label: Tensor
-    """(N,) int64, the labels of all ranks."""
+    pooled: Tensor  # (B, D) float32, this rank's features before batch norm, in [0, 1]
+    logits: Tensor  # (B, C) float32, this rank's
+    label: Tensor  # (B,) int64, this rank's, in 0..C-1
+    all_pooled: Tensor  # (N, D) float32, of all ranks; gradients flow to the rank they came from
+    all_label: Tensor  # (N,) int64, of all ranks
 
 
 def label_smoothing_cross_entropy(logits: Tensor, label: Tensor, smoothing: float = 0.1) -> Tensor:
@@ -95,11 +90,9 @@ def _triplet(head: HeadBatch, config: LossConfig) -> Tensor:
     return batch_hard_triplet(head.pooled, head.label, head.all_pooled, head.all_label)
 
 
+# A loss returns a scalar, the mean over this rank's part of the batch.
 Loss = Callable[[HeadBatch, LossConfig], Tensor]
-"""Returns a scalar, the mean over this rank's part of the batch."""
-
 LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy, "triplet": _triplet}
-"""Every loss by its name; `LossConfig` has the weight of each as `<name>_weight`."""
 
 
 def loss_weights(config: LossConfig) -> dict[str, float]:

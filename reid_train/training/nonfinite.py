@@ -23,10 +23,8 @@ class NonFiniteFilter:
     The step goes through a `torch.amp.GradScaler` whose scale stays 1: with fused Adam it leaves
     weights and moments alone, without a host sync, if a gradient is not finite.
 
-    Args:
-        allowed: steps that may be skipped in a run.
-        skipped: steps that the run has skipped already.
-        model: its running statistics are restored after a skipped step.
+    `allowed` steps may be skipped in a run; it has skipped `skipped` already. The model's running
+    statistics are restored after a skipped step.
     """
 
     def __init__(self, allowed: int, skipped: int, model: nn.Module) -> None:
@@ -48,14 +46,9 @@ class NonFiniteFilter:
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Adam, norm: Tensor) -> Tensor:
-        """Step the optimizer, or leave weights, moments and running statistics as they were.
+        """Step fused Adam, or leave weights, moments and running statistics as they were.
 
-        Args:
-            optimizer: fused Adam.
-            norm: scalar, the norm of the whole gradient.
-
-        Returns:
-            Scalar bool: the gradient is not finite.
+        Given the norm of the whole gradient, return whether it is not finite: a scalar bool tensor.
         """
         bad = ~torch.isfinite(norm)
         self._count += bad
@@ -82,19 +75,11 @@ class NonFiniteFilter:
         *,
         log: bool,
     ) -> None:
-        """Count skipped steps, and stop at the first one that may not be skipped.
+        """Count skipped steps, and raise a `DataError` at the first that may not be skipped.
 
-        Args:
-            rows: (n, m), the losses of recent steps, and in the last column 1 where the gradient
-                was not finite.
-            names: of the losses, m - 1.
-            first: global step of the first row.
-            images: returns the names of a step's images.
-            saved_step: global step of the last checkpoint.
-            log: log what is skipped.
-
-        Raises:
-            DataError: names the step, its images and the last checkpoint.
+        `rows` (n, m) holds the losses of recent steps from the global step `first` on, named by
+        `names` (m - 1), and in its last column 1 where the gradient was not finite. `images`
+        returns the names of a step's images; `saved_step` is that of the last checkpoint.
         """
         for step, (*losses, bad) in enumerate(rows.tolist(), first):
             finite = math.isfinite(sum(losses))

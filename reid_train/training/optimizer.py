@@ -43,13 +43,7 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, epoch: int) -> None:
-    """Set the learning rate of an epoch; each phase starts its schedule at 0.
-
-    Args:
-        optimizer: as `build_optimizer` made it.
-        config: the run.
-        epoch: counted from 0 over both phases.
-    """
+    """Set the rate of an epoch, counted over both phases; each phase starts its schedule at 0."""
     o = config.optimizer
     frozen = epoch < o.frozen_epochs
     local = epoch if frozen else epoch - o.frozen_epochs

@@ -14,19 +14,12 @@ T = TypeVar("T")
 
 
 class StepRows(NamedTuple):
-    """The steps since the last reading.
+    """The steps since the last reading."""
 
-    Attributes:
-        rows: (n, m) float64, the metrics of each step.
-        step_seconds: average time of a step.
-        wait_seconds: average time that a step waited for its batch.
-        request: what rank 0 was asked to do; the same on every rank.
-    """
-
-    rows: np.ndarray
-    step_seconds: float
-    wait_seconds: float
-    request: StopRequest
+    rows: np.ndarray  # (n, m) float64, the metrics of each step
+    step_seconds: float  # average time of a step
+    wait_seconds: float  # average time that a step waited for its batch
+    request: StopRequest  # what rank 0 was asked to do; the same on every rank
 
 
 class StepWindow:

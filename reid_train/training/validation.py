@@ -19,10 +19,8 @@ from reid_train.evaluation.ranking import top_matches
 from reid_train.model.network import ReidNet
 from reid_train.training.context import WorkerContext
 
-QUERIES, MATCHES = 8, 10
-"""Rows and columns of the rank-list picture."""
-THREADS = 16
-"""Most threads of the ranking."""
+QUERIES, MATCHES = 8, 10  # rows and columns of the rank-list picture
+THREADS = 16  # most threads of the ranking
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,8 @@ def validate(
 ) -> Validation:
     """Measure the model on the query and gallery splits, each image embedded exactly once.
 
-    Collective: every rank calls it.
-
-    Args:
-        config: the run.
-        dataset: nothing is measured if it has no query or gallery.
-        context: this worker.
-        model: the network, without wrappers.
-        autocast: makes the context that the network runs in.
+    Every rank calls it, with the network without wrappers. Nothing is measured without a query or
+    gallery.
     """
     query, gallery = dataset.index("query"), dataset.index("gallery")
     if len(query) == 0 or len(gallery) == 0:
