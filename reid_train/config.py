@@ -110,14 +110,20 @@ class RegularizationConfig(Section):
 
 
 class LossConfig(Section):
-    """Cross-entropy and batch-hard triplet loss of every head."""
+    """The losses of every head and their weights; a weight of None leaves a loss out."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Label smoothing of the cross-entropy, in [0, 1)."""
     cross_entropy_weight: NonNegative = 1.0
-    """Weight of each head's cross-entropy."""
-    triplet_weight: NonNegative = 1.0
-    """Weight of each head's triplet loss."""
+    """Weight of each head's cross-entropy; the classifiers train on nothing else."""
+    triplet_weight: NonNegative | None = 1.0
+    """Weight of each head's batch-hard triplet loss."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not any(weight for name, weight in self if name.endswith("_weight")):
+            raise ValueError("no loss has a weight: set one such as --loss.triplet-weight 1")
+        return self
 
 
 class OptimizerConfig(Section):

@@ -106,7 +106,7 @@ class GroundTruth:
 
 
 def find_ground_truth(labels: Labels) -> GroundTruth:
-    """Positives and junk of every query (METHOD §6). Raises `DataError` if no query has any."""
+    """Positives and junk of every query. Raises `DataError` if no query has any positive."""
     by_pid = np.argsort(labels.gallery_pid, kind="stable")
     pids = labels.gallery_pid[by_pid]
     left = np.searchsorted(pids, labels.query_pid, side="left")

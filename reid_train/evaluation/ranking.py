@@ -43,7 +43,7 @@ def rank(
     device: str | torch.device = "cpu",
     progress: Progress = silent,
 ) -> RankingResult:
-    """Measure how well the gallery answers the queries (METHOD §6).
+    """Measure how well the gallery answers the queries (METHOD, Evaluation).
 
     Args:
         query, gallery: (Q, D), (G, D) float32 embeddings; the cosine ignores their lengths.

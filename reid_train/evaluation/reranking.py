@@ -4,7 +4,7 @@ Two images are close if they share reciprocal neighbours. Each image becomes a s
 over its reciprocal neighbours: those among its nearest that have it among theirs. The Jaccard
 distance of rows is mixed with the original distance.
 
-Published variants differ. This follows the authors of adaptive L2 regularization (METHOD §6):
+Published variants differ. This follows the authors of adaptive L2 regularization (docs/METHOD.md):
 - the distance is squared: (1 − cosine)², or the squared Euclidean distance. For normalised
   embeddings that is Zhong's too, up to a factor; some ports leave 1 − cosine unsquared;
 - each row is divided by its greatest distance over query and gallery;

@@ -23,8 +23,8 @@ def draw_curves(path: Path, history: Mapping[str, Sequence[float] | np.ndarray])
     """Draw losses, accuracy, learning rate and speed of a training.
 
     Args:
-        history: arrays by name. Of length S: `step`, `loss/cross_entropy`, `loss/triplet`,
-            `loss/penalty`, `learning_rate`, `images_per_second`. Of length E: `epoch`, `mAP`,
+        history: arrays by name. Of length S: `step`, `loss/…`, `learning_rate`,
+            `images_per_second`. Of length E: `epoch`, `mAP`,
             `rank-1`, `mINP`, fractions from 0 to 1. Any may be missing or empty. Values that are
             not finite are not drawn.
     """
@@ -42,7 +42,8 @@ def draw_curves(path: Path, history: Mapping[str, Sequence[float] | np.ndarray])
 def _losses(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
     style.panel(axes, "Parts of the loss", "log scale", x="step", y="loss")
     ends = []
-    for name, (label, colour) in _LOSSES.items():
+    for name in (name for name in data if name.startswith("loss/") and name != "loss/total"):
+        label, colour = _LOSSES.get(name, (name.removeprefix("loss/"), style.GREEN))
         x, y = _points(data, "step", name, positive=True)
         if len(x):
             last = _smooth_line(axes, x, y, colour)

@@ -50,7 +50,7 @@ SEAL = "checkpoint.json"
 
 
 @dataclass
-class Progress:
+class Position:
     """Position in a run: the next step is step `step` of epoch `epoch`, both counted from 0."""
 
     epoch: int = 0
@@ -74,7 +74,7 @@ def save(
     *,
     config: TrainConfig,
     origin: Origin,
-    progress: Progress,
+    progress: Position,
     history: History,
     model: nn.Module,
     regularizer: nn.Module | None,
@@ -123,7 +123,7 @@ class Checkpoint:
     """A checkpoint that was verified and opened."""
 
     folder: Path
-    progress: Progress
+    progress: Position
     origin: Origin
     config: TrainConfig
 
@@ -139,7 +139,7 @@ class Checkpoint:
                 if digest(folder / name) != seal[name]:
                     raise DataError(f"checkpoint {folder}: {name} is damaged (its SHA-256 differs)")
             position = json.loads((folder / PROGRESS).read_text())
-            progress, origin = Progress(**position["progress"]), Origin(**position["origin"])
+            progress, origin = Position(**position["progress"]), Origin(**position["origin"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"checkpoint {folder} is incomplete or damaged: {error}") from error
         config = TrainConfig.from_json((folder / CONFIG).read_bytes(), str(folder / CONFIG))

@@ -29,7 +29,7 @@ from reid_train.model.network import ReidNet
 from reid_train.model.precision import autocast, set_precision
 from reid_train.model.pretrained import build_model
 from reid_train.regularization import AdaptiveL2
-from reid_train.training.checkpoint import Checkpoint, Origin, Progress, save
+from reid_train.training.checkpoint import Checkpoint, Origin, Position, save
 from reid_train.training.context import UNMEASURED, Stopped, StopRequest, WorkerContext
 from reid_train.training.data import epoch_plan, step_batches, train_index
 from reid_train.training.history import History, factor_metrics
@@ -83,7 +83,7 @@ def train(
     model = build_model(fresh, identities)
     model = model.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     regularizer = build_regularizer(config, model)
-    state = RunState(Progress(), History())
+    state = RunState(Position(), History())
     if resume is not None:
         resume.require(origin)
         resume.load_model(model)
@@ -120,10 +120,10 @@ def train(
 class RunState:
     """What a run carries from one phase to the next. Checkpoints hold progress and history."""
 
-    progress: Progress
+    progress: Position
     history: History
     saved_step: int | None = None  # global step of the last checkpoint
-    saturated: set[str] = field(default_factory=set)  # ends of λ that a warning named: "0", "A"
+    saturated: set[str] = field(default_factory=set)  # ends of λ's range, "0" or "A", warned about
 
 
 @dataclass
@@ -153,7 +153,7 @@ class TrainLoop:
         self.autocast = autocast(self.config, self.context.device)
         allowed = self.config.optimizer.skip_nonfinite
         self.nonfinite = NonFiniteFilter(allowed, self.progress.skipped, self.model)
-        self.window = StepWindow(self.context)
+        self.step_rows = StepWindow(self.context)
         self.plan = np.zeros((0, 0), np.int64)
 
     @property
@@ -170,7 +170,7 @@ class TrainLoop:
             set_learning_rate(self.optimizer, config, epoch)
             self.plan = epoch_plan(config, self.index, epoch)
             steps = step_batches(config, self.dataset, self.context, self.plan, progress.step)
-            for batches in self.window.timed(steps):
+            for batches in self.step_rows.timed(steps):
                 self.train_step(batches)
                 request = self.log_step()
                 if request or self.checkpoint_is_due():
@@ -188,15 +188,15 @@ class TrainLoop:
         """Take one optimizer step on `accumulate` global batches.
 
         Average the gradient of the losses, add the regularizer's once, clip, step. So clipping
-        bounds the gradient of L + Σ λ‖w‖² (METHOD §1), as if the penalty were in the loss.
+        bounds the gradient of L + Σ λ‖w‖² (METHOD, "The regularizer"), as if the penalty were in L.
         """
         self.nonfinite.before_forward()
         self.optimizer.zero_grad(set_to_none=True)
         parts = []
         for micro, batch in enumerate(batches):
-            more = self.context.world > 1 and micro < len(batches) - 1
-            with self.network.no_sync() if more else nullcontext():  # type: ignore[operator]
-                losses = self.losses(batch, micro)
+            not_last = self.context.world > 1 and micro < len(batches) - 1
+            with self.network.no_sync() if not_last else nullcontext():  # type: ignore[operator]
+                losses = self.weighted_losses(batch, micro)
                 self.nonfinite.scale(losses.sum() / len(batches)).backward()
             parts.append(losses.detach())
         if self.regularizer is not None:
@@ -205,28 +205,30 @@ class TrainLoop:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.optimizer.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip_norm, norm)
-        bad = self.nonfinite.step(self.optimizer, norm)
-        losses = torch.stack(parts).mean(0)
-        none = losses.new_zeros(())
-        penalty = none if self.regularizer is None else self.regularizer.last_penalty
-        self.window.add(torch.cat([losses, torch.stack([penalty, bad.to(penalty)])]))
+        # optimizer.step(), unless the gradient is not finite
+        skipped = self.nonfinite.step(self.optimizer, norm)
+        mean_losses = torch.stack(parts).mean(0)
+        zero = mean_losses.new_zeros(())
+        penalty = zero if self.regularizer is None else self.regularizer.last_penalty
+        self.step_rows.add(torch.cat([mean_losses, torch.stack([penalty, skipped.to(penalty)])]))
         self.progress.step += 1
         self.progress.global_step += 1
 
-    def losses(self, batch: Batch, micro: int) -> torch.Tensor:
-        """Return the weighted losses of this rank, each summed over the heads (METHOD §3).
+    def weighted_losses(self, batch: Batch, micro: int) -> torch.Tensor:
+        """Return this rank's losses, weighted and summed over the heads (METHOD, "The network").
 
         The batch is this rank's part of global batch `micro` of the step. The losses are
         (number of losses,), in the order of `self.weights`.
         """
         config, context = self.config, self.context
+        own = context.slice(config.batch_size)
         drawn = transforms.draw(
             seed=config.seed,
             step=self.progress.global_step * config.batch.accumulate + micro,
             batch=config.batch_size,
             **config.image.model_dump(),
             **config.augment.model_dump(),
-        ).rows(context.slice(config.batch_size))
+        ).rows(own)
         image = transforms.apply(batch.image_on(context.device), drawn)
         label = batch.label.to(context.device, non_blocking=True)
         with self.autocast():
@@ -236,7 +238,7 @@ class TrainLoop:
         for logits, pooled in zip(output.logits, output.pooled, strict=True):
             pooled = pooled.float()
             all_pooled = gather_with_gradient(pooled)
-            heads.append(HeadBatch(pooled, logits.float(), label, all_pooled, all_label))
+            heads.append(HeadBatch(pooled, logits.float(), label, all_pooled, all_label, own.start))
         losses = []
         for name, weight in self.weights.items():
             by_head = torch.stack([LOSSES[name](head, config.loss) for head in heads])
@@ -252,7 +254,7 @@ class TrainLoop:
         due = progress.step % self.config.tracking.every_steps == 0 or progress.step == self.steps
         if not (due or self.checkpoint_is_due()):
             return StopRequest.NONE
-        read = self.window.read()
+        read = self.step_rows.read()
         first = progress.global_step - len(read.rows) + 1
         names = [*(name.replace("_", "-") for name in self.weights), "penalty"]
         self.nonfinite.check(
@@ -281,7 +283,7 @@ class TrainLoop:
             self.history.add_evaluation(self.progress.epoch, result.metrics, step)
             self.context.log(result.metrics, step)
             self.context.show({"epoch": self.progress.epoch, "metrics": result.metrics})
-        self.window.restart_clock()
+        self.step_rows.restart_clock()
         return result
 
     def checkpoint_is_due(self) -> bool:
@@ -310,7 +312,7 @@ class TrainLoop:
         position = {"epoch": self.progress.epoch, "step": self.progress.global_step}
         self.context.report(position | {"mAP": UNMEASURED} | measured.metrics, folder)
         self.state.saved_step = self.progress.global_step
-        self.window.restart_clock()
+        self.step_rows.restart_clock()
 
     def _record(self, read: StepRows, first: int, speed: float) -> None:
         """Put steps into the history and the tracker."""
@@ -346,10 +348,10 @@ class TrainLoop:
                 where = f"{len(names)} of {len(factors)} tensors (first {names[0]})"
                 logger.warning("θ is saturated at λ = %s for %s at step %d", end, where, step)
 
-    def _images(self, step: int) -> list[str]:
+    def _images(self, global_step: int) -> list[str]:
         """Return the names of the images of a global step of this epoch."""
         accumulate = self.config.batch.accumulate
-        position = self.progress.step - (self.progress.global_step - step) - 1
+        position = self.progress.step - (self.progress.global_step - global_step) - 1
         rows = self.plan[position * accumulate : (position + 1) * accumulate].ravel()
         return [str(path) for path in self.index.path[rows]]
 

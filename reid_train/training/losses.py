@@ -1,8 +1,9 @@
 """The losses of an objective head.
 
-To add a loss: write a function that takes a `HeadBatch` and a `LossConfig`, add it to `LOSSES`, and
-add its weight to `LossConfig` in `reid_train/config.py` as `<name>_weight: float | None = None`.
-It is then trained, logged as `loss/<name>` and kept in the history whenever its weight is set.
+To add a loss: write a function that takes a `HeadBatch` and a `LossConfig` and returns the mean
+over this rank's anchors, add it to `LOSSES`, and add its weight to `LossConfig` in
+`reid_train/config.py` as `<name>_weight: NonNegative | None = None`. Whenever its weight is set, it
+is trained, logged as `loss/<name>`, kept in the history and drawn in the report.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,18 @@ from reid_train.config import LossConfig
 
 
 class HeadBatch(NamedTuple):
-    """What a loss sees of one head and one global batch, on one rank."""
+    """What a loss sees of one head and one global batch, on one rank.
+
+    Anchors are this rank's rows; positives and negatives are looked for in `all_pooled`. So any
+    number of ranks gives the same gradient. Anchor i is row `first + i` of `all_pooled`.
+    """
 
     pooled: Tensor  # (B, D) float32, this rank's features before batch norm, in [0, 1]
     logits: Tensor  # (B, C) float32, this rank's
     label: Tensor  # (B,) int64, this rank's, in 0..C-1
     all_pooled: Tensor  # (N, D) float32, of all ranks; gradients flow to the rank they came from
     all_label: Tensor  # (N,) int64, of all ranks
+    first: int  # row of all ranks' features that is this rank's first
 
 
 def label_smoothing_cross_entropy(logits: Tensor, label: Tensor, smoothing: float = 0.1) -> Tensor:

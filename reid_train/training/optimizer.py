@@ -1,4 +1,4 @@
-"""The regularizer, Adam over weights and θ, and the learning rate by epoch (METHOD §5)."""
+"""The regularizer, Adam over weights and θ, and the learning rate by epoch."""
 
 import math
 

@@ -28,7 +28,7 @@ from reid_train.recipes import recipe
 from reid_train.registry.load import load
 from reid_train.runs.run_dir import Run
 from reid_train.training import checkpoint
-from reid_train.training.checkpoint import FILES, SEAL, Checkpoint, Origin, Progress
+from reid_train.training.checkpoint import FILES, SEAL, Checkpoint, Origin, Position
 from reid_train.training.history import History
 from tune.store import Store, Trial
 
@@ -207,7 +207,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         folder,
         config=recipe("demo"),
         origin=Origin("m" * 64, "e" * 64, 2),
-        progress=Progress(1, 0, 3, "all"),
+        progress=Position(1, 0, 3, "all"),
         history=History(steps={"step": [1.0], "loss/total": [2.0]}),
         model=model,
         regularizer=None,

@@ -23,7 +23,7 @@ from reid_train.training.checkpoint import (
     PROGRESS,
     SEAL,
     Checkpoint,
-    Progress,
+    Position,
 )
 
 
@@ -63,7 +63,7 @@ def test_as_a_checkpoint_with_a_seal_that_fits(tmp_path, ran):
     origin = {"manifest_digest": "m", "evaluation_digest": "e", "identities": 2}
     contents = {name: pickle.dumps(Payload(ran)) for name in FILES}
     contents[CONFIG] = recipe("demo").to_json().encode()
-    contents[PROGRESS] = json.dumps({"progress": vars(Progress()), "origin": origin}).encode()
+    contents[PROGRESS] = json.dumps({"progress": vars(Position()), "origin": origin}).encode()
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     seal = {name: sha256(content) for name, content in contents.items()}

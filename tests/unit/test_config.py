@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from reid_train.recipes import RECIPES, recipe
+from reid_train.training.losses import loss_weights
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -64,3 +65,13 @@ def test_workers_must_share_the_batch_equally(workers):
 def test_a_value_out_of_range_is_refused(change, words):
     with pytest.raises(ConfigError, match=words):
         recipe("demo").replace(**change)
+
+
+def test_a_training_without_any_loss_is_refused():
+    with pytest.raises(ConfigError, match="no loss has a weight"):
+        recipe("demo").replace(loss__cross_entropy_weight=0, loss__triplet_weight=0)
+
+
+def test_a_weight_of_none_leaves_a_loss_out():
+    config = recipe("demo").replace(loss__triplet_weight=None)
+    assert loss_weights(config.loss) == {"cross_entropy": 1.0}

@@ -11,12 +11,12 @@ from tiny import config, narrow_resnet18
 from torchvision.models import resnet
 
 from reid_train.model.pretrained import build_model
-from reid_train.training.checkpoint import Origin, Progress, save
+from reid_train.training.checkpoint import Origin, Position, save
 from reid_train.training.history import History
 from reid_train.training.optimizer import build_optimizer, build_regularizer
 
 ORIGIN = Origin("m" * 64, "e" * 64, identities=5)
-PROGRESS = Progress(epoch=1, step=2, global_step=5, phase="all")
+PROGRESS = Position(epoch=1, step=2, global_step=5, phase="all")
 SETTINGS = config(optimizer__frozen_epochs=0)
 
 

@@ -135,6 +135,12 @@ def test_curves_of_a_diverged_run_are_drawn(tmp_path):
     assert pixels(tmp_path / "curves.png").std() > pixels(tmp_path / "no_loss.png").std() > 0
 
 
+def test_curve_of_a_new_loss_is_drawn(tmp_path):
+    draw_curves(tmp_path / "usual.png", history(10, 2))
+    draw_curves(tmp_path / "more.png", history(10, 2) | {"loss/circle": np.linspace(9, 3, 10)})
+    assert (pixels(tmp_path / "usual.png") != pixels(tmp_path / "more.png")).any()
+
+
 def test_smoothed_line_ignores_a_spike(tmp_path):
     steady = history(500, 2)
     steady["images_per_second"] = np.full(500, 400.0)
