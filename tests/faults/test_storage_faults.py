@@ -231,7 +231,10 @@ def say(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ({"status": 403, "code": "ExpiredToken"}, "denies access to s3://places/people/manifest"),
+        (
+            {"status": 403, "code": "ExpiredToken"},
+            "credentials for s3://places/people/manifest.json have expired",
+        ),
         ({"status": 403, "code": "AccessDenied"}, "check AWS_ACCESS_KEY_ID"),
         ({"status": 404, "code": "NoSuchBucket"}, "no bucket 'places'"),
         ({"status": 501, "code": "NotImplemented"}, "(NotImplemented)"),
