@@ -165,7 +165,9 @@ def measure(folder: Path, images: int, workers: int, repeats: int) -> None:
     remote = replace(local, storage=RemoteFolder(folder / "data"))  # type: ignore[arg-type]
     options = {"identities": IDENTITIES, "images": IMAGES, "window": WINDOW}
     index = local.index("train")
+    began = time.perf_counter()
     rows = plan(index, seed=0, epoch=0, steps=STEPS, **options)  # type: ignore[arg-type]
+    planned = time.perf_counter() - began
     shards = [shard.bytes for shard in built.manifest.shards]
 
     def plain() -> Iterable[object]:
@@ -197,7 +199,7 @@ def measure(folder: Path, images: int, workers: int, repeats: int) -> None:
     Console().print(
         f"{images:,} JPEGs of about 136 × 350, {size:.1f} kB each, in {len(shards)} shards;"
         f" {len(rows)} batches of {rows.shape[1]} at {HEIGHT} × {WIDTH}; {os.cpu_count()} cores."
-        f" Cold: {cold.stats['downloads']} downloads,"
+        f" Planned in {1000 * planned:.0f} ms. Cold: {cold.stats['downloads']} downloads,"
         f" a cache of {cold.max_bytes / sum(shards):.0%}.\n"
         "The plain loader delivers augmented float32, ours uint8 for the device to augment."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter
 from dataclasses import replace
 
@@ -244,13 +243,10 @@ def test_identities_meet_as_if_at_random():
     assert 0.8 < pairs.var() / pairs.mean() < 1.2
 
 
-def test_msmt17_is_planned_quickly_and_hardly_an_image_waits_for_the_next_epoch():
+def test_hardly_an_image_of_msmt17_waits_for_the_next_epoch():
     index = msmt17_like(32_621, 1_041, 2)
     options = {"seed": 0, "identities": 16, "images": 4, "window": 2}
-    plan(index, epoch=0, **options)
-    began = time.perf_counter()
     rows = plan(index, epoch=1, **options)
-    assert time.perf_counter() - began < 0.1
     amount = np.bincount(index.label)
     in_full_groups = np.where(amount < 4, amount, amount // 4 * 4).sum()
     assert len(np.unique(rows)) > 0.99 * in_full_groups
