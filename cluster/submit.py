@@ -169,7 +169,9 @@ def _connect(address: str) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     # Ray lists every ignored file and every connection.
-    for name in ("ray", "ray.dashboard", "ray._private.runtime_env.packaging"):
+    dashboard = "ray.dashboard.modules"
+    talkative = ("ray", "ray.dashboard", f"{dashboard}.dashboard_sdk", f"{dashboard}.job.sdk")
+    for name in (*talkative, "ray._private.runtime_env.packaging"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)

@@ -19,7 +19,7 @@ PROGRAM = program("reid_train", "reid-train")
 class Train:
     """Train with the settings of a recipe; options override them. Then track and register.
 
-    python -m reid_train train --recipe msmt17_resnet50 --data s3://bucket/msmt17 --output s3://runs
+    python -m reid_train train --recipe msmt17_resnet50 --data s3://bucket/msmt17 --output s3://bucket/runs
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -89,7 +89,9 @@ def embed(arguments: list[str]) -> None:
     """Write the embeddings of a dataset."""
     from reid_train.commands import embed as commands
 
-    commands.embed(parse(commands.Embed, arguments, f"{PROGRAM} embed"), make_console())
+    settings, console = parse(commands.Embed, arguments, f"{PROGRAM} embed"), make_console()
+    images = commands.embed(settings, console)
+    commands.say(console, f"{images:,} embeddings at {settings.out}")
 
 
 def report(

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from data_shards.command_line import program, run_command
-from data_shards.progress import make_console
+from data_shards.progress import display, make_console, phase
 from reid_train.config import TrainConfig
 from reid_train.ray_utils import prepare_ray
 from reid_train.recipes import parse_with_recipe
@@ -55,6 +55,9 @@ def _main(arguments: list[str] | None) -> None:
     ranges = space.default(config) if parsed.space is None else space.read_file(parsed.space)
     ranges |= space.overrides(parsed.search)
     plan = make_plan(parsed.sweep.model_copy(update={"ranges": ranges}), config)
-    from tune.sweep import sweep  # after the checks: a mistake is found before Ray is imported
+    console = make_console()
+    # After the checks: a mistake is found before Ray is imported.
+    with display(console) as progress, phase(progress, "loading PyTorch, Ray and Optuna"):
+        from tune.sweep import sweep
 
-    sweep(plan, console=make_console())
+    sweep(plan, console=console)

@@ -106,11 +106,12 @@ def watch(
 
 def table(trials: Sequence[Trial], paces: Paces) -> Table:
     """The running trials and the best of the ended ones."""
-    made = Table("trial", box=box.SIMPLE_HEAD, header_style="dim")
-    made.add_column("settings", overflow="ellipsis", no_wrap=True, max_width=60)
+    made = Table(box=box.SIMPLE_HEAD, header_style="dim")
+    made.add_column("trial", no_wrap=True)
+    made.add_column("settings", overflow="fold", max_width=60)  # the columns that give way
     for name in ("epoch", "mAP", "images/s", "time left"):
         made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("state", overflow="ellipsis", no_wrap=True, max_width=44)
+    made.add_column("state", overflow="fold", max_width=44)
     running = [trial for trial in trials if trial.state not in ENDED]
     for trial in [*running, *_ranked(trials)][:MOST_ROWS]:
         state, speed = paces.states.get(trial.number), trial.images_per_second

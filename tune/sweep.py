@@ -17,7 +17,7 @@ from rich.table import Table
 
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ReidError, StorageError
-from data_shards.progress import make_console
+from data_shards.progress import display, make_console, phase
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
 from reid_train.runs.console import Board, beside_driver
@@ -67,7 +67,8 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     if not len(dataset.index("query")) or not len(dataset.index("gallery")):
         raise DataError(f"{config.data} has no query or gallery: a sweep compares by mAP on them")
     config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
-    preflight.check(config, dataset)
+    with display(console) as progress, phase(progress, "checking the settings"):
+        preflight.check(config, dataset)
     Store.open(settings, config, dataset.manifest.digest, create=False)
     config = runner.connect(config)
     at_a_time = runner.slots(config, settings.concurrent)

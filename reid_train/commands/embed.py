@@ -55,13 +55,12 @@ def say(console: Console, text: str, style: str | None = None) -> None:
 def embed(settings: Embed, console: Console) -> int:
     """Run the command; return the number of images."""
     check_counts(settings.workers, settings.batch)
-    from reid_train.commands.embedding_job import embed_dataset
+    with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
+        from reid_train.commands.embedding_job import embed_dataset
 
     connect_ray(settings.workers, console)
     with display(console) as progress:
-        images = embed_dataset(settings, progress)
-    say(console, f"{images:,} embeddings at {settings.out}")
-    return images
+        return embed_dataset(settings, progress)
 
 
 def connect_ray(workers: int, console: Console) -> None:

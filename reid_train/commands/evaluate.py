@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from data_shards.errors import ConfigError
-from data_shards.progress import display
+from data_shards.progress import display, phase
 from reid_train.commands.embed import Embed, check_counts, connect_ray, embed, say
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.measures import Measures
@@ -86,13 +86,14 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
     if settings.model is None:
         assert settings.embeddings is not None
         return _measure(settings.embeddings, settings, console, settings.embeddings)
-    import ray
+    with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
+        import ray
 
-    from data_shards.dataset import Dataset
-    from reid_train.evaluation.ground_truth import Labels, find_ground_truth
-    from reid_train.tracking.server import run_page
-    from reid_train.tracking.tracker import Tracker
-    from reid_train.tracking.uris import registry_uri
+        from data_shards.dataset import Dataset
+        from reid_train.evaluation.ground_truth import Labels, find_ground_truth
+        from reid_train.tracking.server import run_page
+        from reid_train.tracking.tracker import Tracker
+        from reid_train.tracking.uris import registry_uri
 
     assert settings.data is not None
     dataset = Dataset.open(settings.data)

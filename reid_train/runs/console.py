@@ -113,13 +113,15 @@ class Follower:
         self._display, self._every = display, every
         self._stages: Stages = {}
         self._shown: State = {}
+        self._started = False
         self._began: float | None = None
         self._evaluation_seconds = 0.0
         display("starting the workers", 0, 1)
 
     def look(self, state: State, stages: Stages, evaluations: list[State]) -> None:
         """Show what is new."""
-        if state or stages:
+        if not self._started and (state or stages):
+            self._started = True
             self._display("starting the workers", 1, 1)
         passed = [e for e in evaluations if state and e["epoch"] <= state["epoch"]]
         self._print(passed)

@@ -30,7 +30,11 @@ from ray.train.v2._internal import constants
 from ray.train.v2._internal.execution import context as train_context
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    ResizeDecision,
+    autoscaling_coordinator_client,
+)
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
@@ -115,6 +119,8 @@ class _NamedReservations(ControllerCallback):
         self._run = run
 
     def after_controller_start(self, train_run_context) -> None:
+        # It prints a traceback for each answer that is late, and asks again.
+        logging.getLogger(autoscaling_coordinator_client.__name__).setLevel(logging.ERROR)
         module = worker_group.__dict__  # of the controller's own process
         reserve = module["placement_group"]
 
