@@ -19,7 +19,8 @@ PROGRAM = program("reid_train", "reid-train")
 class Train:
     """Train with the settings of a recipe; options override them. Then track and register.
 
-    python -m reid_train train --recipe msmt17_resnet50 --data s3://bucket/msmt17 --output s3://bucket/runs
+    python -m reid_train train --recipe msmt17_resnet50 --data s3://bucket/msmt17
+        --output s3://bucket/runs
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -69,13 +70,16 @@ def models(tracking_uri: str | None = None) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from reid_train.registry.registry import list_models
+    console = make_console()
+    with display(console) as progress, phase(progress, "asking MLflow"):
+        from reid_train.registry.registry import list_models
 
+        found = list_models(tracking_uri)
     names = "model", "version", "aliases", "mAP", "rank-1", "dataset", "created", "run"
     table = Table(*names, box=SIMPLE_HEAD)
-    for model in list_models(tracking_uri):
+    for model in found:
         table.add_row(*model.row())
-    print_table(make_console(), table)
+    print_table(console, table)
 
 
 def evaluate(arguments: list[str]) -> None:

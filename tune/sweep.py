@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import re
-import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
 from reid_train.runs.console import Board, beside_driver
 from reid_train.runs.publish import publish
-from reid_train.runs.run_dir import REPORT, prepare
+from reid_train.runs.run_dir import REPORT, prepare, report_command
 from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.server import run_page
 from reid_train.tracking.tracker import Tracker
@@ -261,8 +260,7 @@ def _show(outcome: Outcome, parent: Tracker, console: Console) -> None:
     lines = [*outcome.verdict, "", "Train the best again:", f"  {outcome.command}", ""]
     lines.append(f"pictures   {outcome.report}")
     if "://" in outcome.report:
-        folder = shlex.quote(outcome.report.removesuffix(f"/{REPORT}"))
-        lines.append(f"           python -m reid_train report {folder}")
+        lines.append(f"           {report_command(outcome.report.removesuffix(f'/{REPORT}'))}")
     if outcome.model:
         note = "now the champion" if outcome.champion else "the champion stays"
         lines.append(f"model      {outcome.model} ({note})")

@@ -65,7 +65,9 @@ def down(folder: Path = FOLDER) -> None:
         folder: The stack's.
     """
     folder = folder.resolve()
-    print(f"stopped; the data is in {folder}" if stop(folder) else f"nothing runs on {folder}")
+    with display() as progress, phase(progress, "stopping the servers"):
+        stopped = stop(folder)
+    print(f"stopped; the data is in {folder}" if stopped else f"nothing runs on {folder}")
 
 
 def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None) -> Addresses:

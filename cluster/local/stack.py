@@ -35,7 +35,7 @@ BUCKET = "reid"
 TOKEN = "ray-token"
 MARK = "REID_STACK"  # environment variable of the processes of a stack, by which `down` finds them
 START_SECONDS = 240.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 10.0  # for a service to end; the head of a Ray that trained does not by itself
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import tyro
 
 from data_shards.errors import ConfigError
 from data_shards.progress import display, phase
-from reid_train.commands.embed import Embed, check_counts, connect_ray, embed, say
+from reid_train.commands.embed import Embed, check_counts, connect_ray, say
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.measures import Measures
 
@@ -90,6 +90,7 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
         import ray
 
         from data_shards.dataset import Dataset
+        from reid_train.commands.embedding_job import embed_dataset
         from reid_train.evaluation.ground_truth import Labels, find_ground_truth
         from reid_train.tracking.server import run_page
         from reid_train.tracking.tracker import Tracker
@@ -117,7 +118,8 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
         assert out is not None
         known = {f.name for f in fields(Embed)}
         shared = {name: value for name, value in vars(settings).items() if name in known}
-        embed(Embed(out=out, **shared), console)
+        with display(console) as progress:
+            embed_dataset(Embed(out=out, **shared), progress)
         found = _measure(out, settings, console, f"{settings.model} on {settings.data}")
         _log(settings, found, dataset, tracker)
     if tracker.uri and tracker.run_id:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +21,7 @@ from reid_train.registry.load import SUMMARY
 from reid_train.registry.registry import Registered, default_name, register, registered_version
 from reid_train.report.page import Picture, Row, print_summary, write_page
 from reid_train.runs import checkpoint_store
-from reid_train.runs.run_dir import REPORT
+from reid_train.runs.run_dir import REPORT, report_command
 from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.server import run_page
 from reid_train.tracking.tracker import Tracker
@@ -104,7 +103,7 @@ def show(
     folder = f"{config.output.rstrip('/')}/{summary.name}"
     lines = [f"report     {summary.report}"]
     if "://" in folder:
-        lines.append(f"           python -m reid_train report {shlex.quote(folder)}")
+        lines.append(f"           {report_command(folder)}")
     note = "now the champion" if summary.champion else "the champion stays"
     model = f"{summary.model} ({note})" if summary.model else f"{folder}/{summary.checkpoint}"
     lines.append(f"model      {model}")

@@ -5,6 +5,7 @@ report. A name is taken once; `--resume` continues the run that has it.
 """
 
 import json
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -75,6 +76,11 @@ def fetch_report(run: str, to: Path) -> Path:
     for name in names:
         storage.download(f"{REPORT}/{name}", to / name)
     return to / PAGE if PAGE in names else to
+
+
+def report_command(run: str) -> str:
+    """The command that copies the report of a run or a sweep at a URL to this machine."""
+    return f"python -m reid_train report {shlex.quote(run)}"
 
 
 def prepare(config: TrainConfig) -> TrainConfig:

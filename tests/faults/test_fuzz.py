@@ -22,6 +22,7 @@ from data_shards.decode import decode
 from data_shards.errors import ReidError
 from data_shards.manifest import FileInfo, Index, Manifest, ShardInfo, SplitInfo, sha256
 from data_shards.storage import LocalStorage
+from reid_train.config import TrainConfig
 from reid_train.evaluation.embedding_store import EmbeddingTable, read_embeddings, write_part
 from reid_train.model.pretrained import read_state
 from reid_train.recipes import recipe
@@ -129,20 +130,25 @@ MANIFEST, INDEX = people()
 PARQUET = INDEX.to_parquet()
 
 
+def trustworthy(manifest: Manifest) -> bool:
+    """Whether sizes are sizes, and no shard's name leaves the dataset."""
+    inside = (".." not in info.name and not info.name.startswith("/") for info in manifest.shards)
+    return all(inside) and all(s.bytes >= 0 and s.images >= 0 for s in manifest.shards)
+
+
 @FUZZ
 @given(edited(json.loads(MANIFEST.to_json())))
 def test_manifest_of_any_json(value):
     manifest = survives(lambda: Manifest.from_json(json.dumps(value).encode()))
-    if manifest is not None:
-        assert all(info.bytes >= 0 and info.images >= 0 for info in manifest.shards)
-        assert not any(".." in info.name or info.name.startswith("/") for info in manifest.shards)
+    assert manifest is None or trustworthy(manifest)
 
 
 @FUZZ
 @example(DEEP)
 @given(damaged(MANIFEST.to_json()))
 def test_manifest_of_any_bytes(data):
-    survives(lambda: Manifest.from_json(data))
+    manifest = survives(lambda: Manifest.from_json(data))
+    assert manifest is None or trustworthy(manifest)
 
 
 def held(index: Index) -> bool:
@@ -230,16 +236,19 @@ def test_checkpoint_whose_files_are_sealed_but_wrong(saved, data):
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
 
-    def read() -> None:
+    def read() -> Checkpoint:
         opened = Checkpoint.open(Path(folder))
         opened.history()
         opened.load_model(model)
         opened.load_optimizer(optimizer)
+        return opened
 
     with tempfile.TemporaryDirectory() as folder:
         sealed(Path(folder), saved | {name: wrong})
-        survives(read)
-        survives(lambda: load(folder))
+        opened = survives(read)
+        assert opened is None or isinstance(opened.config, TrainConfig)
+        embedder = survives(lambda: load(folder))
+    assert embedder is None or isinstance(embedder.config, TrainConfig)
 
 
 @FUZZ
@@ -254,7 +263,8 @@ def test_weights_of_any_bytes(saved, name, data):
         whole = sink.getvalue()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, name).write_bytes(data.draw(damaged(whole)))
-        survives(lambda: read_state(f"{folder}/{name}"))
+        state = survives(lambda: read_state(f"{folder}/{name}"))
+    assert state is None or all(hasattr(value, "dtype") for value in state.values())
 
 
 def embeddings() -> dict[str, bytes]:
@@ -280,7 +290,10 @@ EMBEDDINGS = embeddings()
 def test_embeddings_of_any_bytes(name, data):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, name).write_bytes(data.draw(damaged(EMBEDDINGS[name])))
-        survives(lambda: read_embeddings(f"{folder}/{name}"))
+        found = survives(lambda: read_embeddings(f"{folder}/{name}"))
+    if found is not None:
+        query, gallery, labels = found
+        assert (len(query), len(gallery)) == (len(labels.query_pid), len(labels.gallery_pid))
 
 
 RUN = json.loads(Run(recipe("demo").replace(name="r"), "m" * 64, None).to_json())
@@ -294,7 +307,8 @@ def test_run_of_any_bytes(data):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "r").mkdir()
         Path(folder, "r", "run.json").write_bytes(data)
-        survives(lambda: Run.read(folder, "r"))
+        run = survives(lambda: Run.read(folder, "r"))
+    assert run is None or isinstance(run.config, TrainConfig)
 
 
 TRIAL = asdict(Trial(0, {"optimizer.learning_rate": 0.1}, evaluations=[{"epoch": 1, "mAP": 0.5}]))
@@ -311,4 +325,5 @@ def test_trial_of_any_bytes(data):
         store = Store(LocalStorage(Path(folder)))
         store.save(Trial(1, {}))
         Path(folder, "trials", "trial-000.json").write_bytes(data)
-        survives(store.trials)
+        trials = survives(store.trials)
+    assert trials is None or 1 in {trial.number for trial in trials}

@@ -156,6 +156,7 @@ def read_and_measure(cache: ShardCache, shards: list[ShardInfo]) -> None:
 def test_processes_share_a_bound_that_is_smaller_than_what_they_want(tmp_path, shards):
     arguments = [(make_cache(tmp_path, 2, 0.01), list(np.roll(shards, i))) for i in range(3)]
     run_together(read_and_measure, *arguments)
+    assert 0 < held(make_cache(tmp_path, 2)) <= 2 * SIZE
 
 
 def test_the_least_recently_used_shard_goes_first(tmp_path, shards):
