@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_shards.errors import ConfigError, ReidError
+from data_shards.errors import ConfigError, Interrupted, ReidError
 
 # Takes the words after its name; returns an exit code, or None for 0.
 Command = Callable[[list[str]], int | None]
@@ -31,7 +31,8 @@ def run_command(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except ReidError as error:
-        print(f"error: {error}", file=sys.stderr)
+        kind = "" if isinstance(error, Interrupted) else "error: "
+        print(f"{kind}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

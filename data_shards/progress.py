@@ -111,7 +111,12 @@ class Stage:
         if not self.unit:
             return duration(now - self.began)
         counts = f"{self.done:,} of {self.total:,} {self.unit}{_rate(self.per_second())}"
-        return f"{counts}, {duration(self.left(now))} left" + (self.note and f", {self.note}")
+        return f"{counts}, {duration(self.left(now))} left"
+
+    @property
+    def lines(self) -> str:
+        """The same, and the note on a line of its own: 80 columns have no room for both."""
+        return f"{self}\n{self.note}" if self.note else f"{self}"
 
     def ending(self, seconds: float) -> str:
         """`19,732 images in 0:00:48, 411/s`."""
@@ -163,7 +168,7 @@ class Display:
                 self._bars.update(self._tasks[stage], completed=done, total=total)
             elif shown.unit and now - shown.lined >= LINE_EVERY and shown.seen == now:
                 shown.lined = now
-                self.print(f"{stage}: {shown}")
+                self.print(f"{stage}: {shown}{shown.note and f', {shown.note}'}")
 
     def print(self, text: str) -> None:
         """Print a line that stays, above the bars."""
@@ -209,7 +214,7 @@ def _bars(console: Console) -> Any:
     return Bars(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[stage]}", style="cyan", markup=False),
+        TextColumn("{task.fields[stage].lines}", style="cyan", markup=False),
         console=console,
         transient=True,
         expand=True,

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_shards.progress import LINE_EVERY, Stage, duration
+from reid_train.runs.process import Stop
 from tune.controller import Controller
 from tune.space import AMPLITUDE, LEARNING_RATE, THETA_MULTIPLIER, Value
 from tune.store import ENDED, Trial
@@ -63,15 +64,18 @@ class Paces:
 
 @contextlib.contextmanager
 def watch(
-    controller: Controller, board: Any, console: Console, total: int, slots: int
+    controller: Controller, board: Any, console: Console, total: int, slots: int, stop: Stop
 ) -> Iterator[None]:
-    """Show a controller's trials until the block ends: `total` in all, `slots` at a time."""
+    """Show a controller's trials until the block ends: `total` in all, `slots` at a time.
+
+    Say so when `stop` has a signal: the trials need seconds to end.
+    """
     ended = threading.Event()
 
     def follow() -> None:
         states: Any = {}
         paces, printed = Paces(), {t.number for t in controller.trials if t.state in ENDED}
-        last_note, last_line = "", 0.0
+        last_note, last_line, told = "", 0.0, False
         live = Live(console=console, transient=True, auto_refresh=False)
         with live if console.is_terminal else contextlib.nullcontext():
             while True:
@@ -85,6 +89,9 @@ def watch(
                 new = [t for t in trials if t.state in ENDED and t.number not in printed]
                 printed |= {trial.number for trial in new}
                 lines = [f"{ending(trial, trials)}; {note}" for trial in new]
+                if stop.signal is not None and not told:
+                    told = True
+                    lines.append("stopping: the trials that run resume with the same command")
                 if console.is_terminal:
                     live.update(Group(table(trials, paces), Text(note, "dim")), refresh=True)
                 elif not lines and note != last_note and time.monotonic() - last_line > LINE_EVERY:

@@ -24,7 +24,7 @@ from data_shards.progress import silent
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import out_of_memory
 from reid_train.runs.checkpoint_store import stored_evaluations
-from reid_train.runs.process import Stop, stop_signals
+from reid_train.runs.process import Stop
 from reid_train.runs.ray_internals import release
 from reid_train.runs.ray_trainer import explained, run_workers, start_ray, use_gpu
 from reid_train.training.context import UNMEASURED
@@ -61,11 +61,15 @@ def slots(config: TrainConfig, concurrent: int | None) -> int:
 
 
 def run(
-    controller: Controller, board: Any, at_a_time: int, stopping: EarlyStopping | None = None
+    controller: Controller,
+    board: Any,
+    at_a_time: int,
+    stopping: EarlyStopping | None = None,
+    stop: Stop | None = None,
 ) -> None:
     """Run trials, `at_a_time` of them together, until nothing is left to try.
 
-    `board` is the sweep's `Board` actor, on which trials show their progress.
+    `board` is the sweep's `Board` actor, on which trials show their progress. `stop` asks to end.
 
     Raises:
         Interrupted: SIGTERM or SIGINT ended it; the sweep can be continued from its store.
@@ -81,8 +85,8 @@ def run(
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # A request must name something; the process itself needs no CPU of its own.
     task = tune.with_resources(tune.with_parameters(run_trial, board=board), {"memory": 1 << 20})
-    with tempfile.TemporaryDirectory(prefix="reid-tune-") as folder, stop_signals() as stop:
-        ending = _Ending(stop)
+    ending = _Ending(stop := stop or Stop())
+    with tempfile.TemporaryDirectory(prefix="reid-tune-") as folder:
         # Ray Tune's own pickled state is never read again: a sweep continues from its store.
         tuner = tune.Tuner(
             task,

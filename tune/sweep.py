@@ -20,6 +20,7 @@ from data_shards.progress import display, make_console, phase
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
 from reid_train.runs.console import Board, beside_driver
+from reid_train.runs.process import stop_signals
 from reid_train.runs.publish import publish
 from reid_train.runs.run_dir import REPORT, prepare, report_command
 from reid_train.tracking.provenance import code_commit
@@ -131,8 +132,11 @@ class _Stages:
             stopping = EarlyStopping(self.plan.settings, self.base, originals)
         board = beside_driver(Board).remote()
         try:
-            with watch(controller, board, self.console, total, self.at_a_time):
-                runner.run(controller, board, self.at_a_time, stopping)
+            with (
+                stop_signals() as stop,
+                watch(controller, board, self.console, total, self.at_a_time, stop),
+            ):
+                runner.run(controller, board, self.at_a_time, stopping, stop)
         except ReidError:
             # MLflow shows what was cut short as killed; continuing opens the runs again.
             for trial in controller.trials:

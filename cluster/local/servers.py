@@ -186,10 +186,12 @@ def _show(folder: Path, addresses: Addresses) -> list[str]:
     table = Table("service", "address", "state", "logs", box=box.SIMPLE_HEAD)
     for name, answer in answers.items():
         state = Text("healthy", "green") if answer else Text("no answer", "red")
-        table.add_row(name, getattr(addresses, name), state, str(folder / logs[name]))
+        table.add_row(name, getattr(addresses, name), state, logs[name])
         if name == "ray":
             table.add_row("dashboard", addresses.dashboard, state, "")
-    print_table(make_console(), table)
+    console = make_console()
+    print_table(console, table)
+    console.print(f"data and logs in {folder}")
     return [name for name, answer in answers.items() if not answer]
 
 

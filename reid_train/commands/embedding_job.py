@@ -90,12 +90,13 @@ def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
     done = total - sum(len(task.rows) for task in missing)
     progress("embedding", done, total)
     if missing:
-        given = ray.put((weights, config)), device, settings
+        # In a list, so that a worker that has the model need not read it again.
+        files = [ray.put((weights, config))]
         actor = ray.remote(_Worker).options(  # type: ignore[attr-defined]
             num_cpus=1, num_gpus=int(device == "cuda"), max_restarts=2, max_task_retries=2
         )
-        actors = [actor.remote(*given) for _ in range(min(settings.workers, len(missing)))]
-        for images in _results(actors, missing):
+        actors = [actor.remote(device, settings) for _ in missing[: settings.workers]]
+        for images in _results(actors, files, missing):
             done += images
             progress("embedding", done, total)
     return total
@@ -121,9 +122,9 @@ def _claim(storage: Storage, out: str, job: dict[str, Any], device: str) -> str:
     return device
 
 
-def _results(actors: Sequence[Any], tasks: Sequence[Task]) -> Iterator[int]:
-    """Images of each part that is done. An actor gets its first task once it has started."""
-    busy = {actor.ready.remote(): actor for actor in actors}
+def _results(actors: Sequence[Any], files: list[Any], tasks: Sequence[Task]) -> Iterator[int]:
+    """Images of each part that is done. An actor gets its first task once it has the model."""
+    busy = {actor.load.remote(files): actor for actor in actors}
     left, done = deque(tasks), 0
     while done < len(tasks):
         (reference,), _ = ray.wait(list(busy))
@@ -145,35 +146,42 @@ def _results(actors: Sequence[Any], tasks: Sequence[Task]) -> Iterator[int]:
             done += 1
             yield images
         if left:
-            busy[actor.embed.remote(left.popleft())] = actor
+            busy[actor.embed.remote(files, left.popleft())] = actor
 
 
 class _Worker:
-    """Embeds parts; a Ray actor."""
+    """Embeds parts; a Ray actor. One that Ray restarts loads the model again at its next part."""
 
-    def __init__(self, files: tuple[bytes, bytes], device: str, settings: Embed) -> None:
+    def __init__(self, device: str, settings: Embed) -> None:
+        self.device, self.settings = device, settings
+        self.embedder: Embedder | None = None
+
+    def load(self, files: list[Any]) -> None:
+        """Load the model, unless it is loaded; `files` refers to its weights and configuration."""
+        if self.embedder is not None:
+            return
+        settings, storage = self.settings, open_storage(self.settings.out)
         with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
             folder = Path(temporary)
-            for name, content in zip((WEIGHTS, CONFIG), files, strict=True):
+            for name, content in zip((WEIGHTS, CONFIG), ray.get(files[0]), strict=True):
                 (folder / name).write_bytes(content)
-            self.embedder = Embedder.from_folder(folder, device)
-        config, storage = self.embedder.config, open_storage(settings.out)
-        precision: str = precision_on(config, self.embedder.device)
+            embedder = Embedder.from_folder(folder, self.device)
+        precision: str = precision_on(embedder.config, embedder.device)
         try:
             storage.write(PRECISION, precision.encode(), create_once=True)
         except ObjectExists:
             precision = storage.read(PRECISION).decode()
-        self.config, self.storage = config.replace(precision=precision), storage
+        self.config, self.storage = embedder.config.replace(precision=precision), storage
         set_precision(self.config)
-        self.settings, self.dataset = settings, Dataset.open(settings.data)
+        self.dataset = Dataset.open(settings.data)
         cache = expand_home(settings.loader.cache).absolute()
         self.cache = ShardCache(self.dataset.storage, cache, settings.loader.cache_bytes)
+        self.embedder = embedder
 
-    def ready(self) -> None:
-        """Return once the actor has started."""
-
-    def embed(self, task: Task) -> int:
+    def embed(self, files: list[Any], task: Task) -> int:
         """Write one part; return its number of images."""
+        self.load(files)
+        assert self.embedder is not None
         config, index = self.config, self.dataset.index(task.split)
         network, device, rows = self.embedder.network, self.embedder.device, np.array(task.rows)
         options = {

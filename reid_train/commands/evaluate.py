@@ -129,9 +129,10 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
 
 def _measure(url: str, settings: Evaluate, console: Console, source: str) -> Measurement:
     """Read embeddings, print what measuring them takes, measure, show and write the outcome."""
-    from reid_train.evaluation import evaluate as evaluation
-    from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, read_embeddings
-    from reid_train.evaluation.ground_truth import find_ground_truth
+    with display(console) as progress, phase(progress, "loading PyTorch and Numba"):
+        from reid_train.evaluation import evaluate as evaluation
+        from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, read_embeddings
+        from reid_train.evaluation.ground_truth import find_ground_truth
 
     measures, workers = settings.measures, settings.workers
     if url.endswith(".npz"):

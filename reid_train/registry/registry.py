@@ -48,13 +48,15 @@ class ModelVersion:
     aliases: tuple[str, ...]
     mean_average_precision: float | None
     rank1: float | None
+    dataset: str | None  # its name
     manifest_digest: str | None
     evaluation_digest: str | None
     created: datetime
+    run: str | None  # its name
     run_id: str | None
 
     def row(self) -> tuple[str, ...]:
-        """Name, version, aliases, mAP, rank-1, manifest (shortened), creation, run, as text."""
+        """Name, version, aliases, mAP, rank-1, dataset, day of creation, run, as text."""
 
         def percent(value: float | None) -> str:
             return "–" if value is None else f"{100 * value:.1f}"
@@ -65,9 +67,9 @@ class ModelVersion:
             ", ".join(self.aliases),
             percent(self.mean_average_precision),
             percent(self.rank1),
-            (self.manifest_digest or "–")[:12],
-            f"{self.created:%Y-%m-%d %H:%M}",
-            (self.run_id or "–")[:12],
+            self.dataset or (self.manifest_digest or "–")[:12],
+            f"{self.created:%Y-%m-%d}",
+            self.run or (self.run_id or "–")[:12],
         )
 
 
@@ -79,6 +81,8 @@ def register(
     manifest_digest: str,
     evaluation_digest: str,
     run_id: str,
+    dataset: str = "",
+    run: str = "",
     tracking_uri: str | None = None,
 ) -> Registered:
     """Register a model as a new version, and make it the champion if it is better.
@@ -90,6 +94,7 @@ def register(
         manifest_digest: digest of the dataset that it was trained on.
         evaluation_digest: digest of the query and gallery that the metrics were measured on.
         run_id: the MLflow run that trained it.
+        dataset, run: names of the dataset and of the run, to show.
         tracking_uri: the MLflow to use; None takes MLFLOW_TRACKING_URI, or ./mlflow.db.
 
     Raises:
@@ -100,6 +105,7 @@ def register(
     uri = registry_uri(tracking_uri)
     tags = {key: str(metrics[key]) for key in ("mAP", "rank-1") if key in metrics}
     tags |= {"manifest_digest": manifest_digest, "evaluation_digest": evaluation_digest}
+    tags |= {key: name for key, name in (("dataset", dataset), ("run", run)) if name}
     with mlflow_errors(f"registering {name}", uri):
         client = connect(uri)
         model = log_model(client, Path(folder), name, run_id, tags)
@@ -195,9 +201,11 @@ def list_models(tracking_uri: str | None = None) -> list[ModelVersion]:
                         aliases=tuple(sorted(aliases)),
                         mean_average_precision=_number(item.tags.get("mAP")),
                         rank1=_number(item.tags.get("rank-1")),
+                        dataset=item.tags.get("dataset"),
                         manifest_digest=item.tags.get("manifest_digest"),
                         evaluation_digest=item.tags.get("evaluation_digest"),
                         created=datetime.fromtimestamp(item.creation_timestamp / 1000, UTC),
+                        run=item.tags.get("run"),
                         run_id=item.run_id,
                     )
                 )

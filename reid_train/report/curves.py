@@ -58,7 +58,8 @@ def _losses(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
 
 def _accuracy(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
     x, y = _points(data, "epoch", "mAP")
-    note = f"best mAP {y.max():.1%} at epoch {x[y.argmax()]:,.0f}" if len(x) else ""
+    best = len(y) - 1 - np.argmax(y[::-1]) if len(y) else 0  # of equal ones the last, which is kept
+    note = f"best mAP {y[best]:.1%} at epoch {x[best]:,.0f}" if len(x) else ""
     style.panel(axes, "Accuracy", note, x="epoch", y="score (%)")
     ends = []
     for name, colour in _ACCURACIES.items():
@@ -71,7 +72,6 @@ def _accuracy(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
         style.blank(axes, "no evaluation recorded")
         return
     if len(x):
-        best = y.argmax()
         ring = {"marker": "o", "markersize": 8, "fillstyle": "none", "clip_on": False}
         axes.plot(x[best], 100 * y[best], color=style.BLUE, markeredgewidth=1.4, **ring)
     axes.set_ylim(0, min(100.0, axes.get_ylim()[1] * 1.04))

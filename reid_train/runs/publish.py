@@ -204,6 +204,8 @@ def _register(
             manifest_digest=best.origin.manifest_digest,
             evaluation_digest=best.origin.evaluation_digest,
             run_id=tracker.run_id,
+            dataset=dataset.manifest.name,
+            run=str(config.name),
             tracking_uri=tracker.uri,
         )
     except StorageError as error:

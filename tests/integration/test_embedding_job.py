@@ -199,16 +199,16 @@ def test_measures_of_a_model_are_tracked_under_names_that_mlflow_takes(data, tmp
 
 def test_worker_that_is_lost_for_good_ends_the_job_in_one_line(data):
     class Doomed:
-        def ready(self) -> None:
+        def load(self, files) -> None:
             pass
 
-        def embed(self, task) -> int:
+        def embed(self, files, task) -> int:
             os._exit(1)
 
     tasks = job.tasks_of(Dataset.open(data), ("query",))
     actor = ray.remote(Doomed).options(max_restarts=0).remote()
     with pytest.raises(ReidError, match=r"worker was lost: .*same command to continue"):
-        list(job._results([actor], tasks))
+        list(job._results([actor], [], tasks))
 
 
 @pytest.mark.parametrize(

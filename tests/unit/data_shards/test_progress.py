@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,19 @@ def test_a_terminal_has_a_bar_while_a_stage_lasts_and_keeps_its_last_line(clock)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
     assert "decoding [x] ━" in shown
     assert "decoding [x]: 100 images in 0:00:40, 2.5/s" in shown
+
+
+def test_the_bar_of_a_training_fits_80_columns(clock):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    note = "epoch 118 of 220, loss 12.345, 1,246 images/s"
+    with display(console, units={"training": "steps"}) as report:
+        report("training", 0, 44_000)
+        clock.now += 20.0
+        report("training", 23_456, 44_000, note=note)
+        time.sleep(0.3)  # for the next frame
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    assert "23,456 of 44,000 steps, 1,173/s, 0:00:18 left" in shown
+    assert note in shown
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from data_shards.storage import open_storage
 from reid_train.cli import Train
 from reid_train.config import TrainConfig
 from reid_train.recipes import recipe
+from reid_train.runs.process import Stop
 from reid_train.training.history import History
 from tune import plots
 from tune.console import Paces, describe, ending, summary, table, watch
@@ -251,17 +253,20 @@ class SlowBoard:
             raise ray.exceptions.GetTimeoutError
 
 
-def test_log_has_a_line_for_each_finished_trial():
+def test_log_has_a_line_for_each_finished_trial_and_for_a_stop():
     sweep: Any = SimpleNamespace(trials=[Trial(0, {}, state="running")])
     text = io.StringIO()
     console = Console(file=text, width=60, soft_wrap=True, markup=False)
-    with watch(sweep, SlowBoard, console, 2, 1):
+    stop = Stop()
+    with watch(sweep, SlowBoard, console, 2, 1, stop):
         time.sleep(1.2)
+        stop.ask(signal.SIGINT, None)
         sweep.trials = [trained(0, 0.5, label="paper")]
     assert (
         "trial-000 finished, mAP 50.0, rank 1 of 1 (paper); 1 of 2 trials ended" in text.getvalue()
     )
     assert text.getvalue().count("trial-000 finished") == 1
+    assert text.getvalue().count("stopping: the trials that run resume") == 1
 
 
 def test_settings_are_described_shortly():
