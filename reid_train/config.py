@@ -7,7 +7,7 @@ The defaults are the paper's (Ni, Fang, Huttunen, ICPR 2020). A recipe (`recipes
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_shards.errors import ConfigError
 
@@ -15,6 +15,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # torchvision's
+TIMM = "timm:"  # before the name of one of timm's models
 
 
 class Section(BaseModel):
@@ -63,14 +66,21 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     """The network: shared stages, then a global and a regional branch with a last stage each."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
-    """torchvision's ResNet (v1.5), with stride 1 in the last stage."""
+    backbone: str = "resnet50"
+    """torchvision's resnet18, 34, 50, 101 or 152, or timm:NAME, such as timm:convnext_tiny."""
     weights: str = "imagenet"
-    """Backbone weights: 'imagenet', 'none', or a path or s3:// URL of a state dict."""
+    """Backbone weights: 'imagenet' (timm's own for timm:NAME), 'none', or a path or s3:// URL."""
     stripes: Annotated[int, Field(ge=0)] = 2
     """Horizontal stripes of the regional branch; 0 removes the branch."""
     batch_norm: Literal["global", "local"] = "global"
     """Batch norm over the global batch, or over each worker's part of it."""
+
+    @field_validator("backbone")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in RESNETS and not (value.startswith(TIMM) and value != TIMM):
+            raise ValueError(f"must be {', '.join(RESNETS)} or {TIMM}NAME, not {value!r}")
+        return value
 
 
 class AmplitudeConfig(Section):

@@ -12,11 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# torchvision's ImageNet weights expect (RGB / 255 − mean) / standard deviation.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-SCALE = tuple(1 / (255 * std) for std in STD)
-SHIFT = tuple(-mean / std for mean, std in zip(MEAN, STD, strict=True))
+
+class Pixels(NamedTuple):
+    """What a network's weights expect: (RGB / 255 − mean) / standard deviation, by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision's weights
 # (0.4914, 0.4822, 0.4465) × 255, rounded down, because the authors' images hold bytes.
 ERASED = (125, 122, 113)
 ERASED_AREA = (0.02, 0.4)  # fraction of the image's area
@@ -92,27 +96,37 @@ def draw(
     )
 
 
-def apply(image: Tensor, params: AugmentParams, dtype: torch.dtype = torch.float32) -> Tensor:
+def apply(
+    image: Tensor,
+    params: AugmentParams,
+    dtype: torch.dtype = torch.float32,
+    pixels: Pixels = IMAGENET,
+) -> Tensor:
     """Augment and normalize a batch, on its device and without waiting for it.
 
     Args:
         image: (B, H, W, 3) uint8, RGB.
         params: how to augment these B images.
         dtype: type of the result.
+        pixels: how the network expects them to be scaled.
 
     Returns:
-        (B, 3, H, W), channels_last, scaled as the ImageNet weights expect.
+        (B, 3, H, W), channels_last.
     """
-    return normalize(_erased(_moved(image, params), params), dtype)
+    return normalize(_erased(_moved(image, params), params), dtype, pixels)
 
 
-def normalize(image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalize(
+    image: Tensor, dtype: torch.dtype = torch.float32, pixels: Pixels = IMAGENET
+) -> Tensor:
     """Turn images (B, H, W, 3) uint8 into network input (B, 3, H, W), channels_last."""
     count, height, width, _ = image.shape
     # Rows of W · 3 values: an innermost dimension of 3 would defeat vector instructions.
     rows = image.reshape(count, height, 3 * width).float()
-    scale = _row(SCALE, width, torch.float32, image.device)
-    shift = _row(SHIFT, width, torch.float32, image.device)
+    one = tuple(1 / (255 * std) for std in pixels.std)
+    zero = tuple(-mean / std for mean, std in zip(*pixels, strict=True))
+    scale = _row(one, width, torch.float32, image.device)
+    shift = _row(zero, width, torch.float32, image.device)
     torch.addcmul(shift, rows, scale, out=rows)
     return rows.to(dtype).view(count, height, width, 3).permute(0, 3, 1, 2)
 

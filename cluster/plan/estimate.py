@@ -142,7 +142,7 @@ def describe(config: TrainConfig, identities: int) -> Network:
     """Count what a configuration's network takes for a number of training identities."""
     images = 2  # batch norm needs two
     with torch.device("meta"):
-        model = ReidNet(config.model.backbone, identities, stripes=config.model.stripes)
+        model = ReidNet.from_config(config, identities)
         image = torch.empty(images, 3, config.image.height, config.image.width)
     kept: dict[int, torch.UntypedStorage] = {}
 

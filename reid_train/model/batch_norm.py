@@ -53,6 +53,31 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         )
 
 
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """Global batch norm, then dropout and an activation, as in timm's `BatchNormAct2d`."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
+def make_global(module: nn.Module) -> None:
+    """Replace all batch norm below a module by global batch norm of the same names and settings."""
+    for name, layer in list(module.named_children()):
+        if not isinstance(layer, nn.BatchNorm2d):
+            make_global(layer)
+            continue
+        has_act = hasattr(layer, "act")
+        kind = GlobalBatchNormAct if has_act else GlobalBatchNorm
+        new = kind(layer.num_features, layer.eps, layer.momentum or 0.1)
+        if has_act:
+            new.drop, new.act = layer.drop, layer.act  # type: ignore[assignment]
+        new.load_state_dict(layer.state_dict())
+        setattr(module, name, new)
+
+
 class _Normalize(torch.autograd.Function):
     """Batch norm over all ranks.
 

@@ -1,6 +1,7 @@
 """Compute embeddings with a trained model: the code that a served model runs.
 
-This module and its imports need only torch, torchvision, NumPy, OpenCV, pydantic and safetensors.
+This module and its imports need only torch, torchvision, NumPy, OpenCV, pydantic and safetensors,
+and timm for a backbone of timm.
 `registry.py` records their versions in each registered model.
 """
 
@@ -61,7 +62,7 @@ class Embedder:
         config = TrainConfig.from_json(text, str(folder / CONFIG))
         try:
             identities = len(state["global_head.classifier.weight"])
-            network = ReidNet(config.model.backbone, identities, stripes=config.model.stripes)
+            network = ReidNet.from_config(config, identities)
             network.load_state_dict(state)
         except (KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[-1].strip()
@@ -112,7 +113,7 @@ def embed(
     The model is in evaluation mode. `mirror` averages with the embeddings of the mirror images.
     `autocast` returns the context that the network runs in.
     """
-    pixels = transforms.normalize(image)
+    pixels = transforms.normalize(image, pixels=model.pixels)
     with autocast():
         embedding = model.embed(pixels).float()
         if mirror:

@@ -1,24 +1,23 @@
-"""The network: a ResNet with two copies of its last stage, a global and a regional branch.
+"""The network: a backbone with two copies of its last stage, a global and a regional branch.
 
-Ni, Fang, Huttunen, arXiv 2007.07875, on torchvision's ResNet, so that torchvision's ImageNet
-weights fit. It differs from the authors' Keras model in three ways: a block's stride is in its 3×3
+Ni, Fang, Huttunen, arXiv 2007.07875. On torchvision's ResNet, so that torchvision's ImageNet
+weights fit, it differs from the authors' Keras model in three ways: a block's stride is in its 3×3
 convolution and not in its first 1×1 ("v1.5"); convolutions have no bias, so there are fewer tensors
-and fewer θ; batch norm in the backbone has ε = 1e-5 and momentum 0.1.
+and fewer θ; batch norm in the backbone has ε = 1e-5 and momentum 0.1. `backbones.py` splits the
+others.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet
 
 from data_shards.errors import ConfigError
+from reid_train.config import TrainConfig
+from reid_train.model.backbones import build_backbone
 from reid_train.model.batch_norm import GlobalBatchNorm
-
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 class Output(NamedTuple):
@@ -51,15 +50,16 @@ class ReidNet(nn.Module):
     """The paper's network for person re-identification.
 
     Args:
-        backbone: one of `BACKBONES`.
+        backbone: a name that `build_backbone` knows.
         identities: C, number of training identities.
+        image: height and width of the images, which transformers are made for.
         stripes: horizontal stripes of the regional branch; 0 leaves that branch out.
         batch_norm: in training, "global" normalizes by the statistics of all workers' images,
             "local" by those of each worker's own.
         seed: decides the initial weights, independently of torch's global random state.
 
     Raises:
-        ConfigError: the backbone is unknown or a number is out of range.
+        ConfigError: the backbone is unknown or does not fit, or a number is out of range.
     """
 
     def __init__(
@@ -67,32 +67,26 @@ class ReidNet(nn.Module):
         backbone: str,
         identities: int,
         *,
+        image: tuple[int, int] = (384, 128),
         stripes: int = 2,
         batch_norm: Literal["global", "local"] = "local",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if backbone not in BACKBONES:
-            raise ConfigError(f"model: no backbone {backbone!r}; there are {', '.join(BACKBONES)}")
         if identities < 2:
             raise ConfigError(f"model: {identities} identities; a classifier needs two or more")
         is_global = batch_norm == "global"
-        norm = GlobalBatchNorm if is_global else nn.BatchNorm2d
         head_norm = GlobalBatchNorm if is_global else nn.BatchNorm1d
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            source = getattr(resnet, backbone)(weights=None, norm_layer=norm)
-            channels = source.fc.in_features
+            parts = build_backbone(backbone, image, global_norm=is_global)
+            channels = parts.channels
             if not 0 <= stripes <= channels:
                 raise ConfigError(f"model: {stripes} stripes; 0 to {channels} are possible")
-            for module in source.layer4.modules():
-                if isinstance(module, nn.Conv2d):  # the map keeps the resolution of its input
-                    module.stride = (1, 1)
-            shared = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-            self.trunk = nn.Sequential(OrderedDict((n, getattr(source, n)) for n in shared))
-            self.global_layer4 = source.layer4
+            self.trunk = parts.trunk
+            self.global_layer4 = parts.last  # "layer4" is the last stage of any backbone
             self.global_head = ObjectiveHead(channels, identities, head_norm)
-            self.regional_layer4 = deepcopy(source.layer4) if stripes else None
+            self.regional_layer4 = deepcopy(parts.last) if stripes else None
             reduced = channels // max(stripes, 1)
             self.reductions = nn.ModuleList(
                 nn.Conv2d(channels, reduced, kernel_size=3, padding=1) for _ in range(stripes)
@@ -103,12 +97,29 @@ class ReidNet(nn.Module):
             self.regional_heads = nn.ModuleList(
                 ObjectiveHead(reduced, identities, head_norm) for _ in range(stripes)
             )
-        self.backbone = backbone
+        self.backbone, self.image, self.pixels = backbone, image, parts.pixels
+        self._last_prefix = parts.prefix
         self.embedding_size = channels + stripes * reduced
         self._backbone_frozen = False
 
+    @classmethod
+    def from_config(cls, config: TrainConfig, identities: int) -> Self:
+        """Return the network of a configuration, without pretrained weights."""
+        model = config.model
+        return cls(
+            model.backbone,
+            identities,
+            image=(config.image.height, config.image.width),
+            stripes=model.stripes,
+            batch_norm=model.batch_norm,
+            seed=config.seed,
+        )
+
     def forward(self, image: Tensor) -> Output:
-        """Return each head's output for images (B, 3, H, W) from `transforms.normalize`."""
+        """Return each head's output for images (B, 3, H, W) from `transforms.normalize`.
+
+        `self.pixels` is how it expects them to be normalized.
+        """
         pooled, logits = zip(*(head(x) for head, x in self._maps(image)), strict=True)
         return Output(list(pooled), list(logits))
 
@@ -121,18 +132,17 @@ class ReidNet(nn.Module):
 
     def load_backbone(self, state: Mapping[str, Tensor]) -> None:
         """Set the backbone, with both last stages; `state` has exactly the `backbone_shapes`."""
-        last = {name: value for name, value in state.items() if name.startswith("layer4.")}
-        self.trunk.load_state_dict({k: v for k, v in state.items() if k not in last})
+        self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})
         for stage in self.backbone_modules()[1:]:
-            stage.load_state_dict({k.removeprefix("layer4."): v for k, v in last.items()})
+            stage.load_state_dict({k: state[self._last_prefix + k] for k in stage.state_dict()})
 
     def backbone_shapes(self) -> dict[str, torch.Size]:
-        """Return the shapes of the backbone's tensors, by their names in torchvision's ResNet."""
-        last = {f"layer4.{k}": v.shape for k, v in self.global_layer4.state_dict().items()}
-        return {k: v.shape for k, v in self.trunk.state_dict().items()} | last
+        """Return the shapes of the backbone's tensors, by their names in the whole backbone."""
+        last = {f"{self._last_prefix}{k}": v for k, v in self.global_layer4.state_dict().items()}
+        return {k: v.shape for k, v in (self.trunk.state_dict() | last).items()}
 
     def backbone_modules(self) -> list[nn.Module]:
-        """Return the parts that come from the pretrained ResNet."""
+        """Return the parts that come from the pretrained backbone."""
         parts = (self.trunk, self.global_layer4, self.regional_layer4)
         return [part for part in parts if part is not None]
 

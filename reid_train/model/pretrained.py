@@ -16,7 +16,8 @@ from torchvision import models
 
 from data_shards.errors import ConfigError, DataError, ObjectMissing
 from data_shards.storage import open_file
-from reid_train.config import TrainConfig
+from reid_train.config import TIMM, TrainConfig
+from reid_train.model.backbones import own_tensors, pretrained_tensors
 from reid_train.model.network import ReidNet
 
 logger = logging.getLogger(__name__)
@@ -36,10 +37,8 @@ def build_model(config: TrainConfig, identities: int) -> ReidNet:
     Raises:
         ReidError: the pretrained weights cannot be read or do not fit the backbone.
     """
-    model = config.model
-    options = {"stripes": model.stripes, "batch_norm": model.batch_norm, "seed": config.seed}
-    network = ReidNet(model.backbone, identities, **options)
-    load_backbone(network, model.weights)
+    network = ReidNet.from_config(config, identities)
+    load_backbone(network, config.model.weights)
     return network
 
 
@@ -49,16 +48,24 @@ def load_backbone(network: ReidNet, source: str) -> None:
     Args:
         network: its backbone is set, with both copies of the last stage.
         source: "none" leaves the initial weights; "imagenet" means torchvision's IMAGENET1K_V1
-            for this backbone; anything else is a path or an s3:// URL of a ResNet's state dict in
-            torchvision's names (see `read_state`). Its classifier is dropped.
+            for a ResNet, and timm's weights for a model of timm; anything else is a path or an
+            s3:// URL of a state dict (see `read_state`) in torchvision's or timm's names, or in
+            names that timm converts. Its classifier is dropped.
 
     Raises:
         ReidError: as `read_state` and `fitted`; or "imagenet" cannot be downloaded.
     """
     if source == "none":
         return
-    state = _imagenet(network.backbone) if source == "imagenet" else read_state(source)
-    network.load_backbone(fitted(state, network.backbone_shapes(), source))
+    name = network.backbone
+    if source != "imagenet":
+        state = {_without_wrappers(key): value for key, value in read_state(source).items()}
+    elif name.startswith(TIMM):
+        state = pretrained_tensors(name, network.image)
+    else:
+        state = _imagenet(name)
+    own = own_tensors(name, network.image, state, source)
+    network.load_backbone(fitted(own, network.backbone_shapes(), source))
 
 
 def read_state(source: str) -> dict[str, Tensor]:
@@ -188,12 +195,11 @@ def _state_dict(state: object, source: str) -> dict[str, Tensor]:
 def fitted(
     state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str
 ) -> dict[str, Tensor]:
-    """Return the tensors of `shapes`, which the state names as torchvision does, or with prefixes.
+    """Return the tensors of a state that should have those of `shapes`.
 
     A `DataError` says which are missing, left over, of another shape, or not finite.
     """
-    named = [(_without_wrappers(name), value) for name, value in state.items()]
-    found = {name: value for name, value in named if not name.startswith("fc.")}
+    found = dict(state)
     for name in shapes:  # files from before torch 0.4.1 do not count batches
         if name.endswith("num_batches_tracked"):
             found.setdefault(name, torch.tensor(0))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from reid_train.config import TIMM
 from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ REQUIREMENTS = (
     "torch",
     "torchvision",
 )
-"""What `CODE` and `pyfunc_model.py` import. Without this list MLflow would run them to find out."""
+"""What `CODE` and `pyfunc_model.py` import, but for timm, which few models need. Without this list
+MLflow would run them to find out."""
 SOURCE = Path(__file__).parents[2]
 CODE = (
     "data_shards/__init__.py",
@@ -35,6 +37,7 @@ CODE = (
     "reid_train/transforms.py",
     "reid_train/config.py",
     "reid_train/model/__init__.py",
+    "reid_train/model/backbones.py",
     "reid_train/model/batch_norm.py",
     "reid_train/model/collectives.py",
     "reid_train/model/embedder.py",
@@ -58,6 +61,8 @@ def log_model(
 
     embedder = Embedder.from_folder(folder, "cpu")
     size = embedder.config.image
+    uses_timm = embedder.config.model.backbone.startswith(TIMM)
+    libraries = REQUIREMENTS + (("timm",) if uses_timm else ())
     example = np.random.default_rng(0).integers(0, 256, (1, size.height, size.width, 3), np.uint8)
     images = TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))
     embeddings = TensorSpec(np.dtype(np.float32), (-1, embedder.embedding_size))
@@ -78,7 +83,7 @@ def log_model(
                 input_example=example,
                 # A local part such as +cu130 names a build that registries do not have.
                 pip_requirements=[
-                    f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS
+                    f"{name}=={version(name).partition('+')[0]}" for name in libraries
                 ],
                 mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
             )

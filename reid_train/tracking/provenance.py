@@ -42,7 +42,7 @@ def submitted_job() -> str | None:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that decide what a step computes."""
-    libraries = {name: version(name) for name in ("numpy", "torch", "torchvision")}
+    libraries = {name: version(name) for name in ("numpy", "torch", "torchvision", "timm")}
     return {"Python": platform.python_version(), **libraries}
 
 

@@ -229,7 +229,8 @@ class TrainLoop:
             **config.image.model_dump(),
             **config.augment.model_dump(),
         ).rows(own)
-        image = transforms.apply(batch.image_on(context.device), drawn)
+        image = batch.image_on(context.device)
+        image = transforms.apply(image, drawn, pixels=self.model.pixels)
         label = batch.label.to(context.device, non_blocking=True)
         with self.autocast():
             output = self.network(image)
