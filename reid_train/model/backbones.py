@@ -75,7 +75,7 @@ def split(model: Any, name: str, image: tuple[int, int]) -> Backbone:
         ConfigError: the model is of no family that can be split, or the image does not fit it.
     """
     channels, kept, more = model.num_features, -2, {}
-    patch = getattr(model, "patch_embed", None)
+    patch: Any = getattr(model, "patch_embed", None)
     family = _family(model)
     if family == "ResNet":
         last = {"layer4": model.layer4}
@@ -201,7 +201,7 @@ def _is_tag_of(found: str, name: str) -> bool:
 def _family(model: nn.Module) -> str | None:
     """Return the one of timm's classes in `FAMILIES` that a model is, and not a subclass of it."""
     from timm import models
-    from timm.layers import PatchEmbed
+    from timm.layers.patch_embed import PatchEmbed
 
     if type(getattr(model, "patch_embed", None)) not in (type(None), PatchEmbed):
         return None  # a transformer behind a convolutional network
