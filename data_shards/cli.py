@@ -28,6 +28,7 @@ def _optional(metavar: str) -> Any:
 
 
 OptionalInt = Annotated[int | None, _optional("INT")]
+OptionalFraction = Annotated[float | None, _optional("FRACTION")]
 OptionalPath = Annotated[Path | None, _optional("PATH")]
 OptionalName = Annotated[str | None, _optional("NAME")]
 OptionalVal = Annotated[Literal["merge", "separate"] | None, _optional("{merge,separate}")]
@@ -45,6 +46,8 @@ def build_command(
     out: str,
     root: OptionalPath = None,
     name: OptionalName = None,
+    validation: OptionalFraction = None,
+    validation_seed: int = 0,
     val: OptionalVal = None,
     images: OptionalPath = None,
     identities: OptionalInt = None,
@@ -68,6 +71,9 @@ def build_command(
         root: The dataset's folder. For csv the CSV file. For synthetic where to draw them.
         name: Name of the dataset; its models are called reid-NAME in MLflow (default: the source's
             name; for csv the name of the file).
+        validation: Fraction of the training identities to keep for a validation split, on which
+            trainings choose their best checkpoint; 0.1 is usual (default: no such split).
+        validation_seed: Another seed chooses other identities.
         val: [msmt17] Merge list_val.txt into train, or keep it as a split (default: merge).
         images: [csv] The folder that its paths are relative to (default: the CSV file's).
         identities: [synthetic] How many people, half of them for training (default: 64).
@@ -98,6 +104,8 @@ def build_command(
             out,
             name=name,
             options=options,
+            validation=validation,
+            validation_seed=validation_seed,
             shard_bytes=shard_bytes,
             allow_incomplete=allow_incomplete,
             skip_unreadable=skip_unreadable,

@@ -3,13 +3,13 @@
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 
-from data_shards.errors import DataError, ObjectMissing
+from data_shards.errors import ConfigError, DataError, ObjectMissing
 from data_shards.manifest import MANIFEST_NAME, Index, Manifest, split_of_rows
-from data_shards.records import SPLITS
+from data_shards.records import EVALUATED, NO_CAMERA, SPLITS
 from data_shards.storage import Storage, open_storage
 
 
@@ -52,9 +52,27 @@ class Dataset:
         """The pid of each training label, (C,) int64: `identities[label] == pid`."""
         return np.unique(self._index["train"].pid)
 
-    def why_not_measurable(self) -> str | None:
-        """Why no query has a match in the gallery; None if there is one."""
-        query, gallery = (self._index[split] for split in ("query", "gallery"))
+    def evaluated(self, split: str) -> tuple[Index, Index]:
+        """Query and gallery of "test" or "validation"; both are empty if the dataset has none."""
+        query, gallery = (self._index[name] for name in EVALUATED[split])
+        return query, gallery
+
+    def choose_split(self, wanted: str) -> Literal["test", "validation"]:
+        """What a training is measured on: "auto" is validation if the dataset has it, else test.
+
+        Raises `ConfigError` if validation is wanted and the dataset has none.
+        """
+        has_validation = all(len(index) for index in self.evaluated("validation"))
+        if wanted == "validation" and not has_validation:
+            raise ConfigError(
+                f"{self.url} has no validation split: build it with `python -m data_shards build"
+                " --validation 0.1`, or measure on its test split"
+            )
+        return "validation" if has_validation and wanted != "test" else "test"
+
+    def why_not_measurable(self, split: str = "test") -> str | None:
+        """Why no query of a split has a match in its gallery; None if there is one."""
+        query, gallery = self.evaluated(split)
         return why_not_measurable(
             set(zip(query.pid.tolist(), query.camid.tolist(), strict=True)),
             set(zip(gallery.pid.tolist(), gallery.camid.tolist(), strict=True)),
@@ -82,6 +100,8 @@ def why_not_measurable(
         )
     if any(cameras[pid] != {camid} for pid, camid in shared):
         return None
+    if any(camid >= NO_CAMERA for _, camid in query):
+        return "no query has another image of the same person in the gallery"
     seen = {camid for _, camid in (*query, *gallery)}
     if len(seen) == 1:
         return (

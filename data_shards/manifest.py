@@ -18,7 +18,7 @@ import pydantic
 from pydantic import AfterValidator, Field, JsonValue
 
 from data_shards.errors import DataError
-from data_shards.records import SPLITS
+from data_shards.records import EVALUATED, SPLITS
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.parquet"
@@ -39,7 +39,7 @@ def _inside(name: str) -> str:
 Name = Annotated[str, AfterValidator(_inside)]
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]  # so that sums of several fit into 64 bits
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Split = Literal["train", "val", "query", "gallery"]
+Split = Literal["train", "val", "query", "gallery", "validation_query", "validation_gallery"]
 
 
 class _Model(pydantic.BaseModel):
@@ -113,11 +113,19 @@ class Manifest(_Model):
 
     @property
     def evaluation_digest(self) -> str:
-        """SHA-256, in hex, of the query and gallery shards, which are all that an evaluation sees.
+        """SHA-256, in hex, of the query and gallery shards, which are all that a test sees.
 
         Datasets with different train images and the same test images share it.
         """
-        seen = [s for s in self.shards if s.split in ("query", "gallery")]
+        return self._digest_of("test")
+
+    @property
+    def validation_digest(self) -> str:
+        """SHA-256, in hex, of the shards of the validation split."""
+        return self._digest_of("validation")
+
+    def _digest_of(self, evaluated: str) -> str:
+        seen = [s for s in self.shards if s.split in EVALUATED[evaluated]]
         return json_digest([[s.split, s.images, s.bytes, s.sha256] for s in seen])
 
     def to_json(self) -> bytes:

@@ -4,8 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-SPLITS: Final = ("train", "val", "query", "gallery")
+SPLITS: Final = ("train", "val", "query", "gallery", "validation_query", "validation_gallery")
+EVALUATED: Final = {
+    "test": ("query", "gallery"),
+    "validation": ("validation_query", "validation_gallery"),
+}
+"""The query and the gallery of what a model can be measured on."""
 SHARD_BYTES: Final = 256 << 20  # approximate size of a shard
+NO_CAMERA: Final = 1 << 30
+"""Camera numbers from here up mean that the camera is not known. Images of equal bytes share such a
+number and no others do, so that an image of another number is another image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,5 +23,5 @@ class ImageRecord:
     path: Path  # the file on this machine
     relative: str  # its path inside the dataset's root, with forward slashes: the same everywhere
     pid: int  # identity, >= 0; train and test identities are numbered separately
-    camid: int  # camera, >= 0
+    camid: int  # camera, >= 0; a source that does not know it gives NO_CAMERA
     split: str  # one of `SPLITS`

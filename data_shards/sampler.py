@@ -23,6 +23,7 @@ import numpy as np
 
 from data_shards.errors import ConfigError
 from data_shards.manifest import Index
+from data_shards.records import NO_CAMERA
 
 # After r rounds of mixing, two identities that began in the same step are together more often than
 # by chance by about 2^-r. With ten rounds no test can measure it.
@@ -159,7 +160,8 @@ def _groups(
     amount = np.bincount(identity)
     first = np.cumsum(amount) - amount
     # XOR with a random number per identity gives each identity its own order of cameras.
-    camera = index.camid[rows] ^ rng.integers(1 << 16, size=len(amount), dtype=np.int32)[identity]
+    known = np.where(index.camid[rows] < NO_CAMERA, index.camid[rows], 0)
+    camera = known ^ rng.integers(1 << 16, size=len(amount), dtype=np.int32)[identity]
     rows = rows[np.lexsort((camera, identity))]
     identity = np.repeat(np.arange(len(amount)), amount)
 

@@ -166,8 +166,11 @@ class OptimizerConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Evaluation on the query and gallery splits during training."""
+    """Evaluation during training, which chooses the best checkpoint."""
 
+    split: Literal["auto", "validation", "test"] = "auto"
+    """Query and gallery to evaluate on: the dataset's validation split, or its test split as the
+    paper does; auto is validation if there is one. Then test is measured once, at the end."""
     every: Count = 10
     """Epochs between evaluations; the last epoch is always evaluated."""
     initial: bool = True

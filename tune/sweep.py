@@ -19,7 +19,7 @@ from data_shards.errors import DataError, ReidError, StorageError
 from data_shards.progress import display, make_console, phase
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
-from reid_train.runs.console import Board, beside_driver
+from reid_train.runs.console import UNITS, Board, beside_driver
 from reid_train.runs.process import stop_signals
 from reid_train.runs.publish import publish
 from reid_train.runs.run_dir import REPORT, prepare, report_command
@@ -27,6 +27,7 @@ from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.server import run_page
 from reid_train.tracking.tracker import Tracker
 from reid_train.tracking.uris import training_uri
+from reid_train.training.history import tracked
 from tune import plots, results, runner
 from tune.console import watch
 from tune.controller import Controller
@@ -64,7 +65,8 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     console = console or make_console()
     settings, config = plan.settings, prepare(plan.config)
     dataset = Dataset.open(config.data)
-    if not len(dataset.index("query")) or not len(dataset.index("gallery")):
+    split = dataset.choose_split(config.evaluation.split)
+    if not all(len(index) for index in dataset.evaluated(split)):
         raise DataError(f"{config.data} has no query or gallery: a sweep compares by mAP on them")
     config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
     with display(console) as progress, phase(progress, "checking the settings"):
@@ -120,6 +122,11 @@ class _Stages:
     parent: Tracker
     console: Console
     at_a_time: int
+
+    @property
+    def split(self) -> str:
+        """What trials are measured on: "validation" or "test"."""
+        return self.dataset.choose_split(self.base.evaluation.split)
 
     def run(self, trials: list[Trial], searcher: Searcher, total: int) -> list[Trial]:
         """Run what is queued, what had begun, and what is proposed; return all trials."""
@@ -186,11 +193,11 @@ class _Stages:
                 for name, value in evaluation.items()
                 if name not in _NOT_METRICS and isinstance(value, float) and math.isfinite(value)
             }
-            tracker.log(metrics, int(evaluation["step"]))
+            tracker.log(tracked(metrics, self.split), int(evaluation["step"]))
         tracker.set_tags({"state": trial.state, "reason": trial.reason or None})
         tracker.finish(_STATUS[trial.state])
         if trial.evaluations:
-            self.parent.log({"trial/mAP": trial.score}, trial.number)
+            self.parent.log(tracked({"trial/mAP": trial.score}, self.split), trial.number)
 
     def _reopened(self, trial: Trial) -> Tracker:
         """A trial's MLflow run; what is not tracked gets a tracker that does nothing."""
@@ -206,6 +213,11 @@ class _Stages:
         best = entries[0].best
         summary = self._publish(best)
         sentences = results.verdict(entries)
+        if summary.get("selected_on") == "validation":
+            sentences.append("Trials were compared by mAP on the validation split.")
+            if summary["test"]:
+                mean = summary["test"]["mAP"]
+                sentences.append(f"On test, {best.name} was measured once: mAP {100 * mean:.1f}.")
         if len(best.changes) > 1:
             sentences.append(
                 f"{best.name} changed its settings while it trained (see its `changes`); the "
@@ -221,7 +233,9 @@ class _Stages:
                 storage.upload(f"{REPORT}/{path.name}", path)
             self.parent.log_artifacts(folder, REPORT)
         name, model, champion = str(self.config.name), summary["model"], summary["champion"]
-        self.parent.log({"mAP": entries[0].mean, "best/mAP": best.score}, len(trials))
+        scores = {"mAP": entries[0].mean, "best/mAP": best.score}
+        scores = tracked(scores, self.split) | summary.get("test", {})
+        self.parent.log(scores, len(trials))
         self.parent.set_tags({"best": best.name, "verdict": " ".join(sentences), "model": model})
         report = f"{base.output}/{REPORT}"
         return Outcome(name, trials, entries, sentences, again, report, model, champion)
@@ -231,8 +245,8 @@ class _Stages:
         noted = self.store.noted("published")
         assert best.best is not None
         if noted.get("run") != best.best["run"]:
-            with self._reopened(best) as tracker:
-                summary, _ = publish(best.best_config(self.base), self.dataset, tracker)
+            with self._reopened(best) as tracker, display(self.console, units=UNITS) as shown:
+                summary, _ = publish(best.best_config(self.base), self.dataset, tracker, shown)
             noted = json.loads(json.dumps(vars(summary))) | {"run": best.best["run"]}
             self.store.note("published", noted)
         return noted

@@ -21,6 +21,7 @@ from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError
 from data_shards.loader import AHEAD, HELD
 from data_shards.manifest import MANIFEST_NAME
+from data_shards.records import EVALUATED
 from reid_train.config import TrainConfig
 from reid_train.model.network import ReidNet
 from reid_train.training.data import epoch_plan, train_index
@@ -95,7 +96,8 @@ def count(config: TrainConfig, dataset: Dataset, plan: EpochPlan) -> Counts:
     ends = np.cumsum(steps).tolist()
     evaluated = {*ends[config.evaluation.every - 1 :: config.evaluation.every], ends[-1]}
     saved = evaluated | set(range(every, ends[-1] + 1, every) if every else ())
-    queries, gallery = (len(dataset.index(split)) for split in ("query", "gallery"))
+    split = dataset.choose_split(config.evaluation.split)
+    queries, gallery = (len(index) for index in dataset.evaluated(split))
     frozen = sum(steps[: config.optimizer.frozen_epochs])
     evaluations = len(evaluated) + config.evaluation.initial if queries and gallery else 0
     return Counts(ends[-1], frozen, evaluations, queries, gallery, checkpoints=len(saved))
@@ -119,7 +121,8 @@ def download(options: Plan, dataset: Dataset, plan: EpochPlan, evaluations: int)
         read[np.repeat(node, rows.shape[1] // workers), index.shard[rows]] = True
         # An epoch of a given length may go through the data several times.
         times += read * (1 + len(rows) // one_pass if config.batch.steps_per_epoch else 1)
-    for split in ("query", "gallery") if evaluations else ():
+    evaluated = EVALUATED[dataset.choose_split(config.evaluation.split)]
+    for split in evaluated if evaluations else ():
         shard = dataset.index(split).shard
         for rank in range(workers):
             mine = shard[len(shard) * rank // workers : len(shard) * (rank + 1) // workers]

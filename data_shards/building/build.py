@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,9 +27,10 @@ from data_shards.dataset import why_not_measurable
 from data_shards.errors import ConfigError, DataError, StorageError
 from data_shards.manifest import INDEX_NAME, FileInfo, Index, Manifest, json_digest, sha256
 from data_shards.progress import Progress, silent
-from data_shards.records import SHARD_BYTES, ImageRecord
+from data_shards.records import EVALUATED, NO_CAMERA, SHARD_BYTES, ImageRecord
 from data_shards.sources import SOURCES
 from data_shards.sources.layout import difference
+from data_shards.sources.split import split_off
 from data_shards.storage import Storage, open_storage
 from data_shards.storage.atomic import disk_errors
 
@@ -58,6 +59,8 @@ def build(
     *,
     name: str | None = None,
     options: Mapping[str, Any] | None = None,
+    validation: float | None = None,
+    validation_seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
     allow_incomplete: bool = False,
     skip_unreadable: bool = False,
@@ -90,6 +93,19 @@ def build(
     storage.exists(state.PLAN)  # shows a wrong bucket or password now, not after the scan
     records = SOURCES[source].read(root, **options)
     _check_records(records, root)
+    if validation is not None:
+        if any(record.split in EVALUATED["validation"] for record in records):
+            raise ConfigError(f"{root} has a validation split of its own: leave out --validation")
+        take = partial(
+            split_off,
+            flag="--validation",
+            fraction=validation,
+            seed=validation_seed,
+            into="validation",
+        )
+        take(
+            _numbered(records, [r.relative for r in records])
+        )  # shows what is wrong before the scan
     shortfall = difference(SOURCES[source], records, root)
     if shortfall and not allow_incomplete:
         raise DataError(
@@ -102,10 +118,16 @@ def build(
             " --skip-unreadable to leave them out:"
             + "".join(f"\n  {item.path}: {item.reason}" for item in left_out)
         )
-    _check_identities([image.record for image in images], root)
+    records = _numbered([image.record for image in images], [image.sha256 for image in images])
+    if validation is not None:
+        records = take(records)
+    images = [replace(image, record=r) for image, r in zip(images, records, strict=True)]
+    _check_identities(records, root)
     # What the manifest says before there are shards. Nothing in it depends on this machine.
     recorded = {key: value for key, value in options.items() if not isinstance(value, Path | None)}
     recorded["shard_bytes"] = shard_bytes
+    if validation is not None:
+        recorded |= {"validation": validation, "validation_seed": validation_seed}
     draft = {"name": name, "source": source, "options": recorded, "complete": shortfall is None}
     content = _content_digest(draft, images)
     with _work_folder(work, f"{content} {storage.url}") as folder:
@@ -161,8 +183,9 @@ def _check_records(records: Sequence[ImageRecord], root: Path) -> None:
         if record.relative in seen:
             raise DataError(f"{record.relative} is listed twice under {root}: remove one entry")
         seen.add(record.relative)
-        for name, value, bits in (("pid", record.pid, 63), ("camid", record.camid, 31)):
-            if not 0 <= value < 1 << bits:
+        for name, value, bits in (("pid", record.pid, 63), ("camid", record.camid, 30)):
+            unknown = name == "camid" and value == NO_CAMERA
+            if not (0 <= value < 1 << bits or unknown):
                 raise DataError(f"{record.path}: {name} {value} is not from 0 to 2^{bits} - 1")
         if _NOT_IN_PATHS.search(record.relative):
             raise DataError(
@@ -179,11 +202,23 @@ def _check_identities(records: Sequence[ImageRecord], root: Path) -> None:
         raise DataError(
             f"{root}: all train images are of one identity; training needs at least two"
         )
-    query, gallery = (
-        [(r.pid, r.camid) for r in records if r.split == split] for split in ("query", "gallery")
-    )
-    if (reason := why_not_measurable(query, gallery)) is not None:
-        log.warning("%s: models cannot be measured on this dataset: %s", root, reason)
+    for evaluated, splits in EVALUATED.items():
+        query, gallery = ([(r.pid, r.camid) for r in records if r.split == s] for s in splits)
+        if evaluated == "validation" and not query + gallery:
+            continue  # most datasets have none
+        if (reason := why_not_measurable(query, gallery)) is not None:
+            on = "its validation split" if evaluated == "validation" else "this dataset"
+            log.warning("%s: models cannot be measured on %s: %s", root, on, reason)
+
+
+def _numbered(records: Sequence[ImageRecord], contents: Sequence[str]) -> list[ImageRecord]:
+    """Give each image without a camera the number of its content (`NO_CAMERA`)."""
+    unknown = {c for r, c in zip(records, contents, strict=True) if r.camid == NO_CAMERA}
+    number = {content: NO_CAMERA + n for n, content in enumerate(sorted(unknown))}
+    return [
+        replace(record, camid=number[content]) if record.camid == NO_CAMERA else record
+        for record, content in zip(records, contents, strict=True)
+    ]
 
 
 def _content_digest(draft: Mapping[str, Any], images: Sequence[ScannedImage]) -> str:

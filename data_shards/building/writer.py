@@ -16,7 +16,7 @@ from typing import Any
 from data_shards.building.scan import ScannedImage
 from data_shards.errors import DataError
 from data_shards.manifest import COLUMNS, Index, ShardInfo, SplitInfo, sha256
-from data_shards.records import SPLITS
+from data_shards.records import NO_CAMERA, SPLITS
 from data_shards.storage.atomic import disk_errors, file_sha256
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -103,7 +103,7 @@ def count_splits(plans: Sequence[ShardPlan]) -> dict[Any, SplitInfo]:
             splits[split] = SplitInfo(
                 images=len(records),
                 identities=len({record.pid for record in records}),
-                cameras=len({record.camid for record in records}),
+                cameras=len({r.camid for r in records if r.camid < NO_CAMERA}),
             )
     return splits
 

@@ -15,6 +15,7 @@ import tyro
 
 from data_shards.errors import ConfigError
 from data_shards.progress import display, phase
+from data_shards.records import EVALUATED
 from reid_train.commands.embed import Embed, check_counts, connect_ray, say
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.measures import Measures
@@ -42,6 +43,8 @@ class Evaluate:
     """models:/name@champion, models:/name/3, or a checkpoint's or run's folder or s3:// URL."""
     data: str | None = None
     """Sharded dataset; the model is measured on its query and gallery."""
+    split: Literal["test", "validation"] = "test"
+    """Whether these are the test split's or the validation split's."""
     output: str | None = None
     """Where to write the measurement as JSON: a path or s3://…"""
     workers: int = 1
@@ -78,6 +81,8 @@ class Evaluate:
             raise ConfigError(
                 "a model's embeddings are kept as Parquet: --embeddings is a folder here"
             )
+        if self.split == "validation" and (self.embeddings or "").endswith(".npz"):
+            raise ConfigError("npz files hold one query and gallery: leave out --split")
 
 
 def evaluate(settings: Evaluate, console: Console) -> Measurement:
@@ -98,7 +103,7 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
 
     assert settings.data is not None
     dataset = Dataset.open(settings.data)
-    query, gallery = dataset.index("query"), dataset.index("gallery")
+    query, gallery = dataset.evaluated(dataset.choose_split(settings.split))
     find_ground_truth(Labels(query.pid, query.camid, gallery.pid, gallery.camid))
     settings.measures.check(len(query), len(gallery))
     connect_ray(settings.workers, console)
@@ -119,7 +124,7 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
         known = {f.name for f in fields(Embed)}
         shared = {name: value for name, value in vars(settings).items() if name in known}
         with display(console) as progress:
-            embed_dataset(Embed(out=out, **shared), progress)
+            embed_dataset(Embed(out=out, splits=EVALUATED[settings.split], **shared), progress)
         found = _measure(out, settings, console, f"{settings.model} on {settings.data}")
         _log(settings, found, dataset, tracker)
     if tracker.uri and tracker.run_id:
@@ -142,7 +147,7 @@ def _measure(url: str, settings: Evaluate, console: Console, source: str) -> Mea
         workers, dimensions = 1, query.shape[1]
         run = partial(evaluation.evaluate, query, gallery, labels, measures)
     else:
-        files = EmbeddingFiles.open(url)
+        files = EmbeddingFiles.open(url, settings.split)
         labels, dimensions = files.labels, files.dimensions
         find_ground_truth(labels)  # raises if there is none, before workers start
         run = partial(evaluation.evaluate_files, files, measures, workers=workers)
@@ -237,13 +242,15 @@ def show(found: Measurement, console: Console) -> None:
 
 def _log(settings: Evaluate, found: Measurement, dataset: Dataset, tracker: Tracker) -> None:
     """Log a model's measurement."""
+    from reid_train.training.history import tracked
+
     tracker.log_parameters({f"measures.{k}": v for k, v in vars(found.measures).items()})
-    digests = {
-        "manifest_digest": dataset.manifest.digest,
-        "evaluation_digest": dataset.manifest.evaluation_digest,
-    }
+    manifest = dataset.manifest
+    digests = {"manifest_digest": manifest.digest, "evaluation_digest": manifest.evaluation_digest}
+    if settings.split == "validation":
+        digests["validation_digest"] = manifest.validation_digest
     tracker.set_tags({"model": settings.model, "dataset": dataset.url, **digests})
-    summary = found.result.summary()
+    summary = tracked(found.result.summary(), settings.split)
     if found.plain is not None:
         summary |= {f"plain {k}": v for k, v in found.plain.summary().items()}
     # MLflow accepts neither @ nor = in a name.

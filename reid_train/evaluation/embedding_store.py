@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from data_shards.errors import DataError, ObjectMissing
+from data_shards.records import EVALUATED
 from data_shards.storage import Storage, open_file, open_storage
 from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.similarity import check_features, check_shapes
@@ -110,9 +111,11 @@ class EmbeddingFiles:
     split: np.ndarray
 
     @classmethod
-    def open(cls, url: str) -> Self:
+    def open(cls, url: str, evaluated: str = "test") -> Self:
         """Read the labels of a Parquet file, or of all parts in a folder.
 
+        `evaluated` is a key of `EVALUATED`: of "validation" the splits `validation_query` and
+        `validation_gallery` become the query and the gallery.
         Raises `DataError` for no file, missing columns, or parts of different dimensions.
         """
         storage, keys = _parts(url)
@@ -135,8 +138,11 @@ class EmbeddingFiles:
                 labels.append(file.read(columns=list(_LABELS)))
         with _readable(url):
             table = pa.concat_tables(labels, promote_options="permissive")
-        columns = [_label_column(table, name, url) for name in _LABELS]
-        return cls(url, storage, dimensions, tuple(groups), *columns)
+        pid, camid, split = (_label_column(table, name, url) for name in _LABELS)
+        if evaluated != "test":
+            names = dict(zip(EVALUATED[evaluated], EVALUATED["test"], strict=True))
+            split = np.array([names.get(name, "") for name in split], object)
+        return cls(url, storage, dimensions, tuple(groups), pid, camid, split)
 
     @property
     def labels(self) -> Labels:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.errors import ConfigError
 from data_shards.progress import Progress, silent
+from data_shards.records import NO_CAMERA
 from reid_train.evaluation import neighbours, reranking
 from reid_train.evaluation.camera_pairs import count_by_camera, metrics_by_cameras
 from reid_train.evaluation.embedding_store import EmbeddingFiles
@@ -86,6 +88,7 @@ def evaluate(
         ConfigError: settings out of range, or too large for so few images.
     """
     measures.check()
+    _require_cameras(labels, measures)
     features = check_inputs(query, gallery, labels)
     measures.check(len(query), len(gallery))
     source = Separate(*features)
@@ -107,6 +110,7 @@ def evaluate_files(
     """
     measures.check()
     labels, pool = files.labels, Pool(workers, progress)
+    _require_cameras(labels, measures)
     find_ground_truth(labels)
     measures.check(len(labels.query_pid), len(labels.gallery_pid))
     if workers == 1 or measures.compares_all:
@@ -116,6 +120,18 @@ def evaluate_files(
         source = pool.put(Separate(Features.of(files.read("query")), files))
         edges = [edge for edge in files.edges("gallery") if len(edge)]
     return _Stages(pool, source, edges, labels, measures).run(files.dimensions)
+
+
+def _require_cameras(labels: Labels, measures: Measures) -> None:
+    """Raise `ConfigError` if camera pairs are wanted of images whose camera is not known."""
+    if (
+        measures.camera_pairs
+        and max(labels.query_camid.max(), labels.gallery_camid.max()) >= NO_CAMERA
+    ):
+        raise ConfigError(
+            "--camera-pairs needs the camera of every image, and this dataset was built without "
+            "cameras: leave it out"
+        )
 
 
 def _read(files: EmbeddingFiles) -> Joined:

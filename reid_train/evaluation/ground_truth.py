@@ -81,7 +81,8 @@ def read_only(owner: object, *names: str) -> None:
 class GroundTruth:
     """Gallery images of each query's own identity, as rows of a compressed sparse matrix.
 
-    Those of another camera are the query's positives. The others are junk and not counted.
+    Those of another camera are the query's positives. The others are junk and not counted. Without
+    cameras each image counts as its own camera (`NO_CAMERA`), so only the same image is junk.
     """
 
     start: np.ndarray  # (Q + 1,) int64; query q has the entries `start[q]:start[q + 1]`
@@ -117,7 +118,8 @@ def find_ground_truth(labels: Labels) -> GroundTruth:
     positive = labels.gallery_camid[index] != labels.query_camid[row]
     if not positive.any():
         raise DataError(
-            "no valid query: none has an image of its identity from another camera in the "
-            "gallery; are query and gallery of the same dataset, and are the camera ids right?"
+            "no valid query: none has an image of its identity from another camera (without "
+            "cameras: another image) in the gallery; are query and gallery of the same dataset, "
+            "and are the camera ids right?"
         )
     return GroundTruth(start, index, positive)

@@ -1,8 +1,9 @@
 """Register, promote and list trained models in MLflow's registry.
 
-The tags of a version hold its metrics and the dataset that they were measured on. The alias
-`champion` marks the model to use. It moves only to a version with a higher mAP on the same query
-and gallery.
+The tags of a version hold its metrics and the dataset that they were measured on: `mAP` is always
+the test's, `validation/mAP` that of a validation split if it chose the checkpoint, as the tag
+`selected_on` says. The alias `champion` marks the model to use. It moves only to a version with a
+higher mAP on the split that chose it, and only if both were measured on the same images.
 """
 
 import logging
@@ -84,18 +85,23 @@ def register(
     dataset: str = "",
     run: str = "",
     tracking_uri: str | None = None,
+    validation: Mapping[str, float] | None = None,
+    validation_digest: str | None = None,
 ) -> Registered:
     """Register a model as a new version, and make it the champion if it is better.
 
     Args:
         folder: a folder with `model.safetensors` and `config.json`, such as a checkpoint.
         name: name of the registered model; it is created if there is none.
-        metrics: fractions by name; `mAP` decides, `rank-1` is shown.
+        metrics: fractions by name, on test; `mAP` decides, `rank-1` is shown.
         manifest_digest: digest of the dataset that it was trained on.
         evaluation_digest: digest of the query and gallery that the metrics were measured on.
         run_id: the MLflow run that trained it.
         dataset, run: names of the dataset and of the run, to show.
         tracking_uri: the MLflow to use; None takes MLFLOW_TRACKING_URI, or ./mlflow.db.
+        validation: fractions by name on the validation split, if it chose the model; then they
+            decide.
+        validation_digest: digest of the validation split.
 
     Raises:
         DataError: the folder does not hold a model.
@@ -103,9 +109,12 @@ def register(
     from reid_train.registry.packaging import log_model
 
     uri = registry_uri(tracking_uri)
-    tags = {key: str(metrics[key]) for key in ("mAP", "rank-1") if key in metrics}
+    tags = _metric_tags(metrics, validation)
     tags |= {"manifest_digest": manifest_digest, "evaluation_digest": evaluation_digest}
     tags |= {key: name for key, name in (("dataset", dataset), ("run", run)) if name}
+    if validation_digest is not None:
+        tags["validation_digest"] = validation_digest
+    tags["selected_on"] = "test" if validation_digest is None else "validation"
     with mlflow_errors(f"registering {name}", uri):
         client = connect(uri)
         model = log_model(client, Path(folder), name, run_id, tags)
@@ -120,31 +129,56 @@ def register(
     return registered
 
 
-def default_name(dataset: str, evaluation_digest: str, tracking_uri: str | None = None) -> str:
+def _metric_tags(
+    metrics: Mapping[str, float], validation: Mapping[str, float] | None
+) -> dict[str, str]:
+    """The figures that a version is compared by, as tags."""
+    groups = {"": metrics, "validation/": validation or {}}
+    return {
+        prefix + name: str(group[name])
+        for prefix, group in groups.items()
+        for name in ("mAP", "rank-1")
+        if name in group
+    }
+
+
+def default_name(
+    dataset: str,
+    evaluation_digest: str,
+    tracking_uri: str | None = None,
+    *,
+    validation_digest: str | None = None,
+) -> str:
     """Name a dataset's models `reid-<dataset>`, so that all with one name can be compared.
 
-    If models of that name were measured on another query and gallery, the name ends in a digest.
+    If models of that name were measured on other images, the name ends in a digest.
     """
     name = accepted(f"reid-{dataset}")
     uri = registry_uri(tracking_uri)
     with mlflow_errors(f"looking up {name}", uri):
         versions = all_pages(connect(uri).search_model_versions, f"name = '{name}'")
-    measured = {version.tags.get("evaluation_digest") for version in versions}
-    is_free = not measured or evaluation_digest in measured
-    return name if is_free else f"{name}-{evaluation_digest[:8]}"
+    measured = [_measured_on(version.tags) for version in versions]
+    is_free = not measured or (evaluation_digest, validation_digest) in measured
+    return name if is_free else f"{name}-{(validation_digest or evaluation_digest)[:8]}"
 
 
 def registered_version(
-    name: str, run_id: str, metrics: Mapping[str, float], tracking_uri: str
+    name: str,
+    run_id: str,
+    metrics: Mapping[str, float],
+    tracking_uri: str,
+    *,
+    validation: Mapping[str, float] | None = None,
 ) -> Registered | None:
     """Return the version that an MLflow run has registered with these metrics, if there is one.
 
     It becomes the champion if it should be and is not: MLflow may have refused to move the alias.
     """
+    wanted = _metric_tags(metrics, validation)
     with mlflow_errors(f"looking for versions of {name}", tracking_uri):
         client = connect(tracking_uri)
         for version in all_pages(client.search_model_versions, f"name = '{name}'"):
-            if version.run_id == run_id and version.tags.get("mAP") == str(metrics.get("mAP")):
+            if version.run_id == run_id and wanted.items() <= version.tags.items():
                 reason = "registered before"
                 champion = CHAMPION in client.get_model_version(name, version.version).aliases
                 if not champion:
@@ -164,24 +198,30 @@ def _promote(client: Any, name: str, version: str, tags: Mapping[str, str]) -> t
     return champion, reason
 
 
+def _measured_on(tags: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """The digests of the test and the validation images; versions compare if both are the same."""
+    return tags.get("evaluation_digest"), tags.get("validation_digest")
+
+
 def should_promote(
     candidate: Mapping[str, str], champion: Mapping[str, str] | None
 ) -> tuple[bool, str]:
     """Decide from their tags whether a version replaces the champion, and say why in words."""
-    score = _number(candidate.get("mAP"))
+    name = "validation/mAP" if "validation_digest" in candidate else "mAP"
+    score = _number(candidate.get(name))
     if score is None:
-        return False, "not promoted: its mAP was not measured"
+        return False, f"not promoted: its {name} was not measured"
     if champion is None:
-        return True, f"promoted: the first champion, mAP {score:.4f}"
-    if candidate.get("evaluation_digest") != champion.get("evaluation_digest"):
+        return True, f"promoted: the first champion, {name} {score:.4f}"
+    if _measured_on(candidate) != _measured_on(champion):
         return False, (
             "not promoted: the champion was measured on another query and gallery; evaluate both "
             "on the same ones, and move the alias by hand if this one is better"
         )
-    best = _number(champion.get("mAP"))
+    best = _number(champion.get(name))
     if best is not None and score <= best:
-        return False, f"not promoted: mAP {score:.4f} is not above the champion's {best:.4f}"
-    return True, f"promoted: mAP {score:.4f}, the champion had {best or math.nan:.4f}"
+        return False, f"not promoted: {name} {score:.4f} is not above the champion's {best:.4f}"
+    return True, f"promoted: {name} {score:.4f}, the champion had {best or math.nan:.4f}"
 
 
 def list_models(tracking_uri: str | None = None) -> list[ModelVersion]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.path import Path as Outline
 from PIL import Image, ImageOps
 
+from data_shards.records import NO_CAMERA
 from reid_train.report import style
 
 RIGHT, WRONG = style.GREEN, style.RED
@@ -99,7 +100,7 @@ def draw_rank_list(
             corners[right].append((left + grid.width - 2, top + 2))
             below: dict[str, Any] = {"y": top + grid.height + FRAME + 6, "size": 5.8, "va": "top"}
             camera, score = int(gallery_camid[row][column]), float(similarity[row][column])
-            axes.text(left, s=f"cam {camera}", color=style.MUTED, ha="left", **below)
+            axes.text(left, s=_camera(camera), color=style.MUTED, ha="left", **below)
             axes.text(left + grid.width, s=f"{score:.3f}", color=style.INK, ha="right", **below)
     for right, centres in corners.items():
         _badges(axes, centres, *_BADGES[right][:2])
@@ -136,7 +137,11 @@ def _label_row(axes: Axes, grid: Layout, row: int, pid: int, camid: int) -> None
     x, middle = left - 18, top + grid.height / 2
     text: dict[str, Any] = {"ha": "right", "va": "center"}
     axes.text(x, middle - 14, f"pid {pid}", size=style.TEXT, weight="bold", color=style.INK, **text)
-    axes.text(x, middle + 14, f"cam {camid}", size=style.SMALL, color=style.MUTED, **text)
+    axes.text(x, middle + 14, _camera(camid), size=style.SMALL, color=style.MUTED, **text)
+
+
+def _camera(camid: int) -> str:
+    return f"cam {camid}" if camid < NO_CAMERA else ""
 
 
 def _badges(axes: Axes, centres: Sequence[tuple[float, float]], colour: str, mark: Outline) -> None:

@@ -151,4 +151,6 @@ class Follower:
             metrics = evaluation["metrics"]
             figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("mAP", "rank-1", "mINP"))
             epoch = evaluation["epoch"]
-            self._display.print(f"{f'after {epoch} epochs' if epoch else 'untrained'}: {figures}")
+            when = f"after {epoch} epochs" if epoch else "untrained"
+            on = ", on validation" if evaluation.get("split") == "validation" else ""
+            self._display.print(f"{when}{on}: {figures}")

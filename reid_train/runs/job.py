@@ -17,7 +17,15 @@ from reid_train.runs.checkpoint_store import newest_whole, stored_checkpoints
 from reid_train.runs.console import UNITS
 from reid_train.runs.publish import Summary, publish, show
 from reid_train.runs.ray_trainer import fit, start_ray
-from reid_train.runs.run_dir import Run, prepare, same_dataset, same_training, taken, write
+from reid_train.runs.run_dir import (
+    Run,
+    prepare,
+    same_dataset,
+    same_split,
+    same_training,
+    taken,
+    write,
+)
 from reid_train.tracking.provenance import (
     code_commit,
     different_versions,
@@ -53,6 +61,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
         else:
             same_training(saved.config, config)
             same_dataset(saved, dataset)
+            same_split(saved, config, dataset)
             if changed := different_versions(saved.versions):
                 shown.print(
                     f"since the run was started, {changed}: its next steps may differ in their "
@@ -104,6 +113,7 @@ def _tracked(config: TrainConfig, dataset: Dataset, saved: Run | None) -> Iterat
                 "dataset": dataset.url,
                 "manifest_digest": digest,
                 "evaluation_digest": dataset.manifest.evaluation_digest,
+                "selected_on": dataset.choose_split(config.evaluation.split),
                 "commit": code_commit(),
                 "ray_job": submitted_job(),
             }

@@ -25,7 +25,7 @@ def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> No
 
     require_ray_cluster()
     require_identities(config, dataset)
-    require_measurable(dataset)
+    require_measurable(dataset, dataset.choose_split(config.evaluation.split))
     require_tracking(config, saved)
     if len(epoch_plan(config, train_index(dataset), 0)) == 0:
         raise ConfigError(
@@ -58,15 +58,21 @@ def require_identities(config: TrainConfig, dataset: Dataset) -> None:
     raise ConfigError(f"{found}: {advice}")
 
 
-def require_measurable(dataset: Dataset) -> None:
-    """Raise `DataError` if there are a query and a gallery, but no query has a match."""
-    # Without a query or a gallery it is trained without being measured.
-    is_measured = len(dataset.index("query")) and len(dataset.index("gallery"))
-    if is_measured and (reason := dataset.why_not_measurable()):
-        raise DataError(
-            f"{dataset.url} cannot be measured: {reason}. Build it with other query and gallery "
-            "images, or without any to train without measuring"
-        )
+def require_measurable(dataset: Dataset, split: str = "test") -> None:
+    """Raise `DataError` if there are a query and a gallery, but no query has a match.
+
+    Both the split that chooses the best checkpoint and the test split, which is measured in the
+    end, are checked.
+    """
+    for name in sorted({split, "test"}):
+        # Without a query or a gallery it is trained without being measured.
+        is_measured = all(len(index) for index in dataset.evaluated(name))
+        if is_measured and (reason := dataset.why_not_measurable(name)):
+            on = " on its validation split" if name == "validation" else ""
+            raise DataError(
+                f"{dataset.url} cannot be measured{on}: {reason}. Build it with other query "
+                "and gallery images, or without any to train without measuring"
+            )
 
 
 def require_tracking(config: TrainConfig, saved: Run | None) -> None:

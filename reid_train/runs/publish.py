@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,6 +21,7 @@ from reid_train.registry.load import SUMMARY
 from reid_train.registry.registry import Registered, default_name, register, registered_version
 from reid_train.report.page import Picture, Row, print_summary, write_page
 from reid_train.runs import checkpoint_store
+from reid_train.runs.final_test import final_test
 from reid_train.runs.run_dir import REPORT, report_command
 from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.server import run_page
@@ -35,7 +36,11 @@ MEASURES = ("mAP", "rank-1", "rank-5", "rank-10", "mINP")
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a finished run. `metrics` and `before` are fractions by name."""
+    """The result of a finished run. `metrics`, `before` and `test` are fractions by name.
+
+    `metrics` are the best checkpoint's on the split that chose it, and `before` the untrained
+    network's. `test` is what it has on test if validation chose it.
+    """
 
     name: str
     metrics: dict[str, float]
@@ -46,6 +51,8 @@ class Summary:
     model: str | None
     champion: bool
     epochs: int = 0  # of the run; 0 in a summary that did not record it
+    selected_on: str = "test"  # or "validation"
+    test: dict[str, float] = field(default_factory=dict)
 
 
 def publish(
@@ -68,12 +75,18 @@ def publish(
         page = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reid-report-")))
         before, after = _metrics(history, 0), _metrics(history, best.progress.epoch)
         speed = float(np.median(history.steps["images_per_second"]))
-        rows = [Row(name, before.get(name), after.get(name)) for name in MEASURES if after]
+        split = dataset.choose_split(config.evaluation.split)
+        test = final_test(config, dataset, best.folder.name, progress)
+        tracker.log(test, best.progress.global_step)
+        prefix = "validation " if split == "validation" else ""
+        measured = [name for name in MEASURES if after]
+        rows = [Row(prefix + name, before.get(name), after.get(name)) for name in measured]
+        rows += [Row(f"test {name}", None, test.get(name)) for name in MEASURES if test]
         rows.append(Row("training speed", None, speed, "images/s"))
         with phase(progress, "drawing the report"):
-            _draw_report(page, config, dataset, history, best, rows)
+            _draw_report(page, config, dataset, split, history, best, rows)
         with phase(progress, "registering the model"):
-            registered = _register(config, dataset, best, after, tracker)
+            registered = _register(config, dataset, best, after, test, tracker)
         summary = Summary(
             name=str(config.name),
             metrics=after,
@@ -84,6 +97,8 @@ def publish(
             model=registered.uri if registered else None,
             champion=registered.champion if registered else False,
             epochs=config.total_epochs,
+            selected_on=split,
+            test=test,
         )
         (page / PurePosixPath(SUMMARY).name).write_text(json.dumps(vars(summary), indent=2))
         storage = open_storage(run)
@@ -102,6 +117,9 @@ def show(
     print_summary(console, rows, title=f"{summary.name}: before and after training")
     folder = f"{config.output.rstrip('/')}/{summary.name}"
     lines = [f"report     {summary.report}"]
+    if summary.selected_on == "validation":
+        once = ", then measured once on test" if summary.test else ""
+        lines.insert(0, f"best epoch chosen by mAP on validation{once}")
     if "://" in folder:
         lines.append(f"           {report_command(folder)}")
     note = "now the champion" if summary.champion else "the champion stays"
@@ -125,6 +143,7 @@ def _draw_report(
     folder: Path,
     config: TrainConfig,
     dataset: Dataset,
+    split: str,
     history: History,
     best: Checkpoint,
     rows: list[Row],
@@ -133,16 +152,17 @@ def _draw_report(
     from reid_train.report.curves import draw_curves  # matplotlib takes a second to import
     from reid_train.report.factors import draw_factors, save_factors
 
-    pictures = []
+    pictures, chosen_on = [], f"the {split} split"
     with np.load(best.folder / RANK_LIST, allow_pickle=False) as rank_list:
         if "query" in rank_list:
             path = folder / "rank_list.png"
-            _draw_rank_list(path, dataset, dict(rank_list))
-            caption = "Queries from the highest average precision to the lowest."
+            _draw_rank_list(path, dataset, split, dict(rank_list))
+            caption = f"Queries of {chosen_on} from the highest average precision to the lowest."
             pictures.append(Picture(path, caption))
     path = folder / "curves.png"
     draw_curves(path, history.columns())
-    pictures.append(Picture(path, "Losses, accuracy, learning rate and speed during training."))
+    caption = f"Losses, accuracy on {chosen_on}, learning rate and speed during training."
+    pictures.append(Picture(path, caption))
     steps, values = history.factors()
     if len(steps):
         names, path = history.tensor_names, folder / "factors.png"
@@ -153,6 +173,7 @@ def _draw_report(
         "dataset": f"{dataset.manifest.name} ({dataset.url})",
         "manifest": dataset.manifest.digest[:12],
         "best epoch": f"{best.progress.epoch} of {config.total_epochs}",
+        "chosen by": f"mAP on {chosen_on}",
         "workers": str(config.workers),
     }
     if commit := code_commit():
@@ -161,10 +182,12 @@ def _draw_report(
     write_page(folder / "report.html", str(config.name), rows, pictures, settings, facts=facts)
 
 
-def _draw_rank_list(path: Path, dataset: Dataset, rank_list: dict[str, np.ndarray]) -> None:
+def _draw_rank_list(
+    path: Path, dataset: Dataset, split: str, rank_list: dict[str, np.ndarray]
+) -> None:
     from reid_train.report.ranks import draw_rank_list
 
-    query, gallery = dataset.index("query"), dataset.index("gallery")
+    query, gallery = dataset.evaluated(split)
 
     def picture(index: Index, row: int) -> np.ndarray:
         shard = dataset.manifest.shards[index.shard[row]]
@@ -189,24 +212,31 @@ def _register(
     dataset: Dataset,
     best: Checkpoint,
     metrics: dict[str, float],
+    test: dict[str, float],
     tracker: Tracker,
 ) -> Registered | None:
     if tracker.run_id is None or tracker.uri is None or config.tracking.model_name == "off":
         return None
+    uri, run_id, origin = tracker.uri, tracker.run_id, best.origin
+    validation, digest = None, None
+    if dataset.choose_split(config.evaluation.split) == "validation":
+        metrics, validation, digest = test, metrics, dataset.manifest.validation_digest
     try:
         name = config.tracking.model_name or default_name(
-            dataset.manifest.name, best.origin.evaluation_digest, tracker.uri
+            dataset.manifest.name, origin.evaluation_digest, uri, validation_digest=digest
         )
-        return registered_version(name, tracker.run_id, metrics, tracker.uri) or register(
+        return registered_version(name, run_id, metrics, uri, validation=validation) or register(
             best.folder,
             name,
             metrics,
-            manifest_digest=best.origin.manifest_digest,
-            evaluation_digest=best.origin.evaluation_digest,
-            run_id=tracker.run_id,
+            manifest_digest=origin.manifest_digest,
+            evaluation_digest=origin.evaluation_digest,
+            validation=validation,
+            validation_digest=digest,
+            run_id=run_id,
             dataset=dataset.manifest.name,
             run=str(config.name),
-            tracking_uri=tracker.uri,
+            tracking_uri=uri,
         )
     except StorageError as error:
         logger.warning("model not registered: %s. Register it with --resume", error)

@@ -1,6 +1,7 @@
 """A run under Ray Train: its workers, where checkpoints go, what is retried."""
 
 import contextlib
+import json
 import logging
 import os
 import platform
@@ -23,7 +24,7 @@ from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, Interrupted, ReidError
 from data_shards.progress import Display
-from data_shards.storage import LocalStorage, expand_home, open_file
+from data_shards.storage import LocalStorage, expand_home, open_file, open_storage
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import gpu_out_of_memory, out_of_memory
 from reid_train.ray_utils import require_ray_cluster
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 RESIZE_SECONDS = 30.0  # how often an elastic run looks for new nodes
 LOCK_SECONDS = 5.0  # how often rank 0 checks its driver's lock; a new driver's workers start later
+TEST = "test.json"  # in the run's folder: the test metrics of its best checkpoint
 START = "start"  # name of the folder of a checkpoint that is not the run's own
 
 
@@ -77,6 +79,7 @@ def run_workers(
     callbacks: Sequence[UserCallback] = (),
     start: str | None = None,
     until: int | None = None,
+    test: str | None = None,
 ) -> None:
     """Train with a group of Ray Train workers until the run ends. It resumes if it can.
 
@@ -89,6 +92,8 @@ def run_workers(
         callbacks: Ray Train's, such as one that reports a trial's metrics to Ray Tune.
         start: checkpoint that a run without its own starts from, a folder or an s3:// URL.
         until: epoch after whose evaluation the run ends early, with the same schedule.
+        test: instead of training, measure this checkpoint of the run on the test split, and write
+            the metrics to `TEST` in the run's folder.
     """
     # A rank that does not answer is named by Ray. One that answers but makes no progress keeps the
     # others waiting in a collective, torch's or Ray's, which gives up a little later.
@@ -96,6 +101,7 @@ def run_workers(
     set_timeouts(hang, hang * 3 // 2)
     least = config.min_workers or config.workers
     settings = {"run_id": run_id, "board": board, "start": start, "until": until, "lock": lock}
+    settings["test"] = test
     settings |= {"config": config.to_json(), "manifest_digest": dataset.manifest.digest}
     # Ray Train's own record of a run is not kept: the run's folder is the only one.
     with tempfile.TemporaryDirectory(prefix="reid-ray-") as folder:
@@ -174,6 +180,19 @@ def _train(settings: dict[str, Any]) -> None:
     if dataset.manifest.digest != settings["manifest_digest"]:
         raise DataError(f"{config.data} changed since the run was started")
     run = f"{config.output}/{config.name}"
+    context = WorkerContext(
+        rank=rank,
+        world=ray_context.get_world_size(),
+        device=get_device(),  # type: ignore[arg-type]
+        cache=ShardCache(
+            dataset.storage, expand_home(config.loader.cache), config.loader.cache_bytes
+        ),
+    )
+    if board is not None:
+        context.show, context.progress = board.show.remote, reporter(board)
+    if settings["test"]:
+        _measure(config, dataset, context, settings["test"])
+        return
     run_id = settings["run_id"] if rank == 0 else None
     show_gauges = prometheus.gauges(ray_name(config.name or ""))
     with (
@@ -191,21 +210,24 @@ def _train(settings: dict[str, Any]) -> None:
             tracker.log(values, step)
             show_gauges(values)
 
-        folder, size = expand_home(config.loader.cache), config.loader.cache_bytes
         keeper = checkpoint_store.Keeper(run, lock, resume) if rank == 0 else None
-        context = WorkerContext(
-            rank=rank,
-            world=ray_context.get_world_size(),
-            device=get_device(),  # type: ignore[arg-type]
-            cache=ShardCache(dataset.storage, folder, size),
-            report=partial(_report, keeper, until),
-            log=log,
-            stop_request=_stop_requests(board, rank, lock),
-        )
-        if board is not None:
-            context.show, context.progress = board.show.remote, reporter(board)
+        context.report, context.log = partial(_report, keeper, until), log
+        context.stop_request = _stop_requests(board, rank, lock)
         with contextlib.suppress(_Enough, Stopped):
             train(config, dataset, context, resume)
+
+
+def _measure(config: TrainConfig, dataset: Dataset, context: WorkerContext, name: str) -> None:
+    """Measure a checkpoint of the run on the test split; rank 0 writes the metrics."""
+    from reid_train.training.loop import measure_test
+
+    run = f"{config.output}/{config.name}"
+    with checkpoint_store.first_whole(run, [name]) as checkpoint:
+        assert checkpoint is not None
+        metrics = measure_test(config, dataset, context, checkpoint)
+    if context.rank == 0:
+        result = {"checkpoint": name, "metrics": metrics}
+        open_storage(run).write(TEST, json.dumps(result, indent=2).encode())
 
 
 def _require_shared_folders(config: TrainConfig, lock: RunLock | None) -> None:

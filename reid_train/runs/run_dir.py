@@ -129,6 +129,16 @@ def same_dataset(saved: Run, dataset: Dataset) -> None:
         )
 
 
+def same_split(saved: Run, config: TrainConfig, dataset: Dataset) -> None:
+    """Raise a `ConfigError` if a run would choose its best checkpoint on another split."""
+    before, now = (dataset.choose_split(c.evaluation.split) for c in (saved.config, config))
+    if before != now:
+        raise ConfigError(
+            f"run {config.name} was measured on {before}, and its evaluations have to compare: "
+            f"resume it with --evaluation.split {before}, or start a new run under another --name"
+        )
+
+
 def write(run: Run, *, new: bool = False) -> None:
     """Write `run.json`, which takes the name of a new run if it is free."""
     storage = open_storage(run.config.output)

@@ -8,7 +8,7 @@ METRICS = {
     "reid_data_wait_seconds": "Seconds of an optimizer step spent waiting for its batch.",
     "reid_loss": "Training loss with the L2 penalty.",
     "reid_factor": "Regularization factors (lambda): minimum, median and maximum of all tensors.",
-    "reid_map": "Mean average precision at the last evaluation.",
+    "reid_map": "Mean average precision at the last evaluation, on validation or test.",
 }
 """Metric to description. Ray takes only ASCII, and puts `ray_` before the name."""
 _SHOWN = {
@@ -20,6 +20,7 @@ _SHOWN = {
     "factor/median": ("reid_factor", "median"),
     "factor/max": ("reid_factor", "max"),
     "mAP": ("reid_map", ""),
+    "validation/mAP": ("reid_map", ""),
 }
 """Name in MLflow to metric, and the value of the metric's tag `quantile`."""
 

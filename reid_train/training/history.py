@@ -5,7 +5,7 @@ Every checkpoint holds them, so the curves of a resumed run have no gap.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 class History:
     """Three tables: a row for each recorded step, each evaluation, and each reading of λ."""
 
+    split: str = "test"  # what the evaluations measured: "test" or "validation"
     steps: dict[str, list[float]] = field(default_factory=dict)
     evaluations: dict[str, list[float]] = field(default_factory=dict)
     evaluation_steps: list[int] = field(default_factory=list)
@@ -52,7 +53,7 @@ class History:
         for values in _rows(self.steps):
             log(values, int(values.pop("step")))
         for step, values in zip(self.evaluation_steps, self.evaluation_rows(), strict=False):
-            log(values, step)
+            log(tracked(values, self.split), step)
         for step, factors in zip(self.factor_steps, self.factor_rows, strict=True):
             log(factor_metrics(factors), step)
 
@@ -78,7 +79,9 @@ class History:
         tensors["measured/step"] = torch.tensor(self.evaluation_steps, dtype=torch.int64)
         tensors["factors/step"] = torch.from_numpy(steps)
         tensors["factors/value"] = torch.from_numpy(factors)
-        names = {"names": self.tensor_names, "kinds": self.tensor_kinds}
+        names: dict[str, object] = {"names": self.tensor_names, "kinds": self.tensor_kinds}
+        if self.split != "test":
+            names["split"] = self.split
         save_file(tensors, path, metadata={"tensors": json.dumps(names)})
 
     @classmethod
@@ -88,6 +91,7 @@ class History:
         with safe_open(path, framework="pt") as file:
             described = json.loads(file.metadata()["tensors"])
         history = cls(
+            split=described.get("split", "test"),
             tensor_names=described["names"],
             tensor_kinds=described["kinds"],
             evaluation_steps=tensors.pop("measured/step", torch.zeros(0)).tolist(),
@@ -98,6 +102,14 @@ class History:
             group, _, key = name.partition("/")
             (history.steps if group == "steps" else history.evaluations)[key] = column.tolist()
         return history
+
+
+def tracked(metrics: Mapping[str, float], split: str) -> dict[str, float]:
+    """Return metrics by the names that MLflow has for them.
+
+    Those of the validation split are `validation/mAP` and so on: `mAP` is always the test's.
+    """
+    return {f"validation/{n}" if split == "validation" else n: v for n, v in metrics.items()}
 
 
 def factor_metrics(factors: np.ndarray) -> dict[str, float]:

@@ -32,7 +32,7 @@ from reid_train.regularization import AdaptiveL2
 from reid_train.training.checkpoint import Checkpoint, Origin, Position, save
 from reid_train.training.context import UNMEASURED, Stopped, StopRequest, WorkerContext
 from reid_train.training.data import epoch_plan, step_batches, train_index
-from reid_train.training.history import History, factor_metrics
+from reid_train.training.history import History, factor_metrics, tracked
 from reid_train.training.losses import LOSSES, HeadBatch, loss_weights
 from reid_train.training.nonfinite import NonFiniteFilter
 from reid_train.training.optimizer import (
@@ -56,8 +56,8 @@ def train(
 
     Args:
         config: the run.
-        dataset: it is trained on the train split, and evaluated on query and gallery if it has
-            them.
+        dataset: it is trained on the train split, and evaluated on its validation or test split if
+            it has one.
         context: this process's place among the others.
         resume: the checkpoint to continue from.
 
@@ -90,6 +90,7 @@ def train(
         resume.load_theta(regularizer)
         state = RunState(resume.progress, resume.history(), resume.progress.global_step)
         logger.info("resuming at epoch %d, step %d", state.progress.epoch, state.progress.step)
+    state.history.split = dataset.choose_split(config.evaluation.split)
     if regularizer is not None:
         state.history.tensor_names = list(regularizer.names)
         state.history.tensor_kinds = list(regularizer.kinds)
@@ -114,6 +115,18 @@ def train(
             optimizer=optimizer,
             state=state,
         ).run(end)
+
+
+def measure_test(
+    config: TrainConfig, dataset: Dataset, context: WorkerContext, checkpoint: Checkpoint
+) -> dict[str, float]:
+    """Return a checkpoint's metrics on the test split, on rank 0; every rank calls it."""
+    set_precision(config)
+    model = build_model(config.replace(model__weights="none"), checkpoint.origin.identities)
+    model = model.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    checkpoint.load_model(model)
+    cast = autocast(config, context.device)
+    return validate(config, dataset, context, model, cast, on="test").metrics
 
 
 @dataclass
@@ -282,8 +295,10 @@ class TrainLoop:
         if result.metrics:
             step = self.progress.global_step
             self.history.add_evaluation(self.progress.epoch, result.metrics, step)
-            self.context.log(result.metrics, step)
-            self.context.show({"epoch": self.progress.epoch, "metrics": result.metrics})
+            split = self.history.split
+            self.context.log(tracked(result.metrics, split), step)
+            shown = {"epoch": self.progress.epoch, "metrics": result.metrics, "split": split}
+            self.context.show(shown)
         self.step_rows.restart_clock()
         return result
 

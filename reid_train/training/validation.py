@@ -11,6 +11,7 @@ import torch
 from data_shards.dataset import Dataset
 from data_shards.loader import Batch, split_batches
 from data_shards.progress import phase, silent
+from data_shards.records import EVALUATED
 from reid_train.config import TrainConfig
 from reid_train.evaluation.extract import Autocast, embed_batches, gather_rows
 from reid_train.evaluation.ground_truth import Labels
@@ -37,17 +38,20 @@ def validate(
     context: WorkerContext,
     model: ReidNet,
     autocast: Autocast,
+    *,
+    on: str | None = None,
 ) -> Validation:
-    """Measure the model on the query and gallery splits, each image embedded exactly once.
+    """Measure the model on a query and a gallery, each image embedded exactly once.
 
-    Every rank calls it, with the network without wrappers. Nothing is measured without a query or
-    gallery.
+    Every rank calls it, with the network without wrappers. `on` is "validation" or "test", by
+    default what the configuration chooses. Nothing is measured without a query or gallery.
     """
-    query, gallery = dataset.index("query"), dataset.index("gallery")
+    on = on or dataset.choose_split(config.evaluation.split)
+    query, gallery = dataset.evaluated(on)
     if len(query) == 0 or len(gallery) == 0:
         return Validation()
     embeddings = []
-    for split, index in (("query", query), ("gallery", gallery)):
+    for split, index in zip(EVALUATED[on], (query, gallery), strict=True):
         batches = split_batches(
             dataset,
             context.cache,
@@ -60,7 +64,7 @@ def validate(
         )
         part = embed_batches(
             model,
-            _counted(batches, f"embedding {split}", len(index), context),
+            _counted(batches, f"embedding {split.replace('_', ' ')}", len(index), context),
             context.device,
             mirror=config.evaluation.mirror,
             autocast=autocast,

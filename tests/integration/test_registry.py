@@ -328,6 +328,24 @@ def test_datasets_of_one_name_share_a_model_name_only_if_they_share_the_evaluati
     other = default_name("people_v1.0", "f" * 64, registry.uri)
     assert other == "reid-people_v1-0-ffffffff"
     assert registry.register(other, 0.1, evaluation_digest="f" * 64).champion
+    chosen = default_name("people_v1.0", "e" * 64, registry.uri, validation_digest="d" * 64)
+    assert chosen == "reid-people_v1-0-dddddddd"
+
+
+def test_version_says_which_split_chose_it_and_is_found_again(registry):
+    validation = {"mAP": 0.7, "rank-1": 0.8}
+    options = {"validation": validation, "validation_digest": "d" * 64}
+    version = registry.register("chosen", 0.5, **options)
+    found = connect(registry.uri).get_model_version(version.name, str(version.version))
+    assert found.tags["selected_on"] == "validation"
+    assert (found.tags["mAP"], found.tags["validation/mAP"]) == ("0.5", "0.7")
+    test = {name: float(found.tags[name]) for name in ("mAP", "rank-1") if name in found.tags}
+    again = registered_version("chosen", registry.run_id, test, registry.uri, validation=validation)
+    assert again is not None
+    assert again.version == version.version
+    assert not registered_version(
+        "chosen", registry.run_id, test, registry.uri, validation={"mAP": 0.6}
+    )
 
 
 def test_model_address_without_a_version_is_a_clear_error(registry):
@@ -347,6 +365,12 @@ def test_without_any_tracking_uri_there_is_a_clear_error(tmp_path, monkeypatch):
         list_models()
 
 
+def validated(score: str, *, test: str = "0.5", digest: str = "v") -> dict[str, str]:
+    """Tags of a version that a validation split chose."""
+    digests = {"evaluation_digest": "a", "validation_digest": digest}
+    return {"validation/mAP": score, "mAP": test, **digests}
+
+
 @pytest.mark.parametrize(
     ("candidate", "champion", "promoted"),
     [
@@ -357,6 +381,12 @@ def test_without_any_tracking_uri_there_is_a_clear_error(tmp_path, monkeypatch):
         ({"mAP": "0.6", "evaluation_digest": "a"}, {"mAP": "0.5", "evaluation_digest": "a"}, True),
         ({"mAP": "0.6", "evaluation_digest": "a"}, {"mAP": "0.5", "evaluation_digest": "b"}, False),
         ({"mAP": "0.6", "evaluation_digest": "a"}, {"mAP": "0.5"}, False),
+        (validated("0.6", test="0.1"), validated("0.5", test="0.2"), True),
+        (validated("0.5", test="0.3"), validated("0.6", test="0.2"), False),
+        (validated("0.6"), validated("0.5", digest="w"), False),
+        (validated("0.6"), {"mAP": "0.5", "evaluation_digest": "a"}, False),
+        ({"mAP": "0.6", "evaluation_digest": "a"}, validated("0.5"), False),
+        (validated("nan"), None, False),
     ],
 )
 def test_promotion_needs_a_higher_map_on_the_same_evaluation(candidate, champion, promoted):

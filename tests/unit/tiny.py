@@ -54,7 +54,11 @@ def narrow_resnet18(
     return network
 
 
-def build_dataset(folder: Path, splits: tuple[str, ...] = ("train", "query", "gallery")) -> str:
+def build_dataset(
+    folder: Path,
+    splits: tuple[str, ...] = ("train", "query", "gallery"),
+    validation: float | None = None,
+) -> str:
     """Shard random pictures and return where; query and gallery have odd counts.
 
     The order of the splits decides the pixels, so other splits make another dataset.
@@ -73,7 +77,8 @@ def build_dataset(folder: Path, splits: tuple[str, ...] = ("train", "query", "ga
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "pid", "camid", "split"), *rows[:-1]])
     out = folder / "shards"
-    build("csv", folder / "table.csv", str(out), shard_bytes=20_000, jobs=1)
+    options = {"shard_bytes": 20_000, "jobs": 1, "validation": validation}
+    build("csv", folder / "table.csv", str(out), **options)
     return str(out)
 
 

@@ -215,6 +215,8 @@ def test_opened_dataset_has_an_index_for_each_split(small, tmp_path):
         "val": 0,
         "query": 1,
         "gallery": 2,
+        "validation_query": 0,
+        "validation_gallery": 0,
     }
     assert dataset.index("gallery").size.tolist() == [6, 7]
     assert dataset.identities.tolist() == [3, 7]

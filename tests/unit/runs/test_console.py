@@ -124,6 +124,13 @@ def test_each_line_is_new_and_the_time_left_does_not_jump(clock):
     assert left == pytest.approx(truth, abs=6)
 
 
+def test_an_evaluation_on_validation_is_called_so(clock):
+    made, shown = log()
+    follower = console.Follower(shown, every=1)
+    follower.look(state(0, 1), {}, [evaluation(0, 0.2) | {"split": "validation"}])
+    assert "untrained, on validation: mAP 0.2000, rank-1 0.5000, mINP 0.2500" in lines(made)
+
+
 def test_an_evaluation_comes_after_its_epochs_last_step_and_before_the_next(clock):
     made, shown = log()
     follower = console.Follower(shown, every=1)

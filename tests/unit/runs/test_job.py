@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ReidError, StorageError
 from reid_train.config import TrainConfig
 from reid_train.registry.load import SUMMARY
-from reid_train.runs import job, preflight
+from reid_train.runs import final_test, job, preflight, ray_trainer
 from reid_train.runs.checkpoint_store import Keeper, newest_whole
 from reid_train.tracking.tracker import Tracker
 from reid_train.tracking.uris import local_tracking
@@ -183,7 +185,7 @@ def test_settings_that_cannot_work_are_refused_with_the_flag(settings, fitted, c
 
 
 def test_dataset_that_cannot_be_measured_is_refused(settings, fitted, monkeypatch):
-    monkeypatch.setattr(Dataset, "why_not_measurable", lambda _: "all images are of one camera")
+    monkeypatch.setattr(Dataset, "why_not_measurable", lambda *_: "all images are of one camera")
     with pytest.raises(DataError, match="cannot be measured: all images are of one camera"):
         run(settings)
     assert not Path(settings.output).exists()
@@ -192,3 +194,64 @@ def test_dataset_that_cannot_be_measured_is_refused(settings, fitted, monkeypatc
 def test_dataset_without_query_and_gallery_is_not_measured(tmp_path):
     dataset = Dataset.open(build_dataset(tmp_path / "train-only", ("train",)))
     preflight.require_measurable(dataset)
+
+
+# A validation split
+
+
+@pytest.fixture
+def validated(settings, tmp_path: Path) -> TrainConfig:
+    """Settings with a dataset that has a validation split."""
+    return settings.replace(data=build_dataset(tmp_path / "validated", validation=0.34))
+
+
+@pytest.fixture
+def tested(monkeypatch, tmp_path) -> list[str]:
+    """The checkpoints that were measured on test, in this process."""
+    calls: list[str] = []
+
+    def run_workers(config, dataset, run_id, *, board, test) -> None:
+        calls.append(test)
+        worker, _ = make_worker(dataset, tmp_path)
+        ray_trainer._measure(config, dataset, worker, test)
+
+    monkeypatch.setattr(final_test, "run_workers", run_workers)
+    monkeypatch.setattr(final_test, "start_ray", lambda cpus: None)
+    monkeypatch.setattr(final_test, "beside_driver", lambda _: SimpleNamespace(remote=object))
+    monkeypatch.setattr(final_test, "watch", lambda *_: nullcontext())
+    return calls
+
+
+def test_validation_chooses_and_test_is_measured_once(validated, fitted, tested):
+    printed = run(validated)
+    folder = Path(validated.output, "läuft")
+    summary = json.loads((folder / SUMMARY).read_text())
+    assert summary["selected_on"] == "validation"
+    assert tested == [summary["checkpoint"]]
+    assert summary["test"]["mAP"] > 0
+    assert "validation mAP" in printed
+    assert "test mAP" in printed
+    assert "chosen by mAP on validation, then measured once on test" in printed
+    assert "mAP on the validation split" in (folder / "report/report.html").read_text()
+    (folder / SUMMARY).unlink()
+    run(validated, resume=True)
+    assert json.loads((folder / SUMMARY).read_text()) == summary
+    assert len(tested) == 1
+
+
+def test_papers_protocol_chooses_on_test(validated, fitted, tested):
+    printed = run(validated.replace(evaluation__split="test"))
+    assert "validation" not in printed
+    assert tested == []
+
+
+def test_run_keeps_the_split_that_it_was_measured_on(validated, fitted, tested):
+    run(validated)
+    with pytest.raises(ConfigError, match=r"resume it with --evaluation\.split validation"):
+        run(validated.replace(evaluation__split="test"), resume=True)
+
+
+def test_split_that_is_not_there_is_refused_before_the_name_is_taken(settings, fitted):
+    with pytest.raises(ConfigError, match="has no validation split"):
+        run(settings.replace(evaluation__split="validation"))
+    assert not Path(settings.output).exists()

@@ -15,7 +15,7 @@ from reid_train.tracking.tracker import Tracker
 RUN = recipe("demo").replace(name="r", output="s3://b/runs", tracking__uri="off")
 
 
-def told(model: str | None) -> str:
+def told(model: str | None, **more: Any) -> str:
     summary = Summary(
         name="r",
         metrics={},
@@ -25,6 +25,7 @@ def told(model: str | None) -> str:
         checkpoint="checkpoint_2",
         model=model,
         champion=model is not None,
+        **more,
     )
     screen = io.StringIO()
     show(summary, [], RUN, Tracker(None, None), Console(file=screen, width=60))
@@ -40,6 +41,12 @@ def test_summary_has_the_command_that_opens_a_report_on_s3():
     assert "python -m reid_train report s3://b/runs/r\n" in told(None)
 
 
+def test_summary_says_that_validation_chose():
+    assert "validation" not in told(None)
+    shown = told(None, selected_on="validation", test={"mAP": 0.5})
+    assert "best epoch chosen by mAP on validation, then measured once on test\n" in shown
+
+
 def test_without_tracking_nothing_is_registered():
     nothing: Any = None
-    assert publish._register(RUN, nothing, nothing, {}, Tracker(None, None)) is None
+    assert publish._register(RUN, nothing, nothing, {}, {}, Tracker(None, None)) is None

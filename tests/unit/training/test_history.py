@@ -50,3 +50,14 @@ def test_replay_logs_each_value_at_its_step_in_order():
         (2, {"mAP": 0.2}),
         (2, {"factor/min": 0.25, "factor/median": 0.5, "factor/max": 0.75}),
     ]
+
+
+def test_metrics_of_a_validation_split_have_names_of_their_own(tmp_path):
+    history = History(split="validation")
+    history.add_evaluation(1, {"mAP": 0.2}, 2)
+    history.save(tmp_path / "history.safetensors")
+    logged = []
+    read = History.load(tmp_path / "history.safetensors")
+    read.replay(lambda values, step: logged.append((step, values)))
+    assert logged == [(2, {"validation/mAP": 0.2})]
+    assert read.evaluations["mAP"] == [0.2]

@@ -22,10 +22,10 @@ from reid_train import transforms
 from reid_train.config import TrainConfig
 from reid_train.model.pretrained import build_model
 from reid_train.training import validation
-from reid_train.training.checkpoint import MODEL, TRAINING, Checkpoint
+from reid_train.training.checkpoint import MODEL, RANK_LIST, TRAINING, Checkpoint
 from reid_train.training.context import UNMEASURED
 from reid_train.training.data import epoch_plan
-from reid_train.training.loop import train
+from reid_train.training.loop import measure_test, train
 from reid_train.training.losses import batch_hard_triplet, label_smoothing_cross_entropy
 from reid_train.training.optimizer import build_optimizer, build_regularizer, set_learning_rate
 
@@ -312,3 +312,33 @@ def test_two_workers_measure_what_one_does(together):
     assert first["metrics"].keys() == alone.metrics[-1].keys()
     for name, value in alone.metrics[-1].items():
         assert first["metrics"][name] == pytest.approx(value, abs=0.02), name
+
+
+def test_validation_is_measured_if_there_is_one_and_test_if_asked_for(tmp_path):
+    dataset = Dataset.open(build_dataset(tmp_path, validation=0.34))
+    for split, prefix in (("auto", "validation/"), ("validation", "validation/"), ("test", "")):
+        settings = config(evaluation__split=split, optimizer__frozen_epochs=0)
+        recorded = run(dataset, settings, tmp_path)
+        (logged,) = (
+            v
+            for values in recorded.steps.values()
+            for k, v in values.items()
+            if k == f"{prefix}mAP"
+        )
+        assert logged == recorded.metrics[-1]["mAP"]
+        with np.load(recorded.checkpoints[-1] / RANK_LIST) as rank_list:
+            queries, gallery = dataset.evaluated("test" if split == "test" else "validation")
+            assert rank_list["query"].max() < len(queries)
+            assert rank_list["gallery"].max() < len(gallery)
+
+
+def test_best_checkpoint_is_measured_on_test_as_a_training_measures(tmp_path):
+    dataset = Dataset.open(build_dataset(tmp_path, validation=0.34))
+    settings = config(optimizer__frozen_epochs=0, evaluation__split="test")
+    recorded = run(dataset, settings, tmp_path)
+    checkpoint = Checkpoint.open(recorded.checkpoints[-1])
+    worker, _ = make_worker(dataset, tmp_path)
+    again = settings.replace(evaluation__split="validation")
+    metrics = measure_test(again, dataset, worker, checkpoint)
+    assert metrics == {name: recorded.metrics[-1][name] for name in metrics}
+    assert metrics["mAP"] > 0
