@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from data_shards.manifest import Manifest
 
 PROGRAM = program("data_shards", "reid-shards")
-SourceName = Literal["msmt17", "market1501", "dukemtmc", "csv", "synthetic"]
+SourceName = Literal[
+    "msmt17",
+    "market1501",
+    "dukemtmc",
+    "veri776",
+    "cuhk03_labeled",
+    "cuhk03_detected",
+    "folders",
+    "csv",
+    "synthetic",
+]
 Url = Annotated[str, tyro.conf.Positional]
 
 
@@ -54,6 +64,7 @@ def build_command(
     cameras: OptionalInt = None,
     images_per_camera: OptionalInt = None,
     seed: OptionalInt = None,
+    test: OptionalFraction = None,
     shard_bytes: int = SHARD_BYTES,
     allow_incomplete: bool = False,
     skip_unreadable: bool = False,
@@ -66,11 +77,11 @@ def build_command(
     changed.
 
     Args:
-        source: Kind of dataset; csv is for your own.
+        source: Kind of dataset; folders and csv are for your own.
         out: Where to write it: s3://bucket/prefix or a folder.
         root: The dataset's folder. For csv the CSV file. For synthetic where to draw them.
         name: Name of the dataset; its models are called reid-NAME in MLflow (default: the source's
-            name; for csv the name of the file).
+            name; for csv and folders the name of the file or folder).
         validation: Fraction of the training identities to keep for a validation split, on which
             trainings choose their best checkpoint; 0.1 is usual (default: no such split).
         validation_seed: Another seed chooses other identities.
@@ -79,7 +90,10 @@ def build_command(
         identities: [synthetic] How many people, half of them for training (default: 64).
         cameras: [synthetic] How many cameras see each person (default: 4).
         images_per_camera: [synthetic] Images of each person by each camera (default: 6).
-        seed: [synthetic] Another seed draws other people (default: 0).
+        seed: [synthetic, folders] Another seed draws other people, or chooses others for the test
+            (default: 0).
+        test: [folders] Fraction of the people to test on, in a layout without a folder for each
+            split (default: 0.25).
         shard_bytes: Approximate size of a shard.
         allow_incomplete: Build even if the published counts are not met; the manifest records it.
         skip_unreadable: Leave out images that cannot be decoded; the manifest lists them.
@@ -89,7 +103,7 @@ def build_command(
     from data_shards.building.build import build
 
     given = {"val": val, "images": images, "identities": identities, "cameras": cameras}
-    given |= {"images_per_camera": images_per_camera, "seed": seed}
+    given |= {"images_per_camera": images_per_camera, "seed": seed, "test": test}
     options = {key: value for key, value in given.items() if value is not None}
     if root is None:
         if source != "synthetic":

@@ -86,7 +86,8 @@ def build(
     if shard_bytes < 1:
         raise ConfigError(f"--shard-bytes must be positive, not {shard_bytes}")
     if name is None:
-        name = _sanitized(root.stem) if source == "csv" else source
+        own = {"csv": root.stem, "folders": root.absolute().name}
+        name = _sanitized(own[source]) if source in own else source
     else:
         _check_name(name)
     storage = open_storage(out)
@@ -103,9 +104,7 @@ def build(
             seed=validation_seed,
             into="validation",
         )
-        take(
-            _numbered(records, [r.relative for r in records])
-        )  # shows what is wrong before the scan
+        take(records)  # shows what is wrong before the scan
     shortfall = difference(SOURCES[source], records, root)
     if shortfall and not allow_incomplete:
         raise DataError(

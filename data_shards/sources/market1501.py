@@ -1,10 +1,12 @@
-"""Market-1501 and DukeMTMC-reID: the same three folders, with pid and camid in each file's name.
+"""Datasets of three folders with pid and camid in each file's name.
 
-Market-1501's names are like `0002_c1s1_000451_03.jpg`, DukeMTMC-reID's like `0002_c1_f0044158.jpg`.
+Names of Market-1501 are like `0002_c1s1_000451_03.jpg`, of DukeMTMC-reID like
+`0002_c1_f0044158.jpg`, of VeRi-776, whose identities are vehicles, like `0002_c002_00030600_0.jpg`.
 The authors of DukeMTMC-reID have withdrawn it, so only an existing copy can be read.
 """
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,21 +17,24 @@ from data_shards.sources.layout import Counts, Source, is_of_macos, require_fold
 FOLDERS = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
 
 
-def _read(title: str, below: str, pattern: str, root: Path) -> list[ImageRecord]:
+def read_folders(
+    title: str, below: str, folders: Mapping[str, str], pattern: str, root: Path
+) -> list[ImageRecord]:
     """Read a dataset; drop images of pid -1 (false detections), keep pid 0 (distractors).
 
     Args:
         title: the dataset, for messages.
-        below: the name of the folder that holds `bounding_box_train` in the dataset's archive.
+        below: the name of the folder that holds the three in the dataset's archive.
+        folders: the split of each of the three.
         pattern: matches a file name; its groups are pid and camid.
         root: that folder, or its parent.
     """
     candidates = (require_folder(root), root / below)
-    base = next((c for c in candidates if all((c / f).is_dir() for f in FOLDERS)), None)
+    base = next((c for c in candidates if all((c / f).is_dir() for f in folders)), None)
     if base is None:
-        raise DataError(f"{title}: no folders {', '.join(FOLDERS)} under {root} or {root / below}")
+        raise DataError(f"{title}: no folders {', '.join(folders)} under {root} or {root / below}")
     records = []
-    for folder, split in FOLDERS.items():
+    for folder, split in folders.items():
         for path in sorted((base / folder).iterdir()):
             if path.suffix.lower() not in (".jpg", ".jpeg", ".png") or is_of_macos(path.name):
                 continue  # Thumbs.db and the like
@@ -45,11 +50,17 @@ def _read(title: str, below: str, pattern: str, root: Path) -> list[ImageRecord]
 # The gallery has 19,732 files: 3,819 of pid -1 are dropped, 2,798 of pid 0 are distractors.
 MARKET1501 = Source(
     "Market-1501",
-    partial(_read, "Market-1501", "Market-1501-v15.09.15", r"(-1|\d+)_c(\d+)s\d+_"),
+    partial(read_folders, "Market-1501", "Market-1501-v15.09.15", FOLDERS, r"(-1|\d+)_c(\d+)s\d+_"),
     Counts(12_936, 751, 3_368, 15_913, 6),
 )
 DUKEMTMC = Source(
     "DukeMTMC-reID",
-    partial(_read, "DukeMTMC-reID", "DukeMTMC-reID", r"(-1|\d+)_c(\d+)_"),
+    partial(read_folders, "DukeMTMC-reID", "DukeMTMC-reID", FOLDERS, r"(-1|\d+)_c(\d+)_"),
     Counts(16_522, 702, 2_228, 17_661, 8),
+)
+VERI_FOLDERS = {"image_train": "train", "image_query": "query", "image_test": "gallery"}
+VERI776 = Source(
+    "VeRi-776",
+    partial(read_folders, "VeRi-776", "VeRi", VERI_FOLDERS, r"(\d+)_c(\d+)_"),
+    Counts(37_778, 576, 1_678, 11_579, 20),
 )

@@ -43,7 +43,7 @@ def split_off(
     for record in records:
         if record.split in TRAINING:
             images[record.pid].append(record)
-    fit = [pid for pid, own in images.items() if len({r.camid for r in own}) > 1]
+    fit = [pid for pid, own in images.items() if len({_camera(r) for r in own}) > 1]
     count = round(fraction * len(images))
     _require(flag, fraction, count, len(fit), len(images))
 
@@ -64,11 +64,16 @@ def split_off(
     ]
 
 
+def _camera(record: ImageRecord) -> object:
+    """What tells a record's camera from others; without a camera, each image has its own."""
+    return record.relative if record.camid == NO_CAMERA else record.camid
+
+
 def _queries(images: Sequence[ImageRecord]) -> list[ImageRecord]:
     """The queries among an identity's images, which are in the order of their choice."""
-    by_camera = defaultdict[int, list[ImageRecord]](list)
+    by_camera = defaultdict[object, list[ImageRecord]](list)
     for record in images:
-        by_camera[record.camid].append(record)
+        by_camera[_camera(record)].append(record)
     cameras = list(by_camera.values())
     if images[0].camid >= NO_CAMERA:
         chosen = cameras[: max(1, len(cameras) // 4)]

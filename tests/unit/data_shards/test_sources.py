@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from data_shards.errors import ConfigError, DataError
+from data_shards.records import NO_CAMERA
 from data_shards.sources import SOURCES
 from data_shards.sources.layout import Counts, Source, count, difference
 
@@ -165,7 +169,9 @@ def test_market1501_strange_name_is_an_error(tmp_path):
         read("market1501", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["msmt17", "market1501", "dukemtmc"])
+@pytest.mark.parametrize(
+    "name", ["msmt17", "market1501", "dukemtmc", "veri776", "cuhk03_labeled", "folders"]
+)
 @pytest.mark.parametrize("root", ["nowhere", "."])
 def test_wrong_folder_is_an_error(tmp_path, name, root):
     with pytest.raises(DataError, match=re.escape(str(tmp_path))):
@@ -178,6 +184,9 @@ def test_wrong_folder_is_an_error(tmp_path, name, root):
 def test_published_counts():
     assert SOURCES["msmt17"].counts == Counts(32_621, 1_041, 11_659, 82_161, 15)
     assert SOURCES["market1501"].counts == Counts(12_936, 751, 3_368, 15_913, 6)
+    assert SOURCES["veri776"].counts == Counts(37_778, 576, 1_678, 11_579, 20)
+    assert SOURCES["cuhk03_labeled"].counts == Counts(7_368, 767, 1_400, 5_328, 2)
+    assert SOURCES["cuhk03_detected"].counts == Counts(7_365, 767, 1_400, 5_332, 2)
     assert SOURCES["dukemtmc"].counts == Counts(16_522, 702, 2_228, 17_661, 8)
 
 
@@ -229,7 +238,7 @@ def test_csv_names_are_numbered_by_their_order(tmp_path):
         ("b/c.png,x7,1,train", r"line 3: pid 'x7' is not an integer"),
         ("b/c.png,-1,1,train", r"line 3: pid '-1' is not an integer"),
         ("b/c.png,7,1.5,train", r"line 3: camid '1\.5'"),
-        ("b/c.png,7,,train", r"line 3: camid ''"),
+        ("b/c.png,7,,train", r"line 3: camid '' .*, or none at all if cameras are not known"),
         ("b/c.png,7,1,test", r"line 3: split 'test' is none of train, val, query, gallery"),
         ("b/c.png,7,1", r"line 3: too few fields"),
         ("gone.jpg,7,1,train", r"line 3: .*gone\.jpg does not exist"),
@@ -245,8 +254,15 @@ def test_csv_bad_line_is_named(tmp_path, line, complaint):
 
 
 def test_csv_missing_column_is_named(tmp_path):
-    with pytest.raises(DataError, match="no column camid"):
-        read("csv", csv(tmp_path, "a.jpg,5,train", header="path,pid,split"))
+    with pytest.raises(DataError, match="no column pid"):
+        read("csv", csv(tmp_path, "a.jpg,5,train", header="path,camid,split"))
+
+
+def test_csv_may_have_no_cameras(tmp_path):
+    wanted = [("a.jpg", 5, NO_CAMERA, "train"), ("b/c.png", 7, NO_CAMERA, "query")]
+    without = csv(tmp_path, "a.jpg,5,train", "b/c.png,7,query", header="path,pid,split")
+    assert brief(read("csv", without)) == wanted
+    assert brief(read("csv", csv(tmp_path, "a.jpg,5,,train", "b/c.png,7, ,query"))) == wanted
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00\x01"])
@@ -337,3 +353,139 @@ def test_synthetic_people_are_rendered_once(tmp_path):
 def test_synthetic_people_that_cannot_be(tmp_path, wrong):
     with pytest.raises(ConfigError, match="at least 4 identities"):
         read("synthetic", tmp_path, **SMALL | wrong)
+
+
+# VeRi-776 and CUHK03
+
+
+def test_veri776_names_are_read(tmp_path):
+    root = tmp_path / "VeRi"
+    touch(root / "image_train", "0001_c001_00016450_0.jpg")
+    touch(root / "image_query", "0002_c002_00030600_0.jpg")
+    touch(root / "image_test", "0002_c002_00030600_0.jpg", "0002_c003_00034605_0.jpg")
+    for place in (tmp_path, root):
+        assert brief(read("veri776", place)) == [
+            ("image_train/0001_c001_00016450_0.jpg", 1, 1, "train"),
+            ("image_query/0002_c002_00030600_0.jpg", 2, 2, "query"),
+            ("image_test/0002_c002_00030600_0.jpg", 2, 2, "gallery"),
+            ("image_test/0002_c003_00034605_0.jpg", 2, 3, "gallery"),
+        ]
+
+
+def test_cuhk03_is_read_from_the_archive_of_its_new_protocol(tmp_path):
+    root = tmp_path / "cuhk03-np"
+    for boxes in ("labeled", "detected"):
+        touch(root / boxes / "bounding_box_train", f"0003_c1_{len(boxes)}.png")
+        touch(root / boxes / "query", "0001_c1_1.png")
+        touch(root / boxes / "bounding_box_test", "0001_c2_6.png", "Thumbs.db")
+    for place in (tmp_path, root):
+        assert brief(read("cuhk03_detected", place)) == [
+            ("bounding_box_train/0003_c1_8.png", 3, 1, "train"),
+            ("query/0001_c1_1.png", 1, 1, "query"),
+            ("bounding_box_test/0001_c2_6.png", 1, 2, "gallery"),
+        ]
+    assert read("cuhk03_labeled", root)[0].relative == "bounding_box_train/0003_c1_7.png"
+
+
+NAMES = ["1_003_1_01.png", "1_003_2_06.png", "1_001_1_02.png", "1_001_2_07.png"]
+
+
+def unpacked(root: Path, *, mat: bool) -> Path:
+    """CUHK03 as it is after unpacking, with the splits in one of two files."""
+    touch(root / "images_labeled", *NAMES)
+    if mat:
+        columns = {"train_idx": [1, 2], "query_idx": [3], "gallery_idx": [4], "camId": [1, 2, 1, 2]}
+        arrays = {name: np.array(values)[:, None] for name, values in columns.items()}
+        arrays["labels"] = np.array([3, 3, 1, 1])[:, None]
+        arrays["filelist"] = np.array(NAMES, object)[:, None]
+        savemat(root / "cuhk03_new_protocol_config_labeled.mat", arrays)
+    else:
+        paths = [f"D:\\data\\images_labeled\\{NAMES[0]}", *(f"/home/x/{n}" for n in NAMES[1:])]
+        rows = [[path, pid, 0] for path, pid in zip(paths, (3, 3, 1, 1), strict=True)]
+        splits = {"train": rows[:2], "query": rows[2:3], "gallery": rows[3:], "num_train_pids": 1}
+        (root / "splits_new_labeled.json").write_text(json.dumps([splits]))
+    return root
+
+
+@pytest.mark.parametrize("mat", [True, False])
+def test_cuhk03_is_read_after_unpacking(tmp_path, mat):
+    assert brief(read("cuhk03_labeled", unpacked(tmp_path, mat=mat))) == [
+        ("images_labeled/1_003_1_01.png", 3, 1, "train"),
+        ("images_labeled/1_003_2_06.png", 3, 2, "train"),
+        ("images_labeled/1_001_1_02.png", 1, 1, "query"),
+        ("images_labeled/1_001_2_07.png", 1, 2, "gallery"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("cuhk03_new_protocol_config_labeled.mat", b""),
+        ("cuhk03_new_protocol_config_labeled.mat", b"MATLAB 7.3 MAT-file" + bytes(200)),
+        ("splits_new_labeled.json", b"[]"),
+        ("splits_new_labeled.json", b"[{}]"),
+        ("splits_new_labeled.json", b"{"),
+    ],
+)
+def test_cuhk03_damaged_split_is_named(tmp_path, name, data):
+    touch(tmp_path / "images_labeled", *NAMES)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=re.escape(name)):
+        read("cuhk03_labeled", tmp_path)
+
+
+def test_cuhk03_without_splits_names_what_is_missing(tmp_path):
+    touch(tmp_path / "images_labeled", *NAMES)
+    with pytest.raises(DataError, match=r"neither cuhk03_new_protocol_config_labeled\.mat nor"):
+        read("cuhk03_labeled", tmp_path)
+
+
+def test_cuhk03_that_is_not_unpacked_says_what_to_do(tmp_path):
+    touch(tmp_path / "cuhk03_release", "cuhk-03.mat")
+    with pytest.raises(DataError, match="has to be unpacked first"):
+        read("cuhk03_labeled", tmp_path)
+
+
+# Folders
+
+
+def test_folders_of_splits_are_read_without_cameras(tmp_path):
+    touch(tmp_path / "train" / "zoe", "1.jpg", "2.PNG", "notes.txt", ".hidden.jpg", "._1.jpg")
+    touch(tmp_path / "query" / "adam", "1.jpg")
+    touch(tmp_path / "gallery" / "adam", "1.jpg", "2.jpg")
+    touch(tmp_path / "gallery" / ".git", "1.jpg")
+    assert brief(read("folders", tmp_path)) == [
+        ("train/zoe/1.jpg", 1, NO_CAMERA, "train"),
+        ("train/zoe/2.PNG", 1, NO_CAMERA, "train"),
+        ("query/adam/1.jpg", 0, NO_CAMERA, "query"),
+        ("gallery/adam/1.jpg", 0, NO_CAMERA, "gallery"),
+        ("gallery/adam/2.jpg", 0, NO_CAMERA, "gallery"),
+    ]
+    with pytest.raises(ConfigError, match="leave out --test"):
+        read("folders", tmp_path, test=0.5)
+
+
+def test_folders_of_identities_are_split_for_the_test(tmp_path):
+    for person in range(8):
+        touch(tmp_path / f"{person:03}", *(f"{n}.jpg" for n in range(5)))
+    records = read("folders", tmp_path)
+    assert count(records)[:4] == Counts(30, 6, 2, 8, 1)[:4]
+    assert {r.pid for r in records} == set(range(8))
+    assert len({r.pid for r in read("folders", tmp_path, test=0.5) if r.split == "train"}) == 4
+    assert read("folders", tmp_path, seed=1) != records
+
+
+@pytest.mark.parametrize(
+    ("names", "pids"),
+    [(["7", "12"], [12, 7]), (["7", "07", "a"], [0, 1, 2]), (["7", "07"], [0, 1])],
+)
+def test_folders_that_are_different_numbers_keep_them(tmp_path, names, pids):
+    for name in names:
+        touch(tmp_path / "train" / name, "1.jpg")
+    assert [r.pid for r in read("folders", tmp_path)] == pids
+
+
+def test_folders_without_images_say_what_is_expected(tmp_path):
+    touch(tmp_path, "1.jpg")
+    with pytest.raises(DataError, match="a folder for each identity"):
+        read("folders", tmp_path)
