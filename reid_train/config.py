@@ -74,6 +74,12 @@ class ModelConfig(Section):
     """Horizontal stripes of the regional branch; 0 removes the branch."""
     batch_norm: Literal["global", "local"] = "global"
     """Batch norm over the global batch, or over each worker's part of it."""
+    pooling: Literal["average", "gem"] = "average"
+    """Pooling of each head: the average, clipped to [0, 1], or GeM with a learnt exponent."""
+    embedding: Literal["pooled", "bnneck"] = "pooled"
+    """Each head's part of the embedding: its pooled features, or those after its batch norm."""
+    embedding_size: Count | None = None
+    """Length of the embedding; None: the channels of the last stage, twice with stripes."""
 
     @field_validator("backbone")
     @classmethod

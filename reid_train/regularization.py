@@ -152,10 +152,11 @@ class AdaptiveL2(_L2):
     """Adaptive L2 regularization of any module: λ_n = A · clip(θ_n / (2c) + 1/2, 0, 1).
 
     Every parameter is included: the weight of a convolution, linear or embedding layer is a kernel,
-    the weight and bias of a norm are γ and β, any other bias is a bias, and anything else counts as
-    a kernel. A shared parameter counts once, under its first name. Parameters may be of any
-    floating point or complex type, frozen, sparse in their gradients, or sharded by FSDP.
-    `state_dict()` holds only θ; `theta_by_name` and `load_theta` carry the names too.
+    the weight and bias of a norm are γ and β, a layer scale is a γ, any other bias is a bias, and
+    anything else counts as a kernel, such as position embeddings and class tokens. A shared
+    parameter counts once, under its first name. Parameters may be of any floating point or complex
+    type, frozen, sparse in their gradients, or sharded by FSDP. `state_dict()` holds only θ;
+    `theta_by_name` and `load_theta` carry the names too.
 
     Args:
         model: the module to regularize. It may be compiled, or wrapped in DDP or FSDP; FSDP1

@@ -9,6 +9,7 @@ others.
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -19,6 +20,8 @@ from reid_train.config import TrainConfig
 from reid_train.model.backbones import build_backbone
 from reid_train.model.batch_norm import GlobalBatchNorm
 
+GEM_EXPONENT = 3.0  # at the start
+
 
 class Output(NamedTuple):
     """Each objective head's output in training, in the order global, stripe 0, stripe 1, …"""
@@ -28,17 +31,29 @@ class Output(NamedTuple):
 
 
 class ObjectiveHead(nn.Module):
-    """Global average pooling, clip to [0, 1], batch norm, linear classifier without bias."""
+    """Pooling, batch norm, linear classifier without bias.
 
-    def __init__(self, channels: int, identities: int, norm: type[nn.Module]) -> None:
+    The pooling is the average clipped to [0, 1], as in the paper, or GeM: (mean xᵖ)^(1/p) of what
+    is positive, with a learnt p (Radenović, Tolias, Chum, TPAMI 2019).
+    """
+
+    def __init__(
+        self, channels: int, identities: int, norm: type[nn.Module], *, gem: bool = False
+    ) -> None:
         super().__init__()
         self.norm = norm(channels, eps=2e-5, momentum=0.01)
         self.classifier = nn.Linear(channels, identities, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
+        # p less its start, because L2 regularization draws every parameter to 0.
+        self.exponent_offset = nn.Parameter(torch.zeros(1)) if gem else None
 
     def pool(self, features: Tensor) -> Tensor:
         """Return the pooled features (B, channels), float32, of a map (B, channels, H, W)."""
-        return features.mean(dim=(2, 3), dtype=torch.float32).clamp(0.0, 1.0)
+        if self.exponent_offset is None:
+            return features.mean(dim=(2, 3), dtype=torch.float32).clamp(0.0, 1.0)
+        exponent = (GEM_EXPONENT + self.exponent_offset).clamp(1.0, 6.0)  # or x ** p underflows
+        powers = features.float().clamp(min=1e-6).pow(exponent)
+        return powers.mean(dim=(2, 3)).pow(1 / exponent)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pooled feature (B, channels) and the logits (B, C)."""
@@ -54,6 +69,10 @@ class ReidNet(nn.Module):
         identities: C, number of training identities.
         image: height and width of the images, which transformers are made for.
         stripes: horizontal stripes of the regional branch; 0 leaves that branch out.
+        pooling: of the heads, see `ObjectiveHead`.
+        embedding: the pooled features, or those after batch norm (Luo et al., CVPRW 2019).
+        embedding_size: length of the embedding, half of it the global branch's; None leaves the
+            global branch all channels of the map, and the regional branch as many.
         batch_norm: in training, "global" normalizes by the statistics of all workers' images,
             "local" by those of each worker's own.
         seed: decides the initial weights, independently of torch's global random state.
@@ -69,6 +88,9 @@ class ReidNet(nn.Module):
         *,
         image: tuple[int, int] = (384, 128),
         stripes: int = 2,
+        pooling: Literal["average", "gem"] = "average",
+        embedding: Literal["pooled", "bnneck"] = "pooled",
+        embedding_size: int | None = None,
         batch_norm: Literal["global", "local"] = "local",
         seed: int = 0,
     ) -> None:
@@ -81,26 +103,32 @@ class ReidNet(nn.Module):
             torch.default_generator.manual_seed(seed)
             parts = build_backbone(backbone, image, global_norm=is_global)
             channels = parts.channels
-            if not 0 <= stripes <= channels:
-                raise ConfigError(f"model: {stripes} stripes; 0 to {channels} are possible")
+            whole = embedding_size or channels * (2 if stripes else 1)
+            if not 0 <= stripes <= whole // 2:
+                raise ConfigError(f"model: {stripes} stripes; 0 to {whole // 2} are possible")
+            reduced = whole // 2 // max(stripes, 1)
+            head = partial(
+                ObjectiveHead, identities=identities, norm=head_norm, gem=pooling == "gem"
+            )
+            kept = whole - stripes * reduced if embedding_size else channels
             self.trunk = parts.trunk
             self.global_layer4 = parts.last  # "layer4" is the last stage of any backbone
-            self.global_head = ObjectiveHead(channels, identities, head_norm)
+            self.global_head = head(kept)
             self.regional_layer4 = deepcopy(parts.last) if stripes else None
-            reduced = channels // max(stripes, 1)
             self.reductions = nn.ModuleList(
                 nn.Conv2d(channels, reduced, kernel_size=3, padding=1) for _ in range(stripes)
             )
-            for reduction in self.reductions:  # the authors use Keras's defaults
-                nn.init.xavier_uniform_(reduction.get_parameter("weight"))
-                nn.init.zeros_(reduction.get_parameter("bias"))
-            self.regional_heads = nn.ModuleList(
-                ObjectiveHead(reduced, identities, head_norm) for _ in range(stripes)
-            )
+            for reduction in self.reductions:
+                _keras_defaults(reduction)
+            self.regional_heads = nn.ModuleList(head(reduced) for _ in range(stripes))
+            self.global_reduction = None
+            if embedding_size:
+                self.global_reduction = _keras_defaults(nn.Conv2d(channels, kept, kernel_size=1))
+        self.embedding_size = kept + stripes * reduced
+        self.after_norm = embedding == "bnneck"
+        self._backbone_frozen = False
         self.backbone, self.image, self.pixels = backbone, image, parts.pixels
         self._last_prefix = parts.prefix
-        self.embedding_size = channels + stripes * reduced
-        self._backbone_frozen = False
 
     @classmethod
     def from_config(cls, config: TrainConfig, identities: int) -> Self:
@@ -111,6 +139,9 @@ class ReidNet(nn.Module):
             identities,
             image=(config.image.height, config.image.width),
             stripes=model.stripes,
+            pooling=model.pooling,
+            embedding=model.embedding,
+            embedding_size=model.embedding_size,
             batch_norm=model.batch_norm,
             seed=config.seed,
         )
@@ -124,11 +155,15 @@ class ReidNet(nn.Module):
         return Output(list(pooled), list(logits))
 
     def embed(self, image: Tensor) -> Tensor:
-        """Return embeddings (B, D) float32: the pooled features of all heads, concatenated.
+        """Return embeddings (B, D) float32: the features of all heads, concatenated.
 
         They are neither averaged with the mirror image's nor scaled to unit length.
         """
-        return torch.cat([head.pool(x) for head, x in self._maps(image)], dim=1)
+        parts = []
+        for head, features in self._maps(image):
+            pooled = head.pool(features)
+            parts.append(head.norm(pooled) if self.after_norm else pooled)
+        return torch.cat(parts, dim=1)
 
     def load_backbone(self, state: Mapping[str, Tensor]) -> None:
         """Set the backbone, with both last stages; `state` has exactly the `backbone_shapes`."""
@@ -167,7 +202,10 @@ class ReidNet(nn.Module):
     def _maps(self, image: Tensor) -> Iterator[tuple[ObjectiveHead, Tensor]]:
         """Yield each objective head with its input, a feature map (B, D_i, H, W)."""
         shared = self.trunk(image)
-        yield self.global_head, self.global_layer4(shared)
+        whole = self.global_layer4(shared)
+        if self.global_reduction is not None:
+            whole = self.global_reduction(whole).relu()
+        yield self.global_head, whole
         if self.regional_layer4 is None:
             return
         regional = self.regional_layer4(shared)
@@ -183,3 +221,10 @@ class ReidNet(nn.Module):
             end = (i + 1) * height if i + 1 < count else regional.shape[2]
             stripe = regional[:, :, i * height : end]
             yield head, reduction(stripe).relu()  # pyright: ignore[reportReturnType]
+
+
+def _keras_defaults(convolution: nn.Module) -> nn.Module:
+    """Set the initial weights that the authors use for reductions."""
+    nn.init.xavier_uniform_(convolution.get_parameter("weight"))
+    nn.init.zeros_(convolution.get_parameter("bias"))
+    return convolution

@@ -1,5 +1,6 @@
 """The parameters of a model that are regularized, by name, even if the model replaces them."""
 
+import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from operator import is_
@@ -17,6 +18,8 @@ NORMS = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
 )
+# Norms that other libraries have of their own, such as timm's RmsNorm2d and GlobalResponseNorm.
+NORM_NAME = re.compile(r"Norm(Act)?(\dd)?(Fp32)?$")
 # What torch.compile, FSDP1 and activation checkpointing insert into the names of parameters.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -130,8 +133,10 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
 
 
 def _kind(owner: nn.Module, name: str) -> str:
-    if isinstance(owner, NORMS):
-        return "beta" if name == "bias" else "gamma"
+    if isinstance(owner, NORMS) or NORM_NAME.search(type(owner).__name__):
+        return "beta" if name in ("bias", "beta") else "gamma"
+    if name in ("gamma", "beta"):  # a layer scale is a gamma
+        return name
     return "bias" if "bias" in name else "kernel"
 
 

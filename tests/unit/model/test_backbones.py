@@ -12,8 +12,10 @@ from data_shards.errors import ConfigError, DataError
 from reid_train.model.batch_norm import GlobalBatchNorm
 from reid_train.model.network import ReidNet
 from reid_train.model.pretrained import load_backbone
+from reid_train.model.tracked_parameters import TrackedParameters
 
 SIZE = (64, 32)
+REL_POS = "layers.0.blocks.0.attn.relative_position_bias_table"
 MAPS = {  # name to the map of a 64 × 32 image: channels, height, width
     "timm:test_resnet": (96, 4, 2),
     "timm:resnet18d": (512, 4, 2),
@@ -94,6 +96,39 @@ def test_batch_norm_becomes_global_with_its_own_settings_and_activation():
 def test_images_are_scaled_as_the_weights_expect():
     assert network("timm:tf_efficientnet_lite0").pixels == ((0.5,) * 3, (0.5,) * 3)
     assert network("resnet18").pixels == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "kind"),
+    [
+        ("test_vit2", "pos_embed", "kernel"),
+        ("test_vit2", "reg_token", "kernel"),
+        ("test_vit2", "blocks.0.attn.qkv.bias", "bias"),
+        ("test_vit2", "blocks.0.ls1.gamma", "gamma"),
+        ("test_vit2", "blocks.0.norm1.weight", "gamma"),
+        ("test_vit2", "blocks.0.norm1.bias", "beta"),
+        ("test_vit", "cls_token", "kernel"),
+        ("convnextv2_atto", "stages.0.blocks.0.mlp.grn.weight", "gamma"),
+        ("convnextv2_atto", "stages.0.blocks.0.mlp.grn.bias", "beta"),
+        ("convnextv2_atto", "stem.1.weight", "gamma"),
+        ("convnext_atto", "stages.0.blocks.0.gamma", "gamma"),
+        ("convnext_atto_rms", "stem.1.weight", "gamma"),
+        ("swin_tiny_patch4_window7_224", REL_POS, "bias"),
+        ("tf_efficientnet_lite0", "bn1.weight", "gamma"),
+        ("tf_efficientnet_lite0", "bn1.bias", "beta"),
+    ],
+)
+def test_kinds_of_tensors_follow_what_they_do(name, tensor, kind):
+    with torch.device("meta"):
+        tracked = TrackedParameters(timm.create_model(name), ())
+    assert dict(zip(tracked.names, tracked.kinds, strict=True))[tensor] == kind
+
+
+def test_a_linear_layer_named_after_a_norm_has_a_kernel():
+    class NormLinear(nn.Linear):
+        pass
+
+    assert TrackedParameters(NormLinear(2, 3), ()).kinds == ("kernel", "bias")
 
 
 @pytest.mark.parametrize(

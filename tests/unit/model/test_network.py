@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from data_shards.errors import ConfigError
+from reid_train.config import TrainConfig
 from reid_train.model.network import ReidNet
 
 
@@ -156,3 +157,65 @@ def test_impossible_networks_are_refused(arguments, message):
 def test_images_too_low_for_the_stripes_are_refused(small):
     with pytest.raises(ConfigError, match="1 rows for 2 stripes"):
         small(_images(2, 16, 32))
+
+
+@pytest.mark.parametrize(
+    ("stripes", "size", "parts"),
+    [(2, 256, [128, 64, 64]), (3, 100, [52, 16, 16, 16]), (0, 100, [100])],
+)
+def test_an_embedding_size_is_shared_half_by_the_global_branch(stripes, size, parts):
+    network = ReidNet("resnet18", identities=4, stripes=stripes, embedding_size=size).eval()
+    images = _images(2, 128, 32)
+    assert [pooled.shape[1] for pooled in network(images).pooled] == parts
+    assert network.embedding_size == network.embed(images).shape[1] == size
+
+
+def test_an_embedding_too_short_for_the_stripes_is_refused():
+    with pytest.raises(ConfigError, match="2 stripes; 0 to 1"):
+        ReidNet("resnet18", identities=4, embedding_size=3)
+
+
+def test_gem_starts_as_the_cubic_mean_and_learns_its_exponent():
+    network = ReidNet("resnet18", identities=4, pooling="gem", stripes=0)
+    features = torch.rand(2, 512, 4, 3) * 3
+    pooled = network.global_head.pool(features)
+    torch.testing.assert_close(pooled, features.pow(3).mean((2, 3)).pow(1 / 3))
+    assert pooled.max() > 1, "not clipped"
+    pooled.sum().backward()
+    assert network.global_head.exponent_offset.grad.abs() > 0
+
+
+@pytest.mark.parametrize("offset", [-9.0, 0.0, 9.0])
+def test_gem_of_a_dead_channel_has_a_finite_gradient(offset):
+    head = ReidNet("resnet18", identities=4, pooling="gem", stripes=0).global_head
+    nn.init.constant_(head.exponent_offset, offset)
+    features = torch.zeros(2, 512, 4, 3, requires_grad=True)
+    head.pool(features).sum().backward()
+    assert features.grad.isfinite().all()
+    assert head.exponent_offset.grad.isfinite().all()
+
+
+def test_a_bnneck_embedding_is_that_after_the_heads_batch_norm():
+    options = {"identities": 4, "seed": 1}
+    plain, after = (ReidNet("resnet18", embedding=e, **options) for e in ("pooled", "bnneck"))
+    for network in (plain, after):
+        network(_images(4))  # gives the batch norm statistics
+        network.eval()
+    heads = (plain.global_head, *plain.regional_heads)
+    sizes = [head.norm.num_features for head in heads]
+    parts = plain.embed(_images()).split(sizes, dim=1)
+    expected = torch.cat([h.norm(part) for h, part in zip(heads, parts, strict=True)], dim=1)
+    torch.testing.assert_close(after.embed(_images()), expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model__pooling": "gem"}, {"model__embedding": "bnneck"}, {"model__embedding_size": 64}],
+)
+def test_settings_of_the_heads_come_from_the_configuration(changes):
+    config = TrainConfig().replace(model__backbone="resnet18", **changes)
+    (value,) = changes.values()
+    network = ReidNet.from_config(config, 4)
+    found = (network.global_head.exponent_offset is not None, network.after_norm)
+    assert found == (value == "gem", value == "bnneck")
+    assert network.embedding_size == (64 if value == 64 else 1024)
