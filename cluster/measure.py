@@ -24,7 +24,7 @@ class Measurement(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    device: str  # as `--gpu-type` names it; 'cpu' for a worker with one thread
+    device: str  # as `--gpu-type` names it; 'cpu' for a worker with one core
     backbone: str
     stripes: int = Field(ge=0)
     height: int = Field(ge=1)
@@ -81,6 +81,11 @@ def measured(run: str, device: str) -> Measurement:
 
     output, _, name = run.rstrip("/").rpartition("/")
     config = Run.read(output or ".", name).config
+    if device == "cpu" and config.cpus_per_worker != 1:
+        raise DataError(
+            f"{run} had workers of {config.cpus_per_worker} cores, and a plan counts a core for "
+            "each: measure a run with --cpus-per-worker 1, or give it another --gpu-type"
+        )
     storage = open_storage(run)
     histories = [key for key, _ in storage.list("checkpoint_") if key.endswith(f"/{HISTORY}")]
     if not histories:

@@ -32,7 +32,7 @@ class Train:
 
 def train(arguments: list[str]) -> None:
     """Train on a sharded dataset; measure, track and register the model."""
-    known = peek(arguments, "name", "output", flags=("resume", "resume-or-start"))
+    known = peek(arguments, "name", "output", "workers", flags=("resume", "resume-or-start"))
     if (known.resume or known.resume_or_start) and not (known.name and known.output):
         raise ConfigError("--resume needs the run's --name and --output")
     resume, base = known.resume, None
@@ -41,6 +41,8 @@ def train(arguments: list[str]) -> None:
 
         resume = resume or Run.exists(known.output, known.name)
         base = Run.read(known.output, known.name).config if resume else None
+        if base and known.workers not in (None, str(base.workers)):
+            base = base.replace(cpus_per_worker=None)  # other workers share the cores anew
     parsed = parse_with_recipe(Train, arguments, f"{PROGRAM} train", base)
     console = make_console()
     with display(console) as progress, phase(progress, "loading PyTorch and Ray"):

@@ -15,6 +15,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+LOADERS = 4  # most loader processes of a worker, unless it is told otherwise
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # torchvision's
 TIMM = "timm:"  # before the name of one of timm's models
@@ -192,8 +193,9 @@ class EvaluationConfig(Section):
 class LoaderConfig(Section):
     """How a worker reads its images."""
 
-    workers: Annotated[int, Field(ge=0)] = 4
-    """Decoding processes of each training worker; 0 decodes in the worker's own process."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Decoding processes of each worker; 0 decodes in the worker's own process; None: one for each
+    core that the workers leave free, at most 4."""
     cache: Path = Path("~/.cache/reid/shards")
     """Folder of the node's shard cache."""
     cache_bytes: Count = 200 * 10**9
@@ -239,6 +241,8 @@ class TrainConfig(Section):
     """Seed of weights, batches and augmentation."""
     workers: Count = 1
     """Training workers, with a GPU each if there are GPUs; they share the global batch."""
+    cpus_per_worker: Count | None = None
+    """Cores of each worker; None: on CPUs the nodes' cores, shared by the workers, with GPUs 1."""
     min_workers: Count | None = None
     """Fewest workers to continue with when nodes leave; None waits for all workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -43,7 +43,6 @@ _RECIPES = {
             optimizer__minimum_learning_rate=5e-6,
             optimizer__epochs=10,
             evaluation__every=5,
-            loader__workers=1,
         ),
     ),
     "csv_small": (
@@ -61,7 +60,6 @@ _RECIPES = {
             optimizer__epochs=10,
             evaluation__every=5,
             evaluation__mirror=False,
-            loader__workers=1,
         ),
     ),
     "demo": (
@@ -75,7 +73,6 @@ _RECIPES = {
             optimizer__minimum_learning_rate=5e-6,
             optimizer__epochs=8,
             evaluation__every=4,
-            loader__workers=0,
         ),
     ),
 }

@@ -12,8 +12,8 @@ from reid_train.config import Count, NonNegative, Section, TrainConfig
 EXTENDABLE = {"trials", "seeds", "survivors", "concurrent"}
 """Settings that may differ when a sweep is continued: they only add to it. A population's number of
 trials is fixed all the same (`Store.open`)."""
-NEUTRAL = {"tracking", "loader", "checkpoint", "workers", "device"}
-"""Of the configuration: what does not change what is computed."""
+NEUTRAL = {"tracking", "loader", "checkpoint", "workers", "cpus_per_worker", "device"}
+"""Of the configuration: what does not change what is computed, but for rounding."""
 
 
 class Sweep(Section):

@@ -49,15 +49,16 @@ def slots(config: TrainConfig, concurrent: int | None) -> int:
 
     A trial's own process takes no CPU, and its workers are placed all or none.
     """
-    kind = "GPU" if config.device == "cuda" else "CPU"
-    nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
-    have = sum(int(count) for count in nodes)
-    if config.workers > have:
+    kind, each = ("GPU", 1) if config.device == "cuda" else ("CPU", config.cpus_per_worker or 1)
+    nodes = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
+    room = sum(count // each for count in nodes)
+    if config.workers > room:
+        advice = "lower --workers-per-trial" + (" or --cpus-per-worker" if each > 1 else "")
         raise ConfigError(
-            f"a trial of {config.workers} workers needs {config.workers} {kind}s and the cluster "
-            f"has {have}: lower --workers-per-trial, or add nodes"
+            f"a trial of {config.workers} workers needs {config.workers * each} {kind}s and the "
+            f"cluster has {sum(nodes)}: {advice}, or add nodes"
         )
-    return min(have // config.workers, concurrent or have)
+    return min(room // config.workers, concurrent or room)
 
 
 def run(

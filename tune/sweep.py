@@ -20,6 +20,7 @@ from data_shards.progress import display, make_console, phase
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
 from reid_train.runs.console import UNITS, Board, beside_driver
+from reid_train.runs.cores import with_cores
 from reid_train.runs.process import stop_signals
 from reid_train.runs.publish import publish
 from reid_train.runs.run_dir import REPORT, prepare, report_command
@@ -71,9 +72,12 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
     with display(console) as progress, phase(progress, "checking the settings"):
         preflight.check(config, dataset)
-    Store.open(settings, config, dataset.manifest.digest, create=False)
+    store = Store.open(settings, config, dataset.manifest.digest, create=False)
+    if (begun := store.noted("sweep")) and config.cpus_per_worker is None:
+        config = config.replace(cpus_per_worker=begun["config"].get("cpus_per_worker", 1))
     config = runner.connect(config)
     at_a_time = runner.slots(config, settings.concurrent)
+    config = with_cores(config, at_a_time)
     store = Store.open(settings, config, dataset.manifest.digest)
     base = config.replace(
         output=f"{config.output.rstrip('/')}/{config.name}", evaluation__initial=False

@@ -123,6 +123,7 @@ def unmeasured(table: list[Measurement], options: Plan) -> str:
     known = sorted({f"{entry.device} ({entry.precision})" for entry in table})
     words = ["--recipe", config.recipe, "--data", config.data, "--output", "OUTPUT"]
     probe = f"--workers 1 --batch.steps-per-epoch {steps_needed(config)}"
+    probe += " --cpus-per-worker 1" * (options.gpu_type == "cpu")
     return (
         f"no speed of {options.gpu_type} with precision {config.precision} is known, only of "
         f"{', '.join(known)}. Give --images-per-second of one worker, or measure it: `python -m "

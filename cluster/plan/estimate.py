@@ -22,7 +22,7 @@ from data_shards.errors import ConfigError
 from data_shards.loader import AHEAD, HELD
 from data_shards.manifest import MANIFEST_NAME
 from data_shards.records import EVALUATED
-from reid_train.config import TrainConfig
+from reid_train.config import LOADERS, TrainConfig
 from reid_train.model.network import ReidNet
 from reid_train.training.data import epoch_plan, train_index
 from reid_train.training.validation import MATCHES, QUERIES
@@ -256,6 +256,7 @@ def memory(options: Plan, dataset: Dataset, network: Network) -> dict[str, int]:
     """Bytes of a worker's device in float32, of a node's /dev/shm, and of the whole dataset."""
     config, mates = options.config, min(options.gpus, options.gpus_per_node)
     share, loaders = config.batch_size // options.gpus, config.loader.workers
+    loaders = LOADERS if loaders is None else loaders
     batch = max(share, config.evaluation.batch) * config.image.height * config.image.width * 3
     states = network.weights + network.gradients + network.state
     return {

@@ -31,6 +31,8 @@ class Embed:
     """Which splits."""
     workers: int = 1
     """Ray workers, each with a copy of the model."""
+    cpus_per_worker: int | None = None
+    """Cores of each worker; by default the nodes' cores, shared by the workers (with GPUs 1)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cuda gives each worker a GPU; auto does if enough are free."""
     batch: int | None = None
@@ -40,11 +42,12 @@ class Embed:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
 
-def check_counts(workers: int, batch: int | None) -> None:
+def check_counts(**numbers: int | None) -> None:
     """Raise `ConfigError` for numbers below 1."""
-    for name, number in (("--workers", workers), ("--batch", batch)):
+    for name, number in numbers.items():
         if number is not None and number < 1:
-            raise ConfigError(f"{name} must be at least 1, not {number}")
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} must be at least 1, not {number}")
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
@@ -54,16 +57,17 @@ def say(console: Console, text: str, style: str | None = None) -> None:
 
 def embed(settings: Embed, console: Console) -> int:
     """Run the command; return the number of images."""
-    check_counts(settings.workers, settings.batch)
+    cpus = settings.cpus_per_worker
+    check_counts(workers=settings.workers, cpus_per_worker=cpus, batch=settings.batch)
     with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
         from reid_train.commands.embedding_job import embed_dataset
 
-    connect_ray(settings.workers, console)
+    connect_ray(settings.workers * (cpus or 1), console)
     with display(console) as progress:
         return embed_dataset(settings, progress)
 
 
-def connect_ray(workers: int, console: Console) -> None:
+def connect_ray(cpus: int, console: Console) -> None:
     """Connect to the Ray cluster at hand, or start one here, as a phase on the console."""
     import ray
 
@@ -71,4 +75,4 @@ def connect_ray(workers: int, console: Console) -> None:
 
     if not ray.is_initialized():
         with display(console) as progress, phase(progress, "starting Ray"):
-            start_ray(workers)
+            start_ray(cpus)

@@ -2,9 +2,9 @@
 
 A part has consecutive images of a split and is a Parquet file of its own, written whole or not at
 all. So each image is embedded once, and an interrupted job continues with the missing parts.
-`job.json` is written first and once. It records the model, the dataset and the device of the parts.
-The first worker records the precision in `precision`, and all others follow it: another device or
-precision gives other last digits.
+`job.json` is written first and once. It records the model, the dataset, the device of the parts,
+and on how many cores a worker computed them. The first worker records the precision in `precision`.
+Those that continue follow them all: another device, number or precision gives other last digits.
 """
 
 import hashlib
@@ -12,12 +12,14 @@ import json
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 import ray.exceptions
+import torch
 
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
@@ -33,6 +35,7 @@ from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
 from reid_train.model.precision import autocast, precision_on, set_precision
 from reid_train.out_of_memory import out_of_memory
 from reid_train.registry.load import fetch
+from reid_train.runs.cores import settle
 from reid_train.runs.ray_trainer import use_gpu
 
 PART = 4096  # images of a part
@@ -80,7 +83,11 @@ def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
         "part": PART,
         "parts": len(tasks),
     }
-    device = _claim(storage, settings.out, job, chosen)
+    workers, loader = min(settings.workers, max(len(missing), 1)), settings.loader
+    gpu = chosen == "cuda"
+    cpus, loaders = settle(settings.cpus_per_worker, loader.workers, workers, gpu=gpu)
+    kept = _claim(storage, settings.out, job, {"device": chosen, "cpus_per_worker": cpus})
+    device = kept.get("device", chosen)
     if missing and device != chosen and (settings.device, device) != ("auto", "cpu"):
         raise DataError(
             f"{settings.out} was started with --device {device}: continue with that, or choose "
@@ -92,8 +99,16 @@ def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
     if missing:
         # In a list, so that a worker that has the model need not read it again.
         files = [ray.put((weights, config))]
+        settings = replace(
+            settings,
+            cpus_per_worker=kept.get("cpus_per_worker", 1),
+            loader=loader.model_copy(update={"workers": loaders}),
+        )
         actor = ray.remote(_Worker).options(  # type: ignore[attr-defined]
-            num_cpus=1, num_gpus=int(device == "cuda"), max_restarts=2, max_task_retries=2
+            num_cpus=1 if device == "cuda" else cpus,
+            num_gpus=int(device == "cuda"),
+            max_restarts=2,
+            max_task_retries=2,
         )
         actors = [actor.remote(device, settings) for _ in missing[: settings.workers]]
         for images in _results(actors, files, missing):
@@ -102,24 +117,26 @@ def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
     return total
 
 
-def _claim(storage: Storage, out: str, job: dict[str, Any], device: str) -> str:
-    """Write `job.json`, or check that it is of the same job; returns the job's device."""
+def _claim(
+    storage: Storage, out: str, job: dict[str, Any], computed: dict[str, Any]
+) -> dict[str, Any]:
+    """Write `job.json`, or check that it is of the same job; returns how it is `computed`."""
     if not storage.exists(JOB) and any(storage.list("part-")):
         raise DataError(
             f"{out} has embeddings but no {JOB} that describes them: choose another place"
         )
     try:
-        content = json.dumps(job | {"device": device}, indent=2)
+        content = json.dumps(job | computed, indent=2)
         storage.write(JOB, content.encode(), create_once=True)
     except ObjectExists:
         kept = json.loads(storage.read(JOB))
-        device = kept.pop("device", device)
+        computed = {name: kept.pop(name) for name in computed if name in kept}
         if kept != job:
             raise DataError(
                 f"{out} holds embeddings of another model, dataset or choice of splits: "
                 "choose another place"
             ) from None
-    return device
+    return computed
 
 
 def _results(actors: Sequence[Any], files: list[Any], tasks: Sequence[Task]) -> Iterator[int]:
@@ -161,6 +178,7 @@ class _Worker:
         if self.embedder is not None:
             return
         settings, storage = self.settings, open_storage(self.settings.out)
+        torch.set_num_threads(settings.cpus_per_worker or 1)
         with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
             folder = Path(temporary)
             for name, content in zip((WEIGHTS, CONFIG), ray.get(files[0]), strict=True):
@@ -188,7 +206,7 @@ class _Worker:
             "batch": self.settings.batch or config.evaluation.batch,
             "height": config.image.height,
             "width": config.image.width,
-            "workers": self.settings.loader.workers,
+            "workers": self.settings.loader.workers or 0,
         }
         batches = split_batches(self.dataset, self.cache, task.split, rows, **options)
         # In the precision of the training's own evaluations, to give the same figures.

@@ -49,6 +49,8 @@ class Evaluate:
     """Where to write the measurement as JSON: a path or s3://…"""
     workers: int = 1
     """Ray workers that embed; if more than one, they also measure Parquet embeddings."""
+    cpus_per_worker: int | None = None
+    """Cores of each worker that embeds; by default the nodes' cores, shared by the workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cuda gives each embedding worker a GPU; auto does if enough are free."""
     batch: int | None = None
@@ -63,7 +65,8 @@ class Evaluate:
     def check(self) -> None:
         """Raise `ConfigError` for what does not go together or is out of range."""
         self.measures.check()
-        check_counts(self.workers, self.batch)
+        cpus = self.cpus_per_worker
+        check_counts(workers=self.workers, cpus_per_worker=cpus, batch=self.batch)
         output = self.output
         if output is not None and (output.endswith("/") or Path(output).is_dir()):  # "" is ".", too
             raise ConfigError(f"--output {output!r} is a folder: give the name of a file in it")
@@ -106,7 +109,7 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
     query, gallery = dataset.evaluated(dataset.choose_split(settings.split))
     find_ground_truth(Labels(query.pid, query.camid, gallery.pid, gallery.camid))
     settings.measures.check(len(query), len(gallery))
-    connect_ray(settings.workers, console)
+    connect_ray(settings.workers * (settings.cpus_per_worker or 1), console)
     place = nullcontext(settings.embeddings)
     if settings.embeddings is None:
         if len(ray.nodes()) > 1:

@@ -15,6 +15,7 @@ from reid_train.registry.load import SUMMARY
 from reid_train.runs import preflight, run_lock
 from reid_train.runs.checkpoint_store import newest_whole, stored_checkpoints
 from reid_train.runs.console import UNITS
+from reid_train.runs.cores import with_cores
 from reid_train.runs.publish import Summary, publish, show
 from reid_train.runs.ray_trainer import fit, start_ray
 from reid_train.runs.run_dir import (
@@ -77,7 +78,8 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
                 return summary
             if not finished:
                 with phase(shown, "starting Ray"):  # before the name is taken, since it may fail
-                    start_ray(config.workers)
+                    start_ray(config.workers * (config.cpus_per_worker or 1))
+                    config = with_cores(config)
             with _tracked(config, dataset, saved) as tracker:
                 if finished:  # send the values that MLflow does not have
                     with newest_whole(folder.url) as newest:

@@ -15,11 +15,13 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.exceptions import OutOfMemoryError, RayError
 from ray.train import ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, get_device
 
+from data_shards.building.parallel import cores
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, Interrupted, ReidError
@@ -100,6 +102,7 @@ def run_workers(
     hang = config.checkpoint.hang_seconds
     set_timeouts(hang, hang * 3 // 2)
     least = config.min_workers or config.workers
+    gpu = use_gpu(config.device, least)
     settings = {"run_id": run_id, "board": board, "start": start, "until": until, "lock": lock}
     settings["test"] = test
     settings |= {"config": config.to_json(), "manifest_digest": dataset.manifest.digest}
@@ -113,7 +116,9 @@ def run_workers(
             torch_config=TorchConfig(timeout_s=hang * 3 // 2),
             scaling_config=ScalingConfig(
                 num_workers=(least, config.workers) if config.min_workers else config.workers,
-                use_gpu=use_gpu(config.device, least),
+                use_gpu=gpu,
+                # Nodes with GPUs have more cores than workers, which need not be reserved.
+                resources_per_worker=None if gpu else {"CPU": config.cpus_per_worker or 1},
                 elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             ),
             run_config=ray.train.RunConfig(
@@ -138,7 +143,7 @@ def start_ray(cpus: int, *, logs: bool = True) -> None:
     require_ray_cluster()
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": logs}
     if not os.environ.get("RAY_ADDRESS"):
-        options |= {"address": "local", "num_cpus": max(cpus, os.cpu_count() or 1)}
+        options |= {"address": "local", "num_cpus": max(cpus, cores())}
     try:
         ray.init(**options)
     except (OSError, RuntimeError, ValueError) as error:
@@ -172,6 +177,7 @@ def _train(settings: dict[str, Any]) -> None:
     from reid_train.training.loop import train
 
     config = TrainConfig.from_json(settings["config"])
+    torch.set_num_threads(config.cpus_per_worker or 1)
     ray_context = ray.train.get_context()
     rank, board = ray_context.get_world_rank(), settings["board"]
     until, lock = settings["until"], settings["lock"]
@@ -341,13 +347,13 @@ def explained(
     return ReidError(f"{reason}. {advice}" if advise else reason)
 
 
-def use_gpu(device: str, needed: int, *, free: bool = False) -> bool:
+def use_gpu(device: str, needed: int, *, free: bool = False, warn: bool = True) -> bool:
     """Return whether each worker gets a GPU; with `free`, only those that are free now count."""
     resources = ray.available_resources() if free else ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
-    if device == "cuda" and gpus < needed:
+    if warn and device == "cuda" and gpus < needed:
         logger.warning("%d GPUs are needed and %d are here: waiting for the cluster", needed, gpus)
-    if device == "auto" and 0 < gpus < needed:
+    if warn and device == "auto" and 0 < gpus < needed:
         logger.warning(
             "%d GPUs are here, fewer than the %d workers: training on CPUs. Lower --workers, or "
             "wait for more GPUs with --device cuda",

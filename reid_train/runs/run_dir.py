@@ -20,7 +20,7 @@ from reid_train.config import TrainConfig
 REPORT = "report"  # folder of a run or a sweep
 PAGE = "report.html"  # only a run's report has a page; a sweep's has pictures and a table
 RESUMABLE = {"workers", "min_workers", "device", "loader", "checkpoint", "tracking", "evaluation"}
-RESUMABLE |= {"data", "output"}
+RESUMABLE |= {"cpus_per_worker", "data", "output"}
 """Sections that may change when a run is resumed: they do not change what is computed."""
 EPOCHS = "optimizer.epochs"
 EXTENDABLE = {EPOCHS, "optimizer.skip_nonfinite"}
@@ -53,7 +53,9 @@ class Run:
         where = f"{output.rstrip('/')}/{name}/run.json"
         try:
             values = json.loads(open_storage(output).read(f"{name}/run.json"))
-            config = TrainConfig.from_json(json.dumps(values["config"]), where)
+            # Runs of older versions had one core a worker and did not record it.
+            config = {"cpus_per_worker": 1} | values["config"]
+            config = TrainConfig.from_json(json.dumps(config), where)
             versions = dict(values.get("versions", {}))
             return cls(config, values["manifest_digest"], values["mlflow_run_id"], versions)
         except ObjectMissing as error:

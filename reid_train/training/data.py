@@ -50,7 +50,7 @@ def step_batches(
         context.cache,
         slice_for_rank(rows, context.rank, context.world),
         start=start * config.batch.accumulate,
-        workers=config.loader.workers,
+        workers=config.loader.workers or 0,
         **config.image.model_dump(),
     )
     while group := list(islice(batches, config.batch.accumulate)):

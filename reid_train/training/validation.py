@@ -59,7 +59,7 @@ def validate(
             rank=context.rank,
             world=context.world,
             batch=config.evaluation.batch,
-            workers=config.loader.workers,
+            workers=config.loader.workers or 0,
             **config.image.model_dump(),
         )
         part = embed_batches(

@@ -114,6 +114,7 @@ def train(name: str, workers: int, given: list[str]) -> float:
     command = [sys.executable, "-m", "reid_train", "train", *given, "--name", name]
     command += ["--output", f"s3://{BUCKET}/runs", "--workers", str(workers)]
     command += ["--tracking.model-name", "off", "--device", "cpu"]
+    command += ["--cpus-per-worker", "1"]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -14,8 +14,10 @@ import pytest
 
 from cluster.local.s3_server import S3Server
 from data_shards.building.build import build
+from data_shards.building.parallel import cores
 from data_shards.storage import open_storage
 from reid_train.registry.load import load
+from reid_train.runs.run_dir import Run
 from reid_train.tracking.server import connect
 from reid_train.tracking.uris import local_tracking
 
@@ -119,6 +121,12 @@ def test_resumed_run_trains_more_epochs_on_one_worker_and_counts_its_steps_on(wo
     client, run = first_run()
     losses = client.get_metric_history(run.info.run_id, "loss/total")
     assert [point.step for point in losses] == list(range(1, 10))
+
+
+def test_workers_share_the_cores_and_the_run_records_how(work):
+    # After the test above, which resumed it on one worker.
+    assert first_run()[1].data.params["cpus_per_worker"] == str(max(1, cores() // 2))
+    assert Run.read(OUTPUT, "first").config.cpus_per_worker == cores()
 
 
 def test_run_is_not_resumed_on_another_dataset(work):

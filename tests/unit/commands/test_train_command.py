@@ -41,6 +41,23 @@ def test_one_command_starts_a_run_and_continues_it(given, tmp_path):
     assert continued == started.replace(workers=2)
 
 
+@pytest.mark.parametrize(
+    ("more", "cpus"),
+    [
+        ([], 4),
+        (["--workers", "1"], 4),
+        (["--workers", "2"], None),
+        (["--workers", "2", "--cpus-per-worker", "4"], 4),
+        (["--cpus-per-worker", "2"], 2),
+    ],
+)
+def test_resumed_run_keeps_its_cores_unless_told_otherwise(given, tmp_path, more, cpus):
+    config = recipe("demo").replace(name="r", output=str(tmp_path), cpus_per_worker=4)
+    write(Run(config, "0" * 64, None))
+    train(["--resume", "--name", "r", "--output", str(tmp_path), *more])
+    assert given[0][0].cpus_per_worker == cpus
+
+
 def test_resuming_takes_the_runs_own_settings(given, tmp_path):
     write(Run(recipe("demo").replace(name="r", output=str(tmp_path), seed=5), "0" * 64, None))
     train(["--resume", "--name", "r", "--output", str(tmp_path)])

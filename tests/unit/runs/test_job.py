@@ -20,6 +20,7 @@ from reid_train.config import TrainConfig
 from reid_train.registry.load import SUMMARY
 from reid_train.runs import final_test, job, preflight, ray_trainer
 from reid_train.runs.checkpoint_store import Keeper, newest_whole
+from reid_train.runs.run_dir import Run
 from reid_train.tracking.tracker import Tracker
 from reid_train.tracking.uris import local_tracking
 from reid_train.training.loop import train
@@ -60,7 +61,12 @@ def fitted(monkeypatch, tmp_path) -> list[TrainConfig]:
 
     monkeypatch.setattr(job, "fit", fit)
     monkeypatch.setattr(job, "start_ray", lambda cpus: None)
+    monkeypatch.setattr(job, "with_cores", with_cores)
     return calls
+
+
+def with_cores(config: TrainConfig) -> TrainConfig:
+    return config.replace(cpus_per_worker=config.cpus_per_worker or 3)
 
 
 def run(settings: TrainConfig, *, resume: bool = False) -> str:
@@ -84,6 +90,17 @@ def test_finished_run_without_its_report_gets_it(settings, fitted):
     run(settings, resume=True)
     assert json.loads(summary.read_text()) == before
     assert len(fitted) == 1
+
+
+def test_cores_of_a_worker_are_recorded(settings, fitted):
+    run(settings)
+    assert [config.cpus_per_worker for config in fitted] == [3]
+    file = Path(settings.output, "läuft", "run.json")
+    assert Run.read(settings.output, "läuft").config.cpus_per_worker == 3
+    values = json.loads(file.read_text())
+    del values["config"]["cpus_per_worker"]  # as an older version wrote it, with one core
+    file.write_text(json.dumps(values))
+    assert Run.read(settings.output, "läuft").config.cpus_per_worker == 1
 
 
 def test_resuming_a_run_without_checkpoints_starts_over_with_a_warning(settings, fitted):

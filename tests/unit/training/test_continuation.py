@@ -98,6 +98,17 @@ def test_interrupted_run_ends_bitwise_as_the_quiet_one(tiny_dataset, quiet, deat
             assert without_speed(values) == without_speed(quiet.steps[step]), step
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_run_on_several_cores_resumes_bitwise(tiny_dataset, tmp_path, threads):
+    torch.set_num_threads(threads)
+    try:
+        whole = run(tiny_dataset, SETTINGS, tmp_path)
+        resumed = run(tiny_dataset, SETTINGS, tmp_path, whole.checkpoints[1])
+    finally:
+        torch.set_num_threads(1)
+    assert state(resumed.checkpoints[-1]) == state(whole.checkpoints[-1])
+
+
 def last(recorded: Recorded) -> Path | None:
     return recorded.checkpoints[-1] if recorded.checkpoints else None
 
