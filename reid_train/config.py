@@ -188,6 +188,8 @@ class EvaluationConfig(Section):
     """Average the embeddings of an image and of its mirror image."""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """Distance of the ranking."""
+    rank_list: bool = True
+    """Show the top matches of a few queries, as images, in the report."""
 
 
 class LoaderConfig(Section):
@@ -239,6 +241,13 @@ class TrainConfig(Section):
     """Name of the run, a folder under the output; None: recipe and time."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of weights, batches and augmentation."""
+    init_from: str | None = None
+    """Start from another training's weights, with new classifiers: a run or checkpoint (folder or
+    s3:// URL), models:/name@champion, or the file of a state dict that this program saved."""
+    init_theta: Literal["new", "keep"] = "new"
+    """Whether θ starts at 0, or where that training left it."""
+    init_digest: str | None = None
+    """SHA-256 of these weights, which a run records; if given, others are refused."""
     workers: Count = 1
     """Training workers, with a GPU each if there are GPUs; they share the global batch."""
     cpus_per_worker: Count | None = None

@@ -45,6 +45,21 @@ _RECIPES = {
             evaluation__every=5,
         ),
     ),
+    "finetune_small": (
+        "a few hundred images of people, from a model that knows many (--init-from): at least 4 "
+        "people to train on",
+        PAPER.replace(
+            batch__identities=4,
+            batch__steps_per_epoch=None,
+            optimizer__schedule="cosine",
+            optimizer__learning_rate=5e-5,
+            optimizer__minimum_learning_rate=5e-7,
+            optimizer__frozen_epochs=1,
+            optimizer__epochs=10,
+            evaluation__every=5,
+            checkpoint__every_steps=None,
+        ),
+    ),
     "csv_small": (
         "small square images of anything but people, such as characters: no flips; at least 16 "
         "classes to train on; minutes on two cores",

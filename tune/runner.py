@@ -135,6 +135,7 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
             board=SimpleNamespace(show=show, progress=SimpleNamespace(remote=silent)),
             callbacks=[_EvaluationReport()],
             start=task["start"],
+            initial=config.output,
             until=task["until"],
         )
     except TrainingFailedError as error:

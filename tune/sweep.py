@@ -17,10 +17,12 @@ from rich.table import Table
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ReidError, StorageError
 from data_shards.progress import display, make_console, phase
+from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
 from reid_train.runs.console import UNITS, Board, beside_driver
 from reid_train.runs.cores import with_cores
+from reid_train.runs.init_from import fetch_initial, keep, read_kept
 from reid_train.runs.process import stop_signals
 from reid_train.runs.publish import publish
 from reid_train.runs.run_dir import REPORT, prepare, report_command
@@ -70,14 +72,25 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     if not all(len(index) for index in dataset.evaluated(split)):
         raise DataError(f"{config.data} has no query or gallery: a sweep compares by mAP on them")
     config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
+    folder = f"{config.output}/{config.name}"
+    begun = Store(open_storage(folder)).noted("sweep").get("config")
+    if begun is not None:  # what it was begun with
+        config = config.replace(
+            cpus_per_worker=config.cpus_per_worker or begun.get("cpus_per_worker", 1),
+            init_digest=config.init_digest or begun.get("init_digest"),
+        )
     with display(console) as progress, phase(progress, "checking the settings"):
-        preflight.check(config, dataset)
-    store = Store.open(settings, config, dataset.manifest.digest, create=False)
-    if (begun := store.noted("sweep")) and config.cpus_per_worker is None:
-        config = config.replace(cpus_per_worker=begun["config"].get("cpus_per_worker", 1))
+        kept = begun is not None and begun.get("init_from") and config.init_from
+        initial = read_kept(folder, config.init_digest) if kept else fetch_initial(config)
+        preflight.check(config, dataset, initial=initial)
+    if initial is not None:
+        config = config.replace(init_digest=initial.digest)
+    Store.open(settings, config, dataset.manifest.digest, create=False)
     config = runner.connect(config)
     at_a_time = runner.slots(config, settings.concurrent)
     config = with_cores(config, at_a_time)
+    if initial is not None and not kept:
+        keep(initial, folder)
     store = Store.open(settings, config, dataset.manifest.digest)
     base = config.replace(
         output=f"{config.output.rstrip('/')}/{config.name}", evaluation__initial=False

@@ -16,6 +16,7 @@ from reid_train.runs import preflight, run_lock
 from reid_train.runs.checkpoint_store import newest_whole, stored_checkpoints
 from reid_train.runs.console import UNITS
 from reid_train.runs.cores import with_cores
+from reid_train.runs.init_from import fetch_initial, keep
 from reid_train.runs.publish import Summary, publish, show
 from reid_train.runs.ray_trainer import fit, start_ray
 from reid_train.runs.run_dir import (
@@ -69,7 +70,8 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
                     "last digits from those of a run that was not interrupted"
                 )
         with phase(shown, "checking the settings"):
-            preflight.check(config, dataset, saved)
+            initial = fetch_initial(config) if saved is None else None
+            preflight.check(config, dataset, saved, initial)
         folder = open_storage(config.output).child(str(config.name))
         with run_lock.held(folder, str(config.name)) as lock:
             finished = saved is not None and _is_finished(config, folder.url)
@@ -80,6 +82,9 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
                 with phase(shown, "starting Ray"):  # before the name is taken, since it may fail
                     start_ray(config.workers * (config.cpus_per_worker or 1))
                     config = with_cores(config)
+            if initial is not None:
+                config = config.replace(init_digest=initial.digest)
+                keep(initial, folder.url)
             with _tracked(config, dataset, saved) as tracker:
                 if finished:  # send the values that MLflow does not have
                     with newest_whole(folder.url) as newest:

@@ -1,5 +1,7 @@
 """Checks on the driver, before a run takes its name, of everything that would fail later."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from data_shards.dataset import Dataset
@@ -11,12 +13,20 @@ from reid_train.tracking.server import require_experiment, require_names
 from reid_train.tracking.uris import sqlite_file
 from reid_train.training.data import epoch_plan, train_index
 
+if TYPE_CHECKING:
+    from reid_train.training.initial import Initial
 
-def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> None:
+
+def check(
+    config: TrainConfig,
+    dataset: Dataset,
+    saved: Run | None = None,
+    initial: "Initial | None" = None,
+) -> None:
     """Check the settings against the dataset, build the network, and run it on an empty image.
 
-    `saved` is the run that is resumed; it no longer needs its pretrained weights. A check that
-    fails raises a `ReidError`.
+    `saved` is the run that is resumed; it no longer needs its pretrained weights. `initial` are the
+    weights that a new run starts from instead. A check that fails raises a `ReidError`.
     """
     import torch
 
@@ -32,9 +42,12 @@ def check(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> No
             f"an epoch of {dataset.url} has fewer global batches than one optimizer step averages: "
             "lower --batch.accumulate, or set --batch.steps-per-epoch"
         )
-    config = config if saved is None else config.replace(model__weights="none")
+    has_weights = saved is not None or initial is not None
+    config = config.replace(model__weights="none") if has_weights else config
     model = build_model(config, len(dataset.identities))
-    build_regularizer(config, model)
+    regularizer = build_regularizer(config, model)
+    if initial is not None:
+        initial.load(model, regularizer)
     with torch.no_grad():
         model.eval().embed(torch.zeros(1, 3, config.image.height, config.image.width))
 

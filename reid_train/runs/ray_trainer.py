@@ -56,7 +56,8 @@ def fit(
     board = beside_driver(Board).remote()
     with stop_signals() as stop, watch(board, display, config, stop):
         try:
-            run_workers(config, dataset, run_id, lock=lock, board=board)
+            kept = f"{config.output}/{config.name}"
+            run_workers(config, dataset, run_id, lock=lock, board=board, initial=kept)
         except (TrainingFailedError, OutOfMemoryError) as error:
             raise explained(error, config) from error
     if stop.signal is not None:
@@ -80,6 +81,7 @@ def run_workers(
     board: Any = None,
     callbacks: Sequence[UserCallback] = (),
     start: str | None = None,
+    initial: str | None = None,
     until: int | None = None,
     test: str | None = None,
 ) -> None:
@@ -93,6 +95,8 @@ def run_workers(
         board: a `Board` actor that shows the progress.
         callbacks: Ray Train's, such as one that reports a trial's metrics to Ray Tune.
         start: checkpoint that a run without its own starts from, a folder or an s3:// URL.
+        initial: folder or s3:// URL of the run or sweep that keeps the weights to start from
+            otherwise (`init_from.keep`).
         until: epoch after whose evaluation the run ends early, with the same schedule.
         test: instead of training, measure this checkpoint of the run on the test split, and write
             the metrics to `TEST` in the run's folder.
@@ -105,6 +109,7 @@ def run_workers(
     gpu = use_gpu(config.device, least)
     settings = {"run_id": run_id, "board": board, "start": start, "until": until, "lock": lock}
     settings["test"] = test
+    settings["initial"] = initial if config.init_from else None
     settings |= {"config": config.to_json(), "manifest_digest": dataset.manifest.digest}
     # Ray Train's own record of a run is not kept: the run's folder is the only one.
     with tempfile.TemporaryDirectory(prefix="reid-ray-") as folder:
@@ -174,6 +179,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
 def _train(settings: dict[str, Any]) -> None:
     """Train as this worker of the group."""
     # Only workers need the network; drivers and controllers start a third faster without it.
+    from reid_train.runs.init_from import read_kept
     from reid_train.training.loop import train
 
     config = TrainConfig.from_json(settings["config"])
@@ -219,8 +225,11 @@ def _train(settings: dict[str, Any]) -> None:
         keeper = checkpoint_store.Keeper(run, lock, resume) if rank == 0 else None
         context.report, context.log = partial(_report, keeper, until), log
         context.stop_request = _stop_requests(board, rank, lock)
+        initial = None
+        if resume is None and settings["initial"] is not None:
+            initial = read_kept(settings["initial"], config.init_digest)
         with contextlib.suppress(_Enough, Stopped):
-            train(config, dataset, context, resume)
+            train(config, dataset, context, resume, initial)
 
 
 def _measure(config: TrainConfig, dataset: Dataset, context: WorkerContext, name: str) -> None:

@@ -90,11 +90,12 @@ def prepare(config: TrainConfig) -> TrainConfig:
     for flag in ("data", "output"):
         if not getattr(config, flag):
             raise ConfigError(f"--{flag} is missing: give a folder or an s3://bucket/prefix")
-    weights, cache = config.model.weights, config.loader.cache
+    weights, cache, source = config.model.weights, config.loader.cache, config.init_from
     return config.replace(
         name=config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
         data=open_storage(config.data).url,
         output=open_storage(config.output).url,
+        init_from=open_storage(source).url if source and Path(source).exists() else source,
         # A folder named "imagenet" or "none" here is not what is meant.
         model__weights=open_storage(weights).url if Path(weights).is_file() else weights,
         # `~` is the home of each node, not of the driver.

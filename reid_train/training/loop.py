@@ -33,6 +33,7 @@ from reid_train.training.checkpoint import Checkpoint, Origin, Position, save
 from reid_train.training.context import UNMEASURED, Stopped, StopRequest, WorkerContext
 from reid_train.training.data import epoch_plan, step_batches, train_index
 from reid_train.training.history import History, factor_metrics, tracked
+from reid_train.training.initial import Initial
 from reid_train.training.losses import LOSSES, HeadBatch, loss_weights
 from reid_train.training.nonfinite import NonFiniteFilter
 from reid_train.training.optimizer import (
@@ -50,7 +51,11 @@ FACTOR_ROWS = 400  # of λ over time that a run keeps, about
 
 
 def train(
-    config: TrainConfig, dataset: Dataset, context: WorkerContext, resume: Checkpoint | None = None
+    config: TrainConfig,
+    dataset: Dataset,
+    context: WorkerContext,
+    resume: Checkpoint | None = None,
+    initial: Initial | None = None,
 ) -> None:
     """Train until the last epoch, from the beginning or from a checkpoint.
 
@@ -60,6 +65,7 @@ def train(
             it has one.
         context: this process's place among the others.
         resume: the checkpoint to continue from.
+        initial: the weights to start from without a checkpoint, instead of pretrained ones.
 
     Raises:
         DataError: there are no training images, the checkpoint is of another dataset, or a loss or
@@ -79,7 +85,8 @@ def train(
     origin = Origin(manifest.digest, manifest.evaluation_digest, identities)
 
     # A checkpoint has all weights, so the file of pretrained ones may be gone by now.
-    fresh = config if resume is None else config.replace(model__weights="none")
+    has_weights = resume is not None or initial is not None
+    fresh = config.replace(model__weights="none") if has_weights else config
     model = build_model(fresh, identities)
     model = model.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     regularizer = build_regularizer(config, model)
@@ -90,6 +97,8 @@ def train(
         resume.load_theta(regularizer)
         state = RunState(resume.progress, resume.history(), resume.progress.global_step)
         logger.info("resuming at epoch %d, step %d", state.progress.epoch, state.progress.step)
+    elif initial is not None:
+        initial.load(model, regularizer)
     state.history.split = dataset.choose_split(config.evaluation.split)
     if regularizer is not None:
         state.history.tensor_names = list(regularizer.names)

@@ -77,6 +77,8 @@ def validate(
     metric = config.evaluation.metric
     with _all_cores(), phase(context.progress, "ranking"):
         result = rank_gallery(found, base, labels, metric=metric, device=context.device)
+    if not config.evaluation.rank_list:
+        return Validation(result.summary())
     rows = _spread(result.average_precision)
     labels = Labels(query.pid[rows], query.camid[rows], gallery.pid, gallery.camid)
     matches = top_matches(found[rows], base, labels, k=MATCHES, metric=metric)
