@@ -35,6 +35,11 @@ def fetch_initial(config: TrainConfig) -> Initial | None:
         raise ConfigError("--init-theta keep needs --regularization.mode adaptive")
     if source.endswith(STATE):
         weights, known = _from_file(source), source
+    elif Path(source).is_file():
+        raise ConfigError(
+            f"--init-from {source} is a file that ends in none of {', '.join(STATE)}: give a state "
+            "dict, or the folder of a run or checkpoint"
+        )
     else:
         uri = None if config.tracking.uri == "off" else config.tracking.uri
         embedder = load(source, tracking_uri=uri, device="cpu")

@@ -102,8 +102,8 @@ def test_copy_of_a_run_is_what_it_started_from(source, tmp_path):
 def test_training_on_other_people_starts_from_the_weights_and_a_checkpoint_replaces_them(
     source, others, tmp_path
 ):
-    settings = SETTINGS.replace(init_from=source, optimizer__learning_rate=1e-30)
-    settings = settings.replace(optimizer__minimum_learning_rate=0.0)
+    rates = {"optimizer__learning_rate": 1e-30, "optimizer__minimum_learning_rate": 0.0}
+    settings = SETTINGS.replace(init_from=source, **rates)
     worker, recorded = make_worker(others, tmp_path)
     train(settings, others, worker, initial=fetch_initial(settings))
     ours, theirs = (load_file(Path(p, MODEL)) for p in (recorded.checkpoints[-1], source))
@@ -157,7 +157,7 @@ def wrong(tiny_dataset: Dataset, source: str, tmp_path: Path) -> dict[str, str]:
     ("what", "words"),
     [
         ("backbone", "no global_head. Give the weights of a backbone with --model.weights"),
-        ("text", "is not a model"),
+        ("text", "is a file that ends in none of .safetensors, .pt, .pth"),
         ("running", "has not finished.* give one of its checkpoints"),
         ("dataset", "is not a model"),
         ("missing", "is not a model"),
@@ -167,7 +167,7 @@ def wrong(tiny_dataset: Dataset, source: str, tmp_path: Path) -> dict[str, str]:
 )
 def test_wrong_sources_are_one_clear_line(wrong, what, words):
     with pytest.raises(ReidError, match=words) as error:
-        fetch_initial(SETTINGS.replace(init_from=wrong[what]))
+        fetch_initial(SETTINGS.replace(init_from=wrong[what], tracking__uri="http://mlflow:1"))
     assert wrong[what] in str(error.value)
     assert "\n" not in str(error.value)
 
