@@ -32,7 +32,7 @@ def final_test(
     run = f"{config.output}/{config.name}"
     if (known := _measured(run, checkpoint)) is not None:
         return known
-    start_ray(config.workers)
+    start_ray(config.workers * (config.cpus_per_worker or 1))
     board: Any = beside_driver(Board).remote()
     shown = watch(board, progress, config, Stop()) if isinstance(progress, Display) else None
     try:
