@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a model on a dataset, or a file of embeddings from any system.
+    """Measure models on datasets, or a file of embeddings from any system.
 
     python -m reid_train evaluate --model models:/reid-msmt17@champion --data s3://bucket/msmt17
 
@@ -39,14 +42,14 @@ class Evaluate:
 
     embeddings: str | None = None
     """Parquet file, folder of parts, or npz, to measure; with --model: where to keep them."""
-    model: str | None = None
+    model: tuple[str, ...] = ()
     """models:/name@champion, models:/name/3, or a checkpoint's or run's folder or s3:// URL."""
-    data: str | None = None
-    """Sharded dataset; the model is measured on its query and gallery."""
+    data: tuple[str, ...] = ()
+    """Sharded datasets; each model is measured on the query and gallery of each."""
     split: Literal["test", "validation"] = "test"
     """Whether these are the test split's or the validation split's."""
     output: str | None = None
-    """Where to write the measurement as JSON: a path or s3://…"""
+    """Where to write the measurement as JSON, a list if there are several: a path or s3://…"""
     workers: int = 1
     """Ray workers that embed; if more than one, they also measure Parquet embeddings."""
     cpus_per_worker: int | None = None
@@ -70,7 +73,7 @@ class Evaluate:
         output = self.output
         if output is not None and (output.endswith("/") or Path(output).is_dir()):  # "" is ".", too
             raise ConfigError(f"--output {output!r} is a folder: give the name of a file in it")
-        if self.model is None:
+        if not self.model:
             if self.embeddings is None:
                 raise ConfigError("give --embeddings FILE, or --model and --data")
             if self.data or self.tracking_uri:
@@ -78,7 +81,7 @@ class Evaluate:
                     "--data and --tracking-uri go with --model: --embeddings are measured as they "
                     "are"
                 )
-        elif self.data is None:
+        elif not self.data:
             raise ConfigError("--model needs --data: the sharded dataset to measure it on")
         elif (self.embeddings or "").endswith(".npz"):
             raise ConfigError(
@@ -88,28 +91,55 @@ class Evaluate:
             raise ConfigError("npz files hold one query and gallery: leave out --split")
 
 
-def evaluate(settings: Evaluate, console: Console) -> Measurement:
-    """Run the command: embed if a model is given, measure, show, write, and log."""
+def evaluate(settings: Evaluate, console: Console) -> list[Measurement]:
+    """Run the command: embed if a model is given, measure, show, write, and log.
+
+    Returns:
+        The measurement of each model on each dataset, a model's one after another.
+    """
     settings.check()
-    if settings.model is None:
+    if not settings.model:
         assert settings.embeddings is not None
-        return _measure(settings.embeddings, settings, console, settings.embeddings)
+        found = _measure(settings.embeddings, settings, console)
+        show(found, console)
+        _write(settings, {"embeddings": settings.embeddings, **found.to_json()}, console)
+        return [found]
     with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
-        import ray
-
         from data_shards.dataset import Dataset
-        from reid_train.commands.embedding_job import embed_dataset
         from reid_train.evaluation.ground_truth import Labels, find_ground_truth
-        from reid_train.tracking.server import run_page
-        from reid_train.tracking.tracker import Tracker
-        from reid_train.tracking.uris import registry_uri
 
-    assert settings.data is not None
-    dataset = Dataset.open(settings.data)
-    query, gallery = dataset.evaluated(dataset.choose_split(settings.split))
-    find_ground_truth(Labels(query.pid, query.camid, gallery.pid, gallery.camid))
-    settings.measures.check(len(query), len(gallery))
+    datasets = [Dataset.open(url) for url in settings.data]
+    for dataset in datasets:
+        query, gallery = dataset.evaluated(dataset.choose_split(settings.split))
+        find_ground_truth(Labels(query.pid, query.camid, gallery.pid, gallery.camid))
+        settings.measures.check(len(query), len(gallery))
     connect_ray(settings.workers * (settings.cpus_per_worker or 1), console)
+    pairs = list(itertools.product(settings.model, datasets))
+    results = [_measure_model(settings, pair, console, len(pairs)) for pair in pairs]
+    if len(pairs) > 1:
+        show_all(settings.model, [dataset.manifest.name for dataset in datasets], results, console)
+    written = [
+        {"embeddings": f"{model} on {dataset.url}", **found.to_json()}
+        for (model, dataset), found in zip(pairs, results, strict=True)
+    ]
+    _write(settings, written if len(pairs) > 1 else written[0], console)
+    return results
+
+
+def _measure_model(
+    settings: Evaluate, pair: tuple[str, Dataset], console: Console, count: int
+) -> Measurement:
+    """Embed a dataset with a model, measure and log; show it if it is the only one of `count`."""
+    import ray
+
+    from reid_train.commands.embedding_job import embed_dataset
+    from reid_train.tracking.server import run_page
+    from reid_train.tracking.tracker import Tracker
+    from reid_train.tracking.uris import registry_uri
+
+    model, dataset = pair
+    if count > 1:
+        say(console, f"{model} on {dataset.url}")
     place = nullcontext(settings.embeddings)
     if settings.embeddings is None:
         if len(ray.nodes()) > 1:
@@ -119,24 +149,29 @@ def evaluate(settings: Evaluate, console: Console) -> Measurement:
             )
         place = tempfile.TemporaryDirectory(prefix="reid-embeddings-")
     given = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    registered = settings.model.startswith("models:/")
+    registered = model.startswith("models:/")
     uri = registry_uri(given) if given or registered else None  # a checkpoint, and no MLflow
-    tracker = Tracker.start(uri, settings.experiment, run_name=settings.model)
+    tracker = Tracker.start(uri, settings.experiment, run_name=model)
     with tracker, place as out:
         assert out is not None
+        if count > 1:  # each has a folder of its own
+            out = f"{out.rstrip('/')}/{sha256(f'{model} {dataset.url}'.encode()).hexdigest()[:12]}"
         known = {f.name for f in fields(Embed)}
         shared = {name: value for name, value in vars(settings).items() if name in known}
+        shared |= {"model": model, "data": dataset.url, "splits": EVALUATED[settings.split]}
         with display(console) as progress:
-            embed_dataset(Embed(out=out, splits=EVALUATED[settings.split], **shared), progress)
-        found = _measure(out, settings, console, f"{settings.model} on {settings.data}")
-        _log(settings, found, dataset, tracker)
+            embed_dataset(Embed(out=out, **shared), progress)
+        found = _measure(out, settings, console)
+        if count == 1:
+            show(found, console)
+        _log(settings, found, pair, tracker)
     if tracker.uri and tracker.run_id:
         say(console, f"logged to {run_page(tracker.uri, tracker.run_id)}")
     return found
 
 
-def _measure(url: str, settings: Evaluate, console: Console, source: str) -> Measurement:
-    """Read embeddings, print what measuring them takes, measure, show and write the outcome."""
+def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
+    """Read embeddings, print what measuring them takes, and measure."""
     with display(console) as progress, phase(progress, "loading PyTorch and Numba"):
         from reid_train.evaluation import evaluate as evaluation
         from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, read_embeddings
@@ -167,16 +202,17 @@ def _measure(url: str, settings: Evaluate, console: Console, source: str) -> Mea
         connect_ray(workers, console)
     say_needed(*sizes, dimensions, measures, console, workers=workers)
     with display(console, units=evaluation.UNITS) as progress:
-        found = run(progress=progress)
-    show(found, console)
+        return run(progress=progress)
+
+
+def _write(settings: Evaluate, values: object, console: Console) -> None:
+    """Write measurements where `--output` says."""
     if settings.output:
         from data_shards.storage import open_file
 
-        text = json.dumps({"embeddings": source, **found.to_json()}, indent=2, ensure_ascii=False)
         storage, key = open_file(settings.output)
-        storage.write(key, text.encode() + b"\n")
+        storage.write(key, json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n")
         say(console, f"written to {settings.output}")
-    return found
 
 
 def say_needed(
@@ -207,18 +243,60 @@ def say_needed(
         say(console, text, style="yellow")
 
 
-def show(found: Measurement, console: Console) -> None:
-    """Print a measurement as a table, and another one of camera pairs if there are any."""
-    from rich.box import SIMPLE_HEAD
+def show_all(
+    models: Sequence[str], datasets: Sequence[str], found: Sequence[Measurement], console: Console
+) -> None:
+    """Print a row for each dataset, or for each of several models with the datasets as columns.
+
+    `found` are the measurements of the first model on all datasets, then of the second, and so on.
+    """
     from rich.table import Table
 
-    result, measures = found.result, found.measures
+    say(console, steps_of(found[0]))
+    table = Table()
+    table.add_column("dataset" if len(models) == 1 else "model", overflow="fold")
+    if len(models) == 1:
+        for name in found[0].result.summary():
+            table.add_column(name, justify="right")
+        for dataset, one in zip(datasets, found, strict=True):
+            ways = {"": one.result}
+            if one.plain is not None:
+                ways = {", plain": one.plain, ", re-ranked": one.result}
+            for way, result in ways.items():
+                values = [f"{100 * value:.2f} %" for value in result.summary().values()]
+                table.add_row(f"{dataset}{way}", *values)
+    else:
+        for dataset in datasets:
+            for name in ("mAP", "rank-1"):
+                table.add_column(f"{dataset}\n{name}", justify="right")
+        results = iter(found)
+        for model in models:
+            cells = []
+            for _ in datasets:
+                summary = next(results).result.summary()
+                cells += [f"{100 * summary[name]:.2f} %" for name in ("mAP", "rank-1")]
+            table.add_row(model, *cells)
+    console.print(table)
+
+
+def steps_of(found: Measurement) -> str:
+    """How a measurement ranked, in words."""
+    measures = found.measures
     steps = [measures.metric]
     steps += [f"query expansion {measures.expand}"] if measures.expand else []
     steps += [f"database augmentation {measures.augment}"] if measures.augment else []
     if measures.rerank:
         steps += [f"re-ranked (k1 {measures.k1}, k2 {measures.k2}, λ {measures.weight:g})"]
-    say(console, ", ".join(steps))
+    return ", ".join(steps)
+
+
+def show(found: Measurement, console: Console) -> None:
+    """Print a measurement as a table, and another one of camera pairs if there are any."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    result = found.result
+    say(console, steps_of(found))
     table, rows = Table(), {"": result}
     if found.plain is not None:
         rows = {"plain": found.plain, "re-ranked": result}
@@ -243,16 +321,19 @@ def show(found: Measurement, console: Console) -> None:
         console.print(pairs)
 
 
-def _log(settings: Evaluate, found: Measurement, dataset: Dataset, tracker: Tracker) -> None:
-    """Log a model's measurement."""
+def _log(
+    settings: Evaluate, found: Measurement, pair: tuple[str, Dataset], tracker: Tracker
+) -> None:
+    """Log a model's measurement on a dataset."""
     from reid_train.training.history import tracked
 
     tracker.log_parameters({f"measures.{k}": v for k, v in vars(found.measures).items()})
+    model, dataset = pair
     manifest = dataset.manifest
     digests = {"manifest_digest": manifest.digest, "evaluation_digest": manifest.evaluation_digest}
     if settings.split == "validation":
         digests["validation_digest"] = manifest.validation_digest
-    tracker.set_tags({"model": settings.model, "dataset": dataset.url, **digests})
+    tracker.set_tags({"model": model, "dataset": dataset.url, **digests})
     summary = tracked(found.result.summary(), settings.split)
     if found.plain is not None:
         summary |= {f"plain {k}": v for k, v in found.plain.summary().items()}

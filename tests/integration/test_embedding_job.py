@@ -134,7 +134,7 @@ def test_evaluate_embeds_batches_of_the_given_size(data, tmp_path, monkeypatch):
         raise DataError("not now")
 
     monkeypatch.setattr(job, "embed_dataset", embedded)
-    settings = Evaluate(model=model(tmp_path / "model", 0), data=data, batch=3)
+    settings = Evaluate(model=(model(tmp_path / "model", 0),), data=(data,), batch=3)
     with pytest.raises(DataError, match="not now"):
         evaluate(settings, Console(quiet=True))
     assert told == [3]
@@ -164,15 +164,15 @@ def test_a_model_measures_the_same_on_one_worker_and_on_two(data, tmp_path, monk
     loader = LoaderConfig(workers=0, cache=tmp_path / "cache")
     embeddings, output = str(tmp_path / "embeddings"), str(tmp_path / "measured.json")
     both = Evaluate(
-        model=network,
-        data=data,
+        model=(network,),
+        data=(data,),
         embeddings=embeddings,
         output=output,
         workers=2,
         loader=loader,
     )
-    spread = evaluate(both, console)
-    local = evaluate(Evaluate(embeddings=embeddings), console)
+    (spread,) = evaluate(both, console)
+    (local,) = evaluate(Evaluate(embeddings=embeddings), console)
     assert spread.result.summary() == local.result.summary()
     assert json.loads(Path(output).read_text())["metrics"] == local.result.summary()
 
@@ -180,14 +180,14 @@ def test_a_model_measures_the_same_on_one_worker_and_on_two(data, tmp_path, monk
 def test_measures_of_a_model_are_tracked_under_names_that_mlflow_takes(data, tmp_path):
     uri = local_tracking(tmp_path)
     settings = Evaluate(
-        model=model(tmp_path / "model", 0),
-        data=data,
+        model=(model(tmp_path / "model", 0),),
+        data=(data,),
         tracking_uri=uri,
         measures=Measures(false_accept_rates=(0.1,)),
         loader=LoaderConfig(workers=0, cache=tmp_path / "cache"),
     )
     console = Console(file=io.StringIO(), width=40)
-    found = evaluate(settings, console).result.summary()
+    found = evaluate(settings, console)[0].result.summary()
     client = connect(uri)
     experiment = client.get_experiment_by_name(settings.experiment)
     (run,) = client.search_runs([experiment.experiment_id])
@@ -195,6 +195,35 @@ def test_measures_of_a_model_are_tracked_under_names_that_mlflow_takes(data, tmp
     assert run.data.metrics["TAR at FAR 0.1"] == found["TAR@FAR=0.1"]
     page = f"#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
     assert page in console.file.getvalue()
+
+
+def test_models_are_measured_on_several_datasets_as_on_each(data, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    options = {"identities": 4, "cameras": 2, "images_per_camera": 2, "seed": 1}
+    raw, other = tmp_path / "raw", str(tmp_path / "other")
+    build_shards("synthetic", raw, other, name="other", options=options, jobs=1)
+    models = tuple(model(tmp_path / f"model-{seed}", seed) for seed in (0, 1))
+    loader, output = LoaderConfig(workers=0, cache=tmp_path / "cache"), tmp_path / "all.json"
+    screen = io.StringIO()
+    settings = Evaluate(model=models, data=(data, other), output=str(output), loader=loader)
+    found = evaluate(settings, Console(file=screen, width=100))
+    (alone,) = evaluate(
+        Evaluate(model=models[1:], data=(other,), loader=loader), Console(quiet=True)
+    )
+    assert found[3].result.summary() == alone.result.summary()
+    written = json.loads(output.read_text())
+    assert [one["embeddings"] for one in written] == [
+        f"{m} on {d}" for m in models for d in (data, other)
+    ]
+    printed = screen.getvalue()
+    rows = [line for line in printed.splitlines() if "%" in line]
+    assert len(rows) == 2  # a model each, with mAP and rank-1 on both datasets
+    for one in found:
+        assert f"{100 * one.result.summary()['mAP']:.2f} %" in printed
+    one_model = Evaluate(model=models[:1], data=(data, other), loader=loader)
+    evaluate(one_model, Console(file=screen, width=100))
+    assert "synthetic" in screen.getvalue().splitlines()[-3]
+    assert "other" in screen.getvalue().splitlines()[-2]
 
 
 def test_worker_that_is_lost_for_good_ends_the_job_in_one_line(data):
@@ -215,9 +244,9 @@ def test_worker_that_is_lost_for_good_ends_the_job_in_one_line(data):
     ("settings", "words"),
     [
         (Evaluate(), "give --embeddings FILE, or --model and --data"),
-        (Evaluate(model="somewhere"), "--model needs --data"),
-        (Evaluate(embeddings="a", data="b"), "--data and --tracking-uri go with --model"),
-        (Evaluate(embeddings="a.npz", model="b", data="c"), "is a folder here"),
+        (Evaluate(model=("somewhere",)), "--model needs --data"),
+        (Evaluate(embeddings="a", data=("b",)), "--data and --tracking-uri go with --model"),
+        (Evaluate(embeddings="a.npz", model=("b",), data=("c",)), "is a folder here"),
         (Evaluate(embeddings="a", measures=Measures(rerank=True, k1=0)), "k1 ≥ 1"),
         (Evaluate(embeddings="a", measures=Measures(expand=-1)), "--expand takes"),
         (Evaluate(embeddings="a", measures=Measures(expand=1, alpha=-1)), "α ≥ 0"),

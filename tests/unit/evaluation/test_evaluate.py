@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "evaluation.npz"
 def evaluated(measures: Measures, output: str | None = None):
     console = Console(file=io.StringIO(), width=200)
     settings = Evaluate(embeddings=str(GOLDEN), measures=measures, output=output)
-    return evaluate(settings, console), console.file.getvalue()
+    return evaluate(settings, console)[0], console.file.getvalue()
 
 
 @pytest.mark.parametrize(("rerank", "mAP"), [(False, "mAP"), (True, "reranked_mAP")])
