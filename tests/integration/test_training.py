@@ -17,6 +17,7 @@ from data_shards.building.build import build
 from data_shards.building.parallel import cores
 from data_shards.storage import open_storage
 from reid_train.registry.load import load
+from reid_train.runs.init_from import read_kept
 from reid_train.runs.run_dir import Run
 from reid_train.tracking.server import connect
 from reid_train.tracking.uris import local_tracking
@@ -127,6 +128,19 @@ def test_workers_share_the_cores_and_the_run_records_how(work):
     # After the test above, which resumed it on one worker.
     assert first_run()[1].data.params["cpus_per_worker"] == str(max(1, cores() // 2))
     assert Run.read(OUTPUT, "first").config.cpus_per_worker == cores()
+
+
+def test_a_run_on_other_people_starts_from_a_registered_model(work):
+    folder, _ = work
+    source, more = "models:/reid-synthetic@champion", ["--optimizer.epochs", "1"]
+    more += ["--init-from", source, "--model.weights", "none", "--tracking.model-name", "off"]
+    tuned = train("tuned", *more, data="1", workers=1, cache=folder / "cache")
+    assert tuned.returncode == 0, tuned.stderr[-2000:]
+    config = Run.read(OUTPUT, "tuned").config
+    assert config.init_from == source
+    kept = read_kept(f"{OUTPUT}/tuned", config.init_digest)
+    first = load(source).network.state_dict()
+    assert all(value.equal(first[name]) for name, value in kept.weights.items())
 
 
 def test_run_is_not_resumed_on_another_dataset(work):
