@@ -2,7 +2,8 @@
 
 A worker makes whole batches: it reads each image by offset from the cached shard and decodes it
 into shared memory, so that uint8 pixels leave it without a copy. The order is that of the plan for
-any number of workers. Flipping, cropping, erasing and normalising happen later, on the device.
+any number of workers. Flipping, cropping, erasing and normalising happen later, on the device
+(`on_device.py` copies batches there).
 """
 
 import os
@@ -37,11 +38,6 @@ class Batch:
     camid: torch.Tensor  # (B,) int64, camera
     row: torch.Tensor  # (B,) int64, row in the split's index
 
-    def image_on(self, device: torch.device) -> torch.Tensor:
-        """The images on a device; copied to a GPU from pinned memory, without waiting."""
-        image = self.image.pin_memory() if device.type == "cuda" else self.image
-        return image.to(device, non_blocking=True)
-
 
 def train_batches(
     dataset: Dataset,
@@ -52,6 +48,7 @@ def train_batches(
     height: int,
     width: int,
     workers: int,
+    decoders: "Decoders | None" = None,
 ) -> Iterator[Batch]:
     """Yield the batches of a plan, or of one rank's slice of it, from step `start` on.
 
@@ -63,6 +60,7 @@ def train_batches(
         height: H, pixels.
         width: W, pixels.
         workers: worker processes; 0 decodes in this one.
+        decoders: worker processes that are there already, for images of this size.
 
     Yields:
         S - start batches of B images.
@@ -74,7 +72,8 @@ def train_batches(
     """
     if not 0 <= start <= len(rows):
         raise ConfigError(f"cannot start at step {start}: the epoch has {len(rows)}")
-    return _batches(dataset, cache, "train", list(rows[start:]), (height, width), workers)
+    steps = list(rows[start:])
+    return _batches(dataset, cache, "train", steps, (height, width), workers, decoders)
 
 
 def split_batches(
@@ -89,11 +88,12 @@ def split_batches(
     height: int,
     width: int,
     workers: int,
+    decoders: "Decoders | None" = None,
 ) -> Iterator[Batch]:
     """Yield one rank's images of a split, each exactly once over all ranks, in index order.
 
     Args:
-        dataset, cache, height, width, workers: as in `train_batches`.
+        dataset, cache, height, width, workers, decoders: as in `train_batches`.
         split: one of `SPLITS`.
         rows: (n,) rows of the split's index; by default all.
         rank: 0..world-1; each rank gets a contiguous range of rows.
@@ -108,7 +108,7 @@ def split_batches(
     rows = np.arange(len(dataset.index(split))) if rows is None else rows
     mine = rows[len(rows) * rank // world : len(rows) * (rank + 1) // world]
     steps = [mine[i : i + batch] for i in range(0, len(mine), batch)]
-    return _batches(dataset, cache, split, steps, (height, width), workers)
+    return _batches(dataset, cache, split, steps, (height, width), workers, decoders)
 
 
 def _batches(
@@ -118,21 +118,15 @@ def _batches(
     steps: list[np.ndarray],
     size: tuple[int, int],
     workers: int,
+    decoders: "Decoders | None",
 ) -> Iterator[Batch]:
     index, shards = dataset.index(split), dataset.manifest.shards
     ahead = repeat(None) if cache.in_place else _ahead(index, shards, steps, cache.max_bytes)
-    workers = min(workers, len(steps), os.cpu_count() or 1)
-    count, most = min(AHEAD * workers + HELD, len(steps)), max(map(len, steps), default=0)
-    slots = _Slots((count, most, *size, 3), shared=workers > 0)
-    loader = DataLoader(
-        _Decoder(cache, shards, slots.memory),  # pyright: ignore[reportArgumentType]
-        batch_size=None,
-        sampler=((index.select(rows), slots.take()) for rows in steps),  # pyright: ignore[reportArgumentType]
-        num_workers=workers,
-        prefetch_factor=AHEAD if workers else None,
-        generator=torch.Generator(),  # the default one would advance the training's
-    )
-    made = iter(loader)  # forks the workers; fork before starting a thread
+    kept, most = decoders is not None, max(map(len, steps), default=0)
+    if decoders is None:
+        decoders = Decoders(cache, shards, most, *size, workers=min(workers, len(steps)))
+    # Forks the workers, if they are new; fork before starting a thread.
+    made = decoders.start(index.select(rows) for rows in steps)
     try:
         for rows, wanted in zip(steps, ahead, strict=False):
             if wanted is not None:
@@ -140,14 +134,68 @@ def _batches(
             result = next(made)
             if isinstance(result, ReidError):
                 raise result
-            if workers:
+            if decoders.workers:
                 cache.count(result.stats)
             columns = (index.label[rows], index.pid[rows], index.camid[rows], rows)
             numbers = (torch.from_numpy(column.astype(np.int64)) for column in columns)
-            yield Batch(slots.lend(result.image, len(rows)), *numbers)
+            yield Batch(decoders.slots.lend(result.image, len(rows)), *numbers)
     finally:
         cache.prefetch(())
-        del made  # ends the workers now: the traceback of an error would keep them alive
+        del made
+        if not kept:
+            decoders.close()
+
+
+class Decoders:
+    """Worker processes that decode batches, kept from one epoch or split to the next.
+
+    They serve one iterator of batches at a time, and end with `close`.
+
+    Args:
+        cache: of the dataset's shards.
+        shards: all shards of the dataset.
+        batch: most images of a batch.
+        height, width: size of the images, pixels.
+        workers: worker processes, at most one for each core; 0 decodes in this process.
+    """
+
+    def __init__(
+        self,
+        cache: ShardCache,
+        shards: Sequence[ShardInfo],
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        workers: int,
+    ) -> None:
+        self.workers = min(workers, os.cpu_count() or 1)
+        memory = (AHEAD * self.workers + HELD, batch, height, width, 3)
+        self.slots = _Slots(memory, shared=self.workers > 0)
+        self._images: Iterator[Index] = iter(())
+        self._loader = DataLoader(
+            _Decoder(cache, tuple(shards), self.slots.memory),  # pyright: ignore[reportArgumentType]
+            batch_size=None,
+            sampler=self,  # pyright: ignore[reportArgumentType]
+            num_workers=self.workers,
+            prefetch_factor=AHEAD if self.workers else None,
+            persistent_workers=self.workers > 0,
+            generator=torch.Generator(),  # the default one would advance the training's
+        )
+
+    def start(self, images: Iterator[Index]) -> Iterator["_Made | ReidError"]:
+        """Decode batches of images, in order; what an earlier iterator left over is dropped."""
+        self._images = images
+        return iter(self._loader)
+
+    def close(self) -> None:
+        """End the workers now: the traceback of an error would keep them alive."""
+        del self._loader
+
+    def __iter__(self) -> Iterator[tuple[Index, int | None]]:
+        """Yield what the workers are sent: images, and a slot for them."""
+        self.slots.reclaim()  # by now no worker has a job of an earlier iterator
+        return ((images, self.slots.take()) for images in self._images)
 
 
 def _ahead(
@@ -199,15 +247,25 @@ class _Slots:
                     " --loader.workers"
                 ) from None
         self.free = list(range(len(self.memory)))
+        self._filling: set[int] = set()
 
     def take(self) -> int | None:
         """Take a slot to fill; None while the consumer holds too many batches."""
-        return self.free.pop() if self.free else None
+        if not self.free:
+            return None
+        self._filling.add(slot := self.free.pop())
+        return slot
+
+    def reclaim(self) -> None:
+        """Free the slots that were taken and never lent."""
+        self.free += self._filling
+        self._filling.clear()
 
     def lend(self, made: int | torch.Tensor, images: int) -> torch.Tensor:
         """The batch in a slot. The slot is free again when all views of the tensor are gone."""
         if isinstance(made, torch.Tensor):
             return made
+        self._filling.discard(made)
         array = self.memory[made, :images].numpy()
         weakref.finalize(array, self.free.append, made).atexit = False
         return torch.from_numpy(array)

@@ -256,8 +256,8 @@ class TrainConfig(Section):
     """Fewest workers to continue with when nodes leave; None waits for all workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses GPUs if the Ray cluster has enough for all workers."""
-    precision: Literal["auto", "bf16", "float32"] = "auto"
-    """auto runs the network in bfloat16 on devices that support it."""
+    precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
+    """auto runs the network in bfloat16 where the device has it, in float16 on other GPUs."""
     compile: bool = False
     """Compile the network with torch.compile."""
     deterministic: bool = False

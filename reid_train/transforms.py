@@ -5,6 +5,7 @@ the key (seed, step), and each rank takes its slice. So the augmented images do 
 number of workers, on the device, or on whether the run was resumed.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple, Self
 
@@ -101,19 +102,28 @@ def apply(
     params: AugmentParams,
     dtype: torch.dtype = torch.float32,
     pixels: Pixels = IMAGENET,
+    *,
+    pad: int = 10,
 ) -> Tensor:
     """Augment and normalize a batch, on its device and without waiting for it.
+
+    No shape depends on what was drawn.
 
     Args:
         image: (B, H, W, 3) uint8, RGB.
         params: how to augment these B images.
         dtype: type of the result.
         pixels: how the network expects them to be scaled.
+        pad: that of `draw`.
 
     Returns:
         (B, 3, H, W), channels_last.
     """
-    return normalize(_erased(_moved(image, params), params), dtype, pixels)
+    packed = torch.from_numpy(np.stack(params).astype(np.int64))
+    if image.is_cuda:
+        packed = packed.pin_memory()
+    flip, top, left, *box = packed.to(image.device, non_blocking=True)
+    return normalize(_erased(_moved(image, flip, top, left, pad), box), dtype, pixels)
 
 
 def normalize(
@@ -131,34 +141,28 @@ def normalize(
     return rows.to(dtype).view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
-def _moved(image: Tensor, params: AugmentParams) -> Tensor:
+def _moved(image: Tensor, flip: Tensor, top: Tensor, left: Tensor, pad: int) -> Tensor:
     """Return the images flipped, zero-padded and cropped, (B, H, W, 3) uint8."""
     count, height, width, _ = image.shape
-    pad = int(max(abs(params.top).max(), abs(params.left).max()))
-    flipped = np.flatnonzero(params.flip)
-    source = np.arange(count)
-    source[flipped] = count + np.arange(len(flipped))
-
-    # The originals, then the mirror images, all within a black frame.
-    padded = image.new_zeros(count + len(flipped), height + 2 * pad, width + 2 * pad, 3)
+    # The originals, then all mirror images, within a black frame.
+    padded = image.new_zeros(2 * count, height + 2 * pad, width + 2 * pad, 3)
     inner = padded[:, pad : pad + height, pad : pad + width]
     inner[:count] = image
-    inner[count:] = image.index_select(0, _to_device(flipped, image.device)).flip(2)
+    inner[count:] = image.flip(2)
 
     # Each row of a crop is contiguous in `padded`. So view `padded` as overlapping windows of a
     # row's length, one at every pixel, and gather the windows at which rows start.
-    windows = padded.view(-1).as_strided((padded.numel() // 3 - width + 1, 3 * width), (3, 1))
-    first = (source * padded.shape[1] + params.top + pad) * padded.shape[2] + params.left + pad
+    windows = padded.view(-1).unfold(0, 3 * width, 3)
+    source = torch.arange(count, device=image.device) + count * flip
+    first = (source * padded.shape[1] + top + pad) * padded.shape[2] + left + pad
     below = torch.arange(height, device=image.device) * padded.shape[2]
-    start = _to_device(first, image.device)[:, None] + below
-    return windows.index_select(0, start.flatten()).view(image.shape)
+    return windows.index_select(0, (first[:, None] + below).flatten()).view(image.shape)
 
 
-def _erased(image: Tensor, params: AugmentParams) -> Tensor:
+def _erased(image: Tensor, box: Sequence[Tensor]) -> Tensor:
     """Fill the images' boxes, in place; return the images (B, H, W, 3) uint8."""
     count, height, width, _ = image.shape
-    bounds = np.stack(params[3:])
-    top, bottom, left, right = _to_device(bounds, image.device)[:, :, None]
+    top, bottom, left, right = (bound[:, None] for bound in box)
     y = torch.arange(height, device=image.device)
     x = torch.arange(3 * width, device=image.device) // 3
     # Bytes of all ones or all zeros, so that masking is a bitwise operation.
@@ -169,11 +173,6 @@ def _erased(image: Tensor, params: AugmentParams) -> Tensor:
     rows.bitwise_and_((chosen_y & chosen_x).bitwise_not_())
     rows.bitwise_or_(chosen_y & (chosen_x & fill))
     return image
-
-
-def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Return an int64 tensor on the device, without waiting for the device."""
-    return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
 
 
 @cache

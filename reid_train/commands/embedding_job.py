@@ -202,13 +202,15 @@ class _Worker:
         assert self.embedder is not None
         config, index = self.config, self.dataset.index(task.split)
         network, device, rows = self.embedder.network, self.embedder.device, np.array(task.rows)
-        options = {
-            "batch": self.settings.batch or config.evaluation.batch,
-            "height": config.image.height,
-            "width": config.image.width,
-            "workers": self.settings.loader.workers or 0,
-        }
-        batches = split_batches(self.dataset, self.cache, task.split, rows, **options)
+        batches = split_batches(
+            self.dataset,
+            self.cache,
+            task.split,
+            rows,
+            batch=self.settings.batch or config.evaluation.batch,
+            workers=self.settings.loader.workers or 0,
+            **config.image.model_dump(),
+        )
         # In the precision of the training's own evaluations, to give the same figures.
         options = {"mirror": config.evaluation.mirror, "autocast": autocast(config, device)}
         embedding = embed_batches(network, batches, device, **options)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from data_shards.loader import Batch
+from data_shards.on_device import on_device
 from reid_train.model.embedder import embed
 from reid_train.model.network import ReidNet
 
@@ -25,7 +26,7 @@ def embed_batches(
     """Embeddings (n, D) float32, on the device, of all batches in order; (0, D) for none."""
     was_training = model.training
     model.eval()
-    images = (batch.image_on(device) for batch in batches)
+    images = (batch.image for batch in on_device(batches, device))
     parts = [embed(model, image, mirror=mirror, autocast=autocast) for image in images]
     model.train(was_training)
     return torch.cat(parts) if parts else torch.zeros(0, model.embedding_size, device=device)

@@ -19,6 +19,7 @@ from data_shards.errors import ConfigError
 from reid_train.config import TrainConfig
 from reid_train.model.backbones import build_backbone
 from reid_train.model.batch_norm import GlobalBatchNorm
+from reid_train.model.precision import full_precision
 
 GEM_EXPONENT = 3.0  # at the start
 
@@ -56,9 +57,10 @@ class ObjectiveHead(nn.Module):
         return powers.mean(dim=(2, 3)).pow(1 / exponent)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pooled feature (B, channels) and the logits (B, C)."""
+        """Return the pooled feature (B, channels) and the logits (B, C), float32."""
         pooled = self.pool(features)
-        return pooled, self.classifier(self.norm(pooled))
+        with full_precision(pooled.device):  # bfloat16 would round logits to two or three digits
+            return pooled, self.classifier(self.norm(pooled))
 
 
 class ReidNet(nn.Module):

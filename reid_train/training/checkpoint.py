@@ -3,7 +3,7 @@
 A checkpoint is a folder:
 
     model.safetensors     weights and buffers of the network; with config.json enough to infer
-    training.safetensors  Adam's moments and θ
+    training.safetensors  Adam's moments, θ, and in float16 the scale of the loss
     history.safetensors   curves and λ so far
     rank_list.npz         top matches of a few queries, when it was measured
     config.json           the configuration
@@ -80,6 +80,7 @@ def save(
     regularizer: nn.Module | None,
     optimizer: torch.optim.Optimizer,
     rank_list: dict[str, np.ndarray],
+    loss_scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Write a checkpoint into an empty folder; the seal comes last.
 
@@ -96,6 +97,9 @@ def save(
     if isinstance(regularizer, AdaptiveL2):
         theta = regularizer.theta_by_name().items()
         training |= {f"theta/{name}": torch.tensor(value) for name, value in theta}
+    if loss_scaler is not None:
+        scale = loss_scaler.state_dict().items()  # empty where the loss is not scaled
+        training |= {f"loss_scaler/{key}": torch.tensor(value) for key, value in scale}
     # safetensors cannot write an empty file, and before the first step there are no moments.
     training["global_step"] = torch.tensor(progress.global_step)
     for name, tensor in (weights | training).items():
@@ -184,6 +188,12 @@ class Checkpoint:
                 state.setdefault(int(position), {})[key] = tensor
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def load_loss_scaler(self, scaler: torch.amp.GradScaler) -> None:
+        """Load the scale of the loss, if it is scaled."""
+        state = {key: value.item() for key, value in self._tensors("loss_scaler/")}
+        if state and scaler.is_enabled():
+            scaler.load_state_dict(state)
 
     def _tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of `training.safetensors` below a prefix; no others are read."""

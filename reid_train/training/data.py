@@ -7,8 +7,9 @@ import numpy as np
 
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError
-from data_shards.loader import Batch, train_batches
+from data_shards.loader import Batch, Decoders, train_batches
 from data_shards.manifest import Index
+from data_shards.on_device import on_device
 from data_shards.sampler import plan, slice_for_rank
 from reid_train.config import TrainConfig
 from reid_train.training.context import WorkerContext
@@ -38,10 +39,27 @@ def epoch_plan(config: TrainConfig, index: Index, epoch: int) -> np.ndarray:
     return rows[: len(rows) // batch.accumulate * batch.accumulate]
 
 
+def make_decoders(config: TrainConfig, dataset: Dataset, context: WorkerContext) -> Decoders:
+    """Return the worker processes that decode all batches of a run, of evaluations too."""
+    share = -(-config.batch_size // context.world)
+    return Decoders(
+        context.cache,
+        dataset.manifest.shards,
+        max(share, config.evaluation.batch),
+        **config.image.model_dump(),
+        workers=config.loader.workers or 0,
+    )
+
+
 def step_batches(
-    config: TrainConfig, dataset: Dataset, context: WorkerContext, rows: np.ndarray, start: int
+    config: TrainConfig,
+    dataset: Dataset,
+    context: WorkerContext,
+    decoders: Decoders,
+    rows: np.ndarray,
+    start: int,
 ) -> Iterator[list[Batch]]:
-    """Yield this rank's batches of each optimizer step, `batch.accumulate` at a time.
+    """Yield this rank's batches of each optimizer step on its device, `batch.accumulate` at a time.
 
     `rows` is the epoch's plan; `start` is the first optimizer step, from 0 within the epoch.
     """
@@ -50,8 +68,10 @@ def step_batches(
         context.cache,
         slice_for_rank(rows, context.rank, context.world),
         start=start * config.batch.accumulate,
-        workers=config.loader.workers or 0,
+        workers=decoders.workers,
+        decoders=decoders,
         **config.image.model_dump(),
     )
+    batches = on_device(batches, context.device)
     while group := list(islice(batches, config.batch.accumulate)):
         yield group

@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import warnings
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,18 +20,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data_shards.dataset import Dataset
-from data_shards.loader import Batch
+from data_shards.loader import Batch, Decoders
 from data_shards.manifest import Index
 from reid_train import transforms
 from reid_train.config import TrainConfig
 from reid_train.model.collectives import gather_with_gradient
 from reid_train.model.network import ReidNet
-from reid_train.model.precision import autocast, set_precision
+from reid_train.model.precision import autocast, compute_dtype, set_precision
 from reid_train.model.pretrained import build_model
 from reid_train.regularization import AdaptiveL2
 from reid_train.training.checkpoint import Checkpoint, Origin, Position, save
 from reid_train.training.context import UNMEASURED, Stopped, StopRequest, WorkerContext
-from reid_train.training.data import epoch_plan, step_batches, train_index
+from reid_train.training.data import epoch_plan, make_decoders, step_batches, train_index
 from reid_train.training.history import History, factor_metrics, tracked
 from reid_train.training.initial import Initial
 from reid_train.training.losses import LOSSES, HeadBatch, loss_weights
@@ -104,26 +104,31 @@ def train(
         state.history.tensor_names = list(regularizer.names)
         state.history.tensor_kinds = list(regularizer.kinds)
 
-    for phase, end in (("heads", config.optimizer.frozen_epochs), ("all", config.total_epochs)):
-        if state.progress.epoch >= end:
-            continue
-        model.freeze_backbone(phase == "heads")
-        optimizer = build_optimizer(config, model, regularizer)
-        if resume is not None and state.progress.phase == phase:
-            resume.load_optimizer(optimizer)
-        state.progress.phase = phase
-        TrainLoop(
-            config=config,
-            dataset=dataset,
-            index=index,
-            context=context,
-            origin=origin,
-            model=model,
-            network=_parallel(model, config, context),
-            regularizer=regularizer,
-            optimizer=optimizer,
-            state=state,
-        ).run(end)
+    with closing(make_decoders(config, dataset, context)) as decoders:
+        for phase, end in (("heads", config.optimizer.frozen_epochs), ("all", config.total_epochs)):
+            if state.progress.epoch >= end:
+                continue
+            model.freeze_backbone(phase == "heads")
+            optimizer = build_optimizer(config, model, regularizer)
+            within = resume if state.progress.phase == phase else None
+            state.progress.phase = phase
+            loop = TrainLoop(
+                config=config,
+                dataset=dataset,
+                index=index,
+                context=context,
+                origin=origin,
+                decoders=decoders,
+                model=model,
+                network=_parallel(model, config, context),
+                regularizer=regularizer,
+                optimizer=optimizer,
+                state=state,
+            )
+            if within is not None:
+                within.load_optimizer(optimizer)
+                within.load_loss_scaler(loop.nonfinite.loss_scaler)
+            loop.run(end)
 
 
 def measure_test(
@@ -135,7 +140,8 @@ def measure_test(
     model = model.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     checkpoint.load_model(model)
     cast = autocast(config, context.device)
-    return validate(config, dataset, context, model, cast, on="test").metrics
+    with closing(make_decoders(config, dataset, context)) as decoders:
+        return validate(config, dataset, context, decoders, model, cast, on="test").metrics
 
 
 @dataclass
@@ -163,6 +169,7 @@ class TrainLoop:
     index: Index
     context: WorkerContext
     origin: Origin
+    decoders: Decoders
     model: ReidNet
     network: nn.Module
     regularizer: Regularizer | None
@@ -173,8 +180,9 @@ class TrainLoop:
         self.progress, self.history = self.state.progress, self.state.history
         self.weights = loss_weights(self.config.loss)
         self.autocast = autocast(self.config, self.context.device)
-        allowed = self.config.optimizer.skip_nonfinite
-        self.nonfinite = NonFiniteFilter(allowed, self.progress.skipped, self.model)
+        self.dtype = compute_dtype(self.config, self.context.device)
+        allowed, half = self.config.optimizer.skip_nonfinite, self.dtype == torch.float16
+        self.nonfinite = NonFiniteFilter(allowed, self.progress.skipped, self.model, half=half)
         self.step_rows = StepWindow(self.context)
         self.plan = np.zeros((0, 0), np.int64)
 
@@ -191,7 +199,8 @@ class TrainLoop:
         for epoch in range(progress.epoch, end):
             set_learning_rate(self.optimizer, config, epoch)
             self.plan = epoch_plan(config, self.index, epoch)
-            steps = step_batches(config, self.dataset, self.context, self.plan, progress.step)
+            place = self.dataset, self.context, self.decoders
+            steps = step_batches(config, *place, self.plan, progress.step)
             for batches in self.step_rows.timed(steps):
                 self.train_step(batches)
                 request = self.log_step()
@@ -221,6 +230,7 @@ class TrainLoop:
                 losses = self.weighted_losses(batch, micro)
                 self.nonfinite.scale(losses.sum() / len(batches)).backward()
             parts.append(losses.detach())
+        self.nonfinite.unscale(self.optimizer)
         if self.regularizer is not None:
             self.regularizer.add_gradients()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -239,8 +249,8 @@ class TrainLoop:
     def weighted_losses(self, batch: Batch, micro: int) -> torch.Tensor:
         """Return this rank's losses, weighted and summed over the heads (METHOD, "The network").
 
-        The batch is this rank's part of global batch `micro` of the step. The losses are
-        (number of losses,), in the order of `self.weights`.
+        The batch, on the device, is this rank's part of global batch `micro` of the step. The
+        losses are (number of losses,), in the order of `self.weights`.
         """
         config, context = self.config, self.context
         own = context.slice(config.batch_size)
@@ -251,9 +261,10 @@ class TrainLoop:
             **config.image.model_dump(),
             **config.augment.model_dump(),
         ).rows(own)
-        image = batch.image_on(context.device)
-        image = transforms.apply(image, drawn, pixels=self.model.pixels)
-        label = batch.label.to(context.device, non_blocking=True)
+        # In the type that autocast would convert it to.
+        scaled = {"dtype": self.dtype, "pixels": self.model.pixels}
+        image = transforms.apply(batch.image, drawn, **scaled, pad=config.augment.pad)
+        label = batch.label
         with self.autocast():
             output = self.network(image)
         all_label = gather_with_gradient(label)
@@ -261,7 +272,7 @@ class TrainLoop:
         for logits, pooled in zip(output.logits, output.pooled, strict=True):
             pooled = pooled.float()
             all_pooled = gather_with_gradient(pooled)
-            heads.append(HeadBatch(pooled, logits.float(), label, all_pooled, all_label, own.start))
+            heads.append(HeadBatch(pooled, logits, label, all_pooled, all_label, own.start))
         losses = []
         for name, weight in self.weights.items():
             by_head = torch.stack([LOSSES[name](head, config.loss) for head in heads])
@@ -300,7 +311,8 @@ class TrainLoop:
             # Local batch norm leaves each rank its own statistics; rank 0's are saved.
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
-        result = validate(self.config, self.dataset, self.context, self.model, self.autocast)
+        place = self.dataset, self.context, self.decoders
+        result = validate(self.config, *place, self.model, self.autocast)
         if result.metrics:
             step = self.progress.global_step
             self.history.add_evaluation(self.progress.epoch, result.metrics, step)
@@ -332,6 +344,7 @@ class TrainLoop:
                 model=self.model,
                 regularizer=self.regularizer,
                 optimizer=self.optimizer,
+                loss_scaler=self.nonfinite.loss_scaler,
                 rank_list=measured.rank_list,
             )
         position = {"epoch": self.progress.epoch, "step": self.progress.global_step}

@@ -24,14 +24,17 @@ class NonFiniteFilter:
     weights and moments alone, without a host sync, if a gradient is not finite.
 
     `allowed` steps may be skipped in a run; it has skipped `skipped` already. The model's running
-    statistics are restored after a skipped step.
+    statistics are restored after a skipped step. In float16 (`half`) a second scaler multiplies
+    the loss, so that small gradients do not vanish. A gradient that is not finite at a scale above
+    1 only lowers the scale: its step is skipped and not counted (Micikevicius et al., ICLR 2018).
     """
 
-    def __init__(self, allowed: int, skipped: int, model: nn.Module) -> None:
+    def __init__(self, allowed: int, skipped: int, model: nn.Module, *, half: bool = False) -> None:
         device = next(model.parameters()).device
         self.allowed, self.skipped = allowed, skipped
         self._count = torch.tensor(skipped, device=device)
         self._scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
+        self.loss_scaler = torch.amp.GradScaler(device.type, enabled=half)
         # If no step may be skipped, the first one ends the run and its statistics are never used.
         self._buffers = [b for b in model.buffers() if b.is_floating_point()] if allowed else []
         self._before: list[Tensor] = []
@@ -41,18 +44,24 @@ class NonFiniteFilter:
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss that `backward` is called on; its value is unchanged."""
-        return self._scaler.scale(loss)
+        """Return the loss that `backward` is called on."""
+        return self._scaler.scale(self.loss_scaler.scale(loss))
+
+    def unscale(self, optimizer: torch.optim.Adam) -> None:
+        """Divide the gradients by the loss's scale, before the regularizer adds its own."""
+        self.loss_scaler.unscale_(optimizer)
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Adam, norm: Tensor) -> Tensor:
         """Step fused Adam, or leave weights, moments and running statistics as they were.
 
-        Given the norm of the whole gradient, return whether it is not finite: a scalar bool tensor.
+        Given the norm of the whole gradient, return whether it is not finite at a scale of 1: a
+        scalar bool tensor.
         """
-        bad = ~torch.isfinite(norm)
+        not_finite = ~torch.isfinite(norm)
+        bad = not_finite & (self.loss_scaler.scale(torch.ones_like(norm)) <= 1.0)
         self._count += bad
-        skip = bad | (self._count > self.allowed)
+        skip = not_finite | (self._count > self.allowed)
         # The scaler skips exactly when it finds a gradient that is not finite: give it one.
         gradient = next(
             p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
@@ -61,6 +70,7 @@ class NonFiniteFilter:
         self._scaler.unscale_(optimizer)
         self._scaler.step(optimizer)
         self._scaler.update(1.0)
+        self.loss_scaler.update()
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(skip, before, buffer))
         return bad

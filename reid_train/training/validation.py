@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data_shards.dataset import Dataset
-from data_shards.loader import Batch, split_batches
+from data_shards.loader import Batch, Decoders, split_batches
 from data_shards.progress import phase, silent
 from data_shards.records import EVALUATED
 from reid_train.config import TrainConfig
@@ -36,6 +36,7 @@ def validate(
     config: TrainConfig,
     dataset: Dataset,
     context: WorkerContext,
+    decoders: Decoders,
     model: ReidNet,
     autocast: Autocast,
     *,
@@ -59,7 +60,8 @@ def validate(
             rank=context.rank,
             world=context.world,
             batch=config.evaluation.batch,
-            workers=config.loader.workers or 0,
+            workers=decoders.workers,
+            decoders=decoders,
             **config.image.model_dump(),
         )
         part = embed_batches(

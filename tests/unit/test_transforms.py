@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reid_train import transforms
 from reid_train.transforms import AugmentParams
@@ -21,7 +22,7 @@ def _images(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def _naive(images: np.ndarray, params: AugmentParams, pad: int) -> np.ndarray:
-    """The same an image at a time, as the steps read; (B, 3, H, W) float64."""
+    """The same an image at a time, as the steps read; (B, H, W, 3) uint8."""
     results = []
     for i, image in enumerate(images):
         height, width, _ = image.shape
@@ -33,8 +34,7 @@ def _naive(images: np.ndarray, params: AugmentParams, pad: int) -> np.ndarray:
         rows = slice(params.erase_top[i], params.erase_bottom[i])
         columns = slice(params.erase_left[i], params.erase_right[i])
         image[rows, columns] = FILL
-        scaled = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-        results.append(scaled.transpose(2, 0, 1))
+        results.append(image)
     return np.stack(results)
 
 
@@ -50,10 +50,17 @@ def test_a_batch_equals_its_images_one_at_a_time(seed, batch, height, width, pad
     images = _images(batch, height, width)
     params = transforms.draw(seed=seed, step=3, batch=batch, height=height, width=width, pad=pad)
     before = images.clone()
-    result = transforms.apply(images, params)
+    result = transforms.apply(images, params, pad=pad)
     expected = _naive(images.numpy(), params, pad)
-    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(result, transforms.normalize(torch.from_numpy(expected)))
     assert torch.equal(images, before), "the loader's images are left alone"
+
+
+def test_pixels_are_scaled_as_the_imagenet_weights_expect():
+    images = _images(3, 7, 5)
+    scaled = (images.numpy() / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    result = transforms.normalize(images).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(result.numpy(), scaled, rtol=1e-5, atol=1e-6)
 
 
 def test_ranks_slices_make_the_global_batch():
@@ -142,7 +149,8 @@ def test_nothing_is_erased_where_no_box_fits():
 def test_all_off_is_plain_normalisation():
     images = _images(4, 20, 10)
     params = transforms.draw(seed=0, step=0, batch=4, height=20, width=10, flip=0, pad=0, erase=0)
-    assert torch.equal(transforms.apply(images, params), transforms.normalize(images))
+    result = transforms.apply(images, params, pad=0)
+    assert torch.equal(result, transforms.normalize(images))
 
 
 def test_everything_on_touches_every_image():
@@ -162,6 +170,29 @@ def test_the_result_is_channels_last_of_the_given_dtype(dtype):
 def test_images_that_are_a_view_are_normalised_alike():
     images = _images(2, 20, 10)
     assert torch.equal(transforms.normalize(images.flip(2)), transforms.normalize(images).flip(3))
+
+
+class _Shapes(TorchDispatchMode):
+    """Notes the shapes of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen += [result.shape] if isinstance(result, torch.Tensor) else []
+        return result
+
+
+def test_no_shape_depends_on_what_was_drawn():
+    seen = []
+    for seed in range(3):
+        params = transforms.draw(seed=seed, step=0, batch=4, height=20, width=10)
+        with _Shapes() as shapes:
+            transforms.apply(_images(4, 20, 10), params)
+        seen.append(shapes.seen)
+    assert seen[0] == seen[1] == seen[2]
 
 
 def test_nothing_waits_for_the_device():

@@ -20,7 +20,7 @@ from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.decode import MAX_PIXELS, decode, decode_into
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
-from data_shards.loader import Batch, split_batches, train_batches
+from data_shards.loader import Batch, Decoders, split_batches, train_batches
 from data_shards.manifest import Index
 from data_shards.sampler import plan, slice_for_rank
 from data_shards.storage import LocalStorage
@@ -301,6 +301,45 @@ def test_leaving_early_ends_the_workers(dataset, cache, rows):
     assert len(multiprocessing.active_children()) == 2
     batches.close()
     assert multiprocessing.active_children() == []
+
+
+def test_kept_workers_serve_epochs_and_splits_with_the_same_batches(dataset, cache, rows):
+    expected = list(train_batches(dataset, cache, rows, **SIZE, workers=0))
+    gallery = list(split_batches(dataset, cache, "gallery", batch=8, **SIZE, workers=0))
+    decoders = Decoders(cache, dataset.manifest.shards, 16, **SIZE, workers=2)
+    kept = {"workers": 2, "decoders": decoders}
+    for _ in range(2):
+        batches = list(train_batches(dataset, cache, rows, **SIZE, **kept))
+        assert all(map(same, batches, expected))
+        assert len(batches) == len(expected)
+        processes = {process.pid for process in multiprocessing.active_children()}
+        batches = list(split_batches(dataset, cache, "gallery", batch=8, **SIZE, **kept))
+        assert all(map(same, batches, gallery))
+        assert len(batches) == len(gallery)
+        assert {process.pid for process in multiprocessing.active_children()} == processes
+    assert len(processes) == 2
+    decoders.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_kept_workers_serve_after_an_epoch_that_was_left_early(dataset, cache):
+    rows = plan(dataset.index("train"), **PLAN, steps=30)
+    expected = list(train_batches(dataset, cache, rows, **SIZE, workers=0))
+    decoders = Decoders(cache, dataset.manifest.shards, 16, **SIZE, workers=1)
+    kept = {"workers": 1, "decoders": decoders}
+    for left in range(4):
+        batches = train_batches(dataset, cache, rows, **SIZE, **kept)
+        seen = list(islice(batches, left))
+        batches.close()
+        del seen
+    addresses = set()
+    for batch, whole in zip(
+        train_batches(dataset, cache, rows, **SIZE, **kept), expected, strict=True
+    ):
+        assert same(batch, whole)
+        addresses.add(batch.image.data_ptr())
+    assert len(addresses) <= 6, "the slots of the epochs left early are used again"
+    decoders.close()
 
 
 def test_loading_does_not_change_the_random_state_of_the_training(dataset, cache, rows):

@@ -136,7 +136,7 @@ def expected_weights(dataset: Dataset, settings: TrainConfig) -> dict[str, torch
             pad=settings.augment.pad,
             erase=settings.augment.erase,
         )
-        output = model(transforms.apply(batch.image, drawn))
+        output = model(transforms.apply(batch.image, drawn, pad=settings.augment.pad))
         for logits, pooled in zip(output.logits, output.pooled, strict=True):
             total = total + batch_hard_triplet(pooled, batch.label) / len(rows)
             total = total + label_smoothing_cross_entropy(logits, batch.label, 0.1) / len(rows)
