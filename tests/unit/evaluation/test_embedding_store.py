@@ -206,3 +206,13 @@ def test_a_folder_within_a_folder_of_parts_is_none_of_its_parts(tmp_path):
     (tmp_path / "other").mkdir()
     write(tmp_path / "other", table())
     assert len(EmbeddingFiles.open(str(tmp_path)).pid) == len(table().pid)
+
+
+def test_validation_split_of_a_file_is_measured_as_query_and_gallery(tmp_path):
+    part = table()
+    names = {"train": "validation_query", "query": "validation_gallery", "gallery": "query"}
+    renamed = replace(part, split=np.array([names[name] for name in part.split]))
+    files = EmbeddingFiles.open(write(tmp_path, renamed), "validation")
+    np.testing.assert_array_equal(files.read("query"), part.embedding[part.split == "train"])
+    np.testing.assert_array_equal(files.read("gallery"), part.embedding[part.split == "query"])
+    np.testing.assert_array_equal(files.labels.query_pid, part.pid[part.split == "train"])
