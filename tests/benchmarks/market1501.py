@@ -41,6 +41,7 @@ DATA, OUTPUT = f"s3://{BUCKET}/shards", f"s3://{BUCKET}/runs"
 SEEDS = (0, 1)
 CONSTANTS = ("0.0005", "0.0025")  # λ; the second is where the published adaptive λ starts
 MEASURES = ("mAP", "rank-1", "mINP")
+TRIES, WAIT_SECONDS = 5, 30.0  # of a command that fails
 
 COMMON = ["--recipe", "market1501_resnet50", "--image.height", "128", "--image.width", "64"]
 COMMON += ["--augment.pad", "5", "--batch.steps-per-epoch", "None"]
@@ -168,18 +169,23 @@ class Benchmark:
             process.send_signal(signal.SIGTERM)
 
     def _command(self, module: str, *words: str) -> None:
-        """Run a program of this project; it ends with this script, even if that is killed."""
-        if self.stopped.is_set():
-            raise Stopped
+        """Run a program of this project; it ends with this script, even if that is killed.
+
+        Each of these commands continues where it was, so one that fails is tried again: on a busy
+        machine a server may answer too late.
+        """
         command = [sys.executable, "-m", module, *words]
-        process = subprocess.Popen(command, preexec_fn=_end_with_parent)
-        self._running.add(process)
-        code = process.wait()
-        self._running.discard(process)
-        if self.stopped.is_set():
-            raise Stopped
-        if code:
-            raise SystemExit(f"{' '.join(command)} failed with code {code}")
+        for _ in range(TRIES):
+            if self.stopped.is_set():
+                raise Stopped
+            process = subprocess.Popen(command, preexec_fn=_end_with_parent)
+            self._running.add(process)
+            code = process.wait()
+            self._running.discard(process)
+            if code == 0:
+                return
+            self.stopped.wait(WAIT_SECONDS)
+        raise SystemExit(f"{' '.join(command)} failed {TRIES} times")
 
     def _result(self, job: Job, run: str, measured: dict[str, Any]) -> dict[str, Any]:
         """Return what is reported of a run."""
