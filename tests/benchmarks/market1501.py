@@ -34,6 +34,7 @@ import numpy as np
 from cluster.local.s3_server import S3Server
 from data_shards.storage import open_storage
 from reid_train.runs.checkpoint_store import newest_whole
+from reid_train.tracking.server import connect
 from reid_train.tracking.uris import local_tracking
 
 BUCKET = "market1501"
@@ -42,6 +43,8 @@ SEEDS = (0, 1)
 CONSTANTS = ("0.0005", "0.0025")  # λ; the second is where the published adaptive λ starts
 MEASURES = ("mAP", "rank-1", "mINP")
 TRIES, WAIT_SECONDS = 5, 30.0  # of a command that fails
+# Ray starts its workers at niceness 15: beside other work they would hardly run.
+BUSY = {"RAY_worker_niceness": "0", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
 
 COMMON = ["--recipe", "market1501_resnet50", "--image.height", "128", "--image.width", "64"]
 COMMON += ["--augment.pad", "5", "--batch.steps-per-epoch", "None"]
@@ -277,9 +280,13 @@ def main() -> None:
     if given.smoke:
         given.epochs = given.long_epochs = None
     given.work.mkdir(parents=True, exist_ok=True)
+    for name, value in BUSY.items():
+        os.environ.setdefault(name, value)
     with S3Server(given.work / "s3") as server:
         os.environ.update(server.environment())
         os.environ["MLFLOW_TRACKING_URI"] = local_tracking(given.work)
+        # Made here, because a training waits for it for 25 seconds only.
+        connect(os.environ["MLFLOW_TRACKING_URI"]).get_experiment_by_name("reid")
         server.create_bucket(BUCKET)
         benchmark = Benchmark(given)
         for number in (signal.SIGTERM, signal.SIGINT):
