@@ -33,7 +33,7 @@ SMALL = [
     "--optimizer.epochs", "2", "--evaluation.every", "9", "--evaluation.no-initial",
     "--checkpoint.every-steps", str(EVERY), "--tracking.every-steps", "2",
     "--tracking.model-name", "off", "--precision", "float32",
-    "--optimizer.epsilon", "1",  # see the test of other numbers of workers
+    "--optimizer.epsilon", "1000",  # see the test of other numbers of workers
 ]  # fmt: skip
 PATIENCE = 480.0  # seconds, for a busy machine
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -318,10 +318,11 @@ def test_run_without_a_head_ends_and_is_resumed_elsewhere(wanderer):
 
 
 def test_run_on_other_numbers_of_workers_has_the_quiet_runs_losses(quiet, wanderer):
-    # With other workers sums are grouped otherwise. With its usual ε, Adam turns the last digits of
-    # gradients near 0 into whole steps: the losses differ by 1e-7, ten times as much at each step,
-    # and by 1e-3 once another example is the hardest. With ε = 1 they stay within 5e-7.
-    assert quiet.steps("wanderer") == pytest.approx(quiet.steps("quiet"), rel=1e-5)
+    # With other workers sums are grouped otherwise, so losses differ by 1e-7. Feature maps of a few
+    # pixels amplify that: where a ReLU or the clip of a feature flips, a gradient changes by 1e-2,
+    # and with Adam's usual ε the losses differ by 1e-3 some steps later. A large ε makes small steps
+    # in proportion to the gradient: flips change losses by 1e-7, and training itself by 5e-5.
+    assert quiet.steps("wanderer") == pytest.approx(quiet.steps("quiet"), rel=1e-6)
 
 
 @pytest.fixture
