@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from data_shards.errors import ConfigError, StorageError
 from data_shards.storage.retry import bypass_proxy
-from reid_train.tracking.uris import redact
+from reid_train.tracking.uris import redact, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 LONGEST = 250  # characters of a name; SQLite takes more, but other databases have such columns
 _NOT_IN_MODELS = "/:.%\"'?@"
 """MLflow refuses the first six in the name of a model; ? and @ have a meaning in models:/…"""
-ANSWER_SECONDS = 25.0  # how long `require_experiment` waits
+ANSWER_SECONDS = 25.0  # how long `require_experiment` waits for a server
+FILE_SECONDS = 300.0  # and for a file: on a busy machine it takes a minute to make its tables
 QUIET = (
     "alembic",
     "mlflow.pyfunc",
@@ -118,17 +119,18 @@ def accepted(name: str) -> str:
 
 
 def require_experiment(uri: str, experiment: str) -> None:
-    """Raise, within half a minute, if MLflow does not answer or an experiment is deleted.
+    """Raise, within half a minute, if a server does not answer or an experiment is deleted.
 
     The experiment need not exist, since a run creates it.
     """
+    limit = FILE_SECONDS if sqlite_file(uri) else ANSWER_SECONDS
     try:
         with ThreadPool(1) as pool:  # MLflow may retry for minutes
             call = pool.apply_async(lambda: connect(uri).get_experiment_by_name(experiment))
-            found = call.get(ANSWER_SECONDS)
+            found = call.get(limit)
     except Exception as error:
         late = isinstance(error, multiprocessing.TimeoutError)
-        why = f"it does not answer within {ANSWER_SECONDS:.0f} s" if late else explain(error, uri)
+        why = f"it does not answer within {limit:.0f} s" if late else explain(error, uri)
         raise StorageError(
             f"MLflow at {redact(uri)}: {why}. Correct --tracking.uri, or use --tracking.uri off"
         ) from error

@@ -320,8 +320,8 @@ def test_run_without_a_head_ends_and_is_resumed_elsewhere(wanderer):
 def test_run_on_other_numbers_of_workers_has_the_quiet_runs_losses(quiet, wanderer):
     # With other workers sums are grouped otherwise, so losses differ by 1e-7. Feature maps of a few
     # pixels amplify that: where a ReLU or the clip of a feature flips, a gradient changes by 1e-2,
-    # and with Adam's usual ε the losses differ by 1e-3 some steps later. A large ε makes small steps
-    # in proportion to the gradient: flips change losses by 1e-7, and training itself by 5e-5.
+    # and with Adam's usual ε the losses differ by 1e-3 some steps later. A large ε makes small
+    # steps in proportion to the gradient: flips change losses by 1e-7, training itself by 5e-5.
     assert quiet.steps("wanderer") == pytest.approx(quiet.steps("quiet"), rel=1e-6)
 
 

@@ -96,6 +96,17 @@ def test_a_server_that_never_answers_is_given_up_in_time(monkeypatch):
     assert time.monotonic() - started < 5
 
 
+def test_a_file_has_longer_than_a_server_to_make_its_tables(tmp_path, monkeypatch):
+    def slow(uri: str) -> SimpleNamespace:
+        time.sleep(0.5)
+        return SimpleNamespace(get_experiment_by_name=lambda name: None)
+
+    monkeypatch.setattr(server, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(server, "connect", slow)
+    require_experiment(local_tracking(tmp_path), "reid")
+    assert "does not answer" in told("http://10.0.0.1:5000")
+
+
 def test_a_file_that_is_no_database_is_named(tmp_path):
     (tmp_path / "mlflow.db").write_text("not a database, but long enough to be read as one " * 40)
     assert "not a SQLite database" in told(local_tracking(tmp_path))
