@@ -234,7 +234,7 @@ def _train(settings: dict[str, Any]) -> None:
 
 def _measure(config: TrainConfig, dataset: Dataset, context: WorkerContext, name: str) -> None:
     """Measure a checkpoint of the run on the test split; rank 0 writes the metrics."""
-    from reid_train.training.loop import measure_test
+    from reid_train.training.validation import measure_test
 
     run = f"{config.output}/{config.name}"
     with checkpoint_store.first_whole(run, [name]) as checkpoint:

@@ -131,19 +131,6 @@ def train(
             loop.run(end)
 
 
-def measure_test(
-    config: TrainConfig, dataset: Dataset, context: WorkerContext, checkpoint: Checkpoint
-) -> dict[str, float]:
-    """Return a checkpoint's metrics on the test split, on rank 0; every rank calls it."""
-    set_precision(config)
-    model = build_model(config.replace(model__weights="none"), checkpoint.origin.identities)
-    model = model.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    checkpoint.load_model(model)
-    cast = autocast(config, context.device)
-    with closing(make_decoders(config, dataset, context)) as decoders:
-        return validate(config, dataset, context, decoders, model, cast, on="test").metrics
-
-
 @dataclass
 class RunState:
     """What a run carries from one phase to the next. Checkpoints hold progress and history."""

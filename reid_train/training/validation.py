@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +17,12 @@ from reid_train.evaluation.extract import Autocast, embed_batches, gather_rows
 from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.ranking import rank as rank_gallery
 from reid_train.evaluation.ranking import top_matches
+from reid_train.model import precision
 from reid_train.model.network import ReidNet
+from reid_train.model.pretrained import build_model
+from reid_train.training.checkpoint import Checkpoint
 from reid_train.training.context import WorkerContext
+from reid_train.training.data import make_decoders
 
 QUERIES, MATCHES = 8, 10  # rows and columns of the rank-list picture
 THREADS = 16  # most threads of the ranking
@@ -88,6 +92,19 @@ def validate(
     return Validation(
         result.summary(), {"query": rows, "gallery": matches, "similarity": similarity}
     )
+
+
+def measure_test(
+    config: TrainConfig, dataset: Dataset, context: WorkerContext, checkpoint: Checkpoint
+) -> dict[str, float]:
+    """Return a checkpoint's metrics on the test split, on rank 0; every rank calls it."""
+    precision.set_precision(config)
+    model = build_model(config.replace(model__weights="none"), checkpoint.origin.identities)
+    model = model.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    checkpoint.load_model(model)
+    cast = precision.autocast(config, context.device)
+    with closing(make_decoders(config, dataset, context)) as decoders:
+        return validate(config, dataset, context, decoders, model, cast, on="test").metrics
 
 
 def _counted(

@@ -25,7 +25,7 @@ from reid_train.training import validation
 from reid_train.training.checkpoint import MODEL, RANK_LIST, TRAINING, Checkpoint
 from reid_train.training.context import UNMEASURED
 from reid_train.training.data import epoch_plan
-from reid_train.training.loop import measure_test, train
+from reid_train.training.loop import train
 from reid_train.training.losses import batch_hard_triplet, label_smoothing_cross_entropy
 from reid_train.training.optimizer import build_optimizer, build_regularizer, set_learning_rate
 
@@ -339,6 +339,6 @@ def test_best_checkpoint_is_measured_on_test_as_a_training_measures(tmp_path):
     checkpoint = Checkpoint.open(recorded.checkpoints[-1])
     worker, _ = make_worker(dataset, tmp_path)
     again = settings.replace(evaluation__split="validation")
-    metrics = measure_test(again, dataset, worker, checkpoint)
+    metrics = validation.measure_test(again, dataset, worker, checkpoint)
     assert metrics == {name: recorded.metrics[-1][name] for name in metrics}
     assert metrics["mAP"] > 0
