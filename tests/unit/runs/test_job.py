@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.train import TrainingFailedError
 from rich.console import Console
 from tiny import build_dataset, config, make_worker
 
@@ -228,6 +229,10 @@ def validated(settings, tmp_path: Path) -> TrainConfig:
     return settings.replace(data=build_dataset(tmp_path / "validated", validation=0.34))
 
 
+def raises(kind: type[Exception]) -> None:
+    raise kind("a worker was lost")
+
+
 @pytest.fixture
 def tested(monkeypatch, tmp_path) -> list[str]:
     """The checkpoints that were measured on test, in this process."""
@@ -260,6 +265,15 @@ def test_validation_chooses_and_test_is_measured_once(validated, fitted, tested)
     run(validated, resume=True)
     assert json.loads((folder / SUMMARY).read_text()) == summary
     assert len(tested) == 1
+
+
+def test_run_that_ended_before_its_test_is_only_measured(validated, fitted, tested, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(final_test, "run_workers", lambda *_, **__: raises(TrainingFailedError))
+        with pytest.raises(ReidError, match=r"is trained, but .* was not measured on the test"):
+            run(validated)
+    assert "test mAP" in run(validated, resume=True)
+    assert len(fitted) == len(tested) == 1
 
 
 def test_papers_protocol_chooses_on_test(validated, fitted, tested):
