@@ -94,13 +94,13 @@ class AmplitudeConfig(Section):
     """Amplitude by kind of tensor; None uses --regularization.amplitude."""
 
     kernel: NonNegative | None = None
-    """Amplitude of convolution and linear weights."""
+    """Amplitude of convolution and linear weights, and of embeddings."""
     bias: NonNegative | None = None
     """Amplitude of convolution and linear biases."""
     gamma: NonNegative | None = None
-    """Amplitude of batch norm weights."""
+    """Amplitude of the weights of norms, and of layer scales."""
     beta: NonNegative | None = None
-    """Amplitude of batch norm biases."""
+    """Amplitude of the biases of norms."""
 
     def given(self) -> dict[str, float]:
         """The kinds whose amplitude is set."""

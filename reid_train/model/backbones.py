@@ -107,6 +107,7 @@ def split(model: Any, name: str, image: tuple[int, int]) -> Backbone:
         )
     if patch is not None:
         _require_patches(image, patch.patch_size, name)
+    _without_dropout(model)
     stage = _sequence(last)
     model.prune_intermediate_layers([kept], prune_norm=True, **more)
     if patch is None:
@@ -215,6 +216,15 @@ def _require_patches(image: tuple[int, int], patch: tuple[int, int], name: str) 
             f"model: {name} cuts images into patches of {patch[0]} × {patch[1]} pixels, and "
             f"{image[0]} × {image[1]} is not a multiple: change --image.height or --image.width"
         )
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Turn dropout and stochastic depth off: a resumed run could not repeat what they drew."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+        elif hasattr(layer, "drop_prob"):
+            layer.drop_prob = 0.0  # type: ignore[assignment]
 
 
 class _TokenMap(nn.Module):

@@ -174,7 +174,7 @@ def _torch(content: bytes, source: str) -> object:
 
 def _state_dict(state: object, source: str) -> dict[str, Tensor]:
     """Return the tensors by name, out of what training programs wrap them in."""
-    for key in ("state_dict", "model_state_dict", "model", "net", "network"):
+    for key in ("state_dict", "model_state_dict", "model", "net", "network", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     wrong = f"weights: {source} is not a state dict"

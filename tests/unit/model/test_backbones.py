@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import nn
 
 from data_shards.errors import ConfigError, DataError
@@ -76,6 +77,73 @@ def test_weights_of_the_whole_model_load_into_both_last_stages(tmp_path, name):
     load_backbone(model, str(tmp_path / "whole.safetensors"))
     for part in model.backbone_modules():
         assert all(torch.equal(value, state[key]) for key, value in part.state_dict().items())
+
+
+def resampled(embedding: torch.Tensor, prefix: int, grid: tuple[int, int]) -> torch.Tensor:
+    return resample_abs_pos_embed(embedding, new_size=list(grid), num_prefix_tokens=prefix)
+
+
+def test_dinos_own_checkpoint_loads_with_its_position_embeddings_resampled(tmp_path):
+    source = timm.create_model("test_vit", num_classes=0).state_dict()  # of 160 × 160 pixels
+    teacher = {f"backbone.{name}": value for name, value in source.items()}
+    teacher |= {"head.mlp.0.weight": torch.zeros(2), "head.last_layer.weight_g": torch.zeros(2)}
+    torch.save({"student": {}, "teacher": teacher, "epoch": 3}, tmp_path / "dino.pth")
+    model = network("timm:test_vit")
+    load_backbone(model, str(tmp_path / "dino.pth"))
+    assert torch.equal(model.trunk.pos_embed, resampled(source["pos_embed"], 1, (4, 2)))
+    assert torch.equal(model.trunk.cls_token, source["cls_token"])
+
+
+CLIP_NAMES = (  # timm's to the authors'
+    ("patch_embed.proj", "conv1"),
+    ("pos_embed", "positional_embedding"),
+    ("cls_token", "class_embedding"),
+    ("norm_pre", "ln_pre"),
+    ("blocks.", "transformer.resblocks."),
+    (".norm", ".ln_"),
+    ("norm.", "ln_post."),
+    ("qkv.", "in_proj_"),
+    ("attn.proj", "attn.out_proj"),
+    ("mlp.fc1", "mlp.c_fc"),
+    ("mlp.fc2", "mlp.c_proj"),
+)
+
+
+def test_clips_own_checkpoint_loads_without_its_text_and_projection(tmp_path):
+    name = "vit_xsmall_patch16_clip_224"
+    source = timm.create_model(name, num_classes=0).state_dict()
+    state = {"logit_scale": torch.zeros(()), "ln_final.weight": torch.zeros(2)}
+    for key, value in source.items():
+        for ours, theirs in CLIP_NAMES:
+            key = key.replace(ours, theirs)
+        flat = {"positional_embedding": value[0], "class_embedding": value.flatten()}
+        state[f"visual.{key}"] = flat.get(key, value)
+    state["visual.proj"] = torch.zeros(256, 16)
+    torch.save(state, tmp_path / "clip.pt")
+    model = network(f"timm:{name}")
+    load_backbone(model, str(tmp_path / "clip.pt"))
+    assert torch.equal(model.trunk.pos_embed, resampled(source["pos_embed"], 1, (4, 2)))
+    for stage in (model.global_layer4, model.regional_layer4):
+        assert all(torch.equal(value, source[key]) for key, value in stage.state_dict().items())
+
+
+def test_swins_position_tables_are_resized_to_its_windows(tmp_path):
+    name = "timm:swin_tiny_patch4_window7_224"
+    narrow = {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
+    source = save_original(name, tmp_path / "swin.safetensors", **narrow)
+    create = timm.create_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, **more: create(name, **narrow, **more))
+        model = network(name)
+        load_backbone(model, str(tmp_path / "swin.safetensors"))
+    assert source[REL_POS].shape == (13 * 13, 1)
+    assert dict(model.trunk.named_parameters())[REL_POS].shape == (13 * 13, 1)
+    table = "layers.3.blocks.0.attn.relative_position_bias_table"
+    assert source[table].shape == (13 * 13, 2)
+    resized = model.global_layer4.state_dict()[table]
+    assert resized.shape == (3 * 1, 2)  # a window of 2 × 1
+    middle = 6 * 13 + 6  # of a token and itself
+    torch.testing.assert_close(resized, source[table][[middle - 13, middle, middle + 13]])
 
 
 def test_batch_norm_becomes_global_with_its_own_settings_and_activation():
