@@ -42,6 +42,7 @@ CODE = (
     "reid_train/model/collectives.py",
     "reid_train/model/embedder.py",
     "reid_train/model/network.py",
+    "reid_train/model/precision.py",
 )
 """What `pyfunc_model.py` imports from this project. A copy is stored with each model."""
 

@@ -8,12 +8,13 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import timm
 import torch
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
@@ -64,13 +65,13 @@ class Registry:
         return register(folder, name, metrics, run_id=run_id, tracking_uri=self.uri, **options)
 
 
-def write_model(folder: Path, seed: int) -> Path:
+def write_model(folder: Path, config: TrainConfig) -> Path:
     folder.mkdir()
-    network = ReidNet("resnet18", identities=5, stripes=1, batch_norm="global", seed=seed)
+    network = ReidNet.from_config(config, identities=5)
     save_file(
         {k: v.contiguous() for k, v in network.state_dict().items()}, folder / "model.safetensors"
     )
-    (folder / "config.json").write_text(SMALL.to_json())
+    (folder / "config.json").write_text(config.to_json())
     return folder
 
 
@@ -81,7 +82,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
     run = Tracker.start(uri, "reid", run_name="one")
     run.close()
     assert run.run_id is not None
-    models = write_model(folder / "a", seed=0), write_model(folder / "b", seed=1)
+    models = write_model(folder / "a", SMALL), write_model(folder / "b", SMALL.replace(seed=1))
     return Registry(uri, run.run_id, models)
 
 
@@ -205,6 +206,20 @@ def test_registered_model_says_what_it_takes_and_needs(registry):
     needed = (folder / "requirements.txt").read_text().split()
     assert f"torch=={torch.__version__.partition('+')[0]}" in needed
     assert all("==" in line for line in needed)
+
+
+def test_model_with_a_backbone_of_timm_needs_timm_and_is_served(registry, images, tmp_path):
+    settings = SMALL.replace(model__backbone="timm:test_vit", model__pooling="gem")
+    written = write_model(tmp_path / "vit", settings)
+    version = replace(registry, folders=(written, written)).register("vit", 0.5)
+    source = connect(registry.uri).get_model_version_download_uri(version.name, version.version)
+    needed = Path(download_artifacts(source), "requirements.txt").read_text().split()
+    assert f"timm=={timm.__version__}" in needed
+    np.save(tmp_path / "images.npy", images)
+    run_elsewhere(SERVE, tmp_path, registry.uri, version.uri, "images.npy")
+    expected = Embedder.from_folder(written, "cpu")(images)
+    served = np.load(tmp_path / "embeddings.npy")
+    np.testing.assert_allclose(served, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_champion_moves_only_to_a_better_model(registry):
