@@ -48,6 +48,16 @@ class Dataset:
         return self._index[split]
 
     @property
+    def digest(self) -> str:
+        """The manifest's digest, which identifies the dataset."""
+        return self.manifest.digest
+
+    def read(self, index: Index, row: int) -> bytes:
+        """The bytes of one image, by its row in one of the indices."""
+        shard = self.manifest.shards[index.shard[row]]
+        return self.storage.read_range(shard.name, int(index.offset[row]), int(index.size[row]))
+
+    @property
     def identities(self) -> np.ndarray:
         """The pid of each training label, (C,) int64: `identities[label] == pid`."""
         return np.unique(self._index["train"].pid)

@@ -1,4 +1,4 @@
-"""The command line: `python -m reid_train train | evaluate | embed | report | models | recipes`."""
+"""The command line: `python -m reid_train COMMAND`; `COMMANDS` has them all."""
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -92,12 +92,33 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def embed(arguments: list[str]) -> None:
-    """Write the embeddings of a dataset."""
+    """Write the embeddings of a dataset or of a folder of images."""
     from reid_train.commands import embed as commands
 
     settings, console = parse(commands.Embed, arguments, f"{PROGRAM} embed"), make_console()
     images = commands.embed(settings, console)
     commands.say(console, f"{images:,} embeddings at {settings.out}")
+
+
+def search(arguments: list[str]) -> None:
+    """Rank a gallery by its similarity to photos of people."""
+    from reid_train.commands import search as commands
+
+    commands.search(parse(commands.Search, arguments, f"{PROGRAM} search"), make_console())
+
+
+def compare(arguments: list[str]) -> None:
+    """Say how similar the people on two photos are."""
+    from reid_train.commands import search as commands
+
+    commands.compare(parse(commands.Compare, arguments, f"{PROGRAM} compare"), make_console())
+
+
+def export(arguments: list[str]) -> None:
+    """Write a model as one file for other programs: ONNX or torch.export."""
+    from reid_train.commands import export as commands
+
+    commands.export(parse(commands.Export, arguments, f"{PROGRAM} export"), make_console())
 
 
 def report(
@@ -128,6 +149,9 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "evaluate": evaluate,
     "embed": embed,
+    "search": search,
+    "compare": compare,
+    "export": export,
     "report": command(report, f"{PROGRAM} report"),
     "models": command(models, f"{PROGRAM} models"),
     "recipes": command(recipes, f"{PROGRAM} recipes"),

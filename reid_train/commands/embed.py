@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embed:
-    """Embed a dataset with a model; write Parquet parts. The same command continues a job.
+    """Embed a dataset or a folder of images; write Parquet parts. The same command continues a job.
 
     python -m reid_train embed --model models:/reid-msmt17@champion --data s3://bucket/msmt17
         --out s3://bucket/embeddings
     """
 
     model: str
-    """models:/name@champion, models:/name/3, or a checkpoint's or run's folder or s3:// URL."""
+    """models:/name@champion, a checkpoint's or run's folder or s3:// URL, or an ONNX file."""
     data: str
-    """Sharded dataset: s3://bucket/prefix or a folder."""
+    """Sharded dataset, or a folder of images: s3://bucket/prefix or a folder."""
     out: str
     """Where to write the parts: s3://bucket/prefix or a folder."""
     splits: tuple[str, ...] = ("query", "gallery")
-    """Which splits."""
+    """Which splits of a dataset. All images of a folder are written as gallery."""
     workers: int = 1
     """Ray workers, each with a copy of the model."""
     cpus_per_worker: int | None = None
@@ -39,6 +39,8 @@ class Embed:
     """Images that a worker embeds at a time; by default the model's evaluation.batch."""
     tracking_uri: str | None = None
     """MLflow, for models:/…; by default MLFLOW_TRACKING_URI."""
+    runtime: Literal["torch", "onnx"] | None = None
+    """What runs the model; by default PyTorch, and ONNX Runtime for an ONNX file."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
 

@@ -1,4 +1,4 @@
-"""Embed a dataset on Ray workers that write parts.
+"""Embed a dataset or a folder of images on Ray workers that write parts.
 
 A part has consecutive images of a split and is a Parquet file of its own, written whole or not at
 all. So each image is embedded once, and an interrupted job continues with the missing parts.
@@ -7,11 +7,10 @@ and on how many cores a worker computed them. The first worker records the preci
 Those that continue follow them all: another device, number or precision gives other last digits.
 """
 
-import hashlib
 import json
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,21 +23,28 @@ import torch
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ObjectExists, ReidError
-from data_shards.loader import split_batches
+from data_shards.images import ImageFolder, open_images, warn_left_out
+from data_shards.loader import Batch, split_batches
+from data_shards.manifest import LeftOut, sha256
 from data_shards.progress import Progress, phase, silent
+from data_shards.records import NO_CAMERA
 from data_shards.storage import Storage, expand_home, open_storage
 from reid_train.commands.embed import Embed
+from reid_train.commands.runtime import Runtime, fetched_onnx, onnx_runtime, uses_onnx
+from reid_train.evaluation import embedding_store
 from reid_train.evaluation.embedding_store import JOB, EmbeddingTable, part_key, write_part
 from reid_train.evaluation.extract import embed_batches
 from reid_train.evaluation.tasks import ranges
 from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder
 from reid_train.model.precision import autocast, precision_on, set_precision
 from reid_train.out_of_memory import out_of_memory
-from reid_train.registry.load import fetch
+from reid_train.registry.load import fetched
 from reid_train.runs.cores import settle
 from reid_train.runs.ray_trainer import use_gpu
 
 PART = 4096  # images of a part
+ONNX = "model.onnx"  # the name that a worker gives an exported file
+FOLDER_SPLIT = "gallery"  # of the images of a folder
 PRECISION = "precision"  # the file with the precision of all parts, "bf16" or "float32"
 
 
@@ -50,36 +56,38 @@ class Task(NamedTuple):
     rows: range
 
 
-def tasks_of(dataset: Dataset, splits: Sequence[str]) -> list[Task]:
-    """The parts of a dataset's splits, in order."""
-    parts = [(split, rows) for split in splits for rows in ranges(len(dataset.index(split)), PART)]
+def tasks_of(data: Dataset | ImageFolder, splits: Sequence[str]) -> list[Task]:
+    """The parts of a dataset's splits, in order; a folder of images is one split."""
+    if isinstance(data, ImageFolder):
+        sizes = {FOLDER_SPLIT: len(data.path)}
+    else:
+        sizes = {split: len(data.index(split)) for split in splits}
+    parts = [(split, rows) for split, size in sizes.items() for rows in ranges(size, PART)]
     return [Task(part_key(number), *part) for number, part in enumerate(parts)]
 
 
 def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
     """Embed what is missing; Ray must be running. Returns the images of all parts.
 
+    Unreadable images of a folder are left out, and named in a warning.
+
     Raises:
         DataError: no such images, or the parts that are there are of another model, dataset,
             device or precision.
     """
-    dataset, storage = Dataset.open(settings.data), open_storage(settings.out)
-    tasks = tasks_of(dataset, settings.splits)
+    data, storage = open_images(settings.data), open_storage(settings.out)
+    tasks = tasks_of(data, settings.splits)
     if not tasks:
         raise DataError(f"{settings.data} has no images in {', '.join(settings.splits)}")
-    with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
-        with phase(progress, "loading the model"):
-            folder = fetch(settings.model, Path(temporary), settings.tracking_uri)
-            Embedder.from_folder(folder, "cpu")  # raises what is wrong before anything starts
-        weights, config = ((folder / name).read_bytes() for name in (WEIGHTS, CONFIG))
+    with phase(progress, "loading the model"):
+        model, digests = _model_files(settings)
     there = {key for key, _ in storage.list("part-")}
     missing = [task for task in tasks if task.key not in there]
     chosen = "cuda" if missing and use_gpu(settings.device, settings.workers, free=True) else "cpu"
     job = {
-        "weights": hashlib.sha256(weights).hexdigest(),
-        "config": hashlib.sha256(config).hexdigest(),
-        "manifest_digest": dataset.manifest.digest,
-        "splits": list(settings.splits),
+        **digests,
+        "manifest_digest": data.digest,
+        "splits": [FOLDER_SPLIT] if isinstance(data, ImageFolder) else list(settings.splits),
         "part": PART,
         "parts": len(tasks),
     }
@@ -96,9 +104,10 @@ def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
     total = sum(len(task.rows) for task in tasks)
     done = total - sum(len(task.rows) for task in missing)
     progress("embedding", done, total)
+    left_out: list[LeftOut] = []
     if missing:
         # In a list, so that a worker that has the model need not read it again.
-        files = [ray.put((weights, config))]
+        files = [ray.put(model)]
         settings = replace(
             settings,
             cpus_per_worker=kept.get("cpus_per_worker", 1),
@@ -110,11 +119,31 @@ def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
             max_restarts=2,
             max_task_retries=2,
         )
-        actors = [actor.remote(device, settings) for _ in missing[: settings.workers]]
-        for images in _results(actors, files, missing):
+        given = device, settings, data.digest
+        actors = [actor.remote(*given) for _ in missing[: settings.workers]]
+        for images, unreadable in _results(actors, files, missing):
             done += images
+            left_out += unreadable
             progress("embedding", done, total)
+    if isinstance(data, ImageFolder):
+        warn_left_out(data, left_out)
+        return len(embedding_store.EmbeddingFiles.open(settings.out).pid)
     return total
+
+
+def _model_files(settings: Embed) -> tuple[dict[str, bytes], dict[str, str]]:
+    """What a worker loads, by file name, and its digests for `job.json`.
+
+    Raises what is wrong with the model before anything starts.
+    """
+    if uses_onnx(settings.model, settings.runtime):
+        with fetched_onnx(settings.model, settings.tracking_uri) as path:
+            weights, content = onnx_runtime(path, "cpu").weights, path.read_bytes()
+        return {ONNX: content}, {"weights": weights, "config": sha256(content)}
+    with fetched(settings.model, settings.tracking_uri) as folder:
+        Embedder.from_folder(folder, "cpu")
+        files = {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+    return files, {"weights": sha256(files[WEIGHTS]), "config": sha256(files[CONFIG])}
 
 
 def _claim(
@@ -139,15 +168,17 @@ def _claim(
     return computed
 
 
-def _results(actors: Sequence[Any], files: list[Any], tasks: Sequence[Task]) -> Iterator[int]:
-    """Images of each part that is done. An actor gets its first task once it has the model."""
+def _results(
+    actors: Sequence[Any], files: list[Any], tasks: Sequence[Task]
+) -> Iterator[tuple[int, list[LeftOut]]]:
+    """What `embed` returns for each part. An actor gets its first task once it has the model."""
     busy = {actor.load.remote(files): actor for actor in actors}
     left, done = deque(tasks), 0
     while done < len(tasks):
         (reference,), _ = ray.wait(list(busy))
         actor = busy.pop(reference)
         try:
-            images = ray.get(reference)
+            result = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             if reason := out_of_memory(str(error)):
                 raise ReidError(
@@ -159,9 +190,9 @@ def _results(actors: Sequence[Any], files: list[Any], tasks: Sequence[Task]) -> 
             raise ReidError(
                 f"an embedding worker was lost: {reason}. Give the same command to continue"
             ) from error
-        if images is not None:
+        if result is not None:
             done += 1
-            yield images
+            yield result
         if left:
             busy[actor.embed.remote(files, left.popleft())] = actor
 
@@ -169,54 +200,80 @@ def _results(actors: Sequence[Any], files: list[Any], tasks: Sequence[Task]) -> 
 class _Worker:
     """Embeds parts; a Ray actor. One that Ray restarts loads the model again at its next part."""
 
-    def __init__(self, device: str, settings: Embed) -> None:
-        self.device, self.settings = device, settings
-        self.embedder: Embedder | None = None
+    def __init__(self, device: str, settings: Embed, digest: str) -> None:
+        self.device, self.settings, self.digest = device, settings, digest
+        self.embed_all: Callable[[Iterable[Batch]], np.ndarray] | None = None
 
     def load(self, files: list[Any]) -> None:
-        """Load the model, unless it is loaded; `files` refers to its weights and configuration."""
-        if self.embedder is not None:
+        """Load the model, unless it is loaded; `files` refers to its files' contents."""
+        if self.embed_all is not None:
             return
-        settings, storage = self.settings, open_storage(self.settings.out)
+        settings, self.storage = self.settings, open_storage(self.settings.out)
         torch.set_num_threads(settings.cpus_per_worker or 1)
+        self.data = open_images(settings.data)
+        if self.data.digest != self.digest:
+            raise DataError(f"the images at {settings.data} changed while they were embedded")
+        cache = expand_home(settings.loader.cache).absolute()
+        self.cache = ShardCache(self.data.storage, cache, settings.loader.cache_bytes)
         with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
             folder = Path(temporary)
-            for name, content in zip((WEIGHTS, CONFIG), ray.get(files[0]), strict=True):
+            contents: dict[str, bytes] = ray.get(files[0])  # type: ignore
+            for name, content in contents.items():
                 (folder / name).write_bytes(content)
-            embedder = Embedder.from_folder(folder, self.device)
-        precision: str = precision_on(embedder.config, embedder.device)
-        try:
-            storage.write(PRECISION, precision.encode(), create_once=True)
-        except ObjectExists:
-            precision = storage.read(PRECISION).decode()
-        self.config, self.storage = embedder.config.replace(precision=precision), storage
-        set_precision(self.config)
-        self.dataset = Dataset.open(settings.data)
-        cache = expand_home(settings.loader.cache).absolute()
-        self.cache = ShardCache(self.dataset.storage, cache, settings.loader.cache_bytes)
-        self.embedder = embedder
+            if ONNX in contents:
+                self._use(onnx_runtime(folder / ONNX, self.device))
+            else:
+                self._use(Embedder.from_folder(folder, self.device))
 
-    def embed(self, files: list[Any], task: Task) -> int:
-        """Write one part; return its number of images."""
-        self.load(files)
-        assert self.embedder is not None
-        config, index = self.config, self.dataset.index(task.split)
-        network, device, rows = self.embedder.network, self.embedder.device, np.array(task.rows)
-        batches = split_batches(
-            self.dataset,
-            self.cache,
-            task.split,
-            rows,
-            batch=self.settings.batch or config.evaluation.batch,
-            workers=self.settings.loader.workers or 0,
-            **config.image.model_dump(),
-        )
+    def _use(self, model: Embedder | Runtime) -> None:
+        """Embed with this model from now on, in the precision of the other parts."""
+        if isinstance(model, Runtime):
+            self._agreed_precision("onnx")
+            empty = np.empty((0, model.embedding_size), np.float32)
+            self.size = model.height, model.width, model.batch
+            self.embed_all = lambda batches: np.concatenate(
+                [empty, *(model(batch.image.numpy()) for batch in batches)]
+            )
+            return
+        precision = self._agreed_precision(precision_on(model.config, model.device))
+        config = model.config.replace(precision=precision)
+        set_precision(config)
         # In the precision of the training's own evaluations, to give the same figures.
-        options = {"mirror": config.evaluation.mirror, "autocast": autocast(config, device)}
-        embedding = embed_batches(network, batches, device, **options)
-        split = np.full(len(rows), task.split)
-        table = EmbeddingTable(
-            embedding.cpu().numpy(), index.pid[rows], index.camid[rows], split, index.path[rows]
+        options = {"mirror": config.evaluation.mirror, "autocast": autocast(config, model.device)}
+        self.size = config.image.height, config.image.width, config.evaluation.batch
+        self.embed_all = lambda batches: (
+            embed_batches(model.network, batches, model.device, **options).cpu().numpy()
         )
-        write_part(self.storage, task.key, table)
-        return len(rows)
+
+    def _agreed_precision(self, precision: str) -> str:
+        """The precision that the first worker found."""
+        try:
+            self.storage.write(PRECISION, precision.encode(), create_once=True)
+        except ObjectExists:
+            precision = self.storage.read(PRECISION).decode()
+        return precision
+
+    def embed(self, files: list[Any], task: Task) -> tuple[int, list[LeftOut]]:
+        """Write one part; return its number of images, and which of them cannot be read."""
+        self.load(files)
+        assert self.embed_all is not None
+        data, rows = self.data, np.array(task.rows)
+        left_out: list[LeftOut] = []
+        height, width, batch = self.size
+        size = {"batch": self.settings.batch or batch, "height": height, "width": width}
+        if isinstance(data, ImageFolder):
+            batches = data.batches(rows, left_out, **size)
+        else:
+            size["workers"] = self.settings.loader.workers or 0
+            batches = split_batches(data, self.cache, task.split, rows, **size)
+        embedding = self.embed_all(batches)
+        if isinstance(data, ImageFolder):
+            rows = rows[~np.isin(data.path[rows], [image.path for image in left_out])]
+            pid, camid = np.full(len(rows), -1), np.full(len(rows), NO_CAMERA)
+            path = data.path[rows]
+        else:
+            index = data.index(task.split)
+            pid, camid, path = index.pid[rows], index.camid[rows], index.path[rows]
+        split = np.full(len(rows), task.split)
+        write_part(self.storage, task.key, EmbeddingTable(embedding, pid, camid, split, path))
+        return len(task.rows), left_out

@@ -150,6 +150,19 @@ class EmbeddingFiles:
         query, gallery = self.split == "query", self.split == "gallery"
         return Labels(self.pid[query], self.camid[query], self.pid[gallery], self.camid[gallery])
 
+    def paths(self) -> np.ndarray:
+        """The path of every row, (N,) strings; empty ones where a part has no paths."""
+        found = []
+        for key in dict.fromkeys(group.key for group in self.groups):
+            file = _open_part(self.storage, key)
+            with _readable(f"{self.storage.url}/{key}"):
+                if "path" in file.schema_arrow.names:
+                    column = file.read(columns=["path"])["path"].cast(pa.string()).fill_null("")
+                    found.append(column.to_numpy())
+                else:
+                    found.append(np.full(file.metadata.num_rows, "", object))
+        return np.concatenate(found) if found else np.empty(0, object)
+
     def edges(self, split: str) -> list[range]:
         """Each row group's images of a split, as a range of numbers in the split."""
         before = np.concatenate([[0], np.cumsum(self.split == split)]).tolist()

@@ -1,6 +1,6 @@
 """The k nearest neighbours of all images among all, exact, without an N × N matrix; their means."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch
 from reid_train.evaluation import similarity
 from reid_train.evaluation.kernels import topk
 from reid_train.evaluation.measures import EUCLIDEAN
-from reid_train.evaluation.similarity import Features
+from reid_train.evaluation.similarity import Features, check_features
 from reid_train.evaluation.tasks import Count, Joined, ignore, ranges
 
 BLOCK = 1536  # rows and columns of a product; fixed, so that each task computes the same scores
@@ -164,6 +164,31 @@ def nearest_neighbours(
     index, score = np.empty((count, k), np.int32), np.empty((count, k))
     similarity.in_threads(lambda a, b: topk.settle(found, search, a, index[a:b], score[a:b]), count)
     return Neighbours(index, score, found.furthest)
+
+
+def nearest_in_gallery(
+    query: np.ndarray, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int, metric: int
+) -> Neighbours:
+    """The k nearest gallery images of each query, exact; indices are rows of the gallery.
+
+    Args:
+        query: (Q, D) float32 embeddings.
+        blocks: the gallery in parts, each with its rows (n,) and its embeddings (n, D) float32, so
+            that a gallery that does not fit into memory can be searched.
+    """
+    asked, count = check_features("query", query), len(query)
+    found = Neighbours(
+        index=np.full((count, k), -1, np.int32),
+        score=np.full((count, k), np.inf),
+        furthest=np.full(count, -np.inf, np.float32),
+    )
+    for rows, embedding in blocks:
+        both = Features.joined(asked, check_features("gallery", embedding))
+        pairs = query_gallery_pairs(count, len(both))
+        near = nearest_neighbours(both, min(k, len(rows)), metric, pairs)
+        index = rows[near.index[:count] - count].astype(np.int32)
+        found = merge(found, Neighbours(index, near.score[:count], near.furthest[:count]))
+    return found
 
 
 def averaged(

@@ -3,6 +3,8 @@
 import json
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from reid_train.tracking.uris import redact, registry_uri
 if TYPE_CHECKING:
     import torch
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
     from reid_train.model.embedder import Embedder
 
@@ -38,12 +41,19 @@ def load(
         DataError: what is there is not a model.
         StorageError: it is not there, or cannot be read.
     """
-    from reid_train.model.embedder import Embedder
+    with fetched(uri, tracking_uri) as folder:
+        from reid_train.model.embedder import Embedder
 
+        return Embedder.from_folder(folder, device)
+
+
+@contextmanager
+def fetched(uri: str | Path, tracking_uri: str | None = None) -> Iterator[Path]:
+    """The folder that has a model's files, until the end of the block; see `load`."""
     with tempfile.TemporaryDirectory(prefix="reid-model-") as temporary:
         folder = fetch(uri, Path(temporary), tracking_uri)
         try:
-            return Embedder.from_folder(folder, device)
+            yield folder
         except DataError as error:
             # The person knows the address that was given, not a temporary folder.
             raise DataError(str(error).replace(str(folder), str(uri).rstrip("/"))) from error
@@ -96,27 +106,14 @@ def best_checkpoint(run: str) -> str:
 def _download(location: str, uri: str, folder: Path) -> Path:
     """Fetch the files of `models:/name@alias` or `models:/name/version`."""
     # MLflow's own functions for such addresses use the registry of the whole process.
-    match = _MODEL_URI.fullmatch(location)
-    if match is None:
-        raise ConfigError(f"{location}: not models:/name@alias or models:/name/version")
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
     from reid_train.model.embedder import CONFIG, WEIGHTS
 
-    name, alias, version = match.group("name", "alias", "version")
     with mlflow_errors(f"loading {location}", uri):
         client = connect(uri)
-        try:
-            if alias:
-                version = client.get_model_version_by_alias(name, alias).version
-            source = client.get_model_version_download_uri(name, version)
-        except MlflowException as error:
-            if error.error_code not in MISSING:
-                raise
-            raise ObjectMissing(
-                f"{location} is not registered at {redact(uri)}; {_registered(client, name)}"
-            ) from None
+        version = find_version(client, location, uri)
+        source = client.get_model_version_download_uri(version.name, version.version)
         place = f"{source}/artifacts"
         folder = Path(download_artifacts(place, dst_path=str(folder), tracking_uri=uri))
     for file in (WEIGHTS, CONFIG):
@@ -125,6 +122,26 @@ def _download(location: str, uri: str, folder: Path) -> Path:
                 f"{location} at {redact(uri)} is not a model of this project: it has no {file}"
             )
     return folder
+
+
+def find_version(client: "MlflowClient", location: str, uri: str) -> "ModelVersion":
+    """The version that `models:/name@alias` or `models:/name/version` names."""
+    from mlflow.exceptions import MlflowException
+
+    match = _MODEL_URI.fullmatch(location)
+    if match is None:
+        raise ConfigError(f"{location}: not models:/name@alias or models:/name/version")
+    name, alias, version = match.group("name", "alias", "version")
+    try:
+        if alias:
+            version = client.get_model_version_by_alias(name, alias).version
+        return client.get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code not in MISSING:
+            raise
+        raise ObjectMissing(
+            f"{location} is not registered at {redact(uri)}; {_registered(client, name)}"
+        ) from None
 
 
 def _registered(client: "MlflowClient", name: str) -> str:

@@ -22,7 +22,8 @@ FRAME = 4  # pixels
 _MARGIN, _HEADER, _LABELS, _GAP, _CAPTION, _QUERY_GAP = 36, 128, 112, 14, 40, 44  # pixels
 _TICK = Outline(np.array([(-0.45, 0.0), (-0.12, -0.35), (0.5, 0.4)]), [1, 2, 2])
 _CROSS = Outline(np.array([(-0.4, -0.4), (0.4, 0.4), (-0.4, 0.4), (0.4, -0.4)]), [1, 2, 1, 2])
-_BADGES = {True: (RIGHT, _TICK, "same identity"), False: (WRONG, _CROSS, "another identity")}
+_BADGES = {True: (RIGHT, _TICK), False: (WRONG, _CROSS)}
+IDENTITY, PERSON = ("same identity", "another identity"), ("same person", "another person")
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,13 @@ def draw_rank_list(
     path: Path,
     query_images: Sequence[np.ndarray],
     gallery_images: Sequence[Sequence[np.ndarray]],
-    correct: Sequence[Sequence[bool]] | np.ndarray,
+    correct: Sequence[Sequence[bool]] | np.ndarray | None,
     *,
-    query_pid: Sequence[int] | np.ndarray,
-    query_camid: Sequence[int] | np.ndarray,
+    query_pid: Sequence[int] | np.ndarray | None = None,
+    query_camid: Sequence[int] | np.ndarray | None = None,
     gallery_camid: Sequence[Sequence[int]] | np.ndarray,
     similarity: Sequence[Sequence[float]] | np.ndarray,
+    meaning: tuple[str, str] = IDENTITY,
 ) -> None:
     """Draw one row for each query: the query, then the gallery images most similar to it.
 
@@ -76,8 +78,11 @@ def draw_rank_list(
     Args:
         query_images: Q images, (H, W, 3) uint8 RGB; sizes may differ.
         gallery_images: Q rows of images, most similar first, without junk; rows may be short.
-        correct: whether each gallery image shows the query's identity.
+        correct: whether each gallery image shows the query's identity; None if not known.
+        query_pid, query_camid: None for photos of people who are not known.
+        gallery_camid: cameras; from `NO_CAMERA` up they are not known.
         similarity: cosine similarity of each gallery image to its query.
+        meaning: what a tick and a cross mean, for the legend.
     """
     grid = layout(query_images, gallery_images)
     width, height = grid.size
@@ -88,22 +93,27 @@ def draw_rank_list(
     queries = "1 query" if grid.rows == 1 else f"{grid.rows} queries"
     note = f"{queries}, each with the gallery images that are most similar to it"
     style.heading(figure, "Rank lists", note, left=_MARGIN / style.DPI, top=0.17)
-    _legend(axes, grid)
+    _legend(axes, grid, meaning if correct is not None else ())
     corners: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for row, query in enumerate(query_images):
         _paste(canvas, grid, row, 0, query, style.INK)
-        _label_row(axes, grid, row, int(query_pid[row]), int(query_camid[row]))
+        name = f"photo {row + 1}" if query_pid is None else f"pid {int(query_pid[row])}"
+        camera = "" if query_camid is None else _camera(query_camid[row])
+        _label_row(axes, grid, row, name, camera)
         for column, image in enumerate(gallery_images[row]):
-            right = bool(correct[row][column])
-            _paste(canvas, grid, row, column + 1, image, _BADGES[right][0])
             left, top = grid.cell(row, column + 1)
-            corners[right].append((left + grid.width - 2, top + 2))
+            frame = style.FAINT
+            if correct is not None:
+                right = bool(correct[row][column])
+                frame = _BADGES[right][0]
+                corners[right].append((left + grid.width - 2, top + 2))
+            _paste(canvas, grid, row, column + 1, image, frame)
             below: dict[str, Any] = {"y": top + grid.height + FRAME + 6, "size": 5.8, "va": "top"}
-            camera, score = int(gallery_camid[row][column]), float(similarity[row][column])
-            axes.text(left, s=_camera(camera), color=style.MUTED, ha="left", **below)
+            camera, score = _camera(gallery_camid[row][column]), float(similarity[row][column])
+            axes.text(left, s=camera, color=style.MUTED, ha="left", **below)
             axes.text(left + grid.width, s=f"{score:.3f}", color=style.INK, ha="right", **below)
     for right, centres in corners.items():
-        _badges(axes, centres, *_BADGES[right][:2])
+        _badges(axes, centres, *_BADGES[right])
     figure.figimage(np.asarray(canvas), zorder=-1)  # below the text
     style.save(figure, path)
 
@@ -118,10 +128,14 @@ def _paste(
     canvas.paste(ImageOps.expand(whole, FRAME, colour), (left - FRAME, top - FRAME))
 
 
-def _legend(axes: Axes, grid: Layout) -> None:
-    for offset, (colour, mark, text) in zip((330, 158), _BADGES.values(), strict=True):
+def _camera(camera: int) -> str:
+    return f"cam {camera}" if camera < NO_CAMERA else ""
+
+
+def _legend(axes: Axes, grid: Layout, meaning: Sequence[str]) -> None:
+    for offset, badge, text in zip((330, 158), _BADGES.values(), meaning, strict=False):
         x = grid.size[0] - _MARGIN - offset
-        _badges(axes, [(x, 68)], colour, mark)
+        _badges(axes, [(x, 68)], *badge)
         axes.text(x + 18, 68, text, size=style.TEXT, color=style.INK, va="center_baseline")
     if not grid.rows:
         axes.text(_MARGIN, _HEADER, "no query to show", size=style.TEXT, color=style.MUTED)
@@ -132,16 +146,12 @@ def _legend(axes: Axes, grid: Layout) -> None:
         axes.text(x, _HEADER - 16, text, size=style.SMALL, color=style.MUTED, ha="center")
 
 
-def _label_row(axes: Axes, grid: Layout, row: int, pid: int, camid: int) -> None:
+def _label_row(axes: Axes, grid: Layout, row: int, name: str, camera: str) -> None:
     left, top = grid.cell(row, 0)
     x, middle = left - 18, top + grid.height / 2
     text: dict[str, Any] = {"ha": "right", "va": "center"}
-    axes.text(x, middle - 14, f"pid {pid}", size=style.TEXT, weight="bold", color=style.INK, **text)
-    axes.text(x, middle + 14, _camera(camid), size=style.SMALL, color=style.MUTED, **text)
-
-
-def _camera(camid: int) -> str:
-    return f"cam {camid}" if camid < NO_CAMERA else ""
+    axes.text(x, middle - 14, name, size=style.TEXT, weight="bold", color=style.INK, **text)
+    axes.text(x, middle + 14, camera, size=style.SMALL, color=style.MUTED, **text)
 
 
 def _badges(axes: Axes, centres: Sequence[tuple[float, float]], colour: str, mark: Outline) -> None:

@@ -91,6 +91,30 @@ def test_every_image_is_embedded_once_and_a_second_try_does_what_is_missing(data
     assert kept == before.keys() - {"part-000003.parquet"}
 
 
+def test_a_folder_of_images_is_embedded_as_a_gallery(data, tmp_path, caplog):
+    network, folder, out = model(tmp_path / "model", 0), tmp_path / "people", tmp_path / "out"
+    dataset = Dataset.open(data)
+    index = dataset.index("gallery")
+    for row in range(12):
+        file = folder / f"{row % 2}" / f"{row:02}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(dataset.read(index, row))
+    (folder / "0" / "04.jpg").write_bytes(b"no image")
+    assert embed(network, str(folder), out) == 11
+    assert "1 unreadable images left out: 0/04.jpg (not a readable image" in caplog.text
+    files, sharded = EmbeddingFiles.open(str(out)), tmp_path / "sharded"
+    assert files.paths().tolist() == [f"{i % 2}/{i:02}.jpg" for i in (0, 2, 6, 8, 10)] + [
+        f"1/{i:02}.jpg" for i in range(1, 12, 2)
+    ]
+    embed(network, data, sharded, splits=("gallery",))
+    whole = EmbeddingFiles.open(str(sharded)).read("gallery")
+    rows = [0, 2, 6, 8, 10, *range(1, 12, 2)]
+    np.testing.assert_allclose(files.read("gallery"), whole[rows], rtol=1e-4, atol=1e-4)
+    (folder / "1" / "01.jpg").unlink()
+    with pytest.raises(DataError, match="another model, dataset or choice of splits"):
+        embed(network, str(folder), out)
+
+
 def test_embeddings_of_another_model_are_not_mixed_in(data, tmp_path):
     out = tmp_path / "embeddings"
     embed(model(tmp_path / "one", 0), data, out, splits=("query",))

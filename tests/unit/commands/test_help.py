@@ -31,7 +31,10 @@ print(json.dumps(found))
 """
 LINES = {
     "data_shards": [[], ["build"], ["verify"], ["info"]],
-    "reid_train": [[], ["train"], ["evaluate"], ["embed"], ["report"], ["models"], ["recipes"]],
+    "reid_train": [
+        [], ["train"], ["evaluate"], ["embed"], ["search"], ["compare"], ["export"], ["report"],
+        ["models"], ["recipes"],
+    ],
     "tune": [[]],
     "cluster": [
         [], ["demo"], ["local"], ["local", "up"], ["local", "status"], ["local", "down"],

@@ -1,0 +1,163 @@
+"""Images as they are in a folder or on S3: no shards and no table, only files."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from data_shards.dataset import Dataset
+from data_shards.errors import DataError, ObjectMissing
+from data_shards.manifest import MANIFEST_NAME, LeftOut
+from data_shards.sources.folders import SUFFIXES
+from data_shards.sources.layout import is_of_macos
+from data_shards.storage import LocalStorage, Storage, expand_home, open_file, open_storage
+
+if TYPE_CHECKING:
+    from data_shards.loader import Batch
+
+logger = logging.getLogger(__name__)
+
+NAMED = 5  # files that a warning names
+THREADS = 8  # that read and decode: on S3 most of the time is waiting
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFolder:
+    """All images below a folder or an s3:// prefix; identities and cameras are not known."""
+
+    url: str
+    storage: Storage
+    path: np.ndarray  # (N,) strings, ascending: the keys in the storage, which name the images
+    digest: str  # SHA-256 of the paths and sizes, in hex
+    ignored: tuple[str, ...]  # `._name` and the like, which macOS writes beside images
+
+    @classmethod
+    def open(cls, url: str) -> Self:
+        """List the images at `url`; no image is read.
+
+        Raises:
+            DataError: there is no such folder, or no image in it.
+        """
+        storage, paths, ignored, others = open_storage(url), [], [], 0
+        digest = hashlib.sha256()
+        for key, size in storage.list():
+            if PurePosixPath(key).suffix.lower() not in SUFFIXES:
+                others += 1
+            elif is_of_macos(key):
+                ignored.append(key)
+            else:
+                paths.append(key)
+                digest.update(f"{key}\0{size}\n".encode())
+        if not paths:
+            if isinstance(storage, LocalStorage) and not storage.root.is_dir():
+                raise DataError(f"no dataset at {url}: there is no such folder")
+            others += len(ignored)
+            raise DataError(
+                f"no dataset and no images at {url}: of its {others:,} files none is an image "
+                f"({', '.join(f'*{suffix}' for suffix in SUFFIXES)})"
+            )
+        return cls(url, storage, np.array(paths, object), digest.hexdigest(), tuple(ignored))
+
+    def read(self, row: int) -> bytes:
+        """The bytes of an image."""
+        return self.storage.read(self.path[row])
+
+    def batches(
+        self,
+        rows: Sequence[int] | np.ndarray,
+        left_out: list[LeftOut],
+        *,
+        batch: int,
+        height: int,
+        width: int,
+    ) -> Iterator[Batch]:
+        """Yield the images of rows, in order, resized to (height, width).
+
+        Unreadable images are in no batch; they are added to `left_out`. The next batch is read
+        while the consumer has one. Labels, identities and cameras are −1: not known.
+        """
+        import torch
+
+        from data_shards.loader import Batch
+
+        def collect(futures: dict[int, Future[np.ndarray | LeftOut]]) -> Batch | None:
+            read = {row: future.result() for row, future in futures.items()}
+            left_out.extend(image for image in read.values() if isinstance(image, LeftOut))
+            good = {row: image for row, image in read.items() if isinstance(image, np.ndarray)}
+            if not good:
+                return None
+            unknown, row = torch.full((len(good),), -1), torch.tensor(list(good))
+            images = torch.from_numpy(np.stack(list(good.values())))
+            return Batch(images, unknown, unknown, unknown, row)
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            waiting = None
+            for start in range(0, len(rows), batch):
+                ahead = {
+                    int(row): pool.submit(self._decode, int(row), height, width)
+                    for row in rows[start : start + batch]
+                }
+                if waiting and (made := collect(waiting)):
+                    yield made
+                waiting = ahead
+            if waiting and (made := collect(waiting)):
+                yield made
+
+    def _decode(self, row: int, height: int, width: int) -> np.ndarray | LeftOut:
+        from data_shards.decode import decode_into
+
+        pixels = np.empty((height, width, 3), np.uint8)
+        try:
+            decode_into(self.read(row), pixels)
+        except DataError as error:
+            return LeftOut(path=self.path[row], reason=str(error))
+        return pixels
+
+
+def open_images(url: str) -> Dataset | ImageFolder:
+    """Open a sharded dataset, or else a folder of images.
+
+    Raises:
+        DataError: there is neither, or the dataset is damaged.
+        StorageError: the storage cannot be reached or denies access.
+    """
+    if open_storage(url).exists(MANIFEST_NAME):
+        return Dataset.open(url)
+    return ImageFolder.open(url)
+
+
+def warn_left_out(folder: ImageFolder, unreadable: Sequence[LeftOut]) -> None:
+    """Name the files that are in no batch, in a warning."""
+    reasons = [f"{image.path} ({image.reason})" for image in unreadable]
+    for names, what in ((reasons, "unreadable images"), (folder.ignored, "files of macOS")):
+        if names:
+            more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+            first = "; ".join(names[:NAMED])
+            logger.warning("%s: %d %s left out: %s%s", folder.url, len(names), what, first, more)
+
+
+def read_photo(url: str) -> np.ndarray:
+    """Read one image file, local or on S3: (H, W, 3) uint8, RGB.
+
+    Raises:
+        DataError: it is a folder, or not an image.
+        ObjectMissing: there is no such file.
+    """
+    from data_shards.decode import decode
+
+    storage, key = open_file(url)
+    if not key or ("://" not in url and expand_home(Path(url)).is_dir()):
+        raise DataError(f"{url} is a folder: give one image file")
+    try:
+        return decode(storage.read(key))
+    except DataError as error:
+        raise DataError(f"{url}: {error}") from None
+    except ObjectMissing:
+        raise ObjectMissing(f"there is no image {url}") from None

@@ -1,0 +1,238 @@
+"""`reid_train search` and `compare`: photos against a gallery, or against each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+from data_shards.errors import ConfigError
+from data_shards.progress import display, phase, print_table
+from data_shards.records import NO_CAMERA
+from reid_train.commands.embed import say
+from reid_train.config import LoaderConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from reid_train.commands.gallery import Gallery
+    from reid_train.evaluation.neighbours import Neighbours
+
+LONGEST = 200  # of a rank list
+DRAWN = 10  # ranks in the picture
+PERSON = (1.2, 5.0)  # height over width of a crop of one person
+
+
+@dataclass(frozen=True)
+class Search:
+    """Rank a gallery by its similarity to each photo of a person.
+
+    python -m reid_train search photo.jpg --model models:/reid-msmt17@champion --gallery photos
+    """
+
+    photos: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO")]
+    """Image files, local or s3://…, each cropped to one person."""
+    model: str
+    """models:/name@champion, a checkpoint's or run's folder or s3:// URL, or an ONNX file."""
+    gallery: str
+    """What to search: a folder or s3:// prefix of images, a sharded dataset, or embeddings."""
+    top: int = 10
+    """How many gallery images to list for each photo."""
+    split: str = "gallery"
+    """Which split of a sharded dataset or of embeddings to search."""
+    images: str | None = None
+    """With embeddings as gallery: the folder or dataset of their images, for the picture."""
+    picture: str | None = None
+    """Where to draw the rank list, a PNG file; by default reports/search-PHOTO.png; "off": none."""
+    output: str | None = None
+    """Also write the ranks as JSON to this file, a path or s3://…"""
+    runtime: Literal["torch", "onnx"] | None = None
+    """What runs the model; by default PyTorch, and ONNX Runtime for an ONNX file."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU if there is one."""
+    tracking_uri: str | None = None
+    """MLflow, for models:/…; by default MLFLOW_TRACKING_URI."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+    def check(self) -> None:
+        """Raise `ConfigError` for what is missing or out of range."""
+        if not self.photos:
+            raise ConfigError("give the photos to search for: search PHOTO… --model … --gallery …")
+        if not 1 <= self.top <= LONGEST:
+            raise ConfigError(f"--top must lie between 1 and {LONGEST}, not {self.top}")
+        if self.picture not in (None, "off") and not str(self.picture).lower().endswith(".png"):
+            raise ConfigError(f"--picture takes the name of a PNG file, or off, not {self.picture}")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Say how similar the people on two photos are.
+
+    python -m reid_train compare a.jpg b.jpg --model models:/reid-msmt17@champion
+    """
+
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    """An image file, local or s3://…, cropped to one person."""
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    """Another."""
+    model: str
+    """models:/name@champion, a checkpoint's or run's folder or s3:// URL, or an ONNX file."""
+    runtime: Literal["torch", "onnx"] | None = None
+    """What runs the model; by default PyTorch, and ONNX Runtime for an ONNX file."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU if there is one."""
+    tracking_uri: str | None = None
+    """MLflow, for models:/…; by default MLFLOW_TRACKING_URI."""
+
+
+class Match(NamedTuple):
+    """A gallery image in a rank list."""
+
+    row: int  # in the gallery
+    path: str
+    camera: int | None
+    similarity: float  # cosine, −1 to 1
+
+
+def search(settings: Search, console: Console) -> list[list[Match]]:
+    """Run the command; return the matches of each photo, most similar first."""
+    settings.check()
+    photos = read_photos(settings.photos, console)
+    with display(console) as progress, phase(progress, "loading PyTorch and Numba"):
+        from reid_train.commands.gallery import blocks, open_gallery
+        from reid_train.commands.runtime import open_runtime
+        from reid_train.evaluation.measures import COSINE
+        from reid_train.evaluation.neighbours import nearest_in_gallery
+    gallery = open_gallery(settings.gallery, settings.split, settings.images)
+    with display(console) as progress:
+        with phase(progress, "loading the model"):
+            given = settings.device, settings.tracking_uri, settings.runtime
+            runtime = open_runtime(settings.model, *given)
+        query, k = runtime.photos(photos), min(settings.top, len(gallery))
+        parts = blocks(gallery, runtime, settings.loader, progress)
+        found = nearest_in_gallery(query, parts, k, COSINE)
+    matches = _matches(gallery, found)
+    for photo, ranked in zip(settings.photos, matches, strict=True):
+        _show(photo, ranked, console)
+    if settings.picture != "off":
+        _draw(settings, photos, gallery, matches, console)
+    if settings.output is not None:
+        _write(settings.output, settings, matches)
+        say(console, f"written to {settings.output}")
+    return matches
+
+
+def compare(settings: Compare, console: Console) -> float:
+    """Run the command; return the cosine similarity of the two photos."""
+    photos = read_photos((settings.a, settings.b), console)
+    with display(console) as progress, phase(progress, "loading PyTorch"):
+        from reid_train.commands.runtime import open_runtime
+        from reid_train.evaluation.similarity import check_features
+    with display(console) as progress, phase(progress, "loading the model"):
+        given = settings.device, settings.tracking_uri, settings.runtime
+        runtime = open_runtime(settings.model, *given)
+    both = check_features("photo", runtime.photos(photos))
+    a, b = both.embedding.astype(np.float64) * both.scale[:, None]
+    similarity = float(a @ b)
+    say(console, f"similarity {similarity:.4f}")
+    return similarity
+
+
+def read_photos(urls: Sequence[str], console: Console) -> list[np.ndarray]:
+    """Read image files; warn of those that are not shaped like a crop of one person."""
+    from data_shards.images import read_photo
+
+    photos = [read_photo(url) for url in urls]
+    for url, photo in zip(urls, photos, strict=True):
+        height, width = photo.shape[:2]
+        if not PERSON[0] <= height / width <= PERSON[1]:
+            text = (
+                f"{url} is {width} × {height} pixels, {height / width:.2g} times as high as wide: "
+                f"a person standing is {PERSON[0]:g} to {PERSON[1]:g} times. Crop the photo to "
+                "one person, or the ranks mean little"
+            )
+            say(console, text, style="yellow")
+    return photos
+
+
+def _matches(gallery: Gallery, found: Neighbours) -> list[list[Match]]:
+    def match(row: int, score: float) -> Match:
+        camera = int(gallery.camid[row])
+        path = str(gallery.path[row]) or f"row {row}"
+        return Match(row, path, None if camera >= NO_CAMERA else camera, -score)
+
+    return [
+        [match(int(row), float(score)) for row, score in zip(*ranks, strict=True) if row >= 0]
+        for ranks in zip(found.index, found.score, strict=True)
+    ]
+
+
+def _show(photo: str, ranked: Sequence[Match], console: Console) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    say(console, photo, style="bold")
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("rank", justify="right")
+    table.add_column("image")
+    cameras = any(match.camera is not None for match in ranked)
+    if cameras:
+        table.add_column("camera", justify="right")
+    table.add_column("similarity", justify="right")
+    for rank, match in enumerate(ranked, 1):
+        cells = [str(rank), Text(match.path)]
+        if cameras:
+            cells.append("–" if match.camera is None else str(match.camera))
+        table.add_row(*cells, f"{match.similarity:.4f}")
+    print_table(console, table)
+
+
+def _draw(
+    settings: Search,
+    photos: Sequence[np.ndarray],
+    gallery: Gallery,
+    matches: Sequence[Sequence[Match]],
+    console: Console,
+) -> None:
+    """Draw the rank list, or say why there is no picture."""
+    from reid_train.report.ranks import draw_rank_list
+
+    shown = [ranked[:DRAWN] for ranked in matches]
+    images = [[gallery.picture(match.row) for match in ranked] for ranked in shown]
+    if any(image is None for row in images for image in row):
+        where = f"not at {settings.images}" if settings.images else "not known: give --images"
+        say(console, f"no picture of the rank list: where the gallery's images are is {where}")
+        return
+    name = f"reports/search-{PurePosixPath(settings.photos[0]).stem}.png"
+    path = Path(settings.picture or name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_rank_list(
+        path,
+        photos,
+        [[image for image in row if image is not None] for row in images],
+        None,
+        gallery_camid=[[int(gallery.camid[match.row]) for match in row] for row in shown],
+        similarity=[[match.similarity for match in row] for row in shown],
+    )
+    say(console, f"rank list  {path}")
+
+
+def _write(url: str, settings: Search, matches: Sequence[Sequence[Match]]) -> None:
+    from data_shards.storage import open_file
+
+    found = {
+        "model": settings.model,
+        "gallery": settings.gallery,
+        "photos": [
+            {"photo": photo, "matches": [match._asdict() for match in ranked]}
+            for photo, ranked in zip(settings.photos, matches, strict=True)
+        ],
+    }
+    storage, key = open_file(url)
+    storage.write(key, json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n")
