@@ -260,7 +260,11 @@ class _Worker:
         data, rows = self.data, np.array(task.rows)
         left_out: list[LeftOut] = []
         height, width, batch = self.size
-        size = {"batch": self.settings.batch or batch, "height": height, "width": width}
+        size: dict[str, Any] = {
+            "batch": self.settings.batch or batch,
+            "height": height,
+            "width": width,
+        }
         if isinstance(data, ImageFolder):
             batches = data.batches(rows, left_out, **size)
         else:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -120,7 +120,11 @@ def _batches(
     gallery: Gallery, runtime: Runtime, loader: LoaderConfig, left_out: list[LeftOut]
 ) -> Iterator[Batch]:
     source = gallery.source
-    size = {"batch": runtime.batch, "height": runtime.height, "width": runtime.width}
+    size: dict[str, Any] = {
+        "batch": runtime.batch,
+        "height": runtime.height,
+        "width": runtime.width,
+    }
     if isinstance(source, ImageFolder):
         return source.batches(range(len(gallery)), left_out, **size)
     assert isinstance(source, Dataset)
