@@ -137,18 +137,13 @@ def own_tensors(
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"weights: {source} does not fit {name}: {reason[0]}") from error
-    classifier = model.pretrained_cfg["classifier"]
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-    heads = tuple(f"{part}." for part in names)
-    own = {key: value for key, value in own.items() if not key.startswith(heads)}
-    left_out = set(model.state_dict())  # but for the trunk's and the last stage's
-    backbone = split(model, name, image)
-    left_out -= {*backbone.trunk.state_dict(), *backbone.last.state_dict()}
-    return {key: value for key, value in own.items() if key not in left_out}
+    return _split_tensors(model, name, image, own)
 
 
 def pretrained_tensors(name: str, image: tuple[int, int]) -> dict[str, Tensor]:
-    """Return timm's pretrained weights of one of its models, from its cache or the network.
+    """Return timm's pretrained weights of one of its models, as `own_tensors` does.
+
+    They come from the Hugging Face cache or the network.
 
     Raises:
         ConfigError: there are none, or they cannot be downloaded.
@@ -163,7 +158,7 @@ def pretrained_tensors(name: str, image: tuple[int, int]) -> dict[str, Tensor]:
     if config is None or not config.has_weights:
         raise ConfigError(f"weights: timm has no pretrained weights of {name}: {instead}")
     try:
-        return _timm_model(name, image, pretrained=True).state_dict()
+        model = _timm_model(name, image, pretrained=True)
     except (OSError, RuntimeError) as error:
         where = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -171,6 +166,20 @@ def pretrained_tensors(name: str, image: tuple[int, int]) -> dict[str, Tensor]:
             f"weights: those of {name} cannot be downloaded from {where} ({reason[0]}): fetch them "
             f"elsewhere, and {instead}"
         ) from error
+    return _split_tensors(model, name, image, model.state_dict())
+
+
+def _split_tensors(
+    model: Any, name: str, image: tuple[int, int], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors of a state that the model's two parts have, and those unknown to it."""
+    classifier = model.pretrained_cfg["classifier"]
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    heads = tuple(f"{part}." for part in names)
+    left_out = set(model.state_dict())
+    parts = split(model, name, image)
+    left_out -= {*parts.trunk.state_dict(), *parts.last.state_dict()}
+    return {k: v for k, v in state.items() if k not in left_out and not k.startswith(heads)}
 
 
 def _timm_model(name: str, image: tuple[int, int], **options: Any) -> Any:

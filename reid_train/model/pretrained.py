@@ -57,14 +57,14 @@ def load_backbone(network: ReidNet, source: str) -> None:
     """
     if source == "none":
         return
-    name = network.backbone
+    name, image = network.backbone, network.image
     if source != "imagenet":
         state = {_without_wrappers(key): value for key, value in read_state(source).items()}
+        own = own_tensors(name, image, state, source)
     elif name.startswith(TIMM):
-        state = pretrained_tensors(name, network.image)
+        own = pretrained_tensors(name, image)
     else:
-        state = _imagenet(name)
-    own = own_tensors(name, network.image, state, source)
+        own = own_tensors(name, image, _imagenet(name), source)
     network.load_backbone(fitted(own, network.backbone_shapes(), source))
 
 

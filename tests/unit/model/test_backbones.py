@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import safetensors.torch
 import timm
@@ -92,6 +94,18 @@ def test_dinos_own_checkpoint_loads_with_its_position_embeddings_resampled(tmp_p
     load_backbone(model, str(tmp_path / "dino.pth"))
     assert torch.equal(model.trunk.pos_embed, resampled(source["pos_embed"], 1, (4, 2)))
     assert torch.equal(model.trunk.cls_token, source["cls_token"])
+
+
+def test_timms_weights_are_converted_once(tmp_path):
+    source = save_original("timm:test_vit", tmp_path / "vit.safetensors")
+    size = (400, 64)  # as many patches as in 160 × 160 pixels
+    create, downloaded = timm.create_model, {"file": str(tmp_path / "vit.safetensors")}
+    model = network("timm:test_vit", size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", partial(create, pretrained_cfg_overlay=downloaded))
+        load_backbone(model, "imagenet")
+    assert torch.equal(model.trunk.pos_embed, resampled(source["pos_embed"], 1, (25, 4)))
+    assert torch.equal(model.global_layer4.norm.weight, source["norm.weight"])
 
 
 CLIP_NAMES = (  # timm's to the authors'
