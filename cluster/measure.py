@@ -77,6 +77,7 @@ def measured(run: str, device: str) -> Measurement:
     from data_shards.storage import open_storage
     from reid_train.runs.run_dir import Run
     from reid_train.training.checkpoint import HISTORY
+    from reid_train.training.compiled import compiles
     from reid_train.training.history import History
 
     output, _, name = run.rstrip("/").rpartition("/")
@@ -106,8 +107,9 @@ def measured(run: str, device: str) -> Measurement:
     model, image = config.model, config.image
     return Measurement(
         device=device, backbone=model.backbone, stripes=model.stripes, height=image.height,
-        width=image.width, phase="all", precision=config.precision, compile=config.compile,
-        workers=config.workers, batch=config.batch_size // config.workers,
+        width=image.width, phase="all", precision=config.precision,
+        compile=compiles(config, device), workers=config.workers,
+        batch=config.batch_size // config.workers,
         images_per_second=round(float(np.median(records[1:])), 3),
         gigaflops=describe(config, len(dataset.identities)).flops / 1e9,
         decoding="beside" if config.loader.workers else "inside",

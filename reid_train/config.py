@@ -212,7 +212,7 @@ class CheckpointConfig(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Failures of workers before the run gives up; -1 for no limit."""
     hang_seconds: Annotated[int, Field(ge=10)] = 600
-    """Seconds without an answer after which all workers restart; ranking must take less."""
+    """Seconds without an answer after which all workers restart."""
 
 
 class TrackingConfig(Section):
@@ -258,8 +258,8 @@ class TrainConfig(Section):
     """auto uses GPUs if the Ray cluster has enough for all workers."""
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     """auto runs the network in bfloat16 where the device has it, in float16 on other GPUs."""
-    compile: bool = False
-    """Compile the network with torch.compile."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile network and regularizer with torch.compile. auto: on GPUs, unless --deterministic."""
     deterministic: bool = False
     """Use deterministic kernels only; slower on CUDA, no difference on CPUs."""
     batch: BatchConfig = BatchConfig()
@@ -273,6 +273,11 @@ class TrainConfig(Section):
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _written_before(cls, value: object) -> object:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -28,7 +28,8 @@ of the model's forward pass.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,12 @@ from torch.nn import functional as F
 from data_shards.errors import ConfigError, DataError
 from reid_train.model.step_order import StepOrder
 from reid_train.model.tracked_parameters import KINDS, TrackedParameters
-from reid_train.model.weight_gradients import add_scaled_weights, local_part, squared_norm
+from reid_train.model.weight_gradients import (
+    add_scaled_weights,
+    create_gradients,
+    local_part,
+    squared_norm,
+)
 
 
 class _L2(nn.Module, ABC):
@@ -130,14 +136,25 @@ class _L2(nn.Module, ABC):
             ConfigError: the model's parameters have changed, or a GradScaler divided the penalty's
                 gradient.
         """
+        with self.checked():
+            self.add_unchecked()
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Around `add_unchecked`: what `add_gradients` does that torch.compile cannot."""
         self._tracked.follow()
-        factors = self.factor_vector()
         weights, theta = self._tracked.weights, getattr(self, "theta", torch.empty(0))
         self._order.begin(weights, theta)
+        create_gradients((*weights, theta))
+        yield
+        self._order.end(weights, theta)
+
+    def add_unchecked(self) -> None:
+        """Add the gradients, by operations on tensors only. All `.grad` have been created."""
+        factors, weights = self.factor_vector(), self._tracked.weights
         squares = self._tracked.summed_over_shards(add_scaled_weights(weights, 2 * factors))
         self._last_penalty = torch.dot(factors, squares)
         self._set_factor_gradient(squares)
-        self._order.end(weights, theta)
 
     def _set_factor_gradient(self, squares: Tensor) -> None:
         """Set the gradient of what λ is made from, given ∂/∂λ_n = ‖w_n‖², (n,)."""
@@ -255,7 +272,7 @@ class AdaptiveL2(_L2):
         position = self._position()
         inside = (position > 0) & (position < 1)
         gradient = squares * self.amplitudes * inside / (2 * self.saturation)
-        if self.theta.grad is None:
+        if self.theta.grad is None:  # θ has just been made, on the device of the weights
             self.theta.grad = gradient
         else:
             self.theta.grad.copy_(gradient)

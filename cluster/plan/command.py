@@ -156,8 +156,12 @@ def show(options: Plan, values: dict[str, Any]) -> None:
         "checkpoints": f"{row['checkpoints']} of {decimal(values['checkpoint'])}; three are kept",
         "memory": f"{decimal(needed['device'])} of a worker's device in float32, "
         f"{decimal(needed['shm'])} of a node's /dev/shm",
+        "exchange": f"{row['exchanges']:,} small ones and {decimal(row['gradient_bytes'])} of "
+        f"gradients a step; scales from {row['least_share']:,} images a worker on",
         "speed": values["speed"],
     }
+    if options.gpus == 1:
+        del lines["exchange"]
     if not row["gets"]:
         lines["from S3"] = "nothing: the dataset is a folder, read in place"
     priced = ["cost"] if row["cost"] else []

@@ -24,11 +24,14 @@ from data_shards.manifest import MANIFEST_NAME
 from data_shards.records import EVALUATED
 from reid_train.config import LOADERS, TrainConfig
 from reid_train.model.network import ReidNet
+from reid_train.training.compiled import compiles
 from reid_train.training.data import epoch_plan, train_index
 from reid_train.training.validation import MATCHES, QUERIES
 
 GIGABIT = 1e9 / 8
 START, FINISH = 30.0, 20.0  # seconds before the first step and after the last
+COMPILE = 120.0  # seconds of torch.compile on a GPU, for both phases: an estimate, not measured
+SCALES = 0.9  # of the speed without exchange: what counts as scaling
 OVERLAP = 2 / 3  # of computing, the backward pass, during which gradients are averaged
 RANKING = 147e9  # operations of ranking in a core-second
 WRITING = 400e6  # bytes of a checkpoint in a second
@@ -189,19 +192,23 @@ def speed_of(
     share, gigaflops = config.batch_size // config.workers, network.flops / 1e9
     model, image = config.model, config.image
     shape = (model.backbone, model.stripes, image.height, image.width)
-    kind = (device, config.precision, config.compile, "all")
+    kind, compiled = (device, config.precision, "all"), compiles(config, device)
 
-    def distance(entry: Measurement) -> tuple[bool, float, float, int]:
-        operations = abs(math.log(entry.gigaflops / gigaflops))
-        return entry.shape != shape, operations, abs(math.log(entry.batch / share)), -entry.workers
+    def distance(entry: Measurement) -> tuple[bool, bool, float, float, int]:
+        operations, images = math.log(entry.gigaflops / gigaflops), math.log(entry.batch / share)
+        far = entry.compile != compiled, entry.shape != shape
+        return *far, abs(operations), abs(images), -entry.workers
 
-    known = [e for e in table if (e.device, e.precision, e.compile, e.phase) == kind]
+    known = [e for e in table if (e.device, e.precision, e.phase) == kind]
+    known = [e for e in known if compiled or not e.compile]
     same = (shape, config.workers, share)
     known = [e for e in known if e.workers == 1 or (e.shape, e.workers, e.batch) == same]
     if not known:
         return None
     near = min(known, key=distance)
     note, operations = near.source, gigaflops / near.gigaflops
+    if near.compile != compiled:
+        note += ", not compiled: compiling makes it faster"
     if near.batch != share:
         note += f", × {share}/{near.batch} for the images"
     if near.shape != shape:
@@ -210,28 +217,45 @@ def speed_of(
     return Speed(seconds, note, exchanged=near.workers > 1)
 
 
+def exchange(options: Plan, network: Network, workers: int) -> tuple[float, float]:
+    """Seconds that `workers` take for a batch's small exchanges, and for averaging gradients."""
+    within = workers <= options.gpus_per_node
+    link = GIGABIT * (options.interconnect_gbit if within else options.network_gbit)
+    small = network.exchanges * options.collective_microseconds / 1e6 * math.log2(workers)
+    return small, 2 * (workers - 1) / workers * network.gradients / link
+
+
+def least_share(small: float, ring: float, rate: float) -> int:
+    """Fewest images of a worker's share that scale, if a worker alone trains `rate` a second.
+
+    Then the exchange, less the part of the ring beside the backward pass, takes at most 1/9 of the
+    computing.
+    """
+    allowed = 1 / SCALES - 1
+    return max(1, math.ceil(rate * max(small / allowed, (small + ring) / (OVERLAP + allowed))))
+
+
 def estimate(
     options: Plan, counts: Counts, network: Network, read: Downloads, speed: Speed
 ) -> dict[str, Any]:
     """Seconds, speed, cost, counts and the limit; frozen epochs count as if all was trained."""
     config, workers = options.config, options.gpus
     nodes, accumulate = math.ceil(workers / options.gpus_per_node), config.batch.accumulate
-    computing, exchange = accumulate * speed.seconds, 0.0
-    if not speed.exchanged:
-        link = GIGABIT * (options.network_gbit if nodes > 1 else options.interconnect_gbit)
-        small = network.exchanges * options.collective_microseconds / 1e6 * math.log2(workers)
-        ring = 2 * (workers - 1) / workers * network.gradients / link
-        exchange = accumulate * small + max(0.0, ring - OVERLAP * speed.seconds)
-    train = counts.steps * (computing + exchange)
-    share = config.batch_size / workers
+    computing, share = accumulate * speed.seconds, config.batch_size / workers
+    small, ring = exchange(options, network, workers)
+    exposed = accumulate * small + max(0.0, ring - OVERLAP * speed.seconds)
+    if speed.exchanged:
+        exposed = 0.0
+    train = counts.steps * (computing + exposed)
     embedded = (counts.queries + counts.gallery) * (2 if config.evaluation.mirror else 1)
     embed = embedded / workers * speed.seconds / share * network.forward / network.flops
     rank = 2 * counts.queries * counts.gallery * network.embedding / RANKING
     evaluate = counts.evaluations * (embed + rank)
     from_s3 = max(read.busiest_bytes / options.network_gbit, read.bytes / options.s3_gbit) / GIGABIT
     limits = {"computing": counts.steps * computing + evaluate, "download from S3": from_s3}
-    limits["exchange between workers"] = counts.steps * exchange
-    parts = {"start": START, "train": train, "evaluate": evaluate}
+    limits["exchange between workers"] = counts.steps * exposed
+    compiling = COMPILE if compiles(config, options.gpu_type) else 0.0
+    parts = {"start": START, "compile": compiling, "train": train, "evaluate": evaluate}
     parts["checkpoint"] = counts.checkpoints * (network.weights + network.state) / WRITING
     parts["wait"] = max(0.0, from_s3 - train - evaluate)
     parts["finish"] = FINISH
@@ -244,7 +268,10 @@ def estimate(
         "limit": max(limits, key=limits.__getitem__),
         "seconds": seconds,
         "parts": parts,
-        "images_per_second": config.batch_size * accumulate / (computing + exchange),
+        "images_per_second": config.batch_size * accumulate / (computing + exposed),
+        "exchanges": accumulate * network.exchanges if workers > 1 else 0,
+        "gradient_bytes": network.gradients if workers > 1 else 0,
+        "least_share": least_share(small, ring, share / speed.seconds),
         "images": counts.steps * accumulate * config.batch_size,
         "cost": cost,
         **counts._asdict(),

@@ -241,8 +241,9 @@ class _Worker:
         # In the precision of the training's own evaluations, to give the same figures.
         options = {"mirror": config.evaluation.mirror, "autocast": autocast(config, model.device)}
         self.size = config.image.height, config.image.width, config.evaluation.batch
-        self.embed_all = lambda batches: (
-            embed_batches(model.network, batches, model.device, **options).cpu().numpy()
+        empty = np.empty((0, model.embedding_size), np.float32)
+        self.embed_all = lambda batches: np.concatenate(
+            [empty, *embed_batches(model.network, batches, model.device, **options)]
         )
 
     def _agreed_precision(self, precision: str) -> str:

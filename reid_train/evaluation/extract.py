@@ -1,9 +1,9 @@
 """Images to embeddings: on one worker, and gathered from all of them."""
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,29 +22,32 @@ def embed_batches(
     *,
     mirror: bool = True,
     autocast: Autocast = nullcontext,
-) -> torch.Tensor:
-    """Embeddings (n, D) float32, on the device, of all batches in order; (0, D) for none."""
+) -> Iterator[np.ndarray]:
+    """Yield the embeddings of each batch, (B, D) float32, on the host."""
     was_training = model.training
     model.eval()
-    images = (batch.image for batch in on_device(batches, device))
-    parts = [embed(model, image, mirror=mirror, autocast=autocast) for image in images]
+    for batch in on_device(batches, device):
+        yield embed(model, batch.image, mirror=mirror, autocast=autocast).cpu().numpy()
     model.train(was_training)
-    return torch.cat(parts) if parts else torch.zeros(0, model.embedding_size, device=device)
 
 
-def gather_rows(part: torch.Tensor, total: int, rank: int, world: int) -> torch.Tensor | None:
-    """Collect all ranks' rows on rank 0: (total, D) on the CPU, None for the others.
+def gather_rows(rows: torch.Tensor, total: int, group: dist.ProcessGroup | None) -> None:
+    """Send all ranks' rows to rank 0, straight into its place for them.
 
-    `part` has the rows from `total * rank // world` to `total * (rank + 1) // world`.
+    Args:
+        rows: (total, D) on rank 0, with its own rows in the beginning; on any other rank r its
+            rows, those from `total * r // world` to `total * (r + 1) // world`. On the host.
+        total: rows of all ranks.
+        group: of the ranks, for tensors on the host; None for one rank.
     """
-    if world == 1:
-        return part.cpu()
-    bounds = [total * r // world for r in range(world + 1)]
-    lengths = [b - a for a, b in itertools.pairwise(bounds)]
-    padded = part.new_zeros(max(lengths), part.shape[1])
-    padded[: len(part)] = part
-    received = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
-    dist.gather(padded, received, dst=0)
-    if received is None:
-        return None
-    return torch.cat([rows[:n].cpu() for rows, n in zip(received, lengths, strict=True)])
+    if group is None:
+        return
+    world = group.size()
+    for rank in range(1, world):
+        part = slice(total * rank // world, total * (rank + 1) // world)
+        if part.start == part.stop:
+            continue
+        if group.rank() == 0:
+            dist.recv(rows[part], rank, group)
+        elif group.rank() == rank:
+            dist.send(rows, 0, group)

@@ -24,19 +24,27 @@ def squared_norm(weight: Tensor) -> Tensor:
     return _real(weight).to(_norm_dtype(weight)).square().sum()
 
 
+def create_gradients(tensors: Sequence[Tensor]) -> None:
+    """Create the missing `.grad` of trainable tensors, all zeros."""
+    for tensor in tensors:
+        # To a rank's empty part in FSDP1 none may be given.
+        if tensor.requires_grad and tensor.grad is None and tensor.numel():
+            tensor.grad = torch.zeros_like(tensor)
+
+
 def add_scaled_weights(weights: Sequence[nn.Parameter], scales: Tensor) -> Tensor:
     """Add s_n · w_n to the gradient of each trainable weight, without waiting for a GPU.
 
-    A missing gradient is created; a sparse one becomes dense. `scales` is s, (n,), float32 or
-    float64. Return ‖w_n‖², (n,), of the type and on the device of `scales`: 0 for frozen weights;
-    for a sharded weight, of this rank's part.
+    A sparse gradient becomes dense; `create_gradients` creates missing ones. `scales` is s, (n,),
+    float32 or float64. Return ‖w_n‖², (n,), of the type and on the device of `scales`: 0 for frozen
+    weights; for a sharded weight, of this rank's part.
     """
     squares = [scales.new_zeros(())] * len(weights)
     devices = dict.fromkeys(weight.device for weight in weights)
     for device in devices:
         chosen = [i for i, w in enumerate(weights) if w.requires_grad and w.device == device]
         own = [weights[i] for i in chosen]
-        if device.type == "cpu":
+        if device.type == "cpu" and not torch.compiler.is_compiling():
             numbers = scales.tolist()
             found = _add_each(own, [numbers[i] for i in chosen])
         else:
@@ -64,7 +72,10 @@ def _add_each(weights: Sequence[nn.Parameter], scales: Sequence[float]) -> list[
 
 
 def _add_lists(weights: Sequence[nn.Parameter], scales: Sequence[Tensor]) -> list[Tensor]:
-    """Do the work by operations on lists and return ‖w‖²; nothing waits for the device."""
+    """Do the work by operations on lists and return ‖w‖²; nothing waits for the device.
+
+    torch.compile makes few kernels of them, also on the CPU.
+    """
     parts = [local_part(weight) for weight in weights]
     targets, values, factors = [], [], []
     for weight, part, scale in zip(weights, parts, scales, strict=True):
@@ -77,6 +88,8 @@ def _add_lists(weights: Sequence[nn.Parameter], scales: Sequence[Tensor]) -> lis
             _add_one(weight, part, gradient, scale)
     if targets:
         torch._foreach_addcmul_(targets, values, factors)  # pyright: ignore[reportPrivateImportUsage]
+    if parts and parts[0].is_cpu:
+        return [_accurate_squared_norm(part) for part in parts]
     squares = [torch.empty(0)] * len(parts)
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, part in enumerate(parts):
@@ -104,13 +117,9 @@ def _add_one(
 
 
 def _gradient(weight: nn.Parameter, part: Tensor) -> Tensor | None:
-    """Return this rank's part of `.grad`, created if it is missing."""
+    """Return this rank's part of `.grad`; None if it is missing, as for an empty part in FSDP1."""
     gradient = weight.grad
-    if gradient is None:
-        if weight.numel() == 0:  # as a rank's part in FSDP1, to which no gradient may be given
-            return None
-        weight.grad = gradient = torch.zeros_like(weight)
-    return gradient if part is weight else local_part(gradient)
+    return gradient if gradient is None or part is weight else local_part(gradient)
 
 
 def _accurate_squared_norm(weight: Tensor) -> Tensor:

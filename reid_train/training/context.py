@@ -3,16 +3,20 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import IntEnum
+from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from data_shards.cache import ShardCache
 from data_shards.progress import Progress, silent
 
 # The mAP of a checkpoint that was not evaluated: below all measured ones. NaN is not valid JSON.
 UNMEASURED = -1.0
+RANKING = timedelta(days=7)  # longer than any gallery takes
 
 
 class StopRequest(IntEnum):
@@ -47,6 +51,16 @@ class WorkerContext:
     stop_request: Callable[[], StopRequest] = lambda: StopRequest.NONE
     # Where checkpoints are written before they are reported.
     scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+
+    @cached_property
+    def host_group(self) -> dist.ProcessGroup | None:
+        """Group of all ranks for tensors on the host; None for one rank. First used by all at once.
+
+        The ranks wait in it as long as rank 0 ranks a gallery. If rank 0 dies, they get an error.
+        """
+        if self.world == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=RANKING)  # type: ignore[return-value]
 
     def slice(self, size: int) -> slice:
         """Return this rank's contiguous part of `size` rows."""

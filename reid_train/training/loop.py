@@ -8,7 +8,7 @@ step.
 import logging
 import os
 import tempfile
-import warnings
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +17,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data_shards.dataset import Dataset
 from data_shards.loader import Batch, Decoders
 from data_shards.manifest import Index
 from reid_train import transforms
 from reid_train.config import TrainConfig
-from reid_train.model.collectives import gather_with_gradient
+from reid_train.model.collectives import gather_with_gradient, require_equal
 from reid_train.model.network import ReidNet
 from reid_train.model.precision import autocast, compute_dtype, set_precision
 from reid_train.model.pretrained import build_model
 from reid_train.regularization import AdaptiveL2
 from reid_train.training.checkpoint import Checkpoint, Origin, Position, save
+from reid_train.training.compiled import find_compiler, make_finish, wrap
 from reid_train.training.context import UNMEASURED, Stopped, StopRequest, WorkerContext
 from reid_train.training.data import epoch_plan, make_decoders, step_batches, train_index
 from reid_train.training.history import History, factor_metrics, tracked
@@ -76,7 +76,9 @@ def train(
         # cuBLAS is deterministic only with a workspace of fixed size, and reads this once.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
     set_precision(config)
+    compiled = find_compiler(config, context.device)
     index = train_index(dataset)
     manifest = dataset.manifest
     identities = int(index.label.max()) + 1
@@ -120,7 +122,8 @@ def train(
                 origin=origin,
                 decoders=decoders,
                 model=model,
-                network=_parallel(model, config, context),
+                network=wrap(model, config, context, compiled=compiled),
+                finish_gradients=make_finish(config, regularizer, optimizer, compiled=compiled),
                 regularizer=regularizer,
                 optimizer=optimizer,
                 state=state,
@@ -146,7 +149,8 @@ class TrainLoop:
     """The training of one phase: the heads on a frozen backbone, or the whole network.
 
     Attributes:
-        network: the model, wrapped for data parallelism if there are several workers.
+        network: the model, compiled if asked for, and in DDP if there are several workers.
+        finish_gradients: adds the penalty's gradients, clips, and returns the whole norm.
         weights: the weight of each loss.
         plan: rows of the train index for the current epoch, (steps · accumulate, P·K) int64.
     """
@@ -159,6 +163,7 @@ class TrainLoop:
     decoders: Decoders
     model: ReidNet
     network: nn.Module
+    finish_gradients: Callable[[], torch.Tensor]
     regularizer: Regularizer | None
     optimizer: torch.optim.Adam
     state: RunState
@@ -218,12 +223,7 @@ class TrainLoop:
                 self.nonfinite.scale(losses.sum() / len(batches)).backward()
             parts.append(losses.detach())
         self.nonfinite.unscale(self.optimizer)
-        if self.regularizer is not None:
-            self.regularizer.add_gradients()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.config.optimizer.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip_norm, norm)
+        norm = self.finish_gradients()
         # optimizer.step(), unless the gradient is not finite
         skipped = self.nonfinite.step(self.optimizer, norm)
         mean_losses = torch.stack(parts).mean(0)
@@ -294,10 +294,13 @@ class TrainLoop:
 
     def evaluate(self) -> Validation:
         """Measure the model now; the metrics go to the history and the tracker."""
-        if self.context.world > 1:
-            # Local batch norm leaves each rank its own statistics; rank 0's are saved.
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, src=0)
+        if (group := self.context.host_group) is not None:
+            if self.config.model.batch_norm == "local":
+                # It leaves each rank its own statistics; rank 0's are saved.
+                for buffer in self.model.buffers():
+                    dist.broadcast(buffer, src=0)
+            theta = {} if self.regularizer is None else dict(self.regularizer.named_parameters())
+            require_equal(self.model.state_dict() | theta, group)
         place = self.dataset, self.context, self.decoders
         result = validate(self.config, *place, self.model, self.autocast)
         if result.metrics:
@@ -379,24 +382,3 @@ class TrainLoop:
         position = self.progress.step - (self.progress.global_step - global_step) - 1
         rows = self.plan[position * accumulate : (position + 1) * accumulate].ravel()
         return [str(path) for path in self.index.path[rows]]
-
-
-def _parallel(model: nn.Module, config: TrainConfig, context: WorkerContext) -> nn.Module:
-    """Return the model, compiled and wrapped for data parallelism where asked for."""
-    network = torch.compile(model) if config.compile else model
-    if context.world == 1:
-        return network  # type: ignore[return-value]
-    exact = config.deterministic or context.device.type == "cpu"
-    with warnings.catch_warnings():
-        # PyTorch 2.14 renames the setting; the older name works from 2.11 on.
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-        return DistributedDataParallel(
-            network,  # type: ignore[arg-type]
-            device_ids=[context.device] if context.device.type == "cuda" else None,
-            # Global statistics are the same on every rank already.
-            broadcast_buffers=config.model.batch_norm == "local",
-            gradient_as_bucket_view=True,
-            # Without it DDP rebuilds its buckets after the first step. With three workers or more
-            # the sums depend on the buckets, and a resumed run would differ in its first step.
-            find_unused_parameters=exact,
-        )

@@ -1,12 +1,13 @@
 """Evaluation while training: all workers embed query and gallery, rank 0 ranks them."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from data_shards.dataset import Dataset
 from data_shards.loader import Batch, Decoders, split_batches
@@ -55,39 +56,58 @@ def validate(
     query, gallery = dataset.evaluated(on)
     if len(query) == 0 or len(gallery) == 0:
         return Validation()
-    embeddings = []
+    rank, world, embeddings = context.rank, context.world, []
     for split, index in zip(EVALUATED[on], (query, gallery), strict=True):
         batches = split_batches(
             dataset,
             context.cache,
             split,
-            rank=context.rank,
-            world=context.world,
+            rank=rank,
+            world=world,
             batch=config.evaluation.batch,
             workers=decoders.workers,
             decoders=decoders,
             **config.image.model_dump(),
         )
-        part = embed_batches(
+        total, done = len(index), 0
+        own = total * (rank + 1) // world - total * rank // world
+        rows = np.empty((total if rank == 0 else own, model.embedding_size), np.float32)
+        for part in embed_batches(
             model,
-            _counted(batches, f"embedding {split.replace('_', ' ')}", len(index), context),
+            _counted(batches, f"embedding {split.replace('_', ' ')}", total, context),
             context.device,
             mirror=config.evaluation.mirror,
             autocast=autocast,
-        )
-        embeddings.append(gather_rows(part, len(index), context.rank, context.world))
-    if context.rank > 0:
-        return Validation()
-    found, base = (part.numpy() for part in embeddings)
-    labels = Labels(query.pid, query.camid, gallery.pid, gallery.camid)
+        ):
+            rows[done : (done := done + len(part))] = part
+        gather_rows(torch.from_numpy(rows), total, context.host_group)
+        embeddings.append(rows)
+    found = Validation()
+    if rank == 0:
+        labels = Labels(query.pid, query.camid, gallery.pid, gallery.camid)
+        found = _ranked(config, context, embeddings, labels)
+    if world > 1:
+        # The others wait here, where nothing times out, and not in the next step's exchange.
+        dist.barrier(context.host_group)
+    return found
+
+
+def _ranked(
+    config: TrainConfig,
+    context: WorkerContext,
+    embeddings: Sequence[np.ndarray],
+    labels: Labels,
+) -> Validation:
+    """Rank the gallery for the queries; `embeddings` are those of the queries and the gallery."""
+    found, base = embeddings
     metric = config.evaluation.metric
     with _all_cores(), phase(context.progress, "ranking"):
         result = rank_gallery(found, base, labels, metric=metric, device=context.device)
     if not config.evaluation.rank_list:
         return Validation(result.summary())
     rows = _spread(result.average_precision)
-    labels = Labels(query.pid[rows], query.camid[rows], gallery.pid, gallery.camid)
-    matches = top_matches(found[rows], base, labels, k=MATCHES, metric=metric)
+    shown = replace(labels, query_pid=labels.query_pid[rows], query_camid=labels.query_camid[rows])
+    matches = top_matches(found[rows], base, shown, k=MATCHES, metric=metric)
     similarity = _cosine(found[rows], base[matches])
     return Validation(
         result.summary(), {"query": rows, "gallery": matches, "similarity": similarity}

@@ -31,8 +31,9 @@ SIZE = [
 def entry(**changes) -> Measurement:
     values = {
         "device": "X1", "backbone": "resnet18", "stripes": 2, "height": 80, "width": 40,
-        "phase": "all", "precision": "auto", "workers": 1, "batch": 32, "images_per_second": 100.0,
-        "gigaflops": 4.0, "decoding": "beside", "date": "2026-01-01", "source": "run",
+        "phase": "all", "precision": "auto", "compile": True, "workers": 1, "batch": 32,
+        "images_per_second": 100.0, "gigaflops": 4.0, "decoding": "beside", "date": "2026-01-01",
+        "source": "run",
     }  # fmt: skip
     return Measurement.model_validate(values | changes)
 
@@ -135,10 +136,19 @@ def test_same_number_of_workers_measured_includes_their_exchange():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"precision": "float32"}, {"compile": True}, {"phase": "heads"}, {"device": "X2"}]
+    "changes", [{"precision": "float32"}, {"phase": "heads"}, {"device": "X2"}]
 )
 def test_nothing_is_concluded_from_another_kind_of_run(changes):
     assert speed([entry(**changes)]) is None
+
+
+def test_compiled_run_is_planned_from_an_eager_one_only_if_there_is_no_other():
+    eager = entry(compile=False, images_per_second=50.0, source="eager")
+    found = speed([eager])
+    assert found == (0.64, "eager, not compiled: compiling makes it faster", False)
+    assert speed([eager, entry()]) == (0.32, "run", False)
+    assert speed([eager, entry()], compile="off") == (0.64, "eager", False)
+    assert speed([entry()], compile="off") is None
 
 
 def test_own_table_comes_first_and_a_run_replaces_itself(tmp_path):

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.plan.command import Plan
-from cluster.plan.estimate import Counts, Downloads, Network, Speed, estimate
+from cluster.plan.estimate import (
+    COMPILE,
+    Counts,
+    Downloads,
+    Network,
+    Speed,
+    describe,
+    estimate,
+    exchange,
+    least_share,
+)
 from reid_train.recipes import recipe
 
 CONFIG = recipe("msmt17_resnet50")
@@ -90,6 +101,28 @@ def test_gradients_between_nodes_pass_the_nodes_network():
     assert run(between, 1e4, read=Downloads())["limit"] == "exchange between workers"
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from([2, 8, 64]), st.floats(1, 800), st.floats(1, 200), st.floats(50, 5000))
+def test_least_share_is_the_first_with_nine_tenths_of_the_speed(count, gbit, latency, rate):
+    asked = replace(
+        FREE, network_gbit=gbit, interconnect_gbit=gbit, collective_microseconds=latency
+    )
+    small, ring = exchange(asked, NETWORK, count)
+
+    def efficiency(images: int) -> float:
+        computing = images / rate
+        return computing / (computing + small + max(0.0, ring - 2 / 3 * computing))
+
+    least = least_share(small, ring, rate)
+    assert efficiency(least) >= 0.9 - 1e-9
+    assert least == 1 or efficiency(least - 1) < 0.9 + 1e-9
+
+
+def test_compiling_takes_time_on_gpus_only():
+    assert run(FREE, 100)["parts"]["compile"] == COMPILE
+    assert run(replace(FREE, gpu_type="cpu"), 100)["parts"]["compile"] == 0
+
+
 def test_measured_exchange_is_not_added_again():
     slow = replace(FREE, gpus=4, interconnect_gbit=1e-3)
     assert run(slow, 20, exchanged=True)["images_per_second"] == pytest.approx(80)
@@ -116,3 +149,26 @@ def test_cost_is_hours_of_all_gpus_requests_and_bytes(count, price):
     found = run(replace(FREE, gpus=count, **prices), 100)
     hours = count * found["seconds"] / 3600
     assert found["cost"] == pytest.approx(hours * price + 150 * 0.5 + 3.0)
+
+
+def table_of_many_gpus() -> list[str]:
+    """The rows of the table in docs/PLAN.md."""
+    rows = []
+    for norm in ("global", "local"):
+        network = describe(CONFIG.replace(model__batch_norm=norm), identities=1041)
+        for count, link in ((1, 0), (8, 3600), (64, 400), (64, 200), (64, 100)):
+            asked = replace(FREE, collective_microseconds=50, interconnect_gbit=3600)
+            asked = replace(asked, network_gbit=link or 1)
+            small, ring = exchange(asked, network, count)
+            cells = [count, link or "–", norm, network.exchanges if count > 1 else 0]
+            cells += [round(2 * (count - 1) / count * network.gradients / 1e6)]
+            cells += [f"{1e3 * small:.1f}", f"{1e3 * ring:.1f}"]
+            cells += [f"{least_share(small, ring, rate):,}" for rate in (1246, 3000)]
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+    return rows
+
+
+def test_documented_table_of_many_gpus_is_what_the_plan_computes():
+    text = (Path(__file__).parents[3] / "docs" / "PLAN.md").read_text()
+    for row in table_of_many_gpus():
+        assert row in text.splitlines()
