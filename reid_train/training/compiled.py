@@ -28,7 +28,7 @@ def compiles(config: TrainConfig, device: str) -> bool:
     bound by the convolutions, which stay the same.
     """
     if config.compile == "auto":
-        return device != "cpu" and not config.deterministic
+        return device not in ("cpu", "meta") and not config.deterministic
     return config.compile == "on"
 
 
