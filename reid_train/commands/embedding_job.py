@@ -45,7 +45,7 @@ from reid_train.runs.ray_trainer import use_gpu
 PART = 4096  # images of a part
 ONNX = "model.onnx"  # the name that a worker gives an exported file
 FOLDER_SPLIT = "gallery"  # of the images of a folder
-PRECISION = "precision"  # the file with the precision of all parts, "bf16" or "float32"
+PRECISION = "precision"  # the file with the precision of all parts, "bf16", "fp16" or "float32"
 
 
 class Task(NamedTuple):

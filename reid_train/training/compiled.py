@@ -56,15 +56,16 @@ def find_compiler(config: TrainConfig, device: torch.device) -> bool:
 
 
 def _compile(function: Any, config: TrainConfig) -> Any:
-    # In deterministic mode the compiler chooses no kernel by timing it.
+    # In deterministic mode the compiler chooses no kernel by timing it. Not `fullgraph`: a backbone
+    # that cannot be one graph is slower, but works.
     options: Any = {"deterministic": True} if config.deterministic else None
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(function, dynamic=False, options=options)
 
 
 def wrap(
     model: nn.Module, config: TrainConfig, context: WorkerContext, *, compiled: bool
 ) -> nn.Module:
-    """Return the model, compiled as one graph if asked for, and in DDP if there are more workers.
+    """Return the model, compiled if asked for, and in DDP if there are several workers.
 
     While DDP runs the forward pass, torch.compile cuts the graph where DDP's buckets of gradients
     end. So the exchange of the first buckets runs beside the rest of the backward pass.

@@ -19,7 +19,9 @@ pytestmark = [
     pytest.mark.usefixtures("small_and_quick"),
 ]
 # As in test_loop: Adam follows the gradients, so that rounding stays rounding.
-SMOOTH = config(optimizer__epsilon=1.0, optimizer__learning_rate=0.01, optimizer__epochs=2)
+SMOOTH = config(
+    optimizer__epsilon=1.0, optimizer__learning_rate=0.01, optimizer__epochs=2, compile="off"
+)
 EXACT = config(
     deterministic=True, optimizer__epochs=2, checkpoint__every_steps=1, batch__accumulate=2
 )
@@ -32,17 +34,28 @@ def test_losses_are_those_of_the_cpu(tiny_dataset, tmp_path):
         np.testing.assert_allclose(device.losses(name), host.losses(name), rtol=2e-4)
 
 
-def test_bfloat16_stays_close_to_float32(tiny_dataset, tmp_path):
+def test_losses_of_a_compiled_run_are_those_of_an_eager_one(tiny_dataset, tmp_path):
+    clipped = SMOOTH.replace(optimizer__clip_norm=1.0, batch__accumulate=2)
+    eager = run(tiny_dataset, clipped, tmp_path, device="cuda")
+    compiled = run(tiny_dataset, clipped.replace(compile="on"), tmp_path, device="cuda")
+    for name in ("loss/cross_entropy", "loss/triplet", "loss/penalty"):
+        np.testing.assert_allclose(compiled.losses(name), eager.losses(name), rtol=2e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_stays_close_to_float32(tiny_dataset, tmp_path, precision):
     exact = run(tiny_dataset, SMOOTH, tmp_path, device="cuda")
-    rounded = run(tiny_dataset, SMOOTH.replace(precision="bf16"), tmp_path, device="cuda")
+    rounded = run(tiny_dataset, SMOOTH.replace(precision=precision), tmp_path, device="cuda")
     np.testing.assert_allclose(rounded.losses(), exact.losses(), rtol=0.1)
     assert rounded.losses() != exact.losses()
 
 
-def test_resumed_run_ends_as_the_uninterrupted_one(tiny_dataset, tmp_path):
-    whole = run(tiny_dataset, EXACT, tmp_path, device="cuda").checkpoints
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_resumed_run_ends_as_the_uninterrupted_one(tiny_dataset, tmp_path, compile):
+    settings = EXACT.replace(compile=compile)
+    whole = run(tiny_dataset, settings, tmp_path, device="cuda").checkpoints
     for step in (0, 4, 7):  # frozen, in the second phase, before its end
-        again = run(tiny_dataset, EXACT, tmp_path, whole[step], device="cuda")
+        again = run(tiny_dataset, settings, tmp_path, whole[step], device="cuda")
         assert state(again.checkpoints[-1]) == state(whole[-1])
 
 
