@@ -54,6 +54,8 @@ def own_temporary_folder() -> None:
     if _held:
         return
     parent = Path(tempfile.gettempdir())
+    # What torch.compile compiles stays for the next process: making it takes a minute or more.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(parent / f"torchinductor_{os.getuid()}"))
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # its process lives, or it is another user's, or gone
             descriptor = _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -44,3 +44,23 @@ def test_killed_workers_files_are_removed_by_the_next_and_a_living_ones_stay(tmp
     for process in (living, third):
         process.communicate()
     assert list(tmp_path.iterdir()) == [other], "workers that end remove theirs"
+
+
+def test_compiled_code_is_kept_for_the_next_process(tmp_path):
+    program = (
+        "from reid_train.runs.process import own_temporary_folder; own_temporary_folder()\n"
+        "from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for _ in range(2)
+    ]
+    assert found[0] == found[1]
+    assert Path(found[0]).parent == tmp_path
+    assert Path(found[0]).is_dir()
