@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from data_shards.dataset import Dataset
     from reid_train.evaluation.evaluate import Measurement
+    from reid_train.evaluation.thresholds import Thresholds
     from reid_train.tracking.tracker import Tracker
 
 
@@ -63,6 +64,8 @@ class Evaluate:
     experiment: str = "reid-evaluation"
     """MLflow experiment that a model's measurement is logged to."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    thresholds: bool = False
+    """Also measure from which similarity on images show the same person; kept with models:/…"""
     measures: Annotated[Measures, tyro.conf.arg(name="")] = field(default_factory=Measures)
 
     def check(self) -> None:
@@ -165,9 +168,21 @@ def _measure_model(
         if count == 1:
             show(found, console)
         _log(settings, found, pair, tracker)
+        if registered and found.thresholds:
+            _attach(model, found.thresholds, settings)
     if tracker.uri and tracker.run_id:
         say(console, f"logged to {run_page(tracker.uri, tracker.run_id)}")
     return found
+
+
+def _attach(model: str, thresholds: Thresholds, settings: Evaluate) -> None:
+    """Log thresholds beside a registered version: `search` and `compare` use them."""
+    from reid_train.registry.attached import attach
+
+    with tempfile.TemporaryDirectory(prefix="reid-thresholds-") as temporary:
+        path = Path(temporary) / "thresholds.json"
+        path.write_text(json.dumps(thresholds.to_json()))
+        attach(model, path, "thresholds", {"split": settings.split}, settings.tracking_uri)
 
 
 def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
@@ -176,6 +191,7 @@ def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
         from reid_train.evaluation import evaluate as evaluation
         from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, read_embeddings
         from reid_train.evaluation.ground_truth import find_ground_truth
+        from reid_train.evaluation.thresholds import measure_thresholds
 
     measures, workers = settings.measures, settings.workers
     if url.endswith(".npz"):
@@ -202,7 +218,13 @@ def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
         connect_ray(workers, console)
     say_needed(*sizes, dimensions, measures, console, workers=workers)
     with display(console, units=evaluation.UNITS) as progress:
-        return run(progress=progress)
+        found = run(progress=progress)
+        if settings.thresholds:
+            if not url.endswith(".npz"):
+                query, gallery = files.read("query"), files.read("gallery")
+            measured = measure_thresholds(query, gallery, labels, progress=progress)
+            found = replace(found, thresholds=measured)
+    return found
 
 
 def _write(settings: Evaluate, values: object, console: Console) -> None:
@@ -319,6 +341,28 @@ def show(found: Measurement, console: Console) -> None:
             values = [f"{100 * value:.2f}" for value in part.summary().values()]
             pairs.add_row(str(a), str(b), f"{part.valid:,}", *values)
         console.print(pairs)
+    if found.thresholds is not None:
+        _show_thresholds(found.thresholds, console)
+
+
+def _show_thresholds(found: Thresholds, console: Console) -> None:
+    """Print thresholds as a table, and the rates that too few pairs tell."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from reid_train.evaluation.thresholds import needed
+
+    say(console, f"same person or not, from {found.impostors:,} pairs of different people")
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("false accepts", "similarity above", "95 % interval", "true accepts"):
+        table.add_column(name, justify="right")
+    for at in found.at:
+        interval, accepts = f"{at.low:.4f} to {at.high:.4f}", f"{100 * at.true_accept_rate:.2f} %"
+        table.add_row(f"{at.false_accept_rate:g}", f"{at.similarity:.4f}", interval, accepts)
+    if found.at:
+        console.print(table)
+    for rate in found.too_few:
+        say(console, f"too few pairs for {rate:g}: it needs {needed(rate):,}")
 
 
 def _log(

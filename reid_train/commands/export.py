@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -73,10 +74,10 @@ def export(settings: Export, console: Console) -> Parity:
     with display(console) as progress, phase(progress, "loading PyTorch"):
         from data_shards.dataset import Dataset
         from data_shards.storage import open_file
-        from reid_train.commands.runtime import weights_digest
+        from reid_train.commands.runtime import known_thresholds, weights_digest
         from reid_train.model import exported
         from reid_train.model.embedder import Embedder
-        from reid_train.registry.exports import record_export
+        from reid_train.registry.attached import attach
         from reid_train.registry.load import fetched
     if settings.format == "onnx":
         exported.require_onnx()
@@ -93,6 +94,8 @@ def export(settings: Export, console: Console) -> Parity:
         numbers = {"height": size.height, "width": size.width, "batch": batch}
         numbers["dimensions"] = embedder.embedding_size
         facts |= {name: str(number) for name, number in numbers.items()}
+        if known := known_thresholds(settings.model, settings.tracking_uri, {}):
+            facts["thresholds"] = json.dumps(known.to_json())
         with phase(shown, f"exporting as {settings.format}"):
             exported.export(embedder, path, settings.precision, facts)
         with phase(shown, "comparing with PyTorch"):
@@ -104,15 +107,12 @@ def export(settings: Export, console: Console) -> Parity:
         with phase(shown, "writing"):
             storage.upload(key, path)
         if settings.model.startswith("models:/"):
-            kept = facts | {"opset": exported.OPSET} if settings.format == "onnx" else facts
+            opset = {"opset": exported.OPSET} if settings.format == "onnx" else {}
+            kept: dict[str, Any] = facts | opset
+            kept |= parity._asdict()
+            tag = f"export.{settings.format}.{settings.precision}"
             with phase(shown, "logging to MLflow"):
-                record_export(
-                    settings.model,
-                    path,
-                    f"{settings.format}.{settings.precision}",
-                    {**kept, **parity._asdict()},
-                    settings.tracking_uri,
-                )
+                attach(settings.model, path, tag, kept, settings.tracking_uri)
     say(console, f"{settings.out}: {numbers['dimensions']:,} numbers an image")
     text = f"differs from PyTorch by {parity.error:.1e} of an embedding's length"
     say(console, f"{text}; by {parity.resized:.1e} where it resizes the image")

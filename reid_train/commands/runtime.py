@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,12 +13,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from data_shards.errors import ConfigError
+from data_shards.errors import ConfigError, DataError
 from data_shards.storage import LocalStorage, open_file
+from reid_train.evaluation.thresholds import Thresholds
 from reid_train.model.embedder import WEIGHTS, Embedder, embed, resize
 from reid_train.model.exported import ONNX, open_onnx
 from reid_train.model.precision import autocast, set_precision
-from reid_train.registry.exports import fetch_export
+from reid_train.registry.attached import THRESHOLDS, fetch_attached, find_thresholds
 from reid_train.registry.load import fetched
 
 Engine = Literal["torch", "onnx"]
@@ -32,6 +34,7 @@ class Runtime(NamedTuple):
     batch: int  # images to embed at a time
     embedding_size: int
     weights: str  # SHA-256 of the weights, in hex, as `embed` records it
+    facts: Mapping[str, str] = {}  # the metadata of an exported file
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Embed (N, height, width, 3) uint8 images: (N, D) float32."""
@@ -79,7 +82,17 @@ def onnx_runtime(path: Path, device: str) -> Runtime:
     """An exported ONNX file."""
     run, facts = open_onnx(path, device)
     height, width, batch = (int(facts[name]) for name in ("height", "width", "batch"))
-    return Runtime(run, height, width, batch, int(facts["dimensions"]), facts["weights"])
+    return Runtime(run, height, width, batch, int(facts["dimensions"]), facts["weights"], facts)
+
+
+def known_thresholds(
+    model: str, tracking_uri: str | None, facts: Mapping[str, str]
+) -> Thresholds | None:
+    """The thresholds of a model; an ONNX file has them among its facts."""
+    if model.endswith(ONNX):
+        return Thresholds.from_json(json.loads(facts[THRESHOLDS])) if THRESHOLDS in facts else None
+    with tempfile.TemporaryDirectory(prefix="reid-thresholds-") as temporary:
+        return find_thresholds(model, Path(temporary), tracking_uri)
 
 
 def weights_digest(folder: Path) -> str:
@@ -107,7 +120,14 @@ def fetched_onnx(model: str, tracking_uri: str | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="reid-onnx-") as temporary:
         folder = Path(temporary)
         if model.startswith("models:/"):
-            yield fetch_export(model, folder, tracking_uri)
+            tags = [f"export.onnx.{precision}" for precision in ("fp32", "fp16")]
+            path = fetch_attached(model, tags, folder, tracking_uri)
+            if path is None:
+                raise DataError(
+                    f"{model} was not exported to ONNX: `export --model {model} --out FILE{ONNX}` "
+                    "does it"
+                )
+            yield path
             return
         storage, key = open_file(model)
         if isinstance(storage, LocalStorage):

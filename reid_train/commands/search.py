@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -21,11 +22,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from reid_train.commands.gallery import Gallery
+    from reid_train.commands.runtime import Runtime
     from reid_train.evaluation.neighbours import Neighbours
+    from reid_train.evaluation.thresholds import Threshold
+
+    Decider = Callable[[tuple[int, int] | None], Threshold]  # for two cameras, or for any
 
 LONGEST = 200  # of a rank list
 DRAWN = 10  # ranks in the picture
-PERSON = (1.2, 5.0)  # height over width of a crop of one person
+SHAPE = (1.2, 5.0)  # height over width of a crop of one person
+RATE = 1e-3  # of false accepts, by default
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,10 @@ class Search:
     """Which split of a sharded dataset or of embeddings to search."""
     images: str | None = None
     """With embeddings as gallery: the folder or dataset of their images, for the picture."""
+    false_accept_rate: float | None = None
+    """Decide "same person or not" at this rate; by default at 0.001 if the model has thresholds."""
+    camera: int | None = None
+    """The photos' camera: decide by the thresholds of it and each gallery image's camera."""
     picture: str | None = None
     """Where to draw the rank list, a PNG file; by default reports/search-PHOTO.png; "off": none."""
     output: str | None = None
@@ -82,6 +92,8 @@ class Compare:
     """Another."""
     model: str
     """models:/name@champion, a checkpoint's or run's folder or s3:// URL, or an ONNX file."""
+    false_accept_rate: float | None = None
+    """Decide "same person or not" at this rate; by default at 0.001 if the model has thresholds."""
     runtime: Literal["torch", "onnx"] | None = None
     """What runs the model; by default PyTorch, and ONNX Runtime for an ONNX file."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -97,6 +109,7 @@ class Match(NamedTuple):
     path: str
     camera: int | None
     similarity: float  # cosine, −1 to 1
+    same: bool | None = None  # person, at the chosen threshold
 
 
 def search(settings: Search, console: Console) -> list[list[Match]]:
@@ -113,12 +126,15 @@ def search(settings: Search, console: Console) -> list[list[Match]]:
         with phase(progress, "loading the model"):
             given = settings.device, settings.tracking_uri, settings.runtime
             runtime = open_runtime(settings.model, *given)
+            decide = _decider(runtime, settings)
         query, k = runtime.photos(photos), min(settings.top, len(gallery))
         parts = blocks(gallery, runtime, settings.loader, progress)
         found = nearest_in_gallery(query, parts, k, COSINE)
-    matches = _matches(gallery, found)
+    matches = _matches(gallery, found, decide, settings.camera)
     for photo, ranked in zip(settings.photos, matches, strict=True):
         _show(photo, ranked, console)
+    if decide is not None:
+        say(console, _threshold(decide(None)))
     if settings.picture != "off":
         _draw(settings, photos, gallery, matches, console)
     if settings.output is not None:
@@ -136,10 +152,15 @@ def compare(settings: Compare, console: Console) -> float:
     with display(console) as progress, phase(progress, "loading the model"):
         given = settings.device, settings.tracking_uri, settings.runtime
         runtime = open_runtime(settings.model, *given)
+        decide = _decider(runtime, settings)
     both = check_features("photo", runtime.photos(photos))
     a, b = both.embedding.astype(np.float64) * both.scale[:, None]
     similarity = float(a @ b)
     say(console, f"similarity {similarity:.4f}")
+    if decide is not None:
+        at = decide(None)
+        verdict = "the same person" if similarity > at.similarity else "another person"
+        say(console, f"{verdict}: {_threshold(at)}")
     return similarity
 
 
@@ -150,21 +171,57 @@ def read_photos(urls: Sequence[str], console: Console) -> list[np.ndarray]:
     photos = [read_photo(url) for url in urls]
     for url, photo in zip(urls, photos, strict=True):
         height, width = photo.shape[:2]
-        if not PERSON[0] <= height / width <= PERSON[1]:
+        if not SHAPE[0] <= height / width <= SHAPE[1]:
             text = (
                 f"{url} is {width} × {height} pixels, {height / width:.2g} times as high as wide: "
-                f"a person standing is {PERSON[0]:g} to {PERSON[1]:g} times. Crop the photo to "
+                f"a person standing is {SHAPE[0]:g} to {SHAPE[1]:g} times. Crop the photo to "
                 "one person, or the ranks mean little"
             )
             say(console, text, style="yellow")
     return photos
 
 
-def _matches(gallery: Gallery, found: Neighbours) -> list[list[Match]]:
+def _decider(runtime: Runtime, settings: Search | Compare) -> Decider | None:
+    """How to decide at the wanted rate; None if the model has no threshold and none is wanted.
+
+    Without a wanted rate, that next to `RATE` that was measured.
+    """
+    from reid_train.commands.runtime import known_thresholds
+
+    rate = settings.false_accept_rate
+    known = known_thresholds(settings.model, settings.tracking_uri, runtime.facts)
+    if known is None and rate is not None:
+        raise ConfigError(
+            f"{settings.model} has no thresholds, and only a registered version gets some: "
+            "`evaluate --model models:/… --data … --thresholds`"
+        )
+    if known is None or (rate is None and not known.at):
+        return None
+    if rate is None:
+        rates = [at.false_accept_rate for at in known.at]
+        rate = min(rates, key=lambda other: abs(np.log(other / RATE)))
+    known.find(rate)  # raises if it was not measured
+    return partial(known.find, rate)
+
+
+def _threshold(at: Threshold) -> str:
+    return (
+        f"the threshold is {at.similarity:.4f} ({at.low:.4f} to {at.high:.4f}) at a false accept "
+        f"rate of {at.false_accept_rate:g}; {100 * at.true_accept_rate:.1f} % of true pairs are "
+        "above it"
+    )
+
+
+def _matches(
+    gallery: Gallery, found: Neighbours, decide: Decider | None, asked: int | None
+) -> list[list[Match]]:
     def match(row: int, score: float) -> Match:
-        camera = int(gallery.camid[row])
-        path = str(gallery.path[row]) or f"row {row}"
-        return Match(row, path, None if camera >= NO_CAMERA else camera, -score)
+        number, same = int(gallery.camid[row]), None
+        camera = None if number >= NO_CAMERA else number
+        if decide is not None:
+            pair = None if asked is None or camera is None else (asked, camera)
+            same = -score > decide(pair).similarity
+        return Match(row, str(gallery.path[row]) or f"row {row}", camera, -score, same)
 
     return [
         [match(int(row), float(score)) for row, score in zip(*ranks, strict=True) if row >= 0]
@@ -185,11 +242,16 @@ def _show(photo: str, ranked: Sequence[Match], console: Console) -> None:
     if cameras:
         table.add_column("camera", justify="right")
     table.add_column("similarity", justify="right")
+    if decided := any(match.same is not None for match in ranked):
+        table.add_column("same person")
     for rank, match in enumerate(ranked, 1):
         cells = [str(rank), Text(match.path)]
         if cameras:
             cells.append("–" if match.camera is None else str(match.camera))
-        table.add_row(*cells, f"{match.similarity:.4f}")
+        cells.append(f"{match.similarity:.4f}")
+        if decided:
+            cells.append("yes" if match.same else "no")
+        table.add_row(*cells)
     print_table(console, table)
 
 
@@ -201,7 +263,7 @@ def _draw(
     console: Console,
 ) -> None:
     """Draw the rank list, or say why there is no picture."""
-    from reid_train.report.ranks import draw_rank_list
+    from reid_train.report.ranks import PERSON, draw_rank_list
 
     shown = [ranked[:DRAWN] for ranked in matches]
     images = [[gallery.picture(match.row) for match in ranked] for ranked in shown]
@@ -216,9 +278,10 @@ def _draw(
         path,
         photos,
         [[image for image in row if image is not None] for row in images],
-        None,
+        None if shown[0][0].same is None else [[bool(m.same) for m in row] for row in shown],
         gallery_camid=[[int(gallery.camid[match.row]) for match in row] for row in shown],
         similarity=[[match.similarity for match in row] for row in shown],
+        meaning=PERSON,
     )
     say(console, f"rank list  {path}")
 

@@ -25,6 +25,7 @@ from reid_train.evaluation.neighbours import Block
 from reid_train.evaluation.ranking import BLOCK, count_before, score_matches
 from reid_train.evaluation.similarity import Features, check_inputs
 from reid_train.evaluation.tasks import Joined, Pool, Separate, ranges
+from reid_train.evaluation.thresholds import Thresholds
 from reid_train.evaluation.verification import BLOCK as ACCEPT_BLOCK
 from reid_train.evaluation.verification import count_distances, rates_of
 
@@ -47,12 +48,15 @@ class Measurement:
     measures: Measures
     plain: RankingResult | None = None  # before re-ranking, if there was one
     pairs: dict[tuple[int, int], RankingResult] = field(default_factory=dict)
+    thresholds: Thresholds | None = None  # if they were asked for
 
     def to_json(self) -> dict[str, object]:
         """Metrics, CMC, sizes and settings, as JSON has them."""
         found: dict[str, object] = {"metrics": self.result.summary()}
         if self.plain is not None:
             found["metrics_before_reranking"] = self.plain.summary()
+        if self.thresholds is not None:
+            found["thresholds"] = self.thresholds.to_json()
         return found | {
             "cmc": self.result.cmc.tolist(),
             "queries": self.queries,

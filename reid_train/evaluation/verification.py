@@ -1,6 +1,7 @@
 """Verification: how many true pairs are accepted when few false ones are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,10 +28,31 @@ def count_distances(
 
     `longest` is the greatest norm in the whole gallery, whose ranges have BLOCK images.
     """
-    query, row, lowest, span = source.query, truth.row, -1.0, 2.0
+    lowest, span = -1.0, 2.0
     if metric == EUCLIDEAN:
-        lowest, span = 0.0, float((query.norm.max() + longest) ** 2) or 1.0
+        lowest, span = 0.0, float((source.query.norm.max() + longest) ** 2) or 1.0
     genuine, impostor = found = np.zeros((2, BINS), np.int64)
+    for scored in scored_pairs(source, truth, metric, own, images):
+        histogram(scored.genuine, lowest, span, genuine)
+        histogram(scored.impostor.reshape(-1), lowest, span, impostor)
+    return found
+
+
+class ScoredPairs(NamedTuple):
+    """Scores of a block of queries with a block of the gallery."""
+
+    query: int  # the first of the block
+    gallery: int
+    impostor: np.ndarray  # (B, W) float32; ∞ for pairs of one identity
+    genuine: np.ndarray  # (n,) float32
+    genuine_query: np.ndarray  # (n,) int64, the query of each
+
+
+def scored_pairs(
+    source: Source, truth: GroundTruth, metric: int, own: Sequence[range], images: Count
+) -> Iterator[ScoredPairs]:
+    """Yield the scores of all queries with consecutive gallery ranges, which have BLOCK images."""
+    query, row = source.query, truth.row
     chunks = [(q.start, query[q.start : q.stop]) for q in ranges(len(query), CHUNK)]
     with similarity.full_precision():
         lefts = [similarity.left_operand(part, metric) for _, part in chunks]
@@ -44,11 +66,10 @@ def count_distances(
                 here = known[slice(*np.searchsorted(row[known], [q, q + len(part)]))]
                 rows, columns = row[here] - q, truth.index[here] - first
                 positive = truth.positive[here]
-                histogram(scores[rows[positive], columns[positive]], lowest, span, genuine)
+                genuine = scores[rows[positive], columns[positive]]
                 scores[rows, columns] = np.inf
-                histogram(scores.reshape(-1), lowest, span, impostor)
+                yield ScoredPairs(q, first, scores, genuine, rows[positive] + q)
             images(len(block))
-    return found
 
 
 def rates_of(counts: np.ndarray, rates: Sequence[float]) -> dict[float, float]:

@@ -66,9 +66,7 @@ def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Pat
     location = str(uri)
     if location.startswith("models:/"):
         return _download(location, registry_uri(tracking_uri), folder)
-    if not open_storage(location).exists(CONFIG):
-        location = best_checkpoint(location)
-    storage = open_storage(location)
+    storage = open_storage(best_checkpoint(location))
     if isinstance(storage, LocalStorage):
         return storage.root
     for file in (WEIGHTS, CONFIG):
@@ -81,9 +79,11 @@ def best_checkpoint(run: str) -> str:
 
     Raises `DataError` if the run was stopped, or its summary names no checkpoint.
     """
-    from reid_train.model.embedder import WEIGHTS
+    from reid_train.model.embedder import CONFIG, WEIGHTS
 
     folder = open_storage(run)
+    if folder.exists(CONFIG):
+        return run
     try:
         name = json.loads(folder.read(SUMMARY))["checkpoint"]
         return folder.child(PurePosixPath(name).name).url

@@ -13,10 +13,10 @@ from rich.console import Console
 from data_shards.dataset import Dataset
 from data_shards.decode import decode
 from data_shards.errors import DataError, StorageError
-from data_shards.manifest import Index
 from data_shards.progress import Progress, phase, silent
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
+from reid_train.registry.attached import attach, in_rank_list
 from reid_train.registry.load import SUMMARY
 from reid_train.registry.registry import Registered, default_name, register, registered_version
 from reid_train.report.page import Picture, Row, print_summary, write_page
@@ -31,6 +31,7 @@ from reid_train.training.history import History
 
 logger = logging.getLogger(__name__)
 
+THRESHOLDS = "thresholds.json"
 MEASURES = ("mAP", "rank-1", "rank-5", "rank-10", "mINP")
 
 
@@ -87,6 +88,8 @@ def publish(
             _draw_report(page, config, dataset, split, history, best, rows)
         with phase(progress, "registering the model"):
             registered = _register(config, dataset, best, after, test, tracker)
+            if registered and (page / THRESHOLDS).exists():
+                _attach(registered, page / THRESHOLDS, split, tracker)
         summary = Summary(
             name=str(config.name),
             metrics=after,
@@ -151,6 +154,7 @@ def _draw_report(
     """Write `report.html`, its pictures, and λ as a table."""
     from reid_train.report.curves import draw_curves  # matplotlib takes a second to import
     from reid_train.report.factors import draw_factors, save_factors
+    from reid_train.report.roc import draw_thresholds
 
     pictures, chosen_on = [], f"the {split} split"
     with np.load(best.folder / RANK_LIST, allow_pickle=False) as rank_list:
@@ -159,6 +163,13 @@ def _draw_report(
             _draw_rank_list(path, dataset, split, dict(rank_list))
             caption = f"Queries of {chosen_on} from the highest average precision to the lowest."
             pictures.append(Picture(path, caption))
+    thresholds = in_rank_list(best.folder / RANK_LIST)
+    if thresholds and thresholds.impostors:
+        (folder / THRESHOLDS).write_text(json.dumps(thresholds.to_json()))
+        path = folder / "thresholds.png"
+        draw_thresholds(path, thresholds)
+        caption = f"Similarities of pairs of {chosen_on}, and which are taken for one person."
+        pictures.append(Picture(path, caption))
     path = folder / "curves.png"
     draw_curves(path, history.columns())
     caption = f"Losses, accuracy on {chosen_on}, learning rate and speed during training."
@@ -188,17 +199,11 @@ def _draw_rank_list(
     from reid_train.report.ranks import draw_rank_list
 
     query, gallery = dataset.evaluated(split)
-
-    def picture(index: Index, row: int) -> np.ndarray:
-        shard = dataset.manifest.shards[index.shard[row]]
-        data = dataset.storage.read_range(shard.name, int(index.offset[row]), int(index.size[row]))
-        return decode(data)
-
     rows, matches = rank_list["query"], rank_list["gallery"]
     draw_rank_list(
         path,
-        [picture(query, row) for row in rows],
-        [[picture(gallery, match) for match in row] for row in matches],
+        [decode(dataset.read(query, row)) for row in rows],
+        [[decode(dataset.read(gallery, match)) for match in row] for row in matches],
         gallery.pid[matches] == query.pid[rows][:, None],
         query_pid=query.pid[rows],
         query_camid=query.camid[rows],
@@ -241,3 +246,11 @@ def _register(
     except StorageError as error:
         logger.warning("model not registered: %s. Register it with --resume", error)
         return None
+
+
+def _attach(registered: Registered, path: Path, split: str, tracker: Tracker) -> None:
+    """Log the thresholds beside the registered version."""
+    try:
+        attach(registered.uri, path, "thresholds", {"split": split}, tracker.uri)
+    except StorageError as error:
+        logger.warning("thresholds not registered: %s. Register them with --resume", error)

@@ -6,6 +6,7 @@ step.
 """
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -302,7 +303,9 @@ class TrainLoop:
             theta = {} if self.regularizer is None else dict(self.regularizer.named_parameters())
             require_equal(self.model.state_dict() | theta, group)
         place = self.dataset, self.context, self.decoders
-        result = validate(self.config, *place, self.model, self.autocast)
+        known = self.history.evaluations.get("mAP", [])
+        best = max(known, default=0.0) if self.progress.epoch else math.inf
+        result = validate(self.config, *place, self.model, self.autocast, best=best)
         if result.metrics:
             step = self.progress.global_step
             self.history.add_evaluation(self.progress.epoch, result.metrics, step)

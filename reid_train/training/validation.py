@@ -1,5 +1,6 @@
 """Evaluation while training: all workers embed query and gallery, rank 0 ranks them."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,6 +19,7 @@ from reid_train.evaluation.extract import Autocast, embed_batches, gather_rows
 from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.ranking import rank as rank_gallery
 from reid_train.evaluation.ranking import top_matches
+from reid_train.evaluation.thresholds import measure_thresholds
 from reid_train.model import precision
 from reid_train.model.network import ReidNet
 from reid_train.model.pretrained import build_model
@@ -46,11 +48,13 @@ def validate(
     autocast: Autocast,
     *,
     on: str | None = None,
+    best: float = np.inf,
 ) -> Validation:
     """Measure the model on a query and a gallery, each image embedded exactly once.
 
     Every rank calls it, with the network without wrappers. `on` is "validation" or "test", by
     default what the configuration chooses. Nothing is measured without a query or gallery.
+    Thresholds are measured if the mAP is no lower than `best`, and kept with the rank list.
     """
     on = on or dataset.choose_split(config.evaluation.split)
     query, gallery = dataset.evaluated(on)
@@ -103,15 +107,19 @@ def _ranked(
     metric = config.evaluation.metric
     with _all_cores(), phase(context.progress, "ranking"):
         result = rank_gallery(found, base, labels, metric=metric, device=context.device)
+    kept: dict[str, np.ndarray] = {}
+    if result.mAP >= best:
+        with _all_cores():
+            thresholds = measure_thresholds(found, base, labels, progress=context.progress)
+        kept["thresholds"] = np.array(json.dumps(thresholds.to_json()))
     if not config.evaluation.rank_list:
-        return Validation(result.summary())
+        return Validation(result.summary(), kept)
     rows = _spread(result.average_precision)
     shown = replace(labels, query_pid=labels.query_pid[rows], query_camid=labels.query_camid[rows])
     matches = top_matches(found[rows], base, shown, k=MATCHES, metric=metric)
     similarity = _cosine(found[rows], base[matches])
-    return Validation(
-        result.summary(), {"query": rows, "gallery": matches, "similarity": similarity}
-    )
+    kept |= {"query": rows, "gallery": matches, "similarity": similarity}
+    return Validation(result.summary(), kept)
 
 
 def measure_test(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import sqlite3
@@ -21,13 +23,18 @@ from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from data_shards.decode import decode_into
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
+from reid_train.commands.export import Export, export
+from reid_train.commands.runtime import open_runtime
 from reid_train.config import ImageConfig, ModelConfig, TrainConfig
+from reid_train.evaluation.thresholds import Threshold, Thresholds
 from reid_train.model.embedder import Embedder, resize
 from reid_train.model.network import ReidNet
+from reid_train.registry.attached import attach, find_thresholds
 from reid_train.registry.load import load
 from reid_train.registry.registry import (
     default_name,
@@ -539,3 +546,29 @@ def test_version_whose_alias_was_refused_becomes_the_champion_later(registry, mo
     again = registered_version("reid-alias", registry.run_id, metrics, registry.uri)
     assert again is not None
     assert again.reason == "registered before"
+
+
+def test_thresholds_are_kept_beside_their_version(registry, tmp_path):
+    made, path = registry.register("deciding", 0.5), tmp_path / "thresholds.json"
+    assert find_thresholds(made.uri, tmp_path, registry.uri) is None
+    at = (Threshold(1e-3, 0.7, 0.6, 0.8, 0.9, 0.8, 1.0),)
+    path.write_text(json.dumps(Thresholds(50_000, 99, 5, at, (1e-4,)).to_json()))
+    attach(made.uri, path, "thresholds", {"split": "test"}, registry.uri)
+    found = find_thresholds("models:/deciding@champion", tmp_path / "there", registry.uri)
+    assert found is not None
+    assert (found.at, found.too_few) == (at, (1e-4,))
+
+
+def test_an_exported_file_is_kept_beside_its_version(registry, images, tmp_path):
+    made, out = registry.register("exported", 0.5), tmp_path / "reid.onnx"
+    with pytest.raises(DataError, match=f"{made.uri} was not exported to ONNX"):
+        open_runtime(made.uri, "cpu", registry.uri, "onnx")
+    export(Export(made.uri, str(out), tracking_uri=registry.uri), Console(file=io.StringIO()))
+    version = connect(registry.uri).get_model_version("exported", str(made.version))
+    facts = json.loads(version.tags["export.onnx.fp32"])
+    assert facts["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert facts["opset"] == 18
+    assert facts["error"] < 1e-5
+    sized = resize(images, 32, 16)
+    found = open_runtime(made.uri, "cpu", registry.uri, "onnx")(sized)
+    np.testing.assert_allclose(found, load(made.uri, tracking_uri=registry.uri)(sized), atol=1e-5)

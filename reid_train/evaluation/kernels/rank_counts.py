@@ -251,3 +251,21 @@ def histogram(values, lowest, span, counts):
     for value in values:
         if value < np.inf:
             counts[min(max(int((value - lowest) / span * bins), 0), bins - 1)] += 1
+
+
+@njit(nogil=True, cache=True)
+def histogram_by_group(scores, lowest, span, classes, of_row, of_column, by_row, by_column):
+    """Count scores (B, W) by class and by the group of their row, and of their column.
+
+    Bins are those of `histogram`; `classes` has each bin's class, and scores of the last class are
+    not counted. `by_row` and `by_column` (groups, classes − 1) int64 are added to.
+    """
+    bins, last = classes.shape[0], by_row.shape[1]
+    for r in range(scores.shape[0]):
+        for c in range(scores.shape[1]):
+            value = scores[r, c]
+            if value < np.inf:
+                at = classes[min(max(int((value - lowest) / span * bins), 0), bins - 1)]
+                if at < last:
+                    by_row[of_row[r], at] += 1
+                    by_column[of_column[c], at] += 1

@@ -27,6 +27,7 @@ from reid_train.commands.runtime import open_runtime
 from reid_train.commands.search import Compare, Match, Search, compare, search
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.embedding_store import EmbeddingTable, part_key, write_part
+from reid_train.evaluation.thresholds import Threshold, Thresholds
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +227,57 @@ def test_compare_gives_the_cosine_similarity(tmp_path, model, data):
     name = other.relative_to(data[1]).as_posix()
     assert found == pytest.approx(dict(naive(model, photo, data[1]))[name], abs=1e-5)
     assert f"similarity {found:.4f}" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def deciding(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint with thresholds at two rates, and at one of them for cameras 5 and 0."""
+    folder = tmp_path_factory.mktemp("deciding") / "checkpoint"
+    shutil.copytree(model, folder)
+
+    def at(rate: float, similarity: float) -> Threshold:
+        return Threshold(rate, similarity, similarity - 0.1, similarity + 0.1, 0.9, 0.8, 1.0)
+
+    pair = Thresholds(3000, 9, 5, (at(1e-2, -2.0),), (1e-3,))
+    cameras = {"5-0": pair}
+    known = Thresholds(50_000, 99, 5, (at(1e-2, 0.5), at(1e-3, 2.0)), (1e-4,), cameras=cameras)
+    np.savez(folder / "rank_list.npz", thresholds=np.array(json.dumps(known.to_json())))
+    return str(folder)
+
+
+def test_a_match_is_the_same_person_above_the_threshold(tmp_path, deciding, data):
+    photo = save(tmp_path / "photo.png")
+    (ranked,), text = run(tmp_path, (photo,), deciding, data[1])
+    assert {match.same for match in ranked} == {False}  # at 0.001, the default
+    assert "the threshold is 2.0000 (1.9000 to 2.1000) at a false accept rate of 0.001" in text
+    (ranked,), text = run(tmp_path, (photo,), deciding, data[1], false_accept_rate=1e-2, top=30)
+    assert [match.same for match in ranked] == [match.similarity > 0.5 for match in ranked]
+    assert "same person" in text
+
+
+def test_cameras_decide_by_their_own_threshold(tmp_path, deciding, data):
+    photo, options = save(tmp_path / "photo.png"), {"false_accept_rate": 1e-2, "top": 30}
+    (ranked,), _ = run(tmp_path, (photo,), deciding, data[0], camera=5, **options)
+    assert {match.same for match in ranked if match.camera == 0} == {True}
+    others = [match for match in ranked if match.camera != 0]
+    assert [match.same for match in others] == [match.similarity > 0.5 for match in others]
+
+
+def test_compare_decides(tmp_path, deciding):
+    photo, console = str(save(tmp_path / "photo.png")), Console(file=io.StringIO(), width=200)
+    compare(Compare(photo, photo, deciding, false_accept_rate=1e-2), console)
+    compare(Compare(photo, photo, deciding), console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "the same person: the threshold is 0.5000" in said
+    assert "another person: the threshold is 2.0000" in said
+
+
+def test_a_rate_that_was_not_measured_is_refused(tmp_path, deciding, model, data):
+    photo = save(tmp_path / "photo.png")
+    with pytest.raises(DataError, match=r"0.0001, but at: 0.01, 0.001. That rate needs 300,000"):
+        run(tmp_path, (photo,), deciding, data[1], false_accept_rate=1e-4)
+    with pytest.raises(ConfigError, match="has no thresholds"):
+        run(tmp_path, (photo,), model, data[1], false_accept_rate=1e-3)
 
 
 def test_a_search_imports_neither_ray_nor_mlflow():

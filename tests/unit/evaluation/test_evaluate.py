@@ -34,6 +34,20 @@ def test_the_golden_file_is_measured(rerank, mAP):
     assert "12 queries without a match were left out" in printed
 
 
+def test_thresholds_are_shown_and_written(tmp_path):
+    path, console = tmp_path / "metrics.json", Console(file=io.StringIO(), width=200)
+    (found,) = evaluate(
+        Evaluate(embeddings=str(GOLDEN), thresholds=True, output=str(path)), console
+    )
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert found.thresholds is not None
+    assert f"{found.thresholds.at[0].similarity:.4f}" in printed
+    assert "too few pairs for 1e-05: it needs 3,000,000" in printed
+    written = json.loads(path.read_text())["thresholds"]
+    assert written["at"][0]["similarity"] == found.thresholds.at[0].similarity
+    assert 1e-5 in written["too_few"]
+
+
 def test_the_measurement_is_written_as_json(tmp_path):
     path = tmp_path / "out" / "metrics.json"
     found, _ = evaluated(

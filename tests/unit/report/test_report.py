@@ -19,11 +19,13 @@ from PIL import Image
 from rich.console import Console
 
 from data_shards.storage import atomic
+from reid_train.evaluation.thresholds import Threshold, Thresholds
 from reid_train.report import style
 from reid_train.report.curves import draw_curves
 from reid_train.report.factors import draw_factors, groups, save_factors, without_movement
 from reid_train.report.page import Picture, Row, print_summary, write_page
 from reid_train.report.ranks import FRAME, RIGHT, WRONG, draw_rank_list, layout
+from reid_train.report.roc import draw_thresholds
 
 NAMES = [
     "backbone.conv1.weight",
@@ -117,6 +119,23 @@ def test_rows_may_be_short_and_queries_absent(tmp_path):
     draw_ranks(tmp_path / "short.png", (64, 64), [[True, False], [True], []])
     draw_ranks(tmp_path / "none.png", (64, 64), [])
     assert pixels(tmp_path / "short.png").std() > pixels(tmp_path / "none.png").std() > 0
+
+
+def test_thresholds_are_drawn_with_and_without_any(tmp_path):
+    at = (
+        Threshold(1e-2, 0.4, 0.35, 0.45, 0.9, 0.85, 0.94),
+        Threshold(1e-3, 0.6, 0.5, 0.7, 0, 0, 0),
+    )
+    curves = {
+        "roc": ((1e-4, 0.2), (1e-2, 0.9), (1.0, 1.0)),
+        "bins": (-1.0, 0.0, 0.5, 1.0),
+        "genuine_bins": (0.0, 0.2, 0.8),
+        "impostor_bins": (0.5, 0.4, 0.1),
+    }
+    draw_thresholds(tmp_path / "some.png", Thresholds(10_000, 100, 20, at, (), **curves))
+    draw_thresholds(tmp_path / "none.png", Thresholds(100, 10, 2, (), (1e-2,), **curves))
+    assert pixels(tmp_path / "some.png").shape == pixels(tmp_path / "none.png").shape
+    assert (pixels(tmp_path / "some.png") != pixels(tmp_path / "none.png")).any()
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(0, 0), (1, 1), (1, 0), (2, 1), (20, 4)])

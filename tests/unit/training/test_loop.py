@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -329,6 +330,7 @@ def test_validation_is_measured_if_there_is_one_and_test_if_asked_for(tmp_path):
         with np.load(recorded.checkpoints[-1] / RANK_LIST) as rank_list:
             queries, gallery = dataset.evaluated("test" if split == "test" else "validation")
             assert rank_list["query"].max() < len(queries)
+            assert json.loads(str(rank_list["thresholds"]))["impostors"] > 0
             assert rank_list["gallery"].max() < len(gallery)
 
 
