@@ -89,7 +89,7 @@ def validate(
     found = Validation()
     if rank == 0:
         labels = Labels(query.pid, query.camid, gallery.pid, gallery.camid)
-        found = _ranked(config, context, embeddings, labels)
+        found = _ranked(config, context, embeddings, labels, best)
     if world > 1:
         # The others wait here, where nothing times out, and not in the next step's exchange.
         dist.barrier(context.host_group)
@@ -101,6 +101,7 @@ def _ranked(
     context: WorkerContext,
     embeddings: Sequence[np.ndarray],
     labels: Labels,
+    best: float,
 ) -> Validation:
     """Rank the gallery for the queries; `embeddings` are those of the queries and the gallery."""
     found, base = embeddings

@@ -107,7 +107,11 @@ def test_cores_of_a_worker_are_recorded(settings, fitted):
 def test_report_without_a_rank_list_shows_no_images(settings, fitted):
     run(settings.replace(evaluation__rank_list=False))
     report = Path(settings.output, "läuft", "report")
-    assert {path.name for path in report.glob("*.png")} == {"curves.png", "factors.png"}
+    assert {path.name for path in report.glob("*.png")} == {
+        "curves.png",
+        "factors.png",
+        "thresholds.png",
+    }
 
 
 def test_resuming_a_run_without_checkpoints_starts_over_with_a_warning(settings, fitted):
