@@ -455,7 +455,7 @@ def damage_other_network(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [damage_missing, damage_truncated, damage_other_network])
 def test_damaged_model_is_refused(tmp_path, damage):
-    folder = write_model(tmp_path / "model", seed=0)
+    folder = write_model(tmp_path / "model", SMALL)
     damage(folder)
     with pytest.raises(DataError, match=str(folder)):
         Embedder.from_folder(folder)
