@@ -167,7 +167,7 @@ def _measure(
             interval = samples.thresholds(rate)
             accepts = samples.true_accepts(int(np.searchsorted(ends, end)))
             tar = float(genuine[end - 1]) / matches if end else 0.0
-            at.append(Threshold(rate, _similarity(end), *interval, tar, *accepts))
+            at.append(Threshold(rate, float(_similarity(end)), *interval, tar, *accepts))
     more = _curves(counts, genuine, accepted) if curves else {}
     few = tuple(rate for rate in rates if rate not in enough)
     return Thresholds(impostors, matches, len(pids), tuple(at), few, **more)

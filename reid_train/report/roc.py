@@ -51,9 +51,12 @@ def _roc(axes: Axes, found: Thresholds) -> None:
         axes.plot([rate, rate], [low, high], color=style.BLUE, linewidth=1.2, alpha=0.6)
         axes.plot([rate], [middle], color=style.BLUE, marker="o", markersize=4)
         text = f"{middle:.1f} %\nfrom {at.similarity:.3f}"
+        # The curve rises, so there is room above it on the left and below it on the right.
+        below = {"xytext": (4, -4), "ha": "left", "va": "top"}
+        above = {"xytext": (-4, 4), "ha": "right", "va": "bottom"}
         axes.annotate(
-            text, (rate, middle), (4, -4), textcoords="offset points", size=style.SMALL, va="top",
-            color=style.INK,
+            text, (rate, middle), textcoords="offset points", size=style.SMALL, color=style.INK,
+            **(below if middle > 50 else above),
         )  # fmt: skip
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
