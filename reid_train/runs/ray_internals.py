@@ -118,9 +118,13 @@ class _NamedReservations(ControllerCallback):
     def __init__(self, run: str) -> None:
         self._run = run
 
-    def after_controller_start(self, train_run_context) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in the controller's process, before it first asks for resources."""
+        self.__dict__ |= state
         # It prints a traceback for each answer that is late, and asks again.
         logging.getLogger(autoscaling_coordinator_client.__name__).setLevel(logging.ERROR)
+
+    def after_controller_start(self, train_run_context) -> None:
         module = worker_group.__dict__  # of the controller's own process
         reserve = module["placement_group"]
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 import logging
+import pickle
 
 import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal import constants
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    autoscaling_coordinator_client,
+)
 from ray.train.v2._internal.execution.worker_group import worker_group
 
 from reid_train.runs import ray_internals
@@ -65,6 +69,18 @@ def test_reports_are_logged_under_the_name_of_a_file():
 
     assert context.logger.name == ray_internals.CONTEXT_LOGGER
     assert isinstance(context.logger, logging.Logger)
+
+
+def test_late_answers_are_not_shown_from_the_controllers_first_request_on():
+    log = logging.getLogger(autoscaling_coordinator_client.__name__)
+    assert autoscaling_coordinator_client.logger is log
+    before = log.level
+    try:
+        log.setLevel(logging.WARNING)
+        pickle.loads(pickle.dumps(ray_internals._NamedReservations("run")))
+        assert log.level == logging.ERROR
+    finally:
+        log.setLevel(before)
 
 
 def test_only_the_tested_ray_is_allowed():
