@@ -13,6 +13,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "market1501.py"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_trainings_are_measured_once_and_reported(tmp_path):
     command = [sys.executable, str(SCRIPT), "none", "none", str(tmp_path), "--smoke", "--only"]
     wanted = ["adaptive-0", "held-0"]
