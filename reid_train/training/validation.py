@@ -29,6 +29,7 @@ from reid_train.training.data import make_decoders
 
 QUERIES, MATCHES = 8, 10  # rows and columns of the rank-list picture
 THREADS = 16  # most threads of the ranking
+THRESHOLD_PAIRS = 10**8  # of images, for which measuring thresholds takes half a minute
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _ranked(
     with _all_cores(), phase(context.progress, "ranking"):
         result = rank_gallery(found, base, labels, metric=metric, device=context.device)
     kept: dict[str, np.ndarray] = {}
-    if result.mAP >= best:
+    if result.mAP >= best and len(found) * len(base) <= THRESHOLD_PAIRS:
         with _all_cores():
             thresholds = measure_thresholds(found, base, labels, progress=context.progress)
         kept["thresholds"] = np.array(json.dumps(thresholds.to_json()))

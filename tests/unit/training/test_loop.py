@@ -334,6 +334,15 @@ def test_validation_is_measured_if_there_is_one_and_test_if_asked_for(tmp_path):
             assert rank_list["gallery"].max() < len(gallery)
 
 
+def test_thresholds_of_too_many_pairs_do_not_hold_the_training_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("reid_train.training.validation.THRESHOLD_PAIRS", 1)
+    dataset = Dataset.open(build_dataset(tmp_path))
+    recorded = run(dataset, config(optimizer__frozen_epochs=0), tmp_path)
+    with np.load(recorded.checkpoints[-1] / RANK_LIST) as rank_list:
+        assert "query" in rank_list
+        assert "thresholds" not in rank_list
+
+
 def test_best_checkpoint_is_measured_on_test_as_a_training_measures(tmp_path):
     dataset = Dataset.open(build_dataset(tmp_path, validation=0.34))
     settings = config(optimizer__frozen_epochs=0, evaluation__split="test")
