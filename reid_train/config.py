@@ -277,7 +277,7 @@ class TrainConfig(Section):
     @field_validator("compile", mode="before")
     @classmethod
     def _written_before(cls, value: object) -> object:
-        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        return ("off", "on")[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

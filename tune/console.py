@@ -91,7 +91,7 @@ def watch(
                 lines = [f"{ending(trial, trials)}; {note}" for trial in new]
                 if stop.signal is not None and not told:
                     told = True
-                    lines.append("stopping: the trials that run resume with the same command")
+                    lines.append("stopping: the same command resumes the running trials")
                 if console.is_terminal:
                     live.update(Group(table(trials, paces), Text(note, "dim")), refresh=True)
                 elif not lines and note != last_note and time.monotonic() - last_line > LINE_EVERY:

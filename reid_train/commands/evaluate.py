@@ -177,12 +177,12 @@ def _measure_model(
 
 def _attach(model: str, thresholds: Thresholds, settings: Evaluate) -> None:
     """Log thresholds beside a registered version: `search` and `compare` use them."""
-    from reid_train.registry.attached import attach
+    from reid_train.registry.attached import THRESHOLDS, attach
 
     with tempfile.TemporaryDirectory(prefix="reid-thresholds-") as temporary:
         path = Path(temporary) / "thresholds.json"
         path.write_text(json.dumps(thresholds.to_json()))
-        attach(model, path, "thresholds", {"split": settings.split}, settings.tracking_uri)
+        attach(model, path, THRESHOLDS, {"split": settings.split}, settings.tracking_uri)
 
 
 def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:

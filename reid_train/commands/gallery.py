@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_shards.building.parallel import cores
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.decode import decode
@@ -130,7 +130,7 @@ def _batches(
     assert isinstance(source, Dataset)
     cache = ShardCache(source.storage, expand_home(loader.cache).absolute(), loader.cache_bytes)
     # No Ray, whose nodes' cores the default would divide.
-    workers = min(os.cpu_count() or 1, LOADERS) if loader.workers is None else loader.workers
+    workers = min(cores(), LOADERS) if loader.workers is None else loader.workers
     return split_batches(source, cache, gallery.split, None, workers=workers, **size)
 
 

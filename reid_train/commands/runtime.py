@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ import torch
 
 from data_shards.errors import ConfigError, DataError
 from data_shards.storage import LocalStorage, open_file
+from data_shards.storage.atomic import file_sha256
 from reid_train.evaluation.thresholds import Thresholds
 from reid_train.model.embedder import WEIGHTS, Embedder, embed, resize
 from reid_train.model.exported import ONNX, open_onnx
@@ -97,8 +97,7 @@ def known_thresholds(
 
 def weights_digest(folder: Path) -> str:
     """SHA-256 of a model's weights, in hex."""
-    with (folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(folder / WEIGHTS)
 
 
 def uses_onnx(model: str, engine: Engine | None) -> bool:

@@ -22,6 +22,7 @@ from reid_train.model.network import ReidNet
 
 logger = logging.getLogger(__name__)
 
+ENDINGS = (".safetensors", ".pt", ".pth")  # of the names of weight files
 DOWNLOAD_TRIES = 3
 DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
 RETRY_WAIT = 1.0  # seconds, doubled at each try
@@ -78,7 +79,7 @@ def read_state(source: str) -> dict[str, Tensor]:
         DataError: the file is not a state dict.
         StorageError: the file is not there or cannot be read.
     """
-    if not source.endswith((".safetensors", ".pt", ".pth")):
+    if not source.endswith(ENDINGS):
         raise ConfigError(
             f"weights: {source!r} is neither 'imagenet', 'none', nor a path or s3:// URL that ends "
             "in .safetensors, .pt or .pth"

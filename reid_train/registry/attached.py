@@ -1,6 +1,5 @@
 """Files beside registered versions: artifacts of the run, each named by a tag of the version."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,15 +9,15 @@ import numpy as np
 
 from data_shards.errors import DataError, ObjectMissing
 from data_shards.storage import open_storage
-from data_shards.storage.atomic import require_sha256
+from data_shards.storage.atomic import file_sha256, require_sha256
 from reid_train.evaluation.thresholds import Thresholds
 from reid_train.registry.load import best_checkpoint, find_version
 from reid_train.registry.registry import mlflow_errors
 from reid_train.tracking.server import connect
 from reid_train.tracking.uris import registry_uri
+from reid_train.training.checkpoint import RANK_LIST
 
 THRESHOLDS = "thresholds"  # the tag, and the key in a checkpoint's rank list
-RANK_LIST = "rank_list.npz"
 
 
 def attach(
@@ -31,7 +30,7 @@ def attach(
         version = find_version(client, location, uri)
         folder = f"attached/{version.name}-{version.version}"
         client.log_artifact(str(version.run_id), str(path), folder)
-        text = json.dumps({"file": f"{folder}/{path.name}", "sha256": _sha256(path), **facts})
+        text = json.dumps({"file": f"{folder}/{path.name}", "sha256": file_sha256(path), **facts})
         client.set_model_version_tag(version.name, version.version, tag, text)
 
 
@@ -52,7 +51,7 @@ def fetch_attached(
             return None
         known = json.loads(text)
         path = Path(client.download_artifacts(str(version.run_id), known["file"], str(folder)))
-    require_sha256(f"{known['file']} of {location}", _sha256(path), known["sha256"])
+    require_sha256(f"{known['file']} of {location}", file_sha256(path), known["sha256"])
     return path
 
 
@@ -77,8 +76,3 @@ def in_rank_list(path: Path) -> Thresholds | None:
         return None if text is None else Thresholds.from_json(json.loads(text))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{path} does not hold thresholds: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,14 +8,12 @@ from safetensors import SafetensorError, safe_open
 from data_shards.errors import ConfigError, DataError, ObjectMissing
 from data_shards.storage import open_file, open_storage
 from reid_train.config import TrainConfig
-from reid_train.model.embedder import CONFIG
-from reid_train.model.pretrained import read_state
+from reid_train.model.pretrained import ENDINGS, read_state
 from reid_train.registry.load import best_checkpoint, load
 from reid_train.training.checkpoint import TRAINING
 from reid_train.training.initial import Initial
 
 FILE = "init.safetensors"  # in the folder of a run or a sweep
-STATE = (".safetensors", ".pt", ".pth")  # endings of a state dict's file
 
 
 def fetch_initial(config: TrainConfig) -> Initial | None:
@@ -33,12 +31,12 @@ def fetch_initial(config: TrainConfig) -> Initial | None:
         return None
     if keep_theta and config.regularization.mode != "adaptive":
         raise ConfigError("--init-theta keep needs --regularization.mode adaptive")
-    if source.endswith(STATE):
+    if source.endswith(ENDINGS):
         weights, known = _from_file(source), source
     elif Path(source).is_file():
         raise ConfigError(
-            f"--init-from {source} is a file that ends in none of {', '.join(STATE)}: give a state "
-            "dict, or the folder of a run or checkpoint"
+            f"--init-from {source} is a file that ends in none of {', '.join(ENDINGS)}: give a "
+            "state dict, or the folder of a run or checkpoint"
         )
     else:
         uri = None if config.tracking.uri == "off" else config.tracking.uri
@@ -81,10 +79,8 @@ def _from_file(source: str) -> dict:
 def _theta(source: str) -> dict[str, float]:
     """Read θ by name from a checkpoint, or from the best one of a run."""
     theta: dict[str, float] = {}
-    if not source.startswith("models:/") and not source.endswith(STATE):
-        storage = open_storage(source)
-        if not storage.exists(CONFIG):
-            storage = open_storage(best_checkpoint(source))
+    if not source.startswith("models:/") and not source.endswith(ENDINGS):
+        storage = open_storage(best_checkpoint(source))
         with tempfile.TemporaryDirectory(prefix="reid-init-") as folder:
             path = Path(folder, TRAINING)
             try:

@@ -16,7 +16,7 @@ from data_shards.errors import DataError, StorageError
 from data_shards.progress import Progress, phase, silent
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
-from reid_train.registry.attached import attach, in_rank_list
+from reid_train.registry.attached import THRESHOLDS, attach, in_rank_list
 from reid_train.registry.load import SUMMARY
 from reid_train.registry.registry import Registered, default_name, register, registered_version
 from reid_train.report.page import Picture, Row, print_summary, write_page
@@ -31,7 +31,7 @@ from reid_train.training.history import History
 
 logger = logging.getLogger(__name__)
 
-THRESHOLDS = "thresholds.json"
+THRESHOLDS_FILE = f"{THRESHOLDS}.json"
 MEASURES = ("mAP", "rank-1", "rank-5", "rank-10", "mINP")
 
 
@@ -88,8 +88,8 @@ def publish(
             _draw_report(page, config, dataset, split, history, best, rows)
         with phase(progress, "registering the model"):
             registered = _register(config, dataset, best, after, test, tracker)
-            if registered and (page / THRESHOLDS).exists():
-                _attach(registered, page / THRESHOLDS, split, tracker)
+            if registered and (page / THRESHOLDS_FILE).exists():
+                _attach(registered, page / THRESHOLDS_FILE, split, tracker)
         summary = Summary(
             name=str(config.name),
             metrics=after,
@@ -165,7 +165,7 @@ def _draw_report(
             pictures.append(Picture(path, caption))
     thresholds = in_rank_list(best.folder / RANK_LIST)
     if thresholds and thresholds.impostors:
-        (folder / THRESHOLDS).write_text(json.dumps(thresholds.to_json()))
+        (folder / THRESHOLDS_FILE).write_text(json.dumps(thresholds.to_json()))
         path = folder / "thresholds.png"
         draw_thresholds(path, thresholds)
         caption = f"Similarities of pairs of {chosen_on}, and which are taken for one person."
@@ -251,6 +251,6 @@ def _register(
 def _attach(registered: Registered, path: Path, split: str, tracker: Tracker) -> None:
     """Log the thresholds beside the registered version."""
     try:
-        attach(registered.uri, path, "thresholds", {"split": split}, tracker.uri)
+        attach(registered.uri, path, THRESHOLDS, {"split": split}, tracker.uri)
     except StorageError as error:
         logger.warning("thresholds not registered: %s. Register them with --resume", error)

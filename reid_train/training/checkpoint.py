@@ -16,7 +16,6 @@ it, is refused.
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -33,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data_shards.errors import DataError
-from data_shards.storage.atomic import disk_errors
+from data_shards.storage.atomic import disk_errors, file_sha256
 from reid_train.config import TrainConfig
 from reid_train.regularization import AdaptiveL2
 from reid_train.training.history import History
@@ -118,7 +117,7 @@ def save(
         (folder / CONFIG).write_text(config.to_json())
         position = {"progress": asdict(progress), "origin": asdict(origin)}
         (folder / PROGRESS).write_text(json.dumps(position, indent=2))
-        seal = {name: digest(folder / name) for name in FILES}
+        seal = {name: file_sha256(folder / name) for name in FILES}
         (folder / SEAL).write_text(json.dumps(seal, indent=2))
 
 
@@ -140,7 +139,7 @@ class Checkpoint:
         try:
             seal = json.loads((folder / SEAL).read_text())
             for name in FILES if verify else ():
-                if digest(folder / name) != seal[name]:
+                if file_sha256(folder / name) != seal[name]:
                     raise DataError(f"checkpoint {folder}: {name} is damaged (its SHA-256 differs)")
             position = json.loads((folder / PROGRESS).read_text())
             progress, origin = Position(**position["progress"]), Origin(**position["origin"])
@@ -223,9 +222,3 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(f"checkpoint {path} is not one of this network: {error}") from error
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, as hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

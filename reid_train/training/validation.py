@@ -107,13 +107,13 @@ def _ranked(
     """Rank the gallery for the queries; `embeddings` are those of the queries and the gallery."""
     found, base = embeddings
     metric = config.evaluation.metric
-    with _all_cores(), phase(context.progress, "ranking"):
-        result = rank_gallery(found, base, labels, metric=metric, device=context.device)
     kept: dict[str, np.ndarray] = {}
-    if result.mAP >= best and len(found) * len(base) <= THRESHOLD_PAIRS:
-        with _all_cores():
+    with _all_cores():
+        with phase(context.progress, "ranking"):
+            result = rank_gallery(found, base, labels, metric=metric, device=context.device)
+        if result.mAP >= best and len(found) * len(base) <= THRESHOLD_PAIRS:
             thresholds = measure_thresholds(found, base, labels, progress=context.progress)
-        kept["thresholds"] = np.array(json.dumps(thresholds.to_json()))
+            kept["thresholds"] = np.array(json.dumps(thresholds.to_json()))
     if not config.evaluation.rank_list:
         return Validation(result.summary(), kept)
     rows = _spread(result.average_precision)

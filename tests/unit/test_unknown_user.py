@@ -44,8 +44,9 @@ def test_ray_gets_a_home(monkeypatch):
 
 
 def test_command_line_needs_no_home():
-    code = "from pathlib import Path; del Path.home; import data_shards.cli"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    code = "from pathlib import Path; del Path.home; import data_shards.cli; print('imported')"
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, timeout=120)
+    assert said == "imported\n"
 
 
 def test_kernels_compile_where_no_cache_can_be_kept(tmp_path: Path):

@@ -11,6 +11,7 @@ import pytest
 
 from data_shards.errors import DataError, ReidError
 from data_shards.storage import LocalStorage
+from data_shards.storage.atomic import file_sha256
 from reid_train.runs import checkpoint_store
 from reid_train.runs.checkpoint_store import (
     Keeper,
@@ -23,7 +24,7 @@ from reid_train.runs.checkpoint_store import (
     upload,
 )
 from reid_train.runs.run_lock import held
-from reid_train.training.checkpoint import FILES, MODEL, PROGRESS, SEAL, Checkpoint, digest
+from reid_train.training.checkpoint import FILES, MODEL, PROGRESS, SEAL, Checkpoint
 
 
 def at_step(original: Path, folder: Path, step: int, epoch: int = 1) -> Path:
@@ -32,7 +33,7 @@ def at_step(original: Path, folder: Path, step: int, epoch: int = 1) -> Path:
     position = json.loads((folder / PROGRESS).read_text())
     position["progress"] |= {"global_step": step, "epoch": epoch}
     (folder / PROGRESS).write_text(json.dumps(position))
-    seal = json.loads((folder / SEAL).read_text()) | {PROGRESS: digest(folder / PROGRESS)}
+    seal = json.loads((folder / SEAL).read_text()) | {PROGRESS: file_sha256(folder / PROGRESS)}
     (folder / SEAL).write_text(json.dumps(seal))
     return folder
 

@@ -266,7 +266,7 @@ def test_log_has_a_line_for_each_finished_trial_and_for_a_stop():
         "trial-000 finished, mAP 50.0, rank 1 of 1 (paper); 1 of 2 trials ended" in text.getvalue()
     )
     assert text.getvalue().count("trial-000 finished") == 1
-    assert text.getvalue().count("stopping: the trials that run resume") == 1
+    assert text.getvalue().count("stopping: the same command resumes") == 1
 
 
 def test_settings_are_described_shortly():
