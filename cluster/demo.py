@@ -12,7 +12,7 @@ from cluster.local import servers as local
 from cluster.local.stack import BUCKET
 from data_shards.cli import build_command
 from data_shards.progress import display, make_console, phase
-from reid_train.ray_utils import prepare_ray
+from data_shards.ray_utils import prepare_ray
 from reid_train.recipes import recipe
 
 

@@ -1,7 +1,7 @@
 """Start the command line: `python -m reid_train` and the script `reid-train`."""
 
+from data_shards.ray_utils import prepare_ray
 from reid_train.cli import main as command_line
-from reid_train.ray_utils import prepare_ray
 
 
 def main() -> int:

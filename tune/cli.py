@@ -9,8 +9,8 @@ import tyro
 
 from data_shards.command_line import program, run_command
 from data_shards.progress import display, make_console, phase
+from data_shards.ray_utils import prepare_ray
 from reid_train.config import TrainConfig
-from reid_train.ray_utils import prepare_ray
 from reid_train.recipes import parse_with_recipe
 from tune.config import Sweep
 

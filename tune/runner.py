@@ -21,12 +21,13 @@ from ray.tune.search import Searcher
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, Interrupted
 from data_shards.progress import silent
+from data_shards.ray_utils import start_ray
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import out_of_memory
 from reid_train.runs.checkpoint_store import stored_evaluations
 from reid_train.runs.process import Stop
 from reid_train.runs.ray_internals import release
-from reid_train.runs.ray_trainer import explained, run_workers, start_ray, use_gpu
+from reid_train.runs.ray_trainer import explained, run_workers, use_gpu
 from reid_train.training.context import UNMEASURED
 from tune.controller import Controller
 from tune.schedulers import EarlyStopping

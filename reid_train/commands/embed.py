@@ -73,7 +73,7 @@ def connect_ray(cpus: int, console: Console) -> None:
     """Connect to the Ray cluster at hand, or start one here, as a phase on the console."""
     import ray
 
-    from reid_train.runs.ray_trainer import start_ray
+    from data_shards.ray_utils import start_ray
 
     if not ray.is_initialized():
         with display(console) as progress, phase(progress, "starting Ray"):

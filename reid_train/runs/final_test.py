@@ -10,11 +10,12 @@ from ray.train import TrainingFailedError
 from data_shards.dataset import Dataset
 from data_shards.errors import ObjectMissing, ReidError
 from data_shards.progress import Display, Progress
+from data_shards.ray_utils import start_ray
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.runs.console import Board, beside_driver, watch
 from reid_train.runs.process import Stop
-from reid_train.runs.ray_trainer import TEST, explained, run_workers, start_ray
+from reid_train.runs.ray_trainer import TEST, explained, run_workers
 
 
 def final_test(

@@ -9,6 +9,7 @@ from rich.console import Console
 from data_shards.dataset import Dataset
 from data_shards.errors import ObjectMissing
 from data_shards.progress import display, make_console, phase
+from data_shards.ray_utils import start_ray
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.registry.load import SUMMARY
@@ -18,7 +19,7 @@ from reid_train.runs.console import UNITS
 from reid_train.runs.cores import with_cores
 from reid_train.runs.init_from import fetch_initial, keep
 from reid_train.runs.publish import Summary, publish, show
-from reid_train.runs.ray_trainer import fit, start_ray
+from reid_train.runs.ray_trainer import fit
 from reid_train.runs.run_dir import (
     Run,
     prepare,

@@ -6,8 +6,8 @@ import numpy as np
 
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, StorageError
+from data_shards.ray_utils import require_ray_cluster
 from reid_train.config import TrainConfig
-from reid_train.ray_utils import require_ray_cluster
 from reid_train.runs.run_dir import Run
 from reid_train.tracking.server import require_experiment, require_names
 from reid_train.tracking.uris import sqlite_file

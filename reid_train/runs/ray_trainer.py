@@ -21,7 +21,6 @@ from ray.train import ScalingConfig, TrainingFailedError, UserCallback, WorkerGr
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, get_device
 
-from data_shards.building.parallel import cores
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, Interrupted, ReidError
@@ -29,7 +28,6 @@ from data_shards.progress import Display
 from data_shards.storage import LocalStorage, expand_home, open_file, open_storage
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import gpu_out_of_memory, out_of_memory
-from reid_train.ray_utils import require_ray_cluster
 from reid_train.runs import checkpoint_store
 from reid_train.runs.console import Board, beside_driver, reporter, watch
 from reid_train.runs.process import own_temporary_folder, stop_signals
@@ -139,26 +137,6 @@ def run_workers(
 def ray_name(name: str) -> str:
     """Return a run's name as Ray's metrics accept it: other letters than ASCII's become `_`."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
-
-
-def start_ray(cpus: int, *, logs: bool = True) -> None:
-    """Connect to the cluster at RAY_ADDRESS, or start Ray here with at least `cpus` CPUs."""
-    if ray.is_initialized():
-        return
-    require_ray_cluster()
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": logs}
-    if not os.environ.get("RAY_ADDRESS"):
-        options |= {"address": "local", "num_cpus": max(cpus, cores())}
-    try:
-        ray.init(**options)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        if not (address := os.environ.get("RAY_ADDRESS")):
-            raise ReidError(f"Ray does not start on this machine: {reason}") from error
-        raise ReidError(
-            f"the Ray cluster at {address} does not let this program join: {reason}. If its logs "
-            "speak of a token, set RAY_AUTH_MODE=token and use the cluster's token"
-        ) from error
 
 
 def _train_worker(settings: dict[str, Any]) -> None:

@@ -10,9 +10,8 @@ import sys
 START = """
 import json
 import psutil
-from reid_train.ray_utils import prepare_ray
+from data_shards.ray_utils import prepare_ray, start_ray
 prepare_ray()
-from reid_train.runs.ray_trainer import start_ray
 import ray
 start_ray(1)
 ray.get(ray.remote(lambda: None).remote())

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from reid_train.ray_utils import NOISE, prepare_ray
+from data_shards.ray_utils import NOISE, prepare_ray
 
 SHOWN = """
 import json, os, sys
-from reid_train.ray_utils import prepare_ray
+from data_shards.ray_utils import prepare_ray
 prepare_ray()
 assert "ray" not in sys.modules
 from ray._private.ray_logging import stderr_deduplicator

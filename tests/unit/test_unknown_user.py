@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from data_shards.errors import ConfigError
+from data_shards.ray_utils import prepare_ray
 from data_shards.storage import expand_home
-from reid_train.ray_utils import prepare_ray
 
 ROOT = Path(__file__).parents[2]
 NO_HOME = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null"}

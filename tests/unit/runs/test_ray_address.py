@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
+from data_shards import ray_utils
 from data_shards.errors import ConfigError, ReidError
-from reid_train import ray_utils
-from reid_train.ray_utils import require_ray_cluster
+from data_shards.ray_utils import require_ray_cluster
 
 
 @pytest.mark.parametrize("address", [None, "", "auto", "local"])
@@ -71,5 +71,5 @@ def test_a_head_that_answers_is_accepted(monkeypatch, scheme):
 
 
 def test_check_imports_no_ray():
-    code = "import sys, reid_train.ray_utils; print('ray' in sys.modules)"
+    code = "import sys, data_shards.ray_utils; print('ray' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"

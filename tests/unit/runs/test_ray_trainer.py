@@ -6,10 +6,11 @@ import pytest
 import ray
 
 from data_shards.errors import ConfigError, ReidError
+from data_shards.ray_utils import start_ray
 from data_shards.storage import LocalStorage
 from reid_train.recipes import recipe
 from reid_train.runs import run_lock
-from reid_train.runs.ray_trainer import _require_shared_folders, start_ray, use_gpu
+from reid_train.runs.ray_trainer import _require_shared_folders, use_gpu
 
 
 @pytest.mark.parametrize(

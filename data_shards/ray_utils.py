@@ -1,12 +1,15 @@
 """What to do before Ray is imported: quiet, off the network, and a cluster that answers."""
 
+import logging
 import os
 import shlex
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+from data_shards.building.parallel import cores
 from data_shards.errors import ConfigError, ReidError
 
 ANSWER_SECONDS = 10.0  # for the head of a cluster to answer
@@ -74,3 +77,25 @@ def require_ray_cluster() -> None:
         except grpc.FutureTimeoutError:
             wrong = f"what answers at RAY_ADDRESS {address} is no Ray head"
             raise ReidError(f"{wrong}: {advice}") from None
+
+
+def start_ray(cpus: int, *, logs: bool = True) -> None:
+    """Connect to the cluster at RAY_ADDRESS, or start Ray here with at least `cpus` CPUs."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    require_ray_cluster()
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": logs}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"address": "local", "num_cpus": max(cpus, cores())}
+    try:
+        ray.init(**options)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        if not (address := os.environ.get("RAY_ADDRESS")):
+            raise ReidError(f"Ray does not start on this machine: {reason}") from error
+        raise ReidError(
+            f"the Ray cluster at {address} does not let this program join: {reason}. If its logs "
+            "speak of a token, set RAY_AUTH_MODE=token and use the cluster's token"
+        ) from error
