@@ -121,6 +121,14 @@ def export(arguments: list[str]) -> None:
     commands.export(parse(commands.Export, arguments, f"{PROGRAM} export"), make_console())
 
 
+def visualize(arguments: list[str]) -> None:
+    """Draw rank lists, activations and a map of embeddings for a model and a dataset."""
+    from reid_train.commands import visualize as commands
+
+    settings = parse(commands.Visualize, arguments, f"{PROGRAM} visualize")
+    commands.visualize(settings, make_console())
+
+
 def report(
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     to: Path | None = None,
@@ -152,6 +160,7 @@ COMMANDS: dict[str, Command] = {
     "search": search,
     "compare": compare,
     "export": export,
+    "visualize": visualize,
     "report": command(report, f"{PROGRAM} report"),
     "models": command(models, f"{PROGRAM} models"),
     "recipes": command(recipes, f"{PROGRAM} recipes"),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from data_shards.dataset import Dataset
+    from data_shards.images import ImageFolder
     from reid_train.evaluation.evaluate import Measurement
     from reid_train.evaluation.thresholds import Thresholds
     from reid_train.tracking.tracker import Tracker
@@ -46,7 +47,7 @@ class Evaluate:
     model: tuple[str, ...] = ()
     """models:/name@champion, models:/name/3, or a checkpoint's or run's folder or s3:// URL."""
     data: tuple[str, ...] = ()
-    """Sharded datasets; each model is measured on the query and gallery of each."""
+    """Sharded datasets, or folders of photos: ID/*.jpg, or query/ID/*.jpg and gallery/ID/*.jpg."""
     split: Literal["test", "validation"] = "test"
     """Whether these are the test split's or the validation split's."""
     output: str | None = None
@@ -108,19 +109,20 @@ def evaluate(settings: Evaluate, console: Console) -> list[Measurement]:
         _write(settings, {"embeddings": settings.embeddings, **found.to_json()}, console)
         return [found]
     with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
-        from data_shards.dataset import Dataset
-        from reid_train.evaluation.ground_truth import Labels, find_ground_truth
+        from data_shards.images import open_images
+        from reid_train.commands.measurable import labels_of, name_of
+        from reid_train.evaluation.ground_truth import find_ground_truth
 
-    datasets = [Dataset.open(url) for url in settings.data]
+    datasets = [open_images(url) for url in settings.data]
     for dataset in datasets:
-        query, gallery = dataset.evaluated(dataset.choose_split(settings.split))
-        find_ground_truth(Labels(query.pid, query.camid, gallery.pid, gallery.camid))
-        settings.measures.check(len(query), len(gallery))
+        labels = labels_of(dataset, settings.split)
+        find_ground_truth(labels)
+        settings.measures.check(len(labels.query_pid), len(labels.gallery_pid))
     connect_ray(settings.workers * (settings.cpus_per_worker or 1), console)
     pairs = list(itertools.product(settings.model, datasets))
     results = [_measure_model(settings, pair, console, len(pairs)) for pair in pairs]
     if len(pairs) > 1:
-        show_all(settings.model, [dataset.manifest.name for dataset in datasets], results, console)
+        show_all(settings.model, list(map(name_of, datasets)), results, console)
     written = [
         {"embeddings": f"{model} on {dataset.url}", **found.to_json()}
         for (model, dataset), found in zip(pairs, results, strict=True)
@@ -130,11 +132,12 @@ def evaluate(settings: Evaluate, console: Console) -> list[Measurement]:
 
 
 def _measure_model(
-    settings: Evaluate, pair: tuple[str, Dataset], console: Console, count: int
+    settings: Evaluate, pair: tuple[str, Dataset | ImageFolder], console: Console, count: int
 ) -> Measurement:
     """Embed a dataset with a model, measure and log; show it if it is the only one of `count`."""
     import ray
 
+    from data_shards.images import ImageFolder
     from reid_train.commands.embedding_job import embed_dataset
     from reid_train.tracking.server import run_page
     from reid_train.tracking.tracker import Tracker
@@ -164,7 +167,7 @@ def _measure_model(
         shared |= {"model": model, "data": dataset.url, "splits": EVALUATED[settings.split]}
         with display(console) as progress:
             embed_dataset(Embed(out=out, **shared), progress)
-        found = _measure(out, settings, console)
+        found = _measure(out, settings, console, of_folder=isinstance(dataset, ImageFolder))
         if count == 1:
             show(found, console)
         _log(settings, found, pair, tracker)
@@ -185,19 +188,23 @@ def _attach(model: str, thresholds: Thresholds, settings: Evaluate) -> None:
         attach(model, path, THRESHOLDS, {"split": settings.split}, settings.tracking_uri)
 
 
-def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
+def _measure(
+    url: str, settings: Evaluate, console: Console, *, of_folder: bool = False
+) -> Measurement:
     """Read embeddings, print what measuring them takes, and measure."""
     with display(console) as progress, phase(progress, "loading PyTorch and Numba"):
+        from reid_train.commands.measurable import folder_embeddings
         from reid_train.evaluation import evaluate as evaluation
         from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, read_embeddings
         from reid_train.evaluation.ground_truth import find_ground_truth
         from reid_train.evaluation.thresholds import measure_thresholds
 
     measures, workers = settings.measures, settings.workers
-    if url.endswith(".npz"):
+    in_memory = of_folder or url.endswith(".npz")
+    if in_memory:
         if workers > 1:
-            say(console, "npz files are measured in one process; Parquet files by all workers")
-        query, gallery, labels = read_embeddings(url)
+            say(console, "npz files and folders are measured in one process, Parquet by all")
+        query, gallery, labels = folder_embeddings(url) if of_folder else read_embeddings(url)
         workers, dimensions = 1, query.shape[1]
         run = partial(evaluation.evaluate, query, gallery, labels, measures)
     else:
@@ -220,7 +227,7 @@ def _measure(url: str, settings: Evaluate, console: Console) -> Measurement:
     with display(console, units=evaluation.UNITS) as progress:
         found = run(progress=progress)
         if settings.thresholds:
-            if not url.endswith(".npz"):
+            if not in_memory:
                 query, gallery = files.read("query"), files.read("gallery")
             measured = measure_thresholds(query, gallery, labels, progress=progress)
             found = replace(found, thresholds=measured)
@@ -366,17 +373,18 @@ def _show_thresholds(found: Thresholds, console: Console) -> None:
 
 
 def _log(
-    settings: Evaluate, found: Measurement, pair: tuple[str, Dataset], tracker: Tracker
+    settings: Evaluate,
+    found: Measurement,
+    pair: tuple[str, Dataset | ImageFolder],
+    tracker: Tracker,
 ) -> None:
     """Log a model's measurement on a dataset."""
+    from reid_train.commands.measurable import digests_of
     from reid_train.training.history import tracked
 
     tracker.log_parameters({f"measures.{k}": v for k, v in vars(found.measures).items()})
     model, dataset = pair
-    manifest = dataset.manifest
-    digests = {"manifest_digest": manifest.digest, "evaluation_digest": manifest.evaluation_digest}
-    if settings.split == "validation":
-        digests["validation_digest"] = manifest.validation_digest
+    digests = digests_of(dataset, settings.split)
     tracker.set_tags({"model": model, "dataset": dataset.url, **digests})
     summary = tracked(found.result.summary(), settings.split)
     if found.plain is not None:

@@ -35,6 +35,7 @@ class Runtime(NamedTuple):
     embedding_size: int
     weights: str  # SHA-256 of the weights, in hex, as `embed` records it
     facts: Mapping[str, str] = {}  # the metadata of an exported file
+    embedder: Embedder | None = None  # the model itself, in PyTorch
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Embed (N, height, width, 3) uint8 images: (N, D) float32."""
@@ -75,7 +76,8 @@ def torch_runtime(
 ) -> Runtime:
     """What `run` computes with a model in PyTorch."""
     size, batch = embedder.config.image, embedder.config.evaluation.batch
-    return Runtime(run, size.height, size.width, batch, embedder.embedding_size, weights)
+    shape = size.height, size.width, batch, embedder.embedding_size
+    return Runtime(run, *shape, weights, embedder=embedder)
 
 
 def onnx_runtime(path: Path, device: str) -> Runtime:

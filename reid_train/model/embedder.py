@@ -5,7 +5,7 @@ and timm for a backbone of timm.
 `registry.py` records their versions in each registered model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Self
@@ -98,6 +98,18 @@ class Embedder:
             found = embed(self.network, part.to(self.device), mirror=evaluation.mirror)
             embeddings[rows] = found.cpu().numpy()
         return embeddings
+
+    @torch.no_grad()
+    def activations(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return where the network responds in N images (H, W, 3) uint8: (N, h, w) float32."""
+        size = self.config.image
+        sized = np.concatenate([resize(image[None], size.height, size.width) for image in images])
+        pixels = torch.from_numpy(sized).to(self.device)
+        return (
+            self.network.activation(transforms.normalize(pixels, pixels=self.network.pixels))
+            .cpu()
+            .numpy()
+        )
 
 
 @torch.no_grad()

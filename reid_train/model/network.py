@@ -167,6 +167,14 @@ class ReidNet(nn.Module):
             parts.append(head.norm(pooled) if self.after_norm else pooled)
         return torch.cat(parts, dim=1)
 
+    def activation(self, image: Tensor) -> Tensor:
+        """Return where the global branch responds: the norm of its map, (B, h, w) float32.
+
+        What a head averages is large where this is large.
+        """
+        _, features = next(self._maps(image))
+        return features.float().norm(dim=1)
+
     def load_backbone(self, state: Mapping[str, Tensor]) -> None:
         """Set the backbone, with both last stages; `state` has exactly the `backbone_shapes`."""
         self.trunk.load_state_dict({name: state[name] for name in self.trunk.state_dict()})

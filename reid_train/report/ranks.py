@@ -70,6 +70,7 @@ def draw_rank_list(
     gallery_camid: Sequence[Sequence[int]] | np.ndarray,
     similarity: Sequence[Sequence[float]] | np.ndarray,
     meaning: tuple[str, str] = IDENTITY,
+    title: str = "Rank lists",
 ) -> None:
     """Draw one row for each query: the query, then the gallery images most similar to it.
 
@@ -92,7 +93,7 @@ def draw_rank_list(
     axes.axis("off")
     queries = "1 query" if grid.rows == 1 else f"{grid.rows} queries"
     note = f"{queries}, each with the gallery images that are most similar to it"
-    style.heading(figure, "Rank lists", note, left=_MARGIN / style.DPI, top=0.17)
+    style.heading(figure, title, note, left=_MARGIN / style.DPI, top=0.17)
     _legend(axes, grid, meaning if correct is not None else ())
     corners: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for row, query in enumerate(query_images):

@@ -11,11 +11,11 @@ import numpy as np
 from rich.console import Console
 
 from data_shards.dataset import Dataset
-from data_shards.decode import decode
 from data_shards.errors import DataError, StorageError
 from data_shards.progress import Progress, phase, silent
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
+from reid_train.model.embedder import Embedder
 from reid_train.registry.attached import THRESHOLDS, attach, in_rank_list
 from reid_train.registry.load import SUMMARY
 from reid_train.registry.registry import Registered, default_name, register, registered_version
@@ -154,15 +154,13 @@ def _draw_report(
     """Write `report.html`, its pictures, and λ as a table."""
     from reid_train.report.curves import draw_curves  # matplotlib takes a second to import
     from reid_train.report.factors import draw_factors, save_factors
+    from reid_train.report.pictures import draw_examples
     from reid_train.report.roc import draw_thresholds
 
-    pictures, chosen_on = [], f"the {split} split"
-    with np.load(best.folder / RANK_LIST, allow_pickle=False) as rank_list:
-        if "query" in rank_list:
-            path = folder / "rank_list.png"
-            _draw_rank_list(path, dataset, split, dict(rank_list))
-            caption = f"Queries of {chosen_on} from the highest average precision to the lowest."
-            pictures.append(Picture(path, caption))
+    chosen_on = f"the {split} split"
+    with np.load(best.folder / RANK_LIST, allow_pickle=False) as chosen:
+        embedder = Embedder.from_folder(best.folder, "cpu") if "query" in chosen else None
+        pictures = draw_examples(folder, dataset, split, chosen, embedder)
     thresholds = in_rank_list(best.folder / RANK_LIST)
     if thresholds and thresholds.impostors:
         (folder / THRESHOLDS_FILE).write_text(json.dumps(thresholds.to_json()))
@@ -191,25 +189,6 @@ def _draw_report(
         facts["commit"] = commit[:12]
     settings = config.model_dump(mode="json")
     write_page(folder / "report.html", str(config.name), rows, pictures, settings, facts=facts)
-
-
-def _draw_rank_list(
-    path: Path, dataset: Dataset, split: str, rank_list: dict[str, np.ndarray]
-) -> None:
-    from reid_train.report.ranks import draw_rank_list
-
-    query, gallery = dataset.evaluated(split)
-    rows, matches = rank_list["query"], rank_list["gallery"]
-    draw_rank_list(
-        path,
-        [decode(dataset.read(query, row)) for row in rows],
-        [[decode(dataset.read(gallery, match)) for match in row] for row in matches],
-        gallery.pid[matches] == query.pid[rows][:, None],
-        query_pid=query.pid[rows],
-        query_camid=query.camid[rows],
-        gallery_camid=gallery.camid[matches],
-        similarity=rank_list["similarity"],
-    )
 
 
 def _register(

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from data_shards.loader import Batch, Decoders, split_batches
 from data_shards.progress import phase, silent
 from data_shards.records import EVALUATED
 from reid_train.config import TrainConfig
+from reid_train.evaluation.examples import choose_map, choose_rank_list
 from reid_train.evaluation.extract import Autocast, embed_batches, gather_rows
 from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.ranking import rank as rank_gallery
-from reid_train.evaluation.ranking import top_matches
 from reid_train.evaluation.thresholds import measure_thresholds
 from reid_train.model import precision
 from reid_train.model.network import ReidNet
@@ -27,14 +27,13 @@ from reid_train.training.checkpoint import Checkpoint
 from reid_train.training.context import WorkerContext
 from reid_train.training.data import make_decoders
 
-QUERIES, MATCHES = 8, 10  # rows and columns of the rank-list picture
 THREADS = 16  # most threads of the ranking
 THRESHOLD_PAIRS = 10**8  # of images, for which measuring thresholds takes half a minute
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Metrics by name and the rank list of a few queries. Both are empty on ranks above 0."""
+    """Metrics by name, and what the report shows. Both are empty on ranks above 0."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     rank_list: dict[str, np.ndarray] = field(default_factory=dict)
@@ -114,13 +113,9 @@ def _ranked(
         if result.mAP >= best and len(found) * len(base) <= THRESHOLD_PAIRS:
             thresholds = measure_thresholds(found, base, labels, progress=context.progress)
             kept["thresholds"] = np.array(json.dumps(thresholds.to_json()))
-    if not config.evaluation.rank_list:
-        return Validation(result.summary(), kept)
-    rows = _spread(result.average_precision)
-    shown = replace(labels, query_pid=labels.query_pid[rows], query_camid=labels.query_camid[rows])
-    matches = top_matches(found[rows], base, shown, k=MATCHES, metric=metric)
-    similarity = _cosine(found[rows], base[matches])
-    kept |= {"query": rows, "gallery": matches, "similarity": similarity}
+    if config.evaluation.rank_list:
+        kept |= choose_rank_list(found, base, labels, result, metric)
+        kept |= choose_map(base, labels)
     return Validation(result.summary(), kept)
 
 
@@ -150,13 +145,6 @@ def _counted(
         report(stage, done, total)
 
 
-def _cosine(query: np.ndarray, matches: np.ndarray) -> np.ndarray:
-    """Return the cosine similarity (q, k) of queries (q, D) and their matches (q, k, D)."""
-    products = np.einsum("qd,qkd->qk", query, matches)
-    lengths = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(matches, axis=2)
-    return products / np.maximum(lengths, 1e-12)
-
-
 @contextmanager
 def _all_cores() -> Iterator[None]:
     """Use all cores: Ray gave this worker one thread, and the others wait for it to rank."""
@@ -166,10 +154,3 @@ def _all_cores() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _spread(average_precision: np.ndarray) -> np.ndarray:
-    """Return rows of a few queries, evenly from the best average precision to the worst."""
-    valid = np.flatnonzero(~np.isnan(average_precision))
-    order = valid[np.argsort(-average_precision[valid], kind="stable")]
-    return order[np.linspace(0, len(order) - 1, min(QUERIES, len(order))).astype(int)]

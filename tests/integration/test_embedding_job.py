@@ -283,3 +283,23 @@ def test_worker_that_is_lost_for_good_ends_the_job_in_one_line(data):
 def test_what_cannot_be_measured_is_refused_before_anything_starts(settings, words):
     with pytest.raises(ConfigError, match=words):
         evaluate(settings, Console(quiet=True))
+
+
+def test_a_folder_of_photos_is_measured_as_it_is(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", local_tracking(tmp_path))
+    dataset = Dataset.open(data)
+    gallery = dataset.index("gallery")
+    for row, pid in enumerate(gallery.pid):
+        file = tmp_path / "photos" / f"person {pid}" / f"{row}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(dataset.read(gallery, row))
+    console = Console(file=io.StringIO(), width=200)
+    settings = Evaluate(
+        model=(model(tmp_path / "model", 0),),
+        data=(str(tmp_path / "photos"),),
+        loader=LoaderConfig(workers=0, cache=tmp_path / "cache"),
+    )
+    (found,) = evaluate(settings, console)
+    assert found.queries == found.gallery == len(gallery)
+    assert found.result.valid == len(gallery)
+    assert 0 < found.result.mAP < 1

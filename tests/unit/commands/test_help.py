@@ -32,8 +32,8 @@ print(json.dumps(found))
 LINES = {
     "data_shards": [[], ["build"], ["verify"], ["info"]],
     "reid_train": [
-        [], ["train"], ["evaluate"], ["embed"], ["search"], ["compare"], ["export"], ["report"],
-        ["models"], ["recipes"],
+        [], ["train"], ["evaluate"], ["embed"], ["search"], ["compare"], ["export"],
+        ["visualize"], ["report"], ["models"], ["recipes"],
     ],
     "tune": [[]],
     "cluster": [

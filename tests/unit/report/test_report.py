@@ -18,10 +18,12 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from rich.console import Console
 
+from data_shards.records import NO_CAMERA
 from data_shards.storage import atomic
 from reid_train.evaluation.thresholds import Threshold, Thresholds
 from reid_train.report import style
 from reid_train.report.curves import draw_curves
+from reid_train.report.embeddings import draw_embedding_map, overlay, project
 from reid_train.report.factors import draw_factors, groups, save_factors, without_movement
 from reid_train.report.page import Picture, Row, print_summary, write_page
 from reid_train.report.ranks import FRAME, RIGHT, WRONG, draw_rank_list, layout
@@ -383,3 +385,29 @@ def test_summary_prints_every_metric_and_no_markup(tmp_path):
     printed = screen.getvalue()
     for text in ("[bold]run", "[red]mAP", "10.0%", "50.0%", "+40.0"):
         assert text in printed
+
+
+def test_shade_is_bright_where_the_activation_is_strong():
+    activation = np.zeros((4, 4), np.float32)
+    activation[0] = 1.0
+    shaded = overlay(np.full((40, 40, 3), 100, np.uint8), activation)
+    assert shaded[:8].mean() > 150
+    assert (shaded[32:] == 100).all()
+
+
+def test_same_embeddings_are_placed_alike_and_people_apart():
+    draw = np.random.default_rng(0)
+    pid = np.repeat(np.arange(3), 12)
+    embedding = np.eye(8)[pid] + 0.02 * draw.standard_normal((36, 8))
+    places = project(embedding)
+    assert np.array_equal(places, project(embedding))
+    near = np.linalg.norm(places[:, None] - places, axis=2) + 1e9 * np.eye(36)
+    assert (pid[near.argmin(axis=1)] == pid).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 40])
+def test_map_of_few_or_many_images_is_drawn(tmp_path, count):
+    embedding = np.random.default_rng(0).standard_normal((count, 6))
+    pid, camid = np.arange(count), np.where(np.arange(count) % 2, 3, NO_CAMERA + 1)
+    draw_embedding_map(tmp_path / "map.png", embedding, pid, camid)
+    assert len(np.unique(pixels(tmp_path / "map.png"))) > 20

@@ -332,6 +332,7 @@ def test_validation_is_measured_if_there_is_one_and_test_if_asked_for(tmp_path):
             assert rank_list["query"].max() < len(queries)
             assert json.loads(str(rank_list["thresholds"]))["impostors"] > 0
             assert rank_list["gallery"].max() < len(gallery)
+            assert set(gallery.pid[rank_list["map_row"]]) == set(queries.pid)
 
 
 def test_thresholds_of_too_many_pairs_do_not_hold_the_training_up(tmp_path, monkeypatch):
