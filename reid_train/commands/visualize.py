@@ -45,12 +45,17 @@ def visualize(settings: Visualize, console: Console) -> Path:
 
         from data_shards.dataset import Dataset
         from reid_train.commands.gallery import blocks, open_gallery
-        from reid_train.commands.runtime import open_runtime
+        from reid_train.commands.runtime import open_runtime, uses_onnx
         from reid_train.evaluation.examples import choose_map, choose_rank_list
         from reid_train.evaluation.ground_truth import Labels, find_ground_truth
         from reid_train.evaluation.ranking import rank
         from reid_train.report.page import Row, write_page
         from reid_train.report.pictures import draw_examples
+    if uses_onnx(settings.model, None):
+        raise ConfigError(
+            f"{settings.model} is an ONNX file, whose maps cannot be seen: give the model that it "
+            "was exported from"
+        )
     dataset = Dataset.open(settings.data)
     split = dataset.choose_split(settings.split)
     query, gallery = dataset.evaluated(split)
@@ -59,11 +64,7 @@ def visualize(settings: Visualize, console: Console) -> Path:
     with display(console) as progress:
         with phase(progress, "loading the model"):
             runtime = open_runtime(settings.model, settings.device, settings.tracking_uri)
-        if runtime.embedder is None:
-            raise ConfigError(
-                f"{settings.model} is an ONNX file, whose maps cannot be seen: give the model that "
-                "it was exported from"
-            )
+        assert runtime.embedder is not None
         embedded = []
         for name in EVALUATED[split]:
             images = open_gallery(settings.data, name)

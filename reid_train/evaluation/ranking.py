@@ -9,7 +9,6 @@ among which the gallery is divided: the counts of blocks add up.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -27,10 +26,30 @@ from reid_train.evaluation.similarity import Features
 from reid_train.evaluation.tasks import Count, Pool, Separate, Source, gallery_blocks, ranges
 
 BLOCK = 2048  # gallery images in a product; they and their scores fit the cache
-CHUNK = 256  # queries in a product: with more, threads wait longer for a block's last one
 PROBES = 32  # scores of a product that are checked at least
 
 Blocks = Iterable[tuple[int, Features]]  # of the gallery: index of the first image, and W of them
+
+
+class _Way(NamedTuple):
+    """How one kind of device counts."""
+
+    count: Callable[..., None]
+    block: int  # gallery images in a product
+    chunk: int  # most queries in one
+    threads: int | None  # that count chunks at the same time; None: as many as products use
+
+
+# With more queries, threads would wait longer for a block's last chunk.
+HOST = _Way(rank_counts.count_block, BLOCK, 256, None)
+# Larger, because each chunk waits for its results a few times; about 0.5 GB each. While one thread
+# scores close pairs on the host, the device computes for the others.
+DEVICE = _Way(rank_counts.count_on_device, 8 * BLOCK, 1024, 3)
+
+
+def choose_way(device: torch.device) -> _Way:
+    """How to count on a device."""
+    return HOST if device.type == "cpu" else DEVICE
 
 
 def rank(
@@ -119,13 +138,12 @@ def count_before(
     # Quick Euclidean scores leave out ‖q‖².
     quick_keys = scores - query.norm[row] ** 2 if metric == EUCLIDEAN else scores
     key, key_row, exact = quick_keys[order], row[order], (scores[order], truth.index[order])
-    before, on_host = np.zeros(len(order), np.int64), target.type == "cpu"
-    # Of the sizes that give each thread as many chunks, the greatest up to CHUNK.
-    threads = torch.get_num_threads() if on_host else 1
-    rounds = -(-len(query) // (CHUNK * threads))
+    before, way = np.zeros(len(order), np.int64), choose_way(target)
+    # Of the sizes that give each thread as many chunks, the greatest up to the way's.
+    threads = way.threads or torch.get_num_threads()
+    rounds = -(-len(query) // (way.chunk * threads))
     chunk = -(-len(query) // (rounds * threads))
     chunks = [query[part.start : part.stop] for part in ranges(len(query), chunk)]
-    count: Callable = rank_counts.count_block if on_host else rank_counts.count_on_device
 
     def window(slack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Quick scores outside of it surely compare as exact ones do: (P,) float32 each."""
@@ -144,7 +162,7 @@ def count_before(
         own = block.own[block.ends[i] : block.ends[i + 1]]
         quick = similarity.quick_scores(lefts[i], block.operand, features, metric)
         pairs = row[own] - first, truth.index[own] - block.first
-        if on_host:
+        if way is HOST:
             quick = quick.numpy()  # indexing takes a fifth of the time that PyTorch takes
         checked, known, error = _errors(quick, *pairs, quick_keys[own], part, features, metric)
         low, high = block.low, block.high
@@ -156,13 +174,14 @@ def count_before(
         # Images of the query's own identity are not counted.
         quick[_indices(quick, *pairs)] = np.inf
         positives = rank_counts.Positives(start[first : first + len(part) + 1], *exact, low, high)
-        count(quick, block.first, positives, metric, part.vectors, features.vectors, before)
+        vectors = part.vectors, features.vectors
+        way.count(quick, block.first, positives, metric, *vectors, before)
 
-    pools = similarity.single_threaded_pool() if on_host else nullcontext()
+    pools = similarity.single_threaded_pool() if way is HOST else ThreadPoolExecutor(threads)
     with similarity.full_precision(), pools as pool:
         lefts = [similarity.left_operand(part, metric, target) for part in chunks]
-        for block in _one_ahead(map(prepare, blocks or gallery_blocks(source, own, BLOCK))):
-            list((pool.map if pool else map)(partial(compare, block=block), range(len(chunks))))
+        for block in _one_ahead(map(prepare, blocks or gallery_blocks(source, own, way.block))):
+            list(pool.map(partial(compare, block=block), range(len(chunks))))
             images(len(block.features))
     return before
 

@@ -15,7 +15,6 @@ from data_shards.errors import ConfigError, DataError
 from reid_train.evaluation import ranking, similarity
 from reid_train.evaluation.evaluate import evaluate
 from reid_train.evaluation.ground_truth import Labels
-from reid_train.evaluation.kernels import rank_counts
 from reid_train.evaluation.measures import Measures
 from reid_train.evaluation.ranking import rank, top_matches
 from reid_train.evaluation.reranking import rank_distances
@@ -91,7 +90,7 @@ def test_counting_ranks_as_a_stable_sort_does(seed, queries, gallery, pids, metr
     query, base, labels = problem(seed, queries, gallery, pids, 3, values)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "BLOCK", block)
-        patch.setattr(ranking, "CHUNK", chunk)
+        patch.setattr(ranking, "HOST", ranking.HOST._replace(chunk=chunk, block=block))
         result = rank(query, base, labels, metric=metric, max_rank=9)
     assert_same(result, sorted_metrics(dense_scores(query, base, metric), labels, 9))
 
@@ -154,14 +153,11 @@ def test_zero_embeddings_are_as_far_as_orthogonal_ones():
 @pytest.mark.parametrize("values", [2, 3])
 def test_counts_on_an_accelerator_are_those_of_the_cpu(monkeypatch, metric, values):
     query, base, labels = problem(7, 40, 500, 6, 3, values)
-    monkeypatch.setattr(ranking, "CHUNK", 16)
+    monkeypatch.setattr(ranking, "HOST", ranking.HOST._replace(chunk=16))
     expected = rank(query, base, labels, metric=metric)
-
-    def count(scores: np.ndarray, *rest) -> None:
-        # The accelerator's path works on any device that torch has.
-        rank_counts.count_on_device(torch.from_numpy(scores), *rest)
-
-    monkeypatch.setattr(rank_counts, "count_block", count)
+    # The accelerator's way works on any device that torch has.
+    way = ranking.DEVICE._replace(block=64, chunk=8)
+    monkeypatch.setattr(ranking, "choose_way", lambda device: way)
     result = rank(query, base, labels, metric=metric)
     np.testing.assert_array_equal(result.average_precision, expected.average_precision)
 
@@ -211,13 +207,13 @@ def test_a_product_less_precise_than_float32_is_noticed(monkeypatch):
 
 def test_chunks_do_not_change_a_bit(monkeypatch):
     whole = golden_rank()
-    monkeypatch.setattr(ranking, "CHUNK", 7)
+    monkeypatch.setattr(ranking, "HOST", ranking.HOST._replace(chunk=7))
     parts = golden_rank()
     np.testing.assert_array_equal(whole.average_precision, parts.average_precision)
 
 
 def test_threads_do_not_change_a_bit_and_are_given_back(monkeypatch):
-    monkeypatch.setattr(ranking, "CHUNK", 7)
+    monkeypatch.setattr(ranking, "HOST", ranking.HOST._replace(chunk=7))
     before = torch.get_num_threads()
     try:
         results = []
