@@ -72,8 +72,9 @@ def visualize(settings: Visualize, console: Console) -> Path:
                 block.embedding for block in blocks(images, runtime, settings.loader, progress)
             ]
             embedded.append(np.concatenate(parts))
-        result = rank(*embedded, labels, progress=progress)
-        chosen = choose_rank_list(*embedded, labels, result) | choose_map(embedded[1], labels)
+        found, base = embedded
+        result = rank(found, base, labels, progress=progress)
+        chosen = choose_rank_list(found, base, labels, result) | choose_map(base, labels)
         folder = Path(settings.to)
         folder.mkdir(parents=True, exist_ok=True)
         with phase(progress, "drawing"):

@@ -1,6 +1,7 @@
 """Draw what a model makes of a query and a gallery: rank lists, activations, a map."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,22 +36,23 @@ def draw_examples(
         rows, matches = chosen["query"], chosen["gallery"]
         queries = [decode(dataset.read(query, row)) for row in rows]
         galleries = [[decode(dataset.read(gallery, match)) for match in row] for row in matches]
-        labels = {
-            "query_pid": query.pid[rows],
-            "query_camid": query.camid[rows],
-            "gallery_camid": gallery.camid[matches],
-            "similarity": chosen["similarity"],
-        }
-        correct = gallery.pid[matches] == query.pid[rows][:, None]
+        draw = partial(
+            draw_rank_list,
+            correct=gallery.pid[matches] == query.pid[rows][:, None],
+            query_pid=query.pid[rows],
+            query_camid=query.camid[rows],
+            gallery_camid=gallery.camid[matches],
+            similarity=chosen["similarity"],
+        )
         path = folder / "rank_list.png"
-        draw_rank_list(path, queries, galleries, correct, **labels)
+        draw(path, queries, galleries)
         order = "from the highest average precision to the lowest"
         pictures.append(Picture(path, f"Queries of the {split} split, {order}."))
         if embedder is not None:
             path = folder / "activations.png"
             shaded = [_shaded(embedder, row) for row in (queries, *galleries)]
             title = "Where the network responds"
-            draw_rank_list(path, shaded[0], shaded[1:], correct, **labels, title=title)
+            draw(path, shaded[0], shaded[1:], title=title)
             caption = "The same images, bright where the last map of the global branch is strong."
             pictures.append(Picture(path, caption))
     rows = chosen.get("map_row", np.empty(0, int))
