@@ -23,10 +23,10 @@ from data_shards.loader import AHEAD, HELD
 from data_shards.manifest import MANIFEST_NAME
 from data_shards.records import EVALUATED
 from reid_train.config import LOADERS, TrainConfig
+from reid_train.evaluation.examples import MATCHES, QUERIES
 from reid_train.model.network import ReidNet
 from reid_train.training.compiled import compiles
 from reid_train.training.data import epoch_plan, train_index
-from reid_train.training.validation import MATCHES, QUERIES
 
 GIGABIT = 1e9 / 8
 START, FINISH = 30.0, 20.0  # seconds before the first step and after the last
