@@ -1,4 +1,4 @@
-"""The command line: `python -m cluster demo | local | submit | plan | measure`."""
+"""The command line: `python -m cluster demo | local | serve | submit | plan | measure`."""
 
 from data_shards.command_line import command, parse, program, run_one_of
 
@@ -19,6 +19,13 @@ def local(arguments: list[str]) -> int:
     prog = f"{PROGRAM} local"
     commands = {run.__name__: command(run, f"{prog} {run.__name__}") for run in (up, status, down)}
     return run_one_of(commands, prog, arguments)
+
+
+def serve(arguments: list[str]) -> None:
+    """Serve a search page and an HTTP API over a gallery."""
+    from cluster.serve.command import Serve, serve
+
+    serve(parse(Serve, arguments, f"{PROGRAM} serve"))
 
 
 def submit(arguments: list[str]) -> int:
@@ -46,5 +53,5 @@ def measure(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the command line names; return its exit code."""
-    commands = {run.__name__: run for run in (demo, local, submit, plan, measure)}
+    commands = {run.__name__: run for run in (demo, local, serve, submit, plan, measure)}
     return run_one_of(commands, PROGRAM, arguments)

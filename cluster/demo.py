@@ -56,3 +56,6 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
     console.print(f"report   {page}")
     again = f"python -m cluster local up --folder {folder}"
     console.print(f"servers  {again}  (MLflow, S3 and Ray, as they were)")
+    model = f"{str(summary.model).rpartition('/')[0]}@champion"
+    search = f"python -m cluster serve --folder {folder} --model {model} --gallery {data}"
+    console.print(f"search   {search}  (a page to search these people)")

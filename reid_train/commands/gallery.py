@@ -43,6 +43,7 @@ class Gallery:
     split: str
     path: np.ndarray  # (G,) strings; empty ones where not known
     camid: np.ndarray  # (G,) integers; from `NO_CAMERA` up they are not known
+    pid: np.ndarray  # (G,) integers; negative where not known
     pictures: Dataset | ImageFolder | None = None
 
     def __len__(self) -> int:
@@ -66,15 +67,16 @@ def open_gallery(url: str, split: str, images: str | None = None) -> Gallery:
         rows = np.flatnonzero(files.split == split)
         path = files.paths()
         pictures = open_images(images) if images else None
-        gallery = Gallery(files, split, path[rows], files.camid[rows], pictures)
+        gallery = Gallery(files, split, path[rows], files.camid[rows], files.pid[rows], pictures)
     elif images is not None:
         raise ConfigError("--images goes with a gallery of embeddings: this one has its images")
     elif isinstance(source := open_images(url), Dataset):
         index = source.index(split)
-        gallery = Gallery(source, split, index.path, index.camid)
+        gallery = Gallery(source, split, index.path, index.camid, index.pid)
     else:
-        unknown = np.full(len(source.path), NO_CAMERA)
-        gallery = Gallery(source, split, source.path, unknown)
+        count = len(source.path)
+        unknown = np.full(count, NO_CAMERA), np.full(count, -1)
+        gallery = Gallery(source, split, source.path, *unknown)
     if not len(gallery):
         raise DataError(f"{url} has no images in its split {split}: choose another with --split")
     return gallery

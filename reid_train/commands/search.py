@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 LONGEST = 200  # of a rank list
 DRAWN = 10  # ranks in the picture
 SHAPE = (1.2, 5.0)  # height over width of a crop of one person
-RATE = 1e-3  # of false accepts, by default
 
 
 @dataclass(frozen=True)
@@ -170,21 +169,26 @@ def read_photos(urls: Sequence[str], console: Console) -> list[np.ndarray]:
 
     photos = [read_photo(url) for url in urls]
     for url, photo in zip(urls, photos, strict=True):
-        height, width = photo.shape[:2]
-        if not SHAPE[0] <= height / width <= SHAPE[1]:
-            text = (
-                f"{url} is {width} × {height} pixels, {height / width:.2g} times as high as wide: "
-                f"a person standing is {SHAPE[0]:g} to {SHAPE[1]:g} times. Crop the photo to "
-                "one person, or the ranks mean little"
-            )
+        if text := shape_warning(url, *photo.shape[:2]):
             say(console, text, style="yellow")
     return photos
+
+
+def shape_warning(name: str, height: int, width: int) -> str | None:
+    """What to say of a photo that is not shaped like a crop of one person."""
+    if SHAPE[0] <= height / width <= SHAPE[1]:
+        return None
+    return (
+        f"{name} is {width} × {height} pixels, {height / width:.2g} times as high as wide: "
+        f"a person standing is {SHAPE[0]:g} to {SHAPE[1]:g} times. Crop the photo to "
+        "one person, or the ranks mean little"
+    )
 
 
 def _decider(runtime: Runtime, settings: Search | Compare) -> Decider | None:
     """How to decide at the wanted rate; None if the model has no threshold and none is wanted.
 
-    Without a wanted rate, that next to `RATE` that was measured.
+    Without a wanted rate, the usual one.
     """
     from reid_train.commands.runtime import known_thresholds
 
@@ -195,11 +199,9 @@ def _decider(runtime: Runtime, settings: Search | Compare) -> Decider | None:
             f"{settings.model} has no thresholds, and only a registered version gets some: "
             "`evaluate --model models:/… --data … --thresholds`"
         )
-    if known is None or (rate is None and not known.at):
+    rate = known.usual_rate if known is not None and rate is None else rate
+    if known is None or rate is None:
         return None
-    if rate is None:
-        rates = [at.false_accept_rate for at in known.at]
-        rate = min(rates, key=lambda other: abs(np.log(other / RATE)))
     known.find(rate)  # raises if it was not measured
     return partial(known.find, rate)
 

@@ -143,7 +143,7 @@ def nearest_neighbours(
     # An error that always holds: unlike in `ranking`, what is dropped is never looked at again. For
     # embeddings that are not nearly one constant this costs next to nothing.
     slack = similarity.tolerance(features, features, metric, certain=True)
-    search = topk.Search(k, metric, features.vectors, slack)
+    search = topk.Search(k, metric, features.vectors, features.vectors, slack)
     scores_of = block_scores(features, metric)
     locks = {edge: Lock() for block in own for edge in (block.rows, block.columns)}
 

@@ -23,6 +23,7 @@ from reid_train.evaluation.tasks import Separate, ignore, ranges
 from reid_train.evaluation.verification import BINS, BLOCK, count_distances, scored_pairs
 
 RATES = (1e-2, 1e-3, 1e-4, 1e-5)
+USUAL_RATE = 1e-3  # of false accepts, where none is asked for
 ERRORS = 30
 """Fewest false accepts that a rate is measured from: then it is within 30 % of the true one with
 90 % confidence if pairs are independent (Doddington et al., Speech Communication 31, 2000)."""
@@ -77,6 +78,12 @@ class Thresholds:
                 f"measured on {self.impostors:,}"
             )
         raise DataError(text)
+
+    @property
+    def usual_rate(self) -> float | None:
+        """The measured rate next to `USUAL_RATE`; None if no rate was measured."""
+        rates = [at.false_accept_rate for at in self.at]
+        return min(rates, key=lambda rate: abs(np.log(rate / USUAL_RATE)), default=None)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -144,6 +144,16 @@ def find_version(client: "MlflowClient", location: str, uri: str) -> "ModelVersi
         ) from None
 
 
+def pinned(model: str, tracking_uri: str | None = None) -> str:
+    """The version `models:/name/3` that an alias marks now; any other model as it is."""
+    if not model.startswith("models:/"):
+        return model
+    uri = registry_uri(tracking_uri)
+    with mlflow_errors(f"looking up {model}", uri):
+        version = find_version(connect(uri), model, uri)
+    return f"models:/{version.name}/{version.version}"
+
+
 def _registered(client: "MlflowClient", name: str) -> str:
     """What a person can choose from instead of a model that is not registered."""
     models = {model.name: model for model in all_pages(client.search_registered_models)}

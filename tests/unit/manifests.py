@@ -44,16 +44,16 @@ def problems(document: Object) -> list[str]:
 
 
 def pods(document: Object) -> dict[str, Object]:
-    """The pod specifications of a RayCluster or RayJob: 'head', and each worker group's name."""
+    """The pod specifications of a Ray kind: 'head', and each worker group's name."""
     spec = cluster_spec(document)
     found = {"head": spec["headGroupSpec"]["template"]["spec"]}
     return found | {g["groupName"]: g["template"]["spec"] for g in spec["workerGroupSpecs"]}
 
 
 def cluster_spec(document: Object) -> Object:
-    """The RayClusterSpec of either kind."""
-    spec = document["spec"]
-    return spec["rayClusterSpec"] if document["kind"] == "RayJob" else spec
+    """The RayClusterSpec of a RayCluster, RayJob or RayService."""
+    spec, inner = document["spec"], {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+    return spec[inner[document["kind"]]] if document["kind"] in inner else spec
 
 
 def quantity(value: str | int | float) -> float:

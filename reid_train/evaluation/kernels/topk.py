@@ -32,7 +32,8 @@ class Search(NamedTuple):
 
     k: int  # how many items to keep for each row
     metric: int
-    vectors: Vectors  # all N embeddings
+    vectors: Vectors  # the N embeddings that are searched for
+    items: Vectors  # those that are searched, perhaps the same
     slack: np.ndarray  # (N,) how far a score may be from the exact one
 
 
@@ -91,7 +92,7 @@ def _compact(i, found, search):
     # Many are too close to call, perhaps duplicates: only exact scores tell them apart.
     exact, best, chosen = np.empty(kept), np.empty(k), np.empty(k, np.int64)
     for m in range(kept):
-        exact[m] = score_pair(search.metric, search.vectors, i, search.vectors, item[m])
+        exact[m] = score_pair(search.metric, search.vectors, i, search.items, item[m])
     found.count[i] = _keep_nearest(exact, item, kept, k, best, chosen)
     for m in range(k):
         score[m] = np.float32(best[m])
@@ -166,7 +167,8 @@ def _within_columns(row, left, width, limit, first, hits):
 def offer_columns(block, row, column, found, search):
     """Offer a block's columns to its rows, and update `found`, the `Candidates`.
 
-    `block` (B, W) float32: scores of items row, row + 1, … with column, column + 1, ….
+    `block` (B, W) float32: scores of items row, row + 1, … with column, column + 1, …. An item with
+    an infinite score is never taken.
     """
     limit, furthest, k = found.limit, found.furthest, search.k
     least, greatest = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
@@ -185,7 +187,7 @@ def offer_columns(block, row, column, found, search):
             for m in range(_outside(scored, left, right, limit[i], furthest[i], hits)):
                 c = hits[m]
                 furthest[i] = max(furthest[i], scored[c])
-                if scored[c] <= limit[i]:
+                if scored[c] <= limit[i] and scored[c] < np.inf:
                     _take(i, scored[c], column + c, found, search)
 
 
@@ -215,7 +217,7 @@ def settle(found, search, first, out_item, out_score):
             _compact(i, found, search)
         item, count = found.item[i], found.count[i]
         for m in range(count):
-            exact[m] = score_pair(search.metric, search.vectors, i, search.vectors, item[m])
+            exact[m] = score_pair(search.metric, search.vectors, i, search.items, item[m])
         kept = _keep_nearest(exact, item, count, search.k, out_score[r], out_item[r])
         out_item[r, kept:] = -1
         out_score[r, kept:] = np.inf

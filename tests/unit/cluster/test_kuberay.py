@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 import shlex
 
 import pytest
 import ray
 import tyro
+import yaml
 from ray._private import ray_constants
 from ray.dashboard import http_server_agent
 from ray.scripts.scripts import start
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
 
+from cluster.serve.app import read_settings
+from cluster.serve.settings import TOKEN
+from data_shards.errors import ConfigError
 from reid_train.cli import Train
 from reid_train.recipes import recipe
 from tests.unit.manifests import (
@@ -28,19 +35,18 @@ from tests.unit.manifests import (
 
 FILES = sorted(KUBERAY.glob("*.yaml"))
 ALL = [document for path in FILES for document in documents(path)]
-CLUSTER, JOB = (
-    next(document for document in ALL if document["kind"] == kind)
-    for kind in ("RayCluster", "RayJob")
-)
+KINDS = ("RayCluster", "RayJob", "RayService")
+CLUSTERS = [next(document for document in ALL if document["kind"] == kind) for kind in KINDS]
+CLUSTER, JOB, SERVICE = CLUSTERS
 BY_KIND = {document["kind"]: document for document in ALL}
 PODS = [
     pytest.param(pod, id=f"{document['kind']}-{name}")
-    for document in (CLUSTER, JOB)
+    for document in CLUSTERS
     for name, pod in pods(document).items()
 ]
 GROUPS = [
     pytest.param(group, id=f"{document['kind']}-{group['groupName']}")
-    for document in (CLUSTER, JOB)
+    for document in CLUSTERS
     for group in cluster_spec(document)["workerGroupSpecs"]
 ]
 
@@ -98,13 +104,13 @@ def test_a_missing_field_is_refused():
 def test_ray_is_the_version_that_is_installed_everywhere():
     pinned = re.search(r"(?m)^ray==(.*)$", (ROOT / "constraints.txt").read_text())
     assert pinned
-    for document in (CLUSTER, JOB):
+    for document in CLUSTERS:
         assert cluster_spec(document)["rayVersion"] == pinned[1] == ray.__version__
 
 
 def test_every_container_runs_the_one_image():
-    images = [value for d in (CLUSTER, JOB) for path, value in leaves(d) if path[-1] == "image"]
-    assert len(images) == 5
+    images = [value for d in CLUSTERS for path, value in leaves(d) if path[-1] == "image"]
+    assert len(images) == 7
     assert set(images) == {"registry.example.com/adaptive-reid:0.1.0"}
 
 
@@ -134,7 +140,7 @@ def test_mounts_name_volumes_and_shared_memory_holds_the_object_store(pod):
     assert memory["medium"] == "Memory"
     stores = [
         int(group["rayStartParams"]["object-store-memory"])
-        for document in (CLUSTER, JOB)
+        for document in CLUSTERS
         for group in groups(document)
         if group["template"]["spec"] is pod
     ]
@@ -147,7 +153,7 @@ def groups(document):
     return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
 
 
-@pytest.mark.parametrize("document", [CLUSTER, JOB], ids=["RayCluster", "RayJob"])
+@pytest.mark.parametrize("document", CLUSTERS, ids=KINDS)
 def test_ray_start_understands_its_parameters(document):
     for group in groups(document):
         wanted = group["rayStartParams"]
@@ -157,7 +163,7 @@ def test_ray_start_understands_its_parameters(document):
         assert all(float(given[name]) == float(wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("document", [CLUSTER, JOB], ids=["RayCluster", "RayJob"])
+@pytest.mark.parametrize("document", CLUSTERS, ids=KINDS)
 def test_no_work_is_placed_on_the_head(document):
     parameters = cluster_spec(document)["headGroupSpec"]["rayStartParams"]
     assert (parameters["num-cpus"], parameters["num-gpus"]) == ("0", "0")
@@ -197,7 +203,7 @@ def sources(pod):
 
 
 def test_only_the_autoscaler_may_talk_to_the_api_server():
-    for document in (CLUSTER, JOB):
+    for document in CLUSTERS:
         scaling = cluster_spec(document).get("enableInTreeAutoscaling", False)
         for name, pod in pods(document).items():
             mounted = pod.get("automountServiceAccountToken", True)
@@ -208,13 +214,13 @@ def test_everything_is_in_the_one_namespace_and_behind_its_network_policy():
     (namespace,) = (d["metadata"]["name"] for d in ALL if d["kind"] == "Namespace")
     assert {d["metadata"].get("namespace", namespace) for d in ALL} == {namespace}
     selector = BY_KIND["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"]
-    for document in (CLUSTER, JOB):
+    for document in CLUSTERS:
         for group in groups(document):
             assert group["template"]["metadata"]["labels"].items() >= selector.items()
 
 
 def test_dashboards_are_reachable_only_inside_the_cluster():
-    for document in (CLUSTER, JOB):
+    for document in CLUSTERS:
         head = cluster_spec(document)["headGroupSpec"]
         assert (head["serviceType"], head["enableIngress"]) == ("ClusterIP", False)
         assert cluster_spec(document)["authOptions"] == {"mode": "token"}
@@ -261,6 +267,36 @@ def test_spot_and_on_demand_workers_differ_only_in_where_they_run():
             group.pop(key, None)
         del group["template"]["spec"]["tolerations"]
     assert demand == spot
+
+
+def test_the_service_has_the_jobs_pods_with_its_port_and_its_token():
+    ours, theirs = copy.deepcopy(pods(SERVICE)), pods(JOB)
+    for name, pod in ours.items():
+        (container,) = pod["containers"]
+        assert container["ports"].pop() == {"name": "serve", "containerPort": 8000}
+        assert container["envFrom"].pop() == {"secretRef": {"name": "reid-serve"}}
+        assert pod == theirs[name]
+
+
+def test_serve_takes_the_services_settings_and_they_fit_its_node(monkeypatch):
+    config = ServeDeploySchema.model_validate(yaml.safe_load(SERVICE["spec"]["serveConfigV2"]))
+    (app,) = config.applications
+    assert (config.http_options.host, config.http_options.port) == ("0.0.0.0", 8000)
+    module, _, name = app.import_path.partition(":")
+    monkeypatch.delenv(TOKEN, raising=False)
+    build = getattr(importlib.import_module(module), name)
+    with pytest.raises(ConfigError, match="needs a token"):
+        build(app.args)
+    monkeypatch.setenv(TOKEN, "t" * 32)
+    assert isinstance(build(app.args), Application)
+    settings = read_settings(app.args)
+    (group,) = cluster_spec(SERVICE)["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    assert settings.device == "cuda"
+    assert settings.replicas * settings.gpus_per_replica <= int(limits["nvidia.com/gpu"])
+    searching = settings.search_replicas * settings.search_cpus
+    assert settings.replicas * settings.cpus_per_replica + searching <= int(limits["cpu"])
 
 
 def test_job_and_cluster_have_the_same_pods():

@@ -1,0 +1,165 @@
+"""`python -m cluster serve`: start the service on Ray Serve, and keep it until a signal."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from cluster.local import servers as local
+from cluster.serve.settings import Settings, token_digest
+from data_shards.errors import Interrupted, ReidError
+from data_shards.progress import display, make_console, phase
+from reid_train.ray_utils import prepare_ray
+
+START_SECONDS = 60.0  # for the proxy to listen
+LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a search page and an HTTP API over a gallery, on Ray Serve.
+
+    python -m cluster serve --model models:/reid-msmt17@champion --gallery s3://bucket/photos
+    """
+
+    service: Annotated[Settings, tyro.conf.arg(name="")]
+    host: str = "127.0.0.1"
+    """Where to listen. Beyond loopback a token is needed: in REID_SERVE_TOKEN or --token-file."""
+    port: int = 8000
+    """Port to listen on."""
+    token_file: Path | None = None
+    """File with the token that requests must have."""
+    folder: Path | None = None
+    """A local stack (`cluster local`) to serve on, started if need be; by default a running one."""
+
+
+def serve(settings: Serve) -> None:
+    """Run the service until SIGINT or SIGTERM."""
+    settings.service.check()
+    token = token_digest(settings.token_file, settings.host)
+    console = make_console()
+    with local_stack(settings.folder, console):
+        prepare_ray()
+        with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
+            from reid_train.runs.process import stop_signals
+        with stop_signals() as stop:
+            with display(console) as progress:
+                with phase(progress, "looking at the model and the gallery"):
+                    service = checked(settings.service)
+                with phase(progress, "starting the service"):
+                    start(service, token, settings.host, settings.port)
+            url = f"http://{settings.host}:{settings.port}"
+            console.print(f"page      {url}/")
+            console.print(f"API       {url}/openapi.json")
+            console.print(f"enrolled  {service.store}")
+            console.print("stop it   Ctrl-C")
+            try:
+                while stop.signal is None:
+                    time.sleep(LOOK_SECONDS)
+            finally:
+                with display(console) as progress, phase(progress, "stopping the service"):
+                    end()
+    raise Interrupted("the service was stopped", stop.signal)
+
+
+@contextmanager
+def local_stack(folder: Path | None, console: Console) -> Iterator[None]:
+    """Use the local stack on a folder, started if need be; without a folder a running one."""
+    default = local.FOLDER.absolute()
+    if folder is None and "RAY_ADDRESS" not in os.environ and local.running(default):
+        folder = default
+    if folder is None:
+        yield
+        return
+    folder = folder.absolute()
+    was_running = local.running(folder) is not None
+    local.start(folder, console=console)
+    os.environ |= local.environment(folder)
+    try:
+        yield
+    finally:
+        if not was_running:
+            local.stop(folder)
+
+
+def checked(settings: Settings) -> Settings:
+    """The settings as replicas need them, with whole paths, once model and gallery are found.
+
+    Raises:
+        ReidError: the model or the gallery is not there.
+    """
+    from reid_train.commands.gallery import open_gallery
+    from reid_train.registry.load import pinned
+    from reid_train.tracking.uris import registry_uri
+
+    places = {
+        name: str(Path(place).expanduser().absolute())
+        for name in ("model", "gallery", "enrolled", "images")
+        if (place := getattr(settings, name)) and not re.match(r"\w+:/", place)
+    }
+    settings = replace(settings, **places)
+    if settings.model.startswith("models:/"):
+        settings = replace(settings, tracking_uri=registry_uri(settings.tracking_uri))
+    pinned(settings.model, settings.tracking_uri)
+    open_gallery(settings.gallery, settings.split, settings.images)
+    return settings
+
+
+def start(settings: Settings, token: str | None, host: str, port: int) -> None:
+    """Deploy the service on Ray, and return when it answers.
+
+    Raises:
+        ReidError: it does not start, or something else listens there.
+    """
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    from cluster.serve.app import NAME, build_app
+    from reid_train.runs.ray_trainer import start_ray
+
+    start_ray(settings.replicas * settings.cpus_per_replica + settings.search_replicas)
+    serve.start("HeadOnly", HTTPOptions(host=host, port=port))
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    try:
+        serve.run(build_app(settings, token), name=NAME, logging_config=quiet)
+    except RuntimeError as error:
+        end()
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ReidError(f"the service does not start: {lines[-1]}; see Ray's logs") from None
+    url = f"http://{host}:{port}/healthz"
+    deadline = time.monotonic() + START_SECONDS
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while True:
+        try:
+            with opener.open(url, timeout=10):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                end()
+                raise ReidError(
+                    f"the service does not answer at {url} ({error}): if Ray Serve was running "
+                    "before with another --host or --port, stop it with `serve shutdown`"
+                ) from None
+        time.sleep(LOOK_SECONDS)
+
+
+def end() -> None:
+    """Stop the service; also Ray Serve, if nothing else runs on it."""
+    from ray import serve
+
+    from cluster.serve.app import NAME
+
+    serve.delete(NAME)
+    if not serve.status().applications:
+        serve.shutdown()
