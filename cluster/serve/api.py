@@ -239,7 +239,9 @@ def _size(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.size
-    except (UnidentifiedImageError, ValueError, OSError, SyntaxError, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
+        raise HTTPException(413, "the photo has too many pixels: scale it down") from None
+    except (UnidentifiedImageError, ValueError, OSError, SyntaxError):
         raise DataError(
             "the photo is not a readable image: send a JPEG, PNG or WebP file"
         ) from None

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 BACKGROUND = 8  # images embedded at once for the gallery: queries wait for no more than these
 PICTURE_HEIGHT = 384  # of gallery images on the page
-ENROLLED = "enrolled"  # the source of enrolled images' embeddings
+FETCHED = 16  # enrolled images that are read at once
 
 
 class Searcher:
@@ -78,7 +78,9 @@ class Searcher:
         if version != self._generation.model:
             await self.use(version)
         else:
-            await self._synchronize(self._generation)
+            async with self.writing:
+                await self._synchronize(self._generation)
+            await self._approximate(self._generation)
 
     def _version(self) -> str:
         return pinned(self.settings.model, self.settings.tracking_uri)
@@ -94,6 +96,7 @@ class Searcher:
         await self._synchronize(made)
         if not len(index):
             raise DataError(f"none of the images at {self.settings.gallery} can be searched")
+        await self._approximate(made)
         await asyncio.to_thread(index.nearest, index.vector(0)[None], 1)  # compile before requests
         async with self.writing:  # what was enrolled meanwhile is in both
             await self._synchronize(made)
@@ -167,34 +170,43 @@ class Searcher:
         return np.concatenate(await asyncio.gather(*work))
 
     async def _synchronize(self, made: Generation) -> None:
-        """Bring a generation up to what the store has: enrolled and removed images."""
+        """Bring a generation up to what the store has: enrolled and removed images.
+
+        Nothing may be enrolled in this generation or removed from it meanwhile.
+        """
         enrolled = await asyncio.to_thread(self.store.enrolled)
         removed = await asyncio.to_thread(self.store.removed)
-        gone = [i.id for i in made.images if i.enrolled and i.id not in enrolled]
+        gone = [image.id for image in made.images if image.enrolled and image.id not in enrolled]
         for name in (*gone, *removed):
             made.remove(name)
-        missing = [image for name, image in enrolled.items() if name not in made.row]
-        if missing:
-            known = await asyncio.to_thread(self._known, made.facts.weights, ENROLLED)
-            there = [image for image in missing if image.id in known]
-            made.add(there, np.array([known[image.id] for image in there]))
-            ids, rows = [], []
-            for image in missing:
-                if image.id in known:
-                    continue
+        at_once = asyncio.Semaphore(FETCHED)
+
+        async def add(image: Image) -> None:
+            async with at_once:
                 try:
-                    data = await asyncio.to_thread(self.store.read, image)
-                    rows.append(await call(self.embedder.embed_photo, made.model, data))
-                    ids.append(image)
+                    row = await self._vector(made, image)
                 except ObjectMissing:
-                    continue  # removed meanwhile
+                    return  # removed meanwhile, by another replica
                 except DataError as error:
                     logger.warning("%s is left out: %s", image.path, cause(error))
-            if ids:
-                made.add(ids, np.stack(rows))
-                names = np.array([image.id for image in ids], object)
-                keep = self.store.keep, made.facts.weights, ENROLLED, names, np.stack(rows)
-                await asyncio.to_thread(*keep)
+                    return
+            made.add([image], row[None])
+
+        missing = (image for name, image in enrolled.items() if name not in made.row)
+        await asyncio.gather(*map(add, missing))
+
+    async def _vector(self, made: Generation, image: Image) -> np.ndarray:
+        """The embedding of an enrolled image: the kept one, or a new one, which is kept."""
+        weights = made.facts.weights
+        row = await asyncio.to_thread(self.store.vector, image, weights)
+        if row is None:
+            data = await asyncio.to_thread(self.store.read, image)
+            row = await call(self.embedder.embed_photo, made.model, data)
+            await asyncio.to_thread(self.store.keep_vector, image, weights, row)
+        return row
+
+    async def _approximate(self, made: Generation) -> None:
+        """Build the approximate index if the gallery has grown large enough."""
         above = self.settings.approximate_above
         if above is not None and len(made.index) > above and made.index.approximate is None:
             await asyncio.to_thread(made.index.build_graph)
@@ -222,13 +234,12 @@ class Searcher:
         """
         await self.start()
         made = self._generation
+        row = None if name is None else made.find(name)
+        if row is not None and query_camera is None:
+            query_camera = made.images[row].camera
         decide = decider(made.thresholds, rate, query_camera)
-        if name is not None:
-            row = made.find(name)
-            query, camera = made.index.vector(row), made.images[row].camera
-            decide = decider(
-                made.thresholds, rate, camera if query_camera is None else query_camera
-            )
+        if row is not None:
+            query = made.index.vector(row)
         else:
             query = await call(self.embedder.embed_photo, made.model, data)
         wanted = made.wanted(cameras, since, until)
@@ -280,6 +291,7 @@ class Searcher:
                     continue  # another model took over: embed with that one
                 image = await asyncio.to_thread(self.store.enrol, data, pid, camera, time)
                 made.add([image], row[None])
+                await asyncio.to_thread(self.store.keep_vector, image, made.facts.weights, row)
             return image.public()
 
     async def remove(self, name: str) -> bool:

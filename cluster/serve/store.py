@@ -2,8 +2,11 @@
 
     enrolled/ID_pPERSON_cCAMERA_tSECONDS.img    an enrolled image, as it was uploaded
     removed/ID                                  an image of the gallery that is no longer found
-    embeddings/WEIGHTS/SOURCE/part-….parquet    embeddings that a restart need not compute again,
-    embeddings/WEIGHTS/SOURCE/complete          and whether they are all of a gallery's
+    vectors/ID/WEIGHTS                          the embedding of an enrolled image
+    embeddings/WEIGHTS/GALLERY/part-….parquet   those of the gallery
+    embeddings/WEIGHTS/GALLERY/complete         and whether they are all there
+
+Embeddings are kept so that a restart need not compute them again.
 
 An enrolment is one object, and all that is known of it is in its name. Objects appear whole or not
 at all, so a kill at any moment leaves an image enrolled or not, never by half.
@@ -20,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_shards.errors import ConfigError, ObjectExists
+from data_shards.errors import ConfigError, ObjectExists, ObjectMissing
 from data_shards.storage import open_storage
 from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, EmbeddingTable, write_part
 
@@ -97,8 +100,10 @@ class Store:
         return Image(name, key, pid, camera, time, enrolled=True)
 
     def remove(self, image: Image) -> None:
-        """Delete an enrolled image; of another, write that it is removed."""
+        """Delete an enrolled image and its embeddings; of another, write that it is removed."""
         if image.enrolled:
+            for key, _ in self.storage.list(f"vectors/{image.id}/"):
+                self.storage.delete(key)
             self.storage.delete(image.path)
         else:
             self.storage.write(f"removed/{image.id}", b"")
@@ -106,6 +111,17 @@ class Store:
     def read(self, image: Image) -> bytes:
         """The bytes of an enrolled image."""
         return self.storage.read(image.path)
+
+    def vector(self, image: Image, weights: str) -> np.ndarray | None:
+        """The kept embedding of an enrolled image, (D,) float32."""
+        with suppress(ObjectMissing):
+            return np.frombuffer(self.storage.read(f"vectors/{image.id}/{weights[:16]}"), "<f4")
+        return None
+
+    def keep_vector(self, image: Image, weights: str, embedding: np.ndarray) -> None:
+        """Keep the embedding (D,) of an enrolled image."""
+        data = embedding.astype("<f4").tobytes()
+        self.storage.write(f"vectors/{image.id}/{weights[:16]}", data)
 
     def known(self, weights: str, source: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids (n,) and embeddings (n, D) float32 that were kept, by the model's weights."""

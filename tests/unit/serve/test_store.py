@@ -38,12 +38,13 @@ def test_the_same_enrolment_twice_is_there_once(store):
 
 def test_a_removed_image_is_deleted_and_one_of_the_gallery_is_marked(store, tmp_path):
     image = store.enrol(b"pixels", 1, 2, 3)
+    store.keep_vector(image, "w" * 64, np.ones(3))
     store.remove(image)
     store.remove(image._replace(enrolled=False))
     again = Store(str(tmp_path))
     assert again.enrolled() == {}
     assert again.removed() == {image.id}
-    assert not list(tmp_path.rglob("*.img"))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [image.id]
 
 
 def test_a_kill_in_the_middle_leaves_whole_images_only(tmp_path):
@@ -77,6 +78,13 @@ def test_what_is_no_enrolment_is_ignored(store, tmp_path):
 def test_numbers_out_of_range_are_refused(store, pid, camera):
     with pytest.raises(ConfigError, match="must lie between 0 and"):
         store.enrol(b"pixels", pid, camera, None)
+
+
+def test_the_embedding_of_an_enrolled_image_is_found_by_weights(store):
+    image, row = store.enrol(b"pixels", 1, 2, 3), np.arange(3, dtype=np.float32)
+    store.keep_vector(image, "w" * 64, row)
+    np.testing.assert_array_equal(store.vector(image, "w" * 64), row)
+    assert store.vector(image, "v" * 64) is None
 
 
 def test_kept_embeddings_are_found_by_weights_and_source(store):
