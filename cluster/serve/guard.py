@@ -123,6 +123,6 @@ def policy() -> str:
     }
     return (
         f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; "
-        "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )

@@ -247,23 +247,21 @@ def test_the_page_searches_filters_and_tells_errors(service, tmp_path):
         page.goto(service.url)
         title = page.locator("#title")
         playwright.expect(title).to_contain_text("Gallery:")
-        page.wait_for_function("document.querySelectorAll('.picture img').length > 5")
+        playwright.expect(page.locator(".picture img").nth(5)).to_be_visible()
         _shoot(page, "gallery")
 
         page.set_input_files("#file", str(tmp_path / name))
         playwright.expect(title).to_contain_text("most similar of")
         assert page.locator(".rank").first.inner_text() == "1"
         assert page.locator("#threshold").inner_text().startswith(tuple("0123456789"))
-        page.wait_for_function("document.querySelectorAll('.picture img').length > 5")
+        playwright.expect(page.locator(".picture img").nth(5)).to_be_visible()
         _shoot(page, "ranks")
 
-        page.get_by_label("Camera 1").click()
-        page.wait_for_function(
-            "[...document.querySelectorAll('button.card')].every("
-            "c => c.getAttribute('aria-label').includes('camera 1'))"
-        )
-        page.get_by_label("Camera 1").click()
-        page.wait_for_function("!document.querySelector('#grid').hasAttribute('aria-busy')")
+        page.get_by_label("Camera 1", exact=True).click()
+        others = page.locator("button.card:not([aria-label*='camera 1'])")
+        playwright.expect(others).to_have_count(0)
+        page.get_by_label("Camera 1", exact=True).click()
+        playwright.expect(page.locator("#grid")).not_to_have_attribute("aria-busy", "true")
 
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowRight")
@@ -293,7 +291,7 @@ def test_the_page_searches_filters_and_tells_errors(service, tmp_path):
         page.emulate_media(color_scheme="dark")
         page.keyboard.press("g")
         playwright.expect(title).to_contain_text("Gallery:")
-        page.wait_for_function("document.querySelectorAll('.picture img').length > 5")
+        playwright.expect(page.locator(".picture img").nth(5)).to_be_visible()
         _shoot(page, "dark")
         assert all("422" in problem for problem in problems)
         browser.close()
