@@ -19,7 +19,7 @@ from cluster.local import servers as local
 from cluster.serve.settings import Settings, token_digest
 from data_shards.errors import Interrupted, ReidError
 from data_shards.progress import display, make_console, phase
-from reid_train.ray_utils import prepare_ray
+from data_shards.ray_utils import prepare_ray
 
 START_SECONDS = 60.0  # for the proxy to listen
 LOOK_SECONDS = 0.5
@@ -126,7 +126,7 @@ def start(settings: Settings, token: str | None, host: str, port: int) -> None:
     from ray.serve.schema import LoggingConfig
 
     from cluster.serve.app import NAME, build_app
-    from reid_train.runs.ray_trainer import start_ray
+    from data_shards.ray_utils import start_ray
 
     start_ray(settings.replicas * settings.cpus_per_replica + settings.search_replicas)
     serve.start("HeadOnly", HTTPOptions(host=host, port=port))

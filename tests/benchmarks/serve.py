@@ -34,11 +34,11 @@ from safetensors.torch import save_file
 from cluster.serve import command
 from cluster.serve.index import Index
 from cluster.serve.settings import Settings
+from data_shards.ray_utils import prepare_ray
 from data_shards.storage import open_storage
 from reid_train.config import ImageConfig, ModelConfig, TrainConfig
 from reid_train.evaluation.embedding_store import ROWS, EmbeddingTable, part_key, write_part
 from reid_train.model.network import ReidNet
-from reid_train.ray_utils import prepare_ray
 
 TOP, TRIES = 20, 3
 MODEL = TrainConfig(
