@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from cluster.serve.guard import Guard, is_authorized
+from cluster.serve.guard import Guard, content_policy, is_authorized
 from cluster.serve.settings import Settings
 from data_shards.errors import ConfigError, DataError, ObjectMissing, ReidError, StorageError
 from reid_train.commands.search import LONGEST, shape_warning
@@ -98,8 +98,9 @@ def make_app(ask: Ask, settings: Settings, token: str | None) -> FastAPI:
     app = FastAPI(title="adaptive-reid", docs_url=None, redoc_url=None)
     metrics = _Metrics()
     limit = settings.max_upload_bytes
-    app.add_middleware(Guard, token=token, limit=limit, count=metrics.count)
     page = (Path(__file__).parent / "page.html").read_text()
+    policy = content_policy(page)
+    app.add_middleware(Guard, token=token, limit=limit, policy=policy, count=metrics.count)
 
     @app.exception_handler(ReidError)
     async def refuse(_: Request, error: ReidError) -> JSONResponse:

@@ -8,8 +8,6 @@ import hmac
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,9 +27,14 @@ class Guard:
     """Middleware that refuses requests before anything reads their body."""
 
     def __init__(
-        self, app: Any, token: str | None, limit: int, count: Callable[[str, int, float], None]
+        self,
+        app: Any,
+        token: str | None,
+        limit: int,
+        policy: str,
+        count: Callable[[str, int, float], None],
     ) -> None:
-        self.app, self.token, self.limit = app, token, limit
+        self.app, self.token, self.limit, self.policy = app, token, limit, policy
         self.count = count  # called with the path of the route, the status and the seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,7 +91,7 @@ class Guard:
                     (b"x-content-type-options", b"nosniff"),
                     (b"referrer-policy", b"no-referrer"),
                     (b"cache-control", b"no-store"),
-                    (b"content-security-policy", policy().encode()),
+                    (b"content-security-policy", self.policy.encode()),
                 ]
                 message["headers"] = [*message.get("headers", []), *added]
             await send(message)
@@ -110,10 +113,8 @@ def header(scope: Scope, name: bytes) -> str:
     return dict(scope["headers"]).get(name, b"").decode("latin-1")
 
 
-@lru_cache(maxsize=1)
-def policy() -> str:
+def content_policy(page: str) -> str:
     """The content security policy: only what is in the page itself runs, and asks this service."""
-    page = (Path(__file__).parent / "page.html").read_text()
     sources = {
         name: " ".join(
             f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
