@@ -40,7 +40,7 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         console.print(f"dashboard  {addresses.dashboard}")
         console.rule("drawn people, as shards on S3")
         data, output = f"s3://{BUCKET}/people", f"s3://{BUCKET}/runs"
-        build_command("synthetic", data, root=folder / "people", shard_bytes=1 << 20)
+        build_command("synthetic", data, root=str(folder / "people"), shard_bytes=1 << 20)
         console.rule(f"training with {workers} Ray workers")
         config = recipe("demo").replace(data=data, output=output, workers=workers)
         summary = run(config.replace(loader__cache=folder / "cache"), console=console)

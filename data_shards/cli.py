@@ -1,4 +1,4 @@
-"""The command line: `python -m data_shards build | verify | info`."""
+"""The command line: `python -m data_shards build | add | merge | remove | verify | info`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ SourceName = Literal[
     "cuhk03_detected",
     "folders",
     "csv",
+    "webdataset",
     "synthetic",
 ]
 Url = Annotated[str, tyro.conf.Positional]
+Urls = Annotated[tuple[str, ...], tyro.conf.Positional]
+UNITS = {"scanning tars": "tars", "listing": "keys"}
 
 
 def _optional(metavar: str) -> Any:
@@ -39,7 +42,12 @@ def _optional(metavar: str) -> Any:
 
 OptionalInt = Annotated[int | None, _optional("INT")]
 OptionalFraction = Annotated[float | None, _optional("FRACTION")]
+OptionalAddress = Annotated[str | None, _optional("HOST:PORT")]
+Jobs = Annotated[
+    int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="", aliases=["--workers"])
+]
 OptionalPath = Annotated[Path | None, _optional("PATH")]
+OptionalPlace = Annotated[str | None, _optional("PATH-OR-URL")]
 OptionalName = Annotated[str | None, _optional("NAME")]
 OptionalVal = Annotated[Literal["merge", "separate"] | None, _optional("{merge,separate}")]
 RENDERED = Path("~/.cache/data_shards/synthetic")
@@ -54,12 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
 def build_command(
     source: SourceName,
     out: str,
-    root: OptionalPath = None,
+    root: OptionalPlace = None,
     name: OptionalName = None,
     validation: OptionalFraction = None,
     validation_seed: int = 0,
     val: OptionalVal = None,
-    images: OptionalPath = None,
+    images: OptionalPlace = None,
+    fields: tuple[str, ...] = (),
     identities: OptionalInt = None,
     cameras: OptionalInt = None,
     images_per_camera: OptionalInt = None,
@@ -68,7 +77,8 @@ def build_command(
     shard_bytes: int = SHARD_BYTES,
     allow_incomplete: bool = False,
     skip_unreadable: bool = False,
-    jobs: OptionalInt = None,
+    jobs: Jobs = None,
+    address: OptionalAddress = None,
     work: OptionalPath = None,
 ) -> None:
     """Read a dataset, decode every image once, and write it as shards.
@@ -79,39 +89,48 @@ def build_command(
     Args:
         source: Kind of dataset; folders and csv are for your own.
         out: Where to write it: s3://bucket/prefix or a folder.
-        root: The dataset's folder. For csv the CSV file. For synthetic where to draw them.
+        root: The dataset's folder, or s3://bucket/prefix. For csv the CSV file. For webdataset the
+            tars, such as 's3://bucket/old-{000000..000123}.tar'. For synthetic where to draw them.
         name: Name of the dataset; its models are called reid-NAME in MLflow (default: the source's
             name; for csv and folders the name of the file or folder).
         validation: Fraction of the training identities to keep for a validation split, on which
             trainings choose their best checkpoint; 0.1 is usual (default: no such split).
         validation_seed: Another seed chooses other identities.
         val: [msmt17] Merge list_val.txt into train, or keep it as a split (default: merge).
+        fields: [webdataset] Where a sample has its pid and, if known, its camid and split:
+            pid=json.person camid=json.cam split=json.set. A member of text is named without a key:
+            pid=cls. With several images in a sample, image=jpg chooses one.
         images: [csv] The folder that its paths are relative to (default: the CSV file's).
         identities: [synthetic] How many people, half of them for training (default: 64).
         cameras: [synthetic] How many cameras see each person (default: 4).
         images_per_camera: [synthetic] Images of each person by each camera (default: 6).
-        seed: [synthetic, folders] Another seed draws other people, or chooses others for the test
-            (default: 0).
-        test: [folders] Fraction of the people to test on, in a layout without a folder for each
-            split (default: 0.25).
+        seed: [synthetic, folders, webdataset] Another seed draws other people, or chooses others
+            for the test (default: 0).
+        test: [folders, webdataset] Fraction of the people to test on, if the source does not say
+            which (default: 0.25).
         shard_bytes: Approximate size of a shard.
         allow_incomplete: Build even if the published counts are not met; the manifest records it.
         skip_unreadable: Leave out images that cannot be decoded; the manifest lists them.
-        jobs: Processes (default: one per core).
+        jobs: Processes (default: one per core); with --address, tasks at a time (default: one per
+            CPU of the cluster).
+        address: A Ray cluster that scans and writes, HOST:PORT of its head; local starts one here.
         work: Folder for shards until they are uploaded (default: the system's temporary folder).
     """
     from data_shards.building.build import build
+    from data_shards.storage.object_path import open_place
 
-    given = {"val": val, "images": images, "identities": identities, "cameras": cameras}
+    folder = None if images is None else open_place(images)
+    given = {"val": val, "images": folder, "identities": identities, "cameras": cameras}
     given |= {"images_per_camera": images_per_camera, "seed": seed, "test": test}
+    given["fields"] = list(fields) or None
     options = {key: value for key, value in given.items() if value is not None}
     if root is None:
         if source != "synthetic":
             raise ConfigError(
                 f"source {source!r} needs --root: the folder (for csv the file) to read"
             )
-        root = expand_home(RENDERED)
-    with display() as progress:
+        root = str(expand_home(RENDERED))
+    with display(units=UNITS) as progress:
         result = build(
             source,
             root,
@@ -124,12 +143,123 @@ def build_command(
             allow_incomplete=allow_incomplete,
             skip_unreadable=skip_unreadable,
             jobs=jobs,
+            address=address,
             work=work,
             progress=progress,
         )
     if result.already_built:
         print(f"already built: {out} holds the same images")
     _show(out, result.manifest)
+
+
+def add_command(
+    url: Url,
+    source: SourceName,
+    root: str,
+    ids: Literal["same", "new"] = "same",
+    images: OptionalPlace = None,
+    fields: tuple[str, ...] = (),
+    seed: OptionalInt = None,
+    test: OptionalFraction = None,
+    shard_bytes: int = SHARD_BYTES,
+    skip_unreadable: bool = False,
+    jobs: Jobs = None,
+    address: OptionalAddress = None,
+    work: OptionalPath = None,
+) -> None:
+    """Add images to a dataset, as a new version of it.
+
+    The shards that are there stay as they are. Runs that were trained on the dataset before can
+    still be resumed. The same command continues an interrupted one.
+
+    Args:
+        url: The dataset: s3://bucket/prefix or a folder.
+        source: Kind of what is added.
+        root: Where it is, as for build.
+        ids: Same if the identities and cameras have the numbers that they have in the dataset; new
+            if all of them are others, which then get the next numbers.
+        images: [csv] As for build.
+        fields: [webdataset] As for build.
+        seed: [folders, webdataset] As for build.
+        test: [folders, webdataset] As for build.
+        shard_bytes: Approximate size of a shard.
+        skip_unreadable: Leave out images that cannot be decoded; the manifest lists them.
+        jobs: As for build.
+        address: As for build.
+        work: As for build.
+    """
+    from data_shards.building.versions import add
+    from data_shards.storage.object_path import open_place
+
+    folder = None if images is None else open_place(images)
+    given = {"images": folder, "fields": list(fields) or None, "seed": seed, "test": test}
+    with display(units=UNITS) as progress:
+        change = add(
+            url,
+            source,
+            root,
+            ids=ids,
+            options={key: value for key, value in given.items() if value is not None},
+            shard_bytes=shard_bytes,
+            skip_unreadable=skip_unreadable,
+            jobs=jobs,
+            address=address,
+            work=work,
+            progress=progress,
+        )
+    print(f"{change.images:,} images {'are there already' if change.already_made else 'added'}")
+    _show(url, change.manifest)
+
+
+def merge_command(urls: Urls, out: str, name: OptionalName = None) -> None:
+    """Join datasets; an identity or a camera of one is never that of another.
+
+    Shards are not written again: local ones are linked, and S3 copies its own.
+
+    Args:
+        urls: The datasets.
+        out: Where to write the new one: s3://bucket/prefix or a folder.
+        name: Name of the new dataset (default: their names, joined).
+    """
+    from data_shards.building.versions import merge
+
+    with display() as progress:
+        change = merge(urls, out, name=name, progress=progress)
+    if change.already_made:
+        print(f"already merged: {out} holds these datasets")
+    _show(out, change.manifest)
+
+
+def remove_command(
+    url: Url,
+    pid: tuple[int, ...],
+    delete_old: bool = False,
+    jobs: Jobs = None,
+    work: OptionalPath = None,
+) -> None:
+    """Remove people from a dataset, as a new version of it.
+
+    Shards with images of them are written anew without these. A dataset that was merged from this
+    one has its own copies: remove them there, too.
+
+    Args:
+        url: The dataset: s3://bucket/prefix or a folder.
+        pid: The people, by the numbers in the index; in all splits.
+        delete_old: Delete all earlier versions that have them, and check that they are gone. Runs
+            that were trained on those cannot be resumed.
+        jobs: Processes (default: one per core).
+        work: Folder for shards until they are uploaded (default: the system's temporary folder).
+    """
+    from data_shards.building.versions import remove
+
+    with display() as progress:
+        change = remove(url, pid, delete_old=delete_old, jobs=jobs, work=work, progress=progress)
+    _show(url, change.manifest)
+    print(f"{change.images:,} images removed")
+    if delete_old:
+        print(f"{change.deleted:,} objects of earlier versions deleted; none has these people now")
+    else:
+        print("earlier versions still have them: delete those with --delete-old")
 
 
 def verify_command(url: Url, decode: bool = False, jobs: OptionalInt = None) -> None:
@@ -191,6 +321,9 @@ def _show(url: str, manifest: Manifest) -> None:
 
 COMMANDS: dict[str, Command] = {
     "build": command(build_command, f"{PROGRAM} build"),
+    "add": command(add_command, f"{PROGRAM} add"),
+    "merge": command(merge_command, f"{PROGRAM} merge"),
+    "remove": command(remove_command, f"{PROGRAM} remove"),
     "verify": command(verify_command, f"{PROGRAM} verify"),
     "info": command(info_command, f"{PROGRAM} info"),
 }

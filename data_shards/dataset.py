@@ -1,5 +1,6 @@
 """A sharded dataset, opened for reading."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Literal, Self
 import numpy as np
 
 from data_shards.errors import ConfigError, DataError, ObjectMissing
-from data_shards.manifest import MANIFEST_NAME, Index, Manifest, split_of_rows
+from data_shards.manifest import MANIFEST_NAME, Index, Manifest, split_of_rows, version_key
 from data_shards.records import EVALUATED, NO_CAMERA, SPLITS
 from data_shards.storage import Storage, open_storage
 
@@ -23,8 +24,12 @@ class Dataset:
     _index: dict[str, Index] = field(repr=False)
 
     @classmethod
-    def open(cls, url: str) -> Self:
-        """Read and check `manifest.json` and `index.parquet` at `url`.
+    def open(cls, url: str, digest: str | None = None) -> Self:
+        """Read and check the manifest and the index at `url`.
+
+        Args:
+            url: where the dataset is.
+            digest: of the version to open, if it is still there; by default the newest.
 
         Raises:
             DataError: there is no dataset, or it is damaged.
@@ -33,19 +38,32 @@ class Dataset:
         storage = open_storage(url)
         try:
             manifest = Manifest.from_json(storage.read(MANIFEST_NAME))
+            if digest not in (None, manifest.digest):
+                with contextlib.suppress(ObjectMissing):
+                    manifest = Manifest.from_json(storage.read(version_key(digest)))
             data = storage.read(manifest.index.name, sha256=manifest.index.sha256)
         except ObjectMissing as error:
             raise DataError(
                 f"no dataset at {url}: {error}. Make one with `python -m data_shards build`"
             ) from None
         index = Index.from_parquet(data, manifest)
-        split = split_of_rows(index, manifest)
+        split = split_of_rows(index, manifest.shards)
         parts = {name: index.select(split == i) for i, name in enumerate(SPLITS)}
         return cls(url, storage, manifest, parts)
 
     def index(self, split: str) -> Index:
         """The images of one of `SPLITS`, in shard order; empty if the dataset has none."""
         return self._index[split]
+
+    @property
+    def whole(self) -> Index:
+        """The images of all splits, in shard order."""
+        return Index.concatenated(list(self._index.values()))
+
+    def origin(self, split: str) -> np.ndarray:
+        """The dataset that each image of a split was merged from, (N,) int64 from 0 up."""
+        names = [self.manifest.dataset_of(shard) for shard in self.manifest.shards]
+        return np.unique(names, return_inverse=True)[1][self._index[split].shard]
 
     @property
     def digest(self) -> str:

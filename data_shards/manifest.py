@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
@@ -18,10 +19,11 @@ import pydantic
 from pydantic import AfterValidator, Field, JsonValue
 
 from data_shards.errors import DataError
-from data_shards.records import EVALUATED, SPLITS
+from data_shards.records import EVALUATED, NO_CAMERA, SPLITS
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.parquet"
+VERSIONS = "versions/"  # the manifests of earlier versions
 
 COLUMNS = {"shard": "int32", "offset": "int64", "size": "int64", "pid": "int64", "label": "int64"}
 COLUMNS |= {"camid": "int32", "width": "int32", "height": "int32", "path": "string"}
@@ -62,11 +64,25 @@ class FileInfo(_Model):
     sha256: Sha256
 
 
+class Origin(_Model):
+    """Where a shard's JSON members come from: another dataset, or an earlier version."""
+
+    dataset: str  # its name, in those members
+    pid: Count  # what the index adds to their pids
+    camid: Count  # and to their camids; their labels are not used
+
+
 class ShardInfo(FileInfo):
     """A tar of images of one split, such as `shards/train-000000.tar`."""
 
     split: Split
     images: Count
+    origin: Origin | None = None  # None if its JSON members agree with the index
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_none(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # So that the digests of datasets without origins are what they always were.
+        return {key: value for key, value in dump(self).items() if value is not None}
 
 
 class LeftOut(_Model):
@@ -110,6 +126,10 @@ class Manifest(_Model):
     def digest(self) -> str:
         """SHA-256, in hex, of everything in the manifest. It identifies the dataset."""
         return json_digest(self.model_dump(mode="json"))
+
+    def dataset_of(self, shard: ShardInfo) -> str:
+        """The name of the dataset that a shard's images come from."""
+        return self.name if shard.origin is None else shard.origin.dataset
 
     @property
     def evaluation_digest(self) -> str:
@@ -168,6 +188,12 @@ class Index:
         return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @classmethod
+    def concatenated(cls, parts: Sequence[Self]) -> Self:
+        """The rows of several indices, in shard order."""
+        columns = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
+        return cls(**columns).select(np.argsort(columns["shard"], kind="stable"))
+
+    @classmethod
     def from_columns(cls, columns: dict[str, Any]) -> Self:
         """Build an index from one sequence per column, cast to the column's type."""
         kinds = {name: object if kind == "string" else kind for name, kind in COLUMNS.items()}
@@ -206,10 +232,29 @@ class Index:
         return index
 
 
-def split_of_rows(index: Index, manifest: Manifest) -> np.ndarray:
+def split_of_rows(index: Index, shards: Sequence[ShardInfo]) -> np.ndarray:
     """The split of each row, (N,) int8, as a position in `SPLITS`."""
-    of_shard = np.array([SPLITS.index(shard.split) for shard in manifest.shards], np.int8)
+    of_shard = np.array([SPLITS.index(shard.split) for shard in shards], np.int8)
     return of_shard[index.shard]
+
+
+def count_splits(index: Index, shards: Sequence[ShardInfo]) -> dict[Any, SplitInfo]:
+    """The manifest's counts of each split that has images."""
+    split, counts = split_of_rows(index, shards), {}
+    for number, name in enumerate(SPLITS):
+        if (rows := split == number).any():
+            camid = index.camid[rows]
+            counts[name] = SplitInfo(
+                images=int(rows.sum()),
+                identities=len(np.unique(index.pid[rows])),
+                cameras=len(np.unique(camid[camid < NO_CAMERA])),
+            )
+    return counts
+
+
+def version_key(digest: str) -> str:
+    """Where the manifest of an earlier version is."""
+    return f"{VERSIONS}{digest[:16]}.json"
 
 
 def sha256(data: bytes) -> str:
@@ -243,7 +288,7 @@ def _check_index(index: Index, manifest: Manifest) -> None:
     require(bool((apart | ~together).all()), "two images overlap")
     require(bool(((index.width > 0) & (index.height > 0)).all()), "an image has no pixels")
     require(bool(((index.pid >= 0) & (index.camid >= 0)).all()), "a pid or camid is negative")
-    train = split_of_rows(index, manifest) == SPLITS.index("train")
+    train = split_of_rows(index, manifest.shards) == SPLITS.index("train")
     _, label = np.unique(index.pid[train], return_inverse=True)
     require(bool((index.label[train] == label).all()), "labels do not follow the train pids")
     require(bool((index.label[~train] == -1).all()), "an image outside train has a label")

@@ -79,6 +79,13 @@ def require_ray_cluster() -> None:
             raise ReidError(f"{wrong}: {advice}") from None
 
 
+def connect(address: str) -> None:
+    """Connect to a cluster by its HOST:PORT, or start Ray on this machine if it is "local"."""
+    os.environ["RAY_ADDRESS"] = address
+    prepare_ray()
+    start_ray(1)
+
+
 def start_ray(cpus: int, *, logs: bool = True) -> None:
     """Connect to the cluster at RAY_ADDRESS, or start Ray here with at least `cpus` CPUs."""
     import ray

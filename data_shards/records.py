@@ -1,8 +1,12 @@
 """One image of a dataset before it is sharded."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from data_shards.storage.object_path import Place
 
 SPLITS: Final = ("train", "val", "query", "gallery", "validation_query", "validation_gallery")
 EVALUATED: Final = {
@@ -18,10 +22,11 @@ number and no others do, so that an image of another number is another image."""
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """An image on disk and what its dataset says about it."""
+    """An image before it is sharded and what its dataset says about it."""
 
-    path: Path  # the file on this machine
+    path: Place  # the file on this machine, or the object
     relative: str  # its path inside the dataset's root, with forward slashes: the same everywhere
     pid: int  # identity, >= 0; train and test identities are numbered separately
     camid: int  # camera, >= 0; a source that does not know it gives NO_CAMERA
     split: str  # one of `SPLITS`
+    named: bool = False  # whether pid or camid number names, and so mean nothing in another build

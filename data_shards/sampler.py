@@ -16,6 +16,7 @@ of one identity are neighbours in that order, so they go to different steps agai
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from typing import Literal
 
@@ -89,6 +90,49 @@ def plan(
                 if missing == 0:
                     return np.concatenate(planned)
     return np.concatenate(planned)
+
+
+def plan_apart(
+    index: Index,
+    dataset: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    identities: int,
+    images: int,
+    window: int,
+    steps: int | None = None,
+    small: Literal["replace", "drop"] = "replace",
+) -> np.ndarray:
+    """Plan an epoch of a union of datasets, each batch from one of them.
+
+    Each dataset has batches in proportion to those of one pass over it, in a random order of turns.
+
+    Args:
+        dataset: (N,) number of the dataset that each row of the index comes from.
+        index, seed, epoch, identities, images, window, steps, small: as in `plan`.
+
+    Returns:
+        (S, P * K) int64 rows of `index`, as `plan` does.
+    """
+    make = partial(plan, seed=seed, epoch=epoch, identities=identities, images=images)
+    make = partial(make, window=window, small=small)
+    rows = [np.flatnonzero(dataset == number) for number in np.unique(dataset)]
+    parts = [index.select(own) for own in rows]
+    plans = [make(part) for part in parts]
+    if steps is not None:
+        ends = np.cumsum([0, *map(len, plans)])
+        shares = np.diff(ends * steps // max(ends[-1], 1)).tolist()
+        plans = [
+            make(part, steps=share) if share else one[:0]
+            for part, share, one in zip(parts, shares, plans, strict=True)
+        ]
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, 0, 1))))
+    turn = rng.permutation(np.repeat(np.arange(len(plans)), [len(one) for one in plans]))
+    planned = np.empty((len(turn), identities * images), np.int64)
+    for number, (own, one) in enumerate(zip(rows, plans, strict=True)):
+        planned[turn == number] = own[one]
+    return planned
 
 
 def slice_for_rank(plan: np.ndarray, rank: int, world: int) -> np.ndarray:

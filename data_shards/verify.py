@@ -10,7 +10,7 @@ from pathlib import Path
 from data_shards.building.parallel import cores, parallel_map
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ObjectMissing
-from data_shards.manifest import Index, ShardInfo
+from data_shards.manifest import Index, Origin, ShardInfo
 from data_shards.progress import Progress, silent
 from data_shards.storage import Storage
 
@@ -56,8 +56,7 @@ def _check_shard(storage: Storage, dataset: str, decode_images: bool, task: Task
         with tempfile.TemporaryDirectory(prefix="data-shards-") as folder:
             path = Path(folder, "shard.tar")
             storage.download(shard.name, path, sha256=shard.sha256)
-            constant = {"dataset": dataset, "split": shard.split}
-            problems = _problems(path, rows, constant, decode_images)
+            problems = _problems(path, rows, dataset, shard, decode_images)
             return [f"{shard.name}: {problem}" for problem in problems]
     except ObjectMissing:
         return [f"{shard.name} is missing"]
@@ -66,7 +65,7 @@ def _check_shard(storage: Storage, dataset: str, decode_images: bool, task: Task
 
 
 def _problems(
-    path: Path, rows: Index, constant: dict[str, str], decode_images: bool
+    path: Path, rows: Index, dataset: str, shard: ShardInfo, decode_images: bool
 ) -> Iterator[str]:
     """Compare a tar with the index: the same images at the same places, described the same."""
     try:
@@ -75,6 +74,8 @@ def _problems(
     except tarfile.TarError as error:
         yield f"not a tar file: {error}"
         return
+    origin = shard.origin or Origin(dataset=dataset, pid=0, camid=0)
+    constant: dict[str, str | int] = {"dataset": origin.dataset, "split": shard.split}
     if len(members) != 2 * len(rows):
         yield f"{len(members):,} members, not two for each of its {len(rows):,} images"
         return
@@ -86,11 +87,15 @@ def _problems(
                 continue
             numbers = ("pid", "label", "camid", "width", "height")
             expected = constant | {name: int(getattr(rows, name)[row]) for name in numbers}
+            expected["pid"] -= origin.pid
+            expected["camid"] -= origin.camid
             file.seek(description.offset_data)
             try:
                 found = json.loads(file.read(description.size))
             except ValueError:
                 found = None
+            if shard.origin is not None and isinstance(found, dict):
+                found["label"] = expected["label"]  # that of an earlier version
             if found != expected | {"path": str(rows.path[row])}:
                 yield f"{description.name} does not agree with the index"
             if decode_images:

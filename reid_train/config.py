@@ -42,6 +42,8 @@ class BatchConfig(Section):
     """Shards that are shuffled together; the node's cache must hold two windows."""
     accumulate: Count = 1
     """Global batches per optimizer step; their gradients are averaged."""
+    datasets: Literal["mixed", "apart"] = "mixed"
+    """In a merged dataset: batches of people from all of its datasets, or each batch from one."""
 
 
 class ImageConfig(Section):

@@ -26,7 +26,7 @@ from reid_train.config import LOADERS, TrainConfig
 from reid_train.evaluation.examples import MATCHES, QUERIES
 from reid_train.model.network import ReidNet
 from reid_train.training.compiled import compiles
-from reid_train.training.data import epoch_plan, train_index
+from reid_train.training.data import epoch_plan
 
 GIGABIT = 1e9 / 8
 START, FINISH = 30.0, 20.0  # seconds before the first step and after the last
@@ -83,7 +83,7 @@ class Speed(NamedTuple):
 
 def plans(config: TrainConfig, dataset: Dataset) -> EpochPlan:
     """The sampler's plans by epoch: rows of the train index for each batch. Each is made once."""
-    return cache(partial(epoch_plan, config, train_index(dataset)))
+    return cache(partial(epoch_plan, config, dataset))
 
 
 def count(config: TrainConfig, dataset: Dataset, plan: EpochPlan) -> Counts:
@@ -117,7 +117,7 @@ def download(options: Plan, dataset: Dataset, plan: EpochPlan, evaluations: int)
     node = np.arange(workers) // options.gpus_per_node  # of each rank
     times = np.zeros((node[-1] + 1, len(shards)), np.int64)
     index = dataset.index("train")
-    one_pass = len(epoch_plan(config.replace(batch__steps_per_epoch=None), index, 0))
+    one_pass = len(epoch_plan(config.replace(batch__steps_per_epoch=None), dataset, 0))
     for epoch in range(config.total_epochs):
         rows = plan(epoch)
         read = np.zeros_like(times, bool)

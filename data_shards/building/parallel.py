@@ -1,4 +1,4 @@
-"""Map a function over processes; the results do not depend on how many there are."""
+"""Map a function over processes or a cluster; the results do not depend on how many there are."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,17 @@ from data_shards.errors import ReidError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster that does the jobs of `parallel_map`.
+
+    Each of its nodes must have the files and folders in `shared`.
+    """
+
+    address: str  # HOST:PORT, or "local" to start one on this machine
+    shared: tuple[Path, ...] = ()
 
 
 def cores() -> int:
@@ -35,16 +47,29 @@ def parallel_map(
     jobs: int,
     images: Sequence[int],
     progress: Callable[[int, int], None],
+    cluster: Cluster | None = None,
 ) -> list[R]:
-    """Return the results in the order of the items; one job is done in this process.
+    """Return the results in the order of the items, from processes of this machine or of a cluster.
+
+    One job is done in this process.
 
     Processes are spawned, not forked, because the caller may have threads. A script that calls
     this needs the usual `if __name__ == "__main__":`. `images` has the number of images in each
-    item; `progress` is called with how many are done, and with their total.
+    item; `progress` is called with how many are done, and with their total. On a cluster 0 `jobs`
+    are as many as it has CPUs.
     """
     results, done, total = [], 0, sum(images)
     progress(0, total)
-    for result, count in zip(_results(function, items, jobs), images, strict=True):
+    if cluster is None:
+        found = _results(function, items, jobs)
+    else:
+        from data_shards.ray_utils import connect
+
+        connect(cluster.address)  # before Ray is imported
+        from data_shards.building.on_ray import ray_results
+
+        found = ray_results(function, items, jobs, cluster)
+    for result, count in zip(found, images, strict=True):
         results.append(result)
         done += count
         progress(done, total)

@@ -46,13 +46,16 @@ def find_finished(storage: Storage, content: str) -> Manifest | None:
     return manifest
 
 
-def claim(storage: Storage, content: str) -> None:
-    """Reserve the destination, or resume; a `DataError` if it holds another or unknown build."""
+def claim(storage: Storage, content: str, *, empty: bool = True) -> None:
+    """Reserve the destination, or resume; a `DataError` if it holds another or unknown build.
+
+    Unless it should be `empty`, it holds a dataset of which a new version is made.
+    """
     plan = json.dumps({"content": content}).encode()
     try:
         found = storage.read(PLAN)
     except ObjectMissing:
-        if next(iter(storage.list("shards/")), None) is not None:
+        if empty and next(iter(storage.list("shards/")), None) is not None:
             raise DataError(
                 f"{storage.url}/shards is not empty: choose another --out, or delete what is there"
             ) from None
@@ -62,6 +65,9 @@ def claim(storage: Storage, content: str) -> None:
         raise DataError(
             f"{storage.url} holds an unfinished build of another dataset: choose another --out, or"
             " delete what is there"
+            if empty
+            else f"{storage.url} is being changed by another add or remove: wait for it, or repeat"
+            f" that command to finish it; delete {storage.url}/{PLAN} to give it up"
         )
     log.info("resuming the build at %s", storage.url)
 
@@ -90,6 +96,14 @@ def finish(storage: Storage, manifest: Manifest, index: bytes) -> None:
             if storage.read(key) != data:  # the same bytes are of an earlier build
                 raise
     remove_notes(storage)
+
+
+def is_claimed(storage: Storage, content: str) -> bool:
+    """Whether this build or change was interrupted here, or is running."""
+    try:
+        return storage.read(PLAN) == json.dumps({"content": content}).encode()
+    except ObjectMissing:
+        return False
 
 
 def remove_notes(storage: Storage) -> None:

@@ -4,7 +4,6 @@ For each image, a shard holds the original file and a JSON member that describes
 `<split>-<number>`, so that the stock `webdataset` reader pairs them.
 """
 
-import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,10 +12,10 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_shards.building.scan import ScannedImage
-from data_shards.errors import DataError
-from data_shards.manifest import COLUMNS, Index, ShardInfo, SplitInfo, sha256
-from data_shards.records import NO_CAMERA, SPLITS
+from data_shards.building.scan import ScannedImage, for_each
+from data_shards.errors import DataError, ObjectMissing
+from data_shards.manifest import COLUMNS, Index, ShardInfo, sha256
+from data_shards.records import SPLITS
 from data_shards.storage.atomic import disk_errors, file_sha256
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -41,26 +40,37 @@ class ShardPlan:
     images: tuple[ShardImage, ...]
 
 
-def plan_shards(images: Iterable[ScannedImage], shard_bytes: int) -> list[ShardPlan]:
+def plan_shards(
+    images: Iterable[ScannedImage],
+    shard_bytes: int,
+    *,
+    version: str = "",
+    pids: Iterable[int] | None = None,
+) -> list[ShardPlan]:
     """Assign images to shards of about `shard_bytes`: by split, then identity, then path.
 
     An identity's images are contiguous in one shard, unless they are larger than a shard. Only a
     single larger image makes a larger shard.
+
+    Args:
+        version: sets the names and keys of a later version apart.
+        pids: all training identities of the dataset; by default those of the images.
     """
     ordered = sorted(
         images, key=lambda i: (SPLITS.index(i.record.split), i.record.pid, i.record.relative)
     )
-    pids = sorted({i.record.pid for i in ordered if i.record.split == "train"})
-    label = {pid: n for n, pid in enumerate(pids)}
+    own = {i.record.pid for i in ordered if i.record.split == "train"}
+    label = {pid: n for n, pid in enumerate(sorted(own if pids is None else pids))}
+    below, infix = (f"shards/{version}", f"-{version}") if version else ("shards", "")
     plans = []
     for split, group in groupby(ordered, key=lambda image: image.record.split):
         labels = label if split == "train" else {}
         members = [
-            ShardImage(image, f"{split}-{n:08d}", labels.get(image.record.pid, -1))
+            ShardImage(image, f"{split}{infix}-{n:08d}", labels.get(image.record.pid, -1))
             for n, image in enumerate(group)
         ]
         for n, shard in enumerate(_fill(members, shard_bytes)):
-            plans.append(ShardPlan(f"shards/{split}-{n:06d}.tar", split, tuple(shard)))
+            plans.append(ShardPlan(f"{below}/{split}-{n:06d}.tar", split, tuple(shard)))
     return plans
 
 
@@ -69,15 +79,23 @@ def write_shard(plan: ShardPlan, dataset: str, path: Path) -> tuple[ShardInfo, l
 
     It is a `DataError` if an image has changed since it was scanned.
     """
-    offsets = []
+    from webdataset import TarWriter  # imports torch
+
+    images, offsets, end = [member.image for member in plan.images], [], 0
+    local = all(isinstance(image.record.path, Path) for image in images)
+    same = {"user": "", "group": "", "mtime": 0}  # on every machine
     with disk_errors(path), path.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for member in plan.images:
-                data = _reread(member.image)
-                offsets.append(file.tell() + _BLOCK)
-                _add(tar, member.key + _extension(member.image.record.relative), data)
-                described = describe(dataset, member)
-                _add(tar, member.key + ".json", json.dumps(described, ensure_ascii=False).encode())
+        with TarWriter(file, encoder=False, **same) as tar:
+            for member, data in zip(
+                plan.images, for_each(_reread, images, local=local), strict=True
+            ):
+                described = json.dumps(describe(dataset, member), ensure_ascii=False).encode()
+                extension = _extension(member.image.record.relative)[1:]
+                offsets.append(end + _BLOCK)
+                # One by one, because the writer would sort them.
+                for name, content in ((extension, data), ("json", described)):
+                    tar.write({"__key__": member.key, name: content})
+                    end += _BLOCK + _padded(len(content))
         size = file.tell()
     found = {"images": len(plan.images), "bytes": size, "sha256": file_sha256(path)}
     return ShardInfo.model_validate({"name": plan.name, "split": plan.split, **found}), offsets
@@ -92,20 +110,6 @@ def index_of(plans: Sequence[ShardPlan], offsets: Sequence[Sequence[int]]) -> In
             where, who = (shard, offset, image.size), (record.pid, member.label, record.camid)
             rows.append((*where, *who, image.width, image.height, record.relative))
     return Index.from_columns(dict(zip(COLUMNS, zip(*rows, strict=True), strict=True)))
-
-
-def count_splits(plans: Sequence[ShardPlan]) -> dict[Any, SplitInfo]:
-    """The manifest's counts of each split that has images."""
-    splits = {}
-    for split in SPLITS:
-        records = [m.image.record for plan in plans if plan.split == split for m in plan.images]
-        if records:
-            splits[split] = SplitInfo(
-                images=len(records),
-                identities=len({record.pid for record in records}),
-                cameras=len({r.camid for r in records if r.camid < NO_CAMERA}),
-            )
-    return splits
 
 
 def describe(dataset: str, member: ShardImage) -> dict[str, Any]:
@@ -135,7 +139,12 @@ def _fill(members: Sequence[ShardImage], shard_bytes: int) -> Iterator[list[Shar
 
 
 def _tar_bytes(member: ShardImage) -> int:
-    return 2 * _BLOCK + -(-member.image.size // _BLOCK) * _BLOCK + _JSON_BYTES
+    return 2 * _BLOCK + _padded(member.image.size) + _JSON_BYTES
+
+
+def _padded(size: int) -> int:
+    """Bytes that a member of a tar takes after its header."""
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def _extension(name: str) -> str:
@@ -148,15 +157,10 @@ def _reread(image: ScannedImage) -> bytes:
     path = image.record.path
     try:
         data = path.read_bytes()
+    except ObjectMissing:
+        raise DataError(f"{path} changed during the build: it does not exist any more") from None
     except OSError as error:
         raise DataError(f"{path} changed during the build: {error.strerror}") from None
-    if sha256(data) != image.sha256:
+    if image.sha256 and sha256(data) != image.sha256:
         raise DataError(f"{path} changed during the build: run the build again")
     return data
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # without owner and time, which differ between machines
-    member.size = len(data)
-    member.mode = 0o444
-    tar.addfile(member, io.BytesIO(data))

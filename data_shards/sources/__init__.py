@@ -1,6 +1,6 @@
 """The datasets that can be sharded, by the name of their source."""
 
-from data_shards.sources import csv, folders, msmt17
+from data_shards.sources import csv, folders, msmt17, webdataset
 from data_shards.sources.cuhk03 import DETECTED, LABELED
 from data_shards.sources.layout import Source
 from data_shards.sources.market1501 import DUKEMTMC, MARKET1501, VERI776
@@ -15,5 +15,6 @@ SOURCES: dict[str, Source] = {
     "cuhk03_detected": DETECTED,
     "folders": Source("Folders", folders.read),
     "csv": Source("CSV", csv.read),
+    "webdataset": Source("WebDataset", webdataset.read, streamed=True),
     "synthetic": Source("Synthetic people", synthetic.read),
 }

@@ -1,12 +1,14 @@
 """Any images, listed in a CSV file with the columns `path,pid,camid,split`; camid is optional."""
 
 import csv
+import io
 import logging
 from pathlib import Path
 
 from data_shards.errors import DataError
 from data_shards.records import NO_CAMERA, SPLITS, ImageRecord
-from data_shards.sources.layout import is_of_macos, normalized, require_folder
+from data_shards.sources.layout import is_of_macos, normalized, numbered, require_folder
+from data_shards.storage.object_path import Place, object_at
 
 log = logging.getLogger(__name__)
 
@@ -14,7 +16,7 @@ COLUMNS = ("path", "pid", "camid", "split")
 OPTIONAL = "camid"
 
 
-def read(root: Path, *, images: Path | None = None) -> list[ImageRecord]:
+def read(root: Place, *, images: Place | None = None) -> list[ImageRecord]:
     """Read a CSV file with a header.
 
     `pid` and `camid` are integers from 0 up, or all of them are names, which are then numbered in
@@ -23,7 +25,8 @@ def read(root: Path, *, images: Path | None = None) -> list[ImageRecord]:
 
     Args:
         root: the CSV file.
-        images: the folder that its paths are relative to; by default the CSV file's.
+        images: the folder that its paths are relative to; by default the CSV file's. A path may
+            also be a URL, `s3://bucket/KEY`. Missing objects are found by the scan.
 
     Raises:
         DataError: a missing column or file, a wrong value, a path outside the folder, or an image
@@ -33,29 +36,46 @@ def read(root: Path, *, images: Path | None = None) -> list[ImageRecord]:
         raise DataError(f"{root} is not a file: give the CSV with --root")
     base = require_folder(root.parent if images is None else images)
     rows = _read_rows(root)
-    pids, camids = _numbers(rows, "pid", root), [NO_CAMERA] * len(rows)
+    lines = list(rows)
+
+    def numbers(column: str) -> tuple[list[int], bool]:
+        values = [row[column] for row in rows.values()]
+        return numbered(values, column, lambda i: f"{root}, line {lines[i]}")
+
+    (pids, named), camids = numbers("pid"), [NO_CAMERA] * len(rows)
     if any(row["camid"] for row in rows.values()):
-        camids = _numbers(rows, "camid", root)
+        camids, of_cameras = numbers("camid")
+        named = named or of_cameras
     records, seen = [], dict[str, int]()
     for (line, row), pid, camid in zip(rows.items(), pids, camids, strict=True):
         where = f"{root}, line {line}"
-        relative = normalized(base, row["path"], where)
-        path = base / relative
+        relative, path = _image(base, row["path"], where)
         if row["split"] not in SPLITS:
             raise DataError(f"{where}: split {row['split']!r} is none of {', '.join(SPLITS)}")
-        if not path.is_file():
+        if (
+            isinstance(path, Path) and not path.is_file()
+        ):  # the scan finds which objects are missing
             raise DataError(f"{where}: {path} does not exist")
         if (earlier := seen.setdefault(relative, line)) != line:
             raise DataError(f"{where}: {row['path']!r} is already listed on line {earlier}")
-        records.append(ImageRecord(path, relative, pid, camid, row["split"]))
+        records.append(ImageRecord(path, relative, pid, camid, row["split"], named))
     return records
 
 
-def _read_rows(path: Path) -> dict[int, dict[str, str]]:
+def _image(base: Place, name: str, where: str) -> tuple[str, Place]:
+    """The name of an image in the dataset, and where it is: below `base`, or a URL of its own."""
+    if name.startswith("s3://"):
+        path = object_at(name)
+        return name.removeprefix(f"{base}/"), path
+    relative = normalized(base, name, where)
+    return relative, base / relative
+
+
+def _read_rows(path: Place) -> dict[int, dict[str, str]]:
     """The rows of a CSV file by the number of their line, without files of macOS."""
     rows = dict[int, dict[str, str]]()
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="") as file:
             reader = csv.DictReader(file)
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             found = [column for column in COLUMNS if column in reader.fieldnames]
@@ -75,20 +95,3 @@ def _read_rows(path: Path) -> dict[int, dict[str, str]]:
     if skipped := len(rows) - len(wanted):
         log.warning("%s: skipped %d files that macOS makes beside images", path, skipped)
     return wanted
-
-
-def _numbers(rows: dict[int, dict[str, str]], column: str, path: Path) -> list[int]:
-    """Integers as they are, names numbered in sorted order. A mix of both is refused."""
-    values = {line: row[column] for line, row in rows.items()}
-    names = {n: v for n, v in values.items() if not (v.isascii() and v.isdecimal())}
-    if not names:
-        return [int(value) for value in values.values()]
-    if len(names) < len(values) or any(not v or v.lstrip("-").isdecimal() for v in names.values()):
-        line, value = next(iter(names.items()))
-        or_none = ", or none at all if cameras are not known" if column == OPTIONAL else ""
-        raise DataError(
-            f"{path}, line {line}: {column} {value!r} is not an integer from 0"
-            f" up (use integers on all lines, or names on all lines{or_none})"
-        )
-    number = {name: i for i, name in enumerate(sorted(set(values.values())))}
-    return [number[value] for value in values.values()]

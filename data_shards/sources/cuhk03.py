@@ -7,22 +7,23 @@ The people were cut out by hand ("labeled") or by a detector ("detected"). Eithe
   are in `cuhk03_new_protocol_config_labeled.mat` or in `splits_new_labeled.json` beside it.
 """
 
+import io
 import json
 import re
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from data_shards.errors import DataError
 from data_shards.records import ImageRecord
 from data_shards.sources.layout import Counts, Source, require_folder
 from data_shards.sources.market1501 import FOLDERS, read_folders
+from data_shards.storage.object_path import Place
 
 _SPLITS = ("train", "query", "gallery")
 
 
-def _read(boxes: str, root: Path) -> list[ImageRecord]:
+def _read(boxes: str, root: Place) -> list[ImageRecord]:
     title = f"CUHK03 ({boxes})"
     bases = [require_folder(root), *(root / name for name in ("cuhk03", "cuhk03-np", "CUHK03-NP"))]
     for base in bases:
@@ -42,7 +43,7 @@ def _read(boxes: str, root: Path) -> list[ImageRecord]:
 
 
 def _records(
-    title: str, images: Path, entries: Iterator[tuple[str, str, int]]
+    title: str, images: Place, entries: Iterator[tuple[str, str, int]]
 ) -> Iterator[ImageRecord]:
     """The records of (split, file name, pid); the camera is the third field of a name."""
     for split, name, pid in entries:
@@ -53,7 +54,7 @@ def _records(
         yield ImageRecord(path, f"{images.name}/{name}", pid, int(match[1]), split)
 
 
-def _entries(title: str, base: Path, boxes: str) -> Iterator[tuple[str, str, int]]:
+def _entries(title: str, base: Place, boxes: str) -> Iterator[tuple[str, str, int]]:
     config = base / f"cuhk03_new_protocol_config_{boxes}.mat"
     listing = base / f"splits_new_{boxes}.json"
     if not config.is_file() and not listing.is_file():
@@ -65,17 +66,17 @@ def _entries(title: str, base: Path, boxes: str) -> Iterator[tuple[str, str, int
         raise DataError(f"{file} is not a split of {title}: {error}") from None
 
 
-def _of_mat(path: Path) -> Iterator[tuple[str, str, int]]:
+def _of_mat(path: Place) -> Iterator[tuple[str, str, int]]:
     from scipy.io import loadmat
 
-    config: dict[str, Any] = loadmat(path)
+    config: dict[str, Any] = loadmat(io.BytesIO(path.read_bytes()))
     names, labels = config["filelist"].ravel(), config["labels"].ravel()
     for split in _SPLITS:
         for row in config[f"{split}_idx"].ravel() - 1:  # it counts from 1
             yield split, str(names[row].item()), int(labels[row])
 
 
-def _of_json(path: Path) -> Iterator[tuple[str, str, int]]:
+def _of_json(path: Place) -> Iterator[tuple[str, str, int]]:
     (splits,) = json.loads(path.read_text())
     for split in _SPLITS:
         for name, pid, *_ in splits[split]:  # the folder is that of the machine that wrote it

@@ -5,18 +5,18 @@ Either `ROOT/train/ID/*.jpg`, `ROOT/query/ID/*.jpg` and `ROOT/gallery/ID/*.jpg`,
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from data_shards.errors import ConfigError, DataError
 from data_shards.records import NO_CAMERA, SPLITS, ImageRecord
 from data_shards.sources.layout import require_folder
 from data_shards.sources.split import split_off
+from data_shards.storage.object_path import Place
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 TEST = 0.25  # of the identities
 
 
-def read(root: Path, *, test: float | None = None, seed: int = 0) -> list[ImageRecord]:
+def read(root: Place, *, test: float | None = None, seed: int = 0) -> list[ImageRecord]:
     """Read a tree of folders; the name of an image's folder is its identity.
 
     If all names are different integers, they are the pids; else the names are numbered in sorted
@@ -44,22 +44,24 @@ def read(root: Path, *, test: float | None = None, seed: int = 0) -> list[ImageR
             f"no images under {root}: it must hold folders train, query and gallery with a folder "
             "for each identity in them, or only a folder for each identity"
         )
-    pids = _pids({name for _, name, _ in found})
-    records = [
-        ImageRecord(path, path.relative_to(root).as_posix(), pids[name], NO_CAMERA, split)
-        for split, name, path in found
-    ]
+    pids, named = _pids({name for _, name, _ in found})
+    records = []
+    for split, name, path in found:
+        below = f"{split}/{name}" if splits else name
+        who = pids[name], NO_CAMERA, split, named
+        records.append(ImageRecord(path, f"{below}/{path.name}", *who))
     if splits:
         return records
     return split_off(records, "--test", TEST if test is None else test, seed, "test")
 
 
-def _visible(folder: Path) -> Iterator[Path]:
+def _visible(folder: Place) -> Iterator[Place]:
     return (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
 
 
-def _pids(names: set[str]) -> dict[str, int]:
+def _pids(names: set[str]) -> tuple[dict[str, int], bool]:
+    """The pid of each name, and whether the names had to be numbered."""
     numbers = {name: int(name) for name in names if name.isascii() and name.isdecimal()}
     if len(set(numbers.values())) == len(names):
-        return numbers
-    return {name: number for number, name in enumerate(sorted(names))}
+        return numbers, False
+    return {name: number for number, name in enumerate(sorted(names))}, True

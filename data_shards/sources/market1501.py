@@ -8,17 +8,17 @@ The authors of DukeMTMC-reID have withdrawn it, so only an existing copy can be 
 import re
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 from data_shards.errors import DataError
 from data_shards.records import ImageRecord
 from data_shards.sources.layout import Counts, Source, is_of_macos, require_folder
+from data_shards.storage.object_path import Place
 
 FOLDERS = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
 
 
 def read_folders(
-    title: str, below: str, folders: Mapping[str, str], pattern: str, root: Path
+    title: str, below: str, folders: Mapping[str, str], pattern: str, root: Place
 ) -> list[ImageRecord]:
     """Read a dataset; drop images of pid -1 (false detections), keep pid 0 (distractors).
 

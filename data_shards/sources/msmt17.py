@@ -5,12 +5,12 @@ start at 0 in both train and test, and are different people there.
 """
 
 import logging
-from pathlib import Path
 from typing import Literal
 
 from data_shards.errors import DataError
 from data_shards.records import ImageRecord
 from data_shards.sources.layout import Counts, is_of_macos, normalized, require_folder
+from data_shards.storage.object_path import Place
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ COUNTS = Counts(32_621, 1_041, 11_659, 82_161, 15)
 _FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))  # V1, V2
 
 
-def read(root: Path, *, val: Literal["merge", "separate"] = "merge") -> list[ImageRecord]:
+def read(root: Place, *, val: Literal["merge", "separate"] = "merge") -> list[ImageRecord]:
     """Read MSMT17 from its unpacked archive; skip listed images that do not exist, with a warning.
 
     Args:
@@ -38,7 +38,7 @@ def read(root: Path, *, val: Literal["merge", "separate"] = "merge") -> list[Ima
     return records
 
 
-def _find(root: Path) -> tuple[Path, str, str]:
+def _find(root: Place) -> tuple[Place, str, str]:
     found = [
         (base, train, test)
         for base in (require_folder(root), root / "MSMT17_V1", root / "MSMT17_V2")
@@ -56,7 +56,7 @@ def _find(root: Path) -> tuple[Path, str, str]:
     return found[0]
 
 
-def _read_list(listing: Path, base: Path, folder: str, split: str) -> list[ImageRecord]:
+def _read_list(listing: Place, base: Place, folder: str, split: str) -> list[ImageRecord]:
     if not listing.is_file():
         raise DataError(f"MSMT17: {listing} does not exist: is the archive complete?")
     records, missing, data = [], [], listing.read_bytes()

@@ -91,6 +91,26 @@ class LocalStorage:
             with contextlib.suppress(OSError):  # like a bucket, keep no empty folders
                 path.parent.rmdir()
 
+    def erase(self, key: str) -> None:
+        """Remove an object with its earlier versions, which some buckets keep."""
+        self.delete(key)
+
+    def copy_from(self, other: object, other_key: str, key: str) -> bool:
+        """Copy an object without reading it: by a link, or by the server; False if impossible."""
+        if not isinstance(other, LocalStorage):
+            return False
+        path = self._path(key)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            try:
+                os.link(other._path(other_key), path)
+            except FileNotFoundError:
+                raise
+            except OSError:  # another disk, or one without links
+                return False
+        return True
+
     def child(self, key: str) -> Self:
         """The storage rooted at `key` below this one."""
         return type(self)(self._path(key))

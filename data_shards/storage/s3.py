@@ -99,6 +99,7 @@ class S3Storage:
     def _explained(self, key: str, error: Exception) -> StorageError:
         """What went wrong, and what to do, as one line."""
         code, where, server = code_of(error), f"{self.url}/{key}", _endpoint()
+        listing = getattr(error, "operation_name", "") == "ListObjectsV2"
         if code in _MISSING:
             return ObjectMissing(f"{where} does not exist")
         region, ours = _region_in(error), _client().meta.region_name
@@ -123,6 +124,7 @@ class S3Storage:
             text = (
                 f"{server} denies access to {where} ({code}): check AWS_ACCESS_KEY_ID,"
                 " AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and the bucket's permissions"
+                f"{' (listing needs s3:ListBucket)' if listing else ''}"
             )
         elif code == "ProxyConnectionError":
             text = f"cannot reach {server} by the proxy of HTTP_PROXY or HTTPS_PROXY; see NO_PROXY"
@@ -268,11 +270,41 @@ class S3Storage:
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         root = f"{self.prefix}/" if self.prefix else ""
         request = {"Bucket": self.bucket, "Prefix": root + prefix}
-        for entry in self._pages(prefix, "list_objects_v2", request).get("Contents", ()):
-            yield entry["Key"].removeprefix(root), entry["Size"]
+        while True:  # each page is tried again by itself, and is gone before the next
+            page = self._try(prefix, lambda client, _: client.list_objects_v2(**request))
+            for entry in page.get("Contents", ()):
+                yield entry["Key"].removeprefix(root), entry["Size"]
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
         self._call(key, "delete_object")
+
+    def erase(self, key: str) -> None:
+        where = self._where(key)
+
+        def versions(client: Any, _: bool) -> list[str]:
+            try:
+                found = client.list_object_versions(Bucket=self.bucket, Prefix=where["Key"])
+            except boto.ClientError as error:
+                if code_of(error) in ("NotImplemented", "MethodNotAllowed"):
+                    return []
+                raise
+            entries = [*found.get("Versions", ()), *found.get("DeleteMarkers", ())]
+            return [e["VersionId"] for e in entries if e["Key"] == where["Key"]]
+
+        self.delete(key)
+        while found := self._try(key, versions):
+            for version in found:
+                self._call(key, "delete_object", VersionId=version)
+
+    def copy_from(self, other: object, other_key: str, key: str) -> bool:
+        if not isinstance(other, S3Storage):
+            return False
+        source, where = other._where(other_key), self._where(key)
+        self._try(key, lambda client, _: client.copy(source, where["Bucket"], where["Key"]))
+        return True
 
     def child(self, key: str) -> Self:
         return type(self)(self.bucket, self._where(key.rstrip("/"))["Key"])

@@ -6,12 +6,13 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -284,27 +285,32 @@ def show_all(
     say(console, steps_of(found[0]))
     table = Table()
     table.add_column("dataset" if len(models) == 1 else "model", overflow="fold")
+
+    def cells(summaries: Sequence[Mapping[str, float]], names: Iterable[str]) -> list[str]:
+        return [f"{100 * fmean(s[name] for s in summaries):.2f} %" for name in names]
+
     if len(models) == 1:
-        for name in found[0].result.summary():
+        names, of_way = list(found[0].result.summary()), dict[str, list[Mapping[str, float]]]()
+        for name in names:
             table.add_column(name, justify="right")
         for dataset, one in zip(datasets, found, strict=True):
             ways = {"": one.result}
             if one.plain is not None:
                 ways = {", plain": one.plain, ", re-ranked": one.result}
             for way, result in ways.items():
-                values = [f"{100 * value:.2f} %" for value in result.summary().values()]
-                table.add_row(f"{dataset}{way}", *values)
+                of_way.setdefault(way, []).append(result.summary())
+                table.add_row(f"{dataset}{way}", *cells([result.summary()], names))
+        for way, summaries in of_way.items():
+            table.add_row(f"mean{way}", *cells(summaries, names))
     else:
-        for dataset in datasets:
+        for dataset in [*datasets, *(["mean"] if len(datasets) > 1 else [])]:
             for name in ("mAP", "rank-1"):
                 table.add_column(f"{dataset}\n{name}", justify="right")
         results = iter(found)
         for model in models:
-            cells = []
-            for _ in datasets:
-                summary = next(results).result.summary()
-                cells += [f"{100 * summary[name]:.2f} %" for name in ("mAP", "rank-1")]
-            table.add_row(model, *cells)
+            summaries = [next(results).result.summary() for _ in datasets]
+            shown = [[one] for one in summaries] + ([summaries] if len(datasets) > 1 else [])
+            table.add_row(model, *(c for group in shown for c in cells(group, ("mAP", "rank-1"))))
     console.print(table)
 
 

@@ -54,10 +54,10 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     console = console or make_console()
     config = prepare(config)
     with display(console, units=UNITS) as shown:
-        with phase(shown, "opening the dataset"):
-            dataset = Dataset.open(config.data)
-        config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
         saved = Run.read(config.output, str(config.name)) if resume else None
+        with phase(shown, "opening the dataset"):
+            dataset = Dataset.open(config.data, saved.manifest_digest if saved else None)
+        config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
         if saved is None:
             if Run.exists(config.output, str(config.name)):
                 raise taken(config)

@@ -37,7 +37,7 @@ def check(
     require_identities(config, dataset)
     require_measurable(dataset, dataset.choose_split(config.evaluation.split))
     require_tracking(config, saved)
-    if len(epoch_plan(config, train_index(dataset), 0)) == 0:
+    if len(epoch_plan(config, dataset, 0)) == 0:
         raise ConfigError(
             f"an epoch of {dataset.url} has fewer global batches than one optimizer step averages: "
             "lower --batch.accumulate, or set --batch.steps-per-epoch"

@@ -166,7 +166,7 @@ def _train(settings: dict[str, Any]) -> None:
     rank, board = ray_context.get_world_rank(), settings["board"]
     until, lock = settings["until"], settings["lock"]
     _require_shared_folders(config, lock)
-    dataset = Dataset.open(config.data)
+    dataset = Dataset.open(config.data, settings["manifest_digest"])
     if dataset.manifest.digest != settings["manifest_digest"]:
         raise DataError(f"{config.data} changed since the run was started")
     run = f"{config.output}/{config.name}"

@@ -1,6 +1,7 @@
 """The images of a training: the plan of an epoch, and this rank's batches of it."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -10,7 +11,7 @@ from data_shards.errors import DataError
 from data_shards.loader import Batch, Decoders, train_batches
 from data_shards.manifest import Index
 from data_shards.on_device import on_device
-from data_shards.sampler import plan, slice_for_rank
+from data_shards.sampler import plan, plan_apart, slice_for_rank
 from reid_train.config import TrainConfig
 from reid_train.training.context import WorkerContext
 
@@ -23,11 +24,14 @@ def train_index(dataset: Dataset) -> Index:
     return index
 
 
-def epoch_plan(config: TrainConfig, index: Index, epoch: int) -> np.ndarray:
+def epoch_plan(config: TrainConfig, dataset: Dataset, epoch: int) -> np.ndarray:
     """Return an epoch's global batches: train index rows, (steps · accumulate, P·K) int64."""
     batch, steps = config.batch, config.batch.steps_per_epoch
-    rows = plan(
-        index,
+    make = plan
+    if batch.datasets == "apart":
+        make = partial(plan_apart, dataset=dataset.origin("train"))
+    rows = make(
+        train_index(dataset),
         seed=config.seed,
         epoch=epoch,
         identities=batch.identities,

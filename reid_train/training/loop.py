@@ -191,7 +191,7 @@ class TrainLoop:
             self.evaluate()
         for epoch in range(progress.epoch, end):
             set_learning_rate(self.optimizer, config, epoch)
-            self.plan = epoch_plan(config, self.index, epoch)
+            self.plan = epoch_plan(config, self.dataset, epoch)
             place = self.dataset, self.context, self.decoders
             steps = step_batches(config, *place, self.plan, progress.step)
             for batches in self.step_rows.timed(steps):

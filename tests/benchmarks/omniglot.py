@@ -104,7 +104,7 @@ def main(zips: Path, work: Path) -> None:
         os.environ.update(server.environment())
         os.environ["MLFLOW_TRACKING_URI"] = local_tracking(work)
         server.create_bucket("omniglot")
-        build_command("csv", "s3://omniglot/shards", root=table, name="omniglot")
+        build_command("csv", "s3://omniglot/shards", root=str(table), name="omniglot")
         compare("s3://omniglot/shards", "s3://omniglot/runs")
 
 

@@ -14,12 +14,18 @@ from data_shards.errors import ConfigError
 from data_shards.records import ImageRecord
 from data_shards.sources import csv
 from data_shards.storage.atomic import disk_errors
+from data_shards.storage.object_path import Place
 
 VERSION = 2  # of the drawings; another version is rendered anew
 
 
 def read(
-    root: Path, *, identities: int = 64, cameras: int = 4, images_per_camera: int = 6, seed: int = 0
+    root: Place,
+    *,
+    identities: int = 64,
+    cameras: int = 4,
+    images_per_camera: int = 6,
+    seed: int = 0,
 ) -> list[ImageRecord]:
     """Render the people, unless an earlier call did, and read them.
 
@@ -31,6 +37,8 @@ def read(
             "synthetic people need at least 4 identities, 2 cameras, 2 images per camera and a seed"
             f" from 0 up, not {identities}, {cameras}, {images_per_camera} and {seed}"
         )
+    if not isinstance(root, Path):
+        raise ConfigError(f"synthetic people are drawn into a local folder, not {root}")
     folder = root / f"v{VERSION}-{identities}x{cameras}x{images_per_camera}-seed{seed}"
     if not folder.is_dir():
         with disk_errors(folder):

@@ -21,7 +21,7 @@ from data_shards.loader import split_batches, train_batches
 from data_shards.sampler import slice_for_rank
 from data_shards.storage import LocalStorage
 from reid_train.training.checkpoint import MODEL, PROGRESS, TRAINING
-from reid_train.training.data import epoch_plan, train_index
+from reid_train.training.data import epoch_plan
 from reid_train.training.loop import train
 
 
@@ -70,7 +70,7 @@ def read(
     if config.evaluation.initial:
         evaluate()
     for epoch in range(config.total_epochs):
-        rows = epoch_plan(config, train_index(dataset), epoch)
+        rows = epoch_plan(config, dataset, epoch)
         for cache, ranks in zip(caches, nodes, strict=True):
             for rank in ranks:
                 mine = slice_for_rank(rows, rank, workers)

@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from data_shards.building import build as building
-from data_shards.building import writer
+from data_shards.building import reading
 from data_shards.building.build import build
 from data_shards.cli import main
 from data_shards.dataset import Dataset, why_not_measurable
@@ -248,7 +248,7 @@ def test_full_disk_leaves_no_half_tar(root, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "_add", full)
+    monkeypatch.setattr("webdataset.TarWriter.write", full)
     with pytest.raises(StorageError, match="disk full"):
         build("csv", root, str(tmp_path / "out"), work=tmp_path / "work", **SMALL)
     assert not (tmp_path / "work").exists()
@@ -308,11 +308,9 @@ def test_number_too_large_for_the_index_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["a\x07b.jpg", "a\nb.jpg", "a\u2028b.jpg", "a\udcffb.jpg"])
 def test_name_that_no_tool_can_take_is_refused_before_the_scan(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(building, "scan", None)
+    monkeypatch.setattr(reading, "scan", None)
     records = [ImageRecord(tmp_path / name, name, 1, 1, "query")]
-    monkeypatch.setitem(
-        building.SOURCES, "csv", Source("CSV", lambda root, *, images=None: records)
-    )
+    monkeypatch.setitem(reading.SOURCES, "csv", Source("CSV", lambda root, *, images=None: records))
     with pytest.raises(DataError, match=r"a.*b\.jpg' under .*: rename this file"):
         build("csv", tmp_path / "x.csv", str(tmp_path / "out"), **SMALL)
 
@@ -383,7 +381,7 @@ def test_names_that_are_accepted_are_accepted_by_mlflow():
 
     refused = []
     for name in ("people", "läuft_2", "人", "A-b_c", "-x", "people(1)"):
-        building._check_name(name)
+        reading.check_name(name)
         try:
             validation._validate_model_name(f"reid-{name}")
             validation._validate_logged_model_name(f"reid-{name}")
@@ -558,6 +556,6 @@ def test_s3_and_a_folder_hold_the_same(root, tmp_path, s3_out):
 
 
 def test_missing_bucket_is_found_before_images_are_decoded(root, s3_out, monkeypatch):
-    monkeypatch.setattr(building, "scan", None)
+    monkeypatch.setattr(reading, "scan", None)
     with pytest.raises(StorageError, match="no bucket 'nowhere'"):
         build("csv", root, "s3://nowhere/people", **SMALL)

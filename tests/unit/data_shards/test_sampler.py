@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data_shards.errors import ConfigError
 from data_shards.manifest import Index
-from data_shards.sampler import plan, slice_for_rank
+from data_shards.sampler import plan, plan_apart, slice_for_rank
 
 many = settings(deadline=None, max_examples=60)
 
@@ -289,3 +289,40 @@ def test_one_identity_cannot_make_a_batch():
 def test_a_share_that_does_not_come_out_even_is_refused(rank, world):
     with pytest.raises(ConfigError):
         slice_for_rank(np.zeros((5, 8), np.int64), rank, world)
+
+
+@st.composite
+def unions(draw):
+    """An index of several datasets, and the dataset of each row."""
+    sizes = draw(st.lists(st.integers(4, 20), min_size=1, max_size=4))
+    amounts = [draw(st.integers(1, 9)) for _ in range(sum(sizes))]
+    index = make_index(amounts, np.arange(sum(amounts)) % 3, draw(st.integers(1, 5)))
+    return index, np.repeat(np.arange(len(sizes)), sizes)[index.label]
+
+
+@many
+@given(unions(), st.integers(0, 99), st.integers(0, 9), st.none() | st.integers(1, 60))
+def test_batches_apart_are_each_from_one_dataset_in_proportion(union, seed, epoch, steps):
+    index, dataset = union
+    settings = {"seed": seed, "epoch": epoch, "identities": 4, "images": 2, "window": 3}
+    rows = plan_apart(index, dataset, steps=steps, **settings)
+    turn = dataset[rows]
+    assert (turn == turn[:, :1]).all()
+    passes = [
+        len(plan(index.select(np.flatnonzero(dataset == n)), **settings))
+        for n in range(dataset.max() + 1)
+    ]
+    assert len(rows) == (sum(passes) if steps is None else steps)
+    fair = np.array(passes) * len(rows) / sum(passes)
+    assert (abs(np.bincount(turn[:, 0], minlength=len(passes)) - fair) < 1).all()
+    people = groups_of(index, rows, 2)
+    assert (people == people[:, :, :1]).all()
+    assert all(len(set(step)) == 4 for step in people[:, :, 0].tolist())
+    assert (rows == plan_apart(index, dataset, steps=steps, **settings)).all()
+
+
+def test_one_dataset_apart_has_the_batches_of_its_plan():
+    index = make_index([5] * 12, np.arange(60) % 3, 4)
+    settings = {"seed": 3, "epoch": 1, "identities": 4, "images": 2, "window": 2}
+    apart = plan_apart(index, np.zeros(60, int), steps=9, **settings)
+    assert (apart == plan(index, steps=9, **settings)).all()

@@ -162,7 +162,7 @@ def test_left_out_images_do_not_leave_a_query_without_a_match(tmp_path):
 
 def test_fraction_that_cannot_work_is_refused_before_the_scan(tmp_path, monkeypatch):
     root = people(tmp_path / "images")
-    monkeypatch.setattr("data_shards.building.build.scan", lambda *_: pytest.fail("scanned"))
+    monkeypatch.setattr("data_shards.building.reading.scan", lambda *_: pytest.fail("scanned"))
     with pytest.raises(ConfigError, match=r"give 0\.334 or more"):
         build("csv", root, str(tmp_path / "out"), validation=0.1, **SMALL)
     assert not (tmp_path / "out").exists()

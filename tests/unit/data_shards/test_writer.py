@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tarfile
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -48,6 +49,28 @@ def write_all(images, folder: Path, shard_bytes: int = 1 << 20):
     for plan in plan_shards(images, shard_bytes):
         path = folder / Path(plan.name).name
         yield plan, path, *write_shard(plan, "people", path)
+
+
+def test_tars_are_those_of_the_standard_library_byte_for_byte(images, tmp_path):
+    for _, path, _, offsets in write_all(images, tmp_path / "out"):
+        copy = io.BytesIO()
+        with tarfile.open(path) as tar, tarfile.open(fileobj=copy, mode="w", format=0) as plain:
+            members = tar.getmembers()
+            for member in members:
+                header = tarfile.TarInfo(member.name)
+                header.size, header.mode = member.size, 0o444
+                plain.addfile(header, tar.extractfile(member))
+        assert copy.getvalue() == path.read_bytes()
+        assert offsets == [member.offset_data for member in members[::2]]
+
+
+def test_program_in_the_documentation_reads_the_shards(images, tmp_path, capsys):
+    text = (Path(__file__).parents[3] / "docs/DATA.md").read_text()
+    program = text.split("```python\n")[1].split("```")[0]
+    written = [p for _, p, _, _ in write_all(images, tmp_path / "out") if p.name[:5] == "train"]
+    shards = next(line for line in program.splitlines() if line.startswith("shards = "))
+    exec(program.replace(shards, f"shards = {[str(path) for path in written]}"), {})
+    assert capsys.readouterr().out.splitlines()[0] == "0 3 (26, 12, 3)"
 
 
 def test_stock_webdataset_reads_the_shards(images, tmp_path):

@@ -124,7 +124,7 @@ def expected_weights(dataset: Dataset, settings: TrainConfig) -> dict[str, torch
     optimizer = build_optimizer(settings, model, regularizer)
     set_learning_rate(optimizer, settings, 0)
     worker, _ = make_worker(dataset, Path())
-    rows = epoch_plan(settings, index, 0)
+    rows = epoch_plan(settings, dataset, 0)
     size = {"height": settings.image.height, "width": settings.image.width}
     total = torch.zeros(()) if regularizer is None else regularizer.penalty()
     for number, batch in enumerate(train_batches(dataset, worker.cache, rows, **size, workers=0)):

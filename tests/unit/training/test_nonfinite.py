@@ -70,7 +70,7 @@ def test_run_stops_with_the_step_its_images_and_the_last_good_checkpoint(
     assert f"{'loss' if forward else 'gradient'} is not finite at step {BAD} " in said
     assert "last good checkpoint: after step 3." in said
     index = tiny_dataset.index("train")
-    names = ", ".join(index.path[epoch_plan(SETTINGS, index, 1)[0]])
+    names = ", ".join(index.path[epoch_plan(SETTINGS, tiny_dataset, 1)[0]])
     assert f"images {names})" in said
     assert [Checkpoint.open(folder).progress.global_step for folder in recorded.checkpoints] == [
         2,

@@ -1,0 +1,462 @@
+"""New versions of a dataset: images added, a person removed, several datasets merged.
+
+A version reuses the shards of the one before. `manifest.json` is always the newest version and is
+replaced by one write; earlier manifests are kept under `versions/`, so that old runs can resume.
+The plan in `build/` keeps two changes from running at once, and lets the same command continue an
+interrupted one.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from data_shards.building import state
+from data_shards.building.build import content_digest, work_folder, write_once, write_shards
+from data_shards.building.parallel import Cluster, cores, parallel_map
+from data_shards.building.reading import check_name, read_images, sanitized
+from data_shards.building.scan import ScannedImage
+from data_shards.building.writer import ShardImage, ShardPlan, index_of, plan_shards
+from data_shards.dataset import Dataset
+from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
+from data_shards.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    VERSIONS,
+    FileInfo,
+    Index,
+    Manifest,
+    Origin,
+    ShardInfo,
+    count_splits,
+    json_digest,
+    sha256,
+    split_of_rows,
+    version_key,
+)
+from data_shards.progress import Progress, silent
+from data_shards.records import NO_CAMERA, SHARD_BYTES, SPLITS, ImageRecord
+from data_shards.storage import LocalStorage, Storage, open_storage
+from data_shards.storage.object_path import ObjectPath, Place
+
+THREADS = 8  # that copy shards
+
+
+@dataclass(frozen=True)
+class Change:
+    """The newest version, how many images the change concerned, and whether it was made before."""
+
+    manifest: Manifest
+    images: int
+    already_made: bool = False
+    deleted: int = 0  # objects of earlier versions
+
+
+def add(
+    url: str,
+    source: str,
+    root: str | Place,
+    *,
+    ids: Literal["same", "new"] = "same",
+    options: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    skip_unreadable: bool = False,
+    jobs: int | None = None,
+    address: str | None = None,
+    work: Path | None = None,
+    progress: Progress = silent,
+) -> Change:
+    """Add the images of a source to a dataset, as a new version of it.
+
+    Args:
+        url: of the dataset.
+        ids: whether the source's pids and camids are those of the dataset, or all of them are of
+            other people and cameras, which then get the next numbers.
+        source, root, options, shard_bytes, skip_unreadable, jobs, address, work, progress: as in
+            `build`.
+
+    Raises:
+        ConfigError: identities that are the same, but are named and so have no numbers.
+        DataError, StorageError: as `build` does.
+    """
+    dataset, cluster = Dataset.open(url), None if address is None else Cluster(address)
+    old, jobs = dataset.manifest, jobs or (0 if cluster else cores())
+    found = read_images(
+        source,
+        root,
+        options=options,
+        allow_incomplete=True,
+        skip_unreadable=skip_unreadable,
+        jobs=jobs,
+        cluster=cluster,
+        progress=progress,
+    )
+    images, before = found.images, old.options.get("added", [])
+    assert isinstance(before, list)
+    digest = content_digest({"ids": ids, "shard_bytes": shard_bytes}, images)
+    if digest in before:
+        if state.is_claimed(dataset.storage, digest):
+            state.remove_notes(dataset.storage)
+        return Change(old, len(images), already_made=True)
+    if ids == "same" and any(image.record.named for image in images):
+        raise ConfigError(
+            f"{root} has names, not numbers, as pid or camid, and {url} has kept no names: give"
+            " numbers, or --ids new if all of these are other people"
+        )
+    images, storage = _renumbered(images, dataset, ids), dataset.storage
+    pids = {image.record.pid for image in images if image.record.split == "train"}
+    pids.update(dataset.identities.tolist())
+    plans = plan_shards(images, shard_bytes, version=_version(old, digest), pids=pids)
+    with work_folder(work, f"{digest} {storage.url}") as folder:
+        state.claim(storage, digest, empty=False)
+        notes = write_shards(storage, old.name, plans, folder, jobs, cluster, progress)
+        added = index_of(plans, [note.offsets for note in notes])
+        shards = [*(_moved(old, shard) for shard in old.shards), *(note.info for note in notes)]
+        manifest = _commit(
+            storage,
+            old,
+            shards,
+            Index.concatenated([dataset.whole, _shifted(added, len(old.shards))]),
+            options=old.options | {"added": [*before, digest]},
+            left_out=(*old.left_out, *found.left_out),
+        )
+        state.remove_notes(storage)
+    return Change(manifest, len(images))
+
+
+def remove(
+    url: str,
+    pids: Sequence[int],
+    *,
+    delete_old: bool = False,
+    jobs: int | None = None,
+    work: Path | None = None,
+    progress: Progress = silent,
+) -> Change:
+    """Remove people from a dataset: write their shards anew without them, as a new version.
+
+    Args:
+        url: of the dataset.
+        pids: the people, in all splits.
+        delete_old: delete every earlier version that has them, and check that it is gone.
+        jobs, work, progress: as in `build`.
+
+    Raises:
+        DataError: no version has one of them, or too few people would be left to train on.
+        StorageError: an object could not be deleted.
+    """
+    dataset = Dataset.open(url)
+    old, storage, index = dataset.manifest, dataset.storage, dataset.whole
+    token, gone = json_digest(["remove", sorted(set(pids))]), np.isin(index.pid, pids)
+    found, having, manifest = set(index.pid[gone].tolist()), list[Manifest](), old
+    for earlier in _versions(storage):
+        try:
+            there = _index(storage, earlier).pid
+        except ObjectMissing:  # an interrupted command was deleting this version
+            having.append(earlier)
+            continue
+        if (hit := np.isin(there, pids)).any():
+            having.append(earlier)
+            found.update(there[hit].tolist())
+    missing = sorted({*pids} - found)
+    if missing and not state.is_claimed(storage, token):
+        raise DataError(f"{url} has no pid {', '.join(map(str, missing))}: nothing was changed")
+    with work_folder(work, f"{token} {storage.url}") as folder:
+        state.claim(storage, token, empty=False)
+        if gone.any():
+            version, jobs = _version(old, token), jobs or cores()
+            shards, kept = _without(dataset, index, gone, version, folder, jobs, progress)
+            manifest = _commit(storage, old, shards, kept)
+            having.append(old)
+        deleted = _delete(storage, manifest, having) if delete_old else 0
+        state.remove_notes(storage)
+    return Change(manifest, int(gone.sum()), already_made=not gone.any(), deleted=deleted)
+
+
+def merge(
+    urls: Sequence[str], out: str, *, name: str | None = None, progress: Progress = silent
+) -> Change:
+    """Join datasets: identities and cameras of one are never those of another.
+
+    Shards are not written anew. In local folders they are hard links; on S3 the server copies them.
+
+    Args:
+        urls: of the datasets.
+        out: an empty place, an interrupted merge of these datasets, or this very merge.
+        name: of the new dataset; by default their names, joined.
+
+    Raises:
+        ConfigError: fewer than two datasets, or two of one name.
+        DataError: something else is at `out`.
+    """
+    if len(urls) < 2:
+        raise ConfigError("a merge needs two datasets or more")
+    datasets = [Dataset.open(url) for url in urls]
+    origins = [{d.manifest.dataset_of(s) for s in d.manifest.shards} for d in datasets]
+    names = [name for of_dataset in origins for name in of_dataset]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(
+            f"two of the datasets are, or have parts, named {', '.join(sorted(twice))}: results are"
+            " shown by these names, so build one of them with another --name"
+        )
+    name = name or sanitized("-".join(dataset.manifest.name for dataset in datasets))
+    check_name(name)
+    parts = [[d.manifest.name, d.digest] for d in datasets]
+    content, storage = json_digest(["merge", name, parts]), open_storage(out)
+    with work_folder(None, f"{content} {storage.url}") as folder:
+        if (found := state.find_finished(storage, content)) is not None:
+            return Change(found, 0, already_made=True)
+        state.claim(storage, content)
+        shards, indices, copies, pid, camid = [], [], [], 0, 0
+        for number, dataset in enumerate(datasets):
+            for shard in dataset.manifest.shards:
+                key = f"shards/{number}/{shard.name.removeprefix('shards/')}"
+                copies.append((dataset.storage, shard, key))
+                moved = _moved(dataset.manifest, shard, pid, camid)
+                shards.append(moved.model_copy(update={"name": key}))
+            index, first = dataset.whole, len(shards) - len(dataset.manifest.shards)
+            indices.append(_shifted(index, first, pid, camid))
+            pid, camid = pid + _next(index.pid), camid + _next(index.camid & (NO_CAMERA - 1))
+        if pid >= 1 << 62 or camid >= NO_CAMERA:
+            raise DataError("the pids or camids of these datasets are too large to be joined")
+        _copy_all(copies, storage, folder, progress)
+        manifest = _commit(
+            storage,
+            None,
+            shards,
+            Index.concatenated(indices),
+            name=name,
+            source="merge",
+            options={"datasets": parts},
+            content=content,
+            complete=all(dataset.manifest.complete for dataset in datasets),
+            left_out=tuple(item for dataset in datasets for item in dataset.manifest.left_out),
+        )
+        state.remove_notes(storage)
+    return Change(manifest, sum(info.images for info in manifest.splits.values()))
+
+
+def _commit(
+    storage: Storage,
+    old: Manifest | None,
+    shards: Sequence[ShardInfo],
+    index: Index,
+    **changes: Any,
+) -> Manifest:
+    """Write a version's index, then its manifest: what a reader sees changes with that last write.
+
+    `changes` are fields of the manifest; by default they are those of the `old` one.
+    """
+    train = split_of_rows(index, shards) == SPLITS.index("train")
+    label = np.full(len(index), -1, np.int64)
+    label[train] = np.unique(index.pid[train], return_inverse=True)[1]
+    data = replace(index, label=label).to_parquet()
+    fields = {f: getattr(old, f) for f in Manifest.model_fields} if old else dict[str, Any]()
+    if old is not None:
+        fields["content"] = json_digest([old.content, [[s.name, s.sha256] for s in shards]])
+    fields |= changes | {"shards": tuple(shards), "splits": count_splits(index, shards)}
+    name = f"index-{fields['content'][:16]}.parquet" if old else INDEX_NAME
+    fields["index"] = FileInfo(name=name, bytes=len(data), sha256=sha256(data))
+    manifest = Manifest(**fields)
+    Index.from_parquet(data, manifest)
+    if old is None:
+        state.finish(storage, manifest, data)
+        return manifest
+    if Manifest.from_json(storage.read(MANIFEST_NAME)).digest != old.digest:
+        raise DataError(f"{storage.url} was changed meanwhile by another command: run this again")
+    storage.write(version_key(old.digest), old.to_json())
+    storage.write(name, data)
+    storage.write(MANIFEST_NAME, manifest.to_json())
+    return manifest
+
+
+def _version(old: Manifest, change: str) -> str:
+    """What sets the names of a version's new shards apart."""
+    return json_digest([old.content, change])[:8]
+
+
+def _versions(storage: Storage) -> list[Manifest]:
+    return [Manifest.from_json(storage.read(key)) for key, _ in storage.list(VERSIONS)]
+
+
+def _index(storage: Storage, manifest: Manifest) -> Index:
+    info = manifest.index
+    return Index.from_parquet(storage.read(info.name, sha256=info.sha256), manifest)
+
+
+def _next(numbers: np.ndarray) -> int:
+    return int(numbers.max(initial=-1)) + 1
+
+
+def _moved(manifest: Manifest, shard: ShardInfo, pid: int = 0, camid: int = 0) -> ShardInfo:
+    """A shard as another version or dataset lists it, with larger pids and camids."""
+    was = shard.origin or Origin(dataset=manifest.name, pid=0, camid=0)
+    origin = Origin(dataset=was.dataset, pid=was.pid + pid, camid=was.camid + camid)
+    return shard.model_copy(update={"origin": origin})
+
+
+def _shifted(index: Index, first: int, pid: int = 0, camid: int = 0) -> Index:
+    """An index whose shards start at `first`."""
+    moved = {"shard": index.shard + np.int32(first), "pid": index.pid + pid}
+    return replace(index, **moved, camid=index.camid + np.int32(camid))
+
+
+def _renumbered(
+    images: Sequence[ScannedImage], dataset: Dataset, ids: Literal["same", "new"]
+) -> list[ScannedImage]:
+    """Images to add, with the pids and camids that they get in the dataset.
+
+    An image without a camera that is there already, byte for byte, keeps its camera's number.
+    """
+    index = dataset.whole
+    unknown = index.camid >= NO_CAMERA
+    pid = camid = 0
+    if ids == "new":
+        pid, camid = _next(index.pid), _next(index.camid & (NO_CAMERA - 1))
+    more = camid or _next(index.camid[unknown] - NO_CAMERA)
+    same = dict[tuple[int, int], list[int]]()
+    if ids == "same":
+        for row in np.flatnonzero(unknown & np.isin(index.pid, [i.record.pid for i in images])):
+            same.setdefault((int(index.pid[row]), int(index.size[row])), []).append(int(row))
+
+    def number(image: ScannedImage) -> int:
+        if image.record.camid < NO_CAMERA:
+            return image.record.camid + camid
+        for row in same.get((image.record.pid, image.size), ()):
+            if sha256(dataset.read(index, row)) == image.sha256:
+                return int(index.camid[row])
+        return image.record.camid + more
+
+    return [
+        replace(
+            image, record=replace(image.record, pid=image.record.pid + pid, camid=number(image))
+        )
+        for image in images
+    ]
+
+
+def _without(
+    dataset: Dataset,
+    index: Index,
+    gone: np.ndarray,
+    version: str,
+    folder: Path,
+    jobs: int,
+    progress: Progress,
+) -> tuple[list[ShardInfo], Index]:
+    """The shards and the index without some images; the shards that had them are written anew."""
+    old, split = dataset.manifest, split_of_rows(index, dataset.manifest.shards)
+    train = np.unique(index.pid[~gone & (split == SPLITS.index("train"))])
+    if gone.all() or len(train) == 1:
+        raise DataError(f"{dataset.url} would have too few people left: delete all of it instead")
+    label, tasks, numbers = {int(p): n for n, p in enumerate(train)}, [], dict[str, int]()
+    for position in np.unique(index.shard[gone]).tolist():
+        shard, members = old.shards[position], list[ShardImage]()
+        for row in np.flatnonzero((index.shard == position) & ~gone).tolist():
+            number = numbers[shard.split] = numbers.get(shard.split, -1) + 1
+            span = int(index.offset[row]), int(index.size[row])
+            who = int(index.pid[row]), int(index.camid[row])
+            path = ObjectPath(dataset.storage, shard.name, span)
+            record = ImageRecord(path, str(index.path[row]), *who, shard.split)
+            pixels = int(index.width[row]), int(index.height[row])
+            mine = label[who[0]] if shard.split == "train" else -1
+            key = f"{shard.split}-{version}-{number:08d}"
+            members.append(ShardImage(ScannedImage(record, span[1], "", *pixels), key, mine))
+        if members:
+            name = f"shards/{version}/{shard.split}-{position:06d}.tar"
+            plan = ShardPlan(name, shard.split, tuple(members))
+            tasks.append((position, old.dataset_of(shard), shard, plan))
+    rewrite, counts = partial(_rewrite, dataset.storage, folder), [len(t[3].images) for t in tasks]
+    notes = parallel_map(rewrite, tasks, jobs, counts, partial(progress, "writing"))
+    made = {task[0]: note for task, note in zip(tasks, notes, strict=True)}
+    kept, shards = index.select(~gone), list[ShardInfo]()
+    numbering, offset = np.full(len(old.shards), -1, np.int32), kept.offset.copy()
+    for position, shard in enumerate(old.shards):
+        rows = kept.shard == position
+        if not rows.any():
+            continue
+        numbering[position] = len(shards)
+        if position in made:
+            offset[rows] = made[position].offsets
+            origin = Origin(dataset=old.dataset_of(shard), pid=0, camid=0)
+            shards.append(made[position].info.model_copy(update={"origin": origin}))
+        else:
+            shards.append(_moved(old, shard))
+    return shards, replace(kept, shard=numbering[kept.shard], offset=offset)
+
+
+def _rewrite(
+    storage: Storage, folder: Path, task: tuple[int, str, ShardInfo, ShardPlan]
+) -> state.ShardNote:
+    """Write one shard from the images of an older one, whose digest is checked."""
+    _, dataset, old, plan = task
+    if (note := state.read_note(storage, plan)) is not None:
+        return note
+    path = folder / f"old-{PurePosixPath(plan.name).name}"
+    storage.download(old.name, path, sha256=old.sha256)
+    local, members = LocalStorage(folder), list[ShardImage]()
+    for member in plan.images:
+        place = member.image.record.path
+        assert isinstance(place, ObjectPath)
+        record = replace(member.image.record, path=ObjectPath(local, path.name, place.span))
+        members.append(replace(member, image=replace(member.image, record=record)))
+    try:
+        return write_once(storage, dataset, folder, replace(plan, images=tuple(members)))
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _delete(storage: Storage, newest: Manifest, having: Sequence[Manifest]) -> int:
+    """Delete these earlier versions, and all objects that no version that is left needs."""
+    doomed = {manifest.digest for manifest in having}
+    kept = [newest, *(m for m in _versions(storage) if m.digest not in doomed)]
+    needed = {version_key(m.digest) for m in kept[1:]} | {m.index.name for m in kept}
+    needed.update(shard.name for manifest in kept for shard in manifest.shards)
+
+    def unneeded() -> list[str]:
+        keys = [key for key, _ in storage.list() if key not in needed]
+        ours = ("shards/", VERSIONS)
+        return [
+            key
+            for key in keys
+            if key.startswith(ours) or (key.startswith("index") and key.endswith(".parquet"))
+        ]
+
+    keys = sorted(unneeded(), key=lambda key: key.startswith(VERSIONS))  # manifests last
+    for key in keys:
+        storage.erase(key)
+    if left := unneeded():
+        raise StorageError(f"{storage.url}/{left[0]} is still there after it was deleted")
+    return len(keys)
+
+
+def _copy_all(
+    copies: Sequence[tuple[Storage, ShardInfo, str]],
+    target: Storage,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Copy shards that an interrupted merge did not."""
+
+    def copy(task: tuple[Storage, ShardInfo, str]) -> int:
+        source, shard, key = task
+        if not target.exists(key) or target.size(key) != shard.bytes:
+            if not target.copy_from(source, shard.name, key):
+                path = folder / key.replace("/", "-")
+                source.download(shard.name, path, sha256=shard.sha256)
+                target.upload(key, path)
+                path.unlink()
+            if target.size(key) != shard.bytes:
+                raise StorageError(f"{target.url}/{key} arrived with another size: try again")
+        return shard.images
+
+    done, total = 0, sum(shard.images for _, shard, _ in copies)
+    progress("copying", 0, total)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for images in pool.map(copy, copies):
+            done += images
+            progress("copying", done, total)

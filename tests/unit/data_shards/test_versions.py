@@ -1,0 +1,339 @@
+"""New versions of a dataset: what is added, removed and merged, and what readers see meanwhile."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_shards.building import versions
+from data_shards.building.build import build
+from data_shards.building.versions import add, merge, remove
+from data_shards.cli import main
+from data_shards.dataset import Dataset
+from data_shards.errors import ConfigError, DataError, StorageError
+from data_shards.manifest import Index, Manifest
+from data_shards.records import SPLITS
+from data_shards.storage import LocalStorage
+from data_shards.verify import verify
+
+SMALL = {"shard_bytes": 6_000, "jobs": 1}
+
+
+def write_csv(
+    folder: Path, pids: dict[int, str], *, first: int = 0, cameras: bool = True, seed: int = 0
+) -> Path:
+    """Three images of each person, who is in a split; one in three is a query."""
+    folder.mkdir(exist_ok=True)
+    lines = ["path,pid,camid,split"]
+    for pid, split in pids.items():
+        for n in range(first, first + 3):
+            file, rng = io.BytesIO(), np.random.default_rng([seed, pid, n])
+            Image.fromarray(rng.integers(0, 255, (20, 10, 3), np.uint8)).save(file, "JPEG")
+            (folder / f"{pid}-{n}.jpg").write_bytes(file.getvalue())
+            part = "train" if split == "train" else "query" if n == first else "gallery"
+            lines.append(f"{pid}-{n}.jpg,{pid},{n % 2 if cameras else ''},{part}")
+    (folder / "people.csv").write_text("\n".join(lines))
+    return folder / "people.csv"
+
+
+PEOPLE = {1: "train", 3: "train", 5: "train", 7: "test", 9: "test"}
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    out = tmp_path / "people"
+    build("csv", write_csv(tmp_path / "images", PEOPLE), str(out), **SMALL)
+    return str(out)
+
+
+def images_of(dataset: Dataset) -> dict[tuple[str, int, int, str], bytes]:
+    """Every image by its split, pid, camid and path."""
+    found = {}
+    for split in SPLITS:
+        index = dataset.index(split)
+        for row in range(len(index)):
+            who = split, int(index.pid[row]), int(index.camid[row]), str(index.path[row])
+            found[who] = dataset.read(index, row)
+    return found
+
+
+def is_whole(url: str) -> bool:
+    return verify(url, decode_images=True, jobs=1)[1] == []
+
+
+def test_added_images_make_a_version_that_reuses_the_shards(url, tmp_path):
+    before, old = images_of(Dataset.open(url)), Dataset.open(url).manifest
+    files = {path: path.stat().st_mtime_ns for path in Path(url, "shards").iterdir()}
+    more = write_csv(tmp_path / "more", {3: "train", 4: "train", 11: "test"}, first=3)
+    change = add(url, "csv", more, **SMALL)
+    dataset = Dataset.open(url)
+    assert dataset.manifest == change.manifest
+    assert change.images == 9
+    now = images_of(dataset)
+    assert before.items() <= now.items()
+    assert len(now) == len(before) + 9
+    assert dataset.identities.tolist() == [1, 3, 4, 5]
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert [shard.sha256 for shard in dataset.manifest.shards[: len(old.shards)]] == [
+        shard.sha256 for shard in old.shards
+    ]
+    assert is_whole(url)
+    assert not Path(url, "build").exists()
+
+
+def test_version_before_is_opened_by_its_digest(url, tmp_path):
+    old = Dataset.open(url)
+    add(url, "csv", write_csv(tmp_path / "more", {11: "train"}), **SMALL)
+    again = Dataset.open(url, old.digest)
+    assert again.digest == old.digest != Dataset.open(url).digest
+    assert images_of(again) == images_of(old)
+
+
+def test_same_images_are_added_once(url, tmp_path):
+    more = write_csv(tmp_path / "more", {11: "train"})
+    first = add(url, "csv", more, **SMALL)
+    again = add(url, "csv", more, **SMALL)
+    assert again.already_made
+    assert again.manifest == first.manifest
+    build_again = write_csv(tmp_path / "images", PEOPLE)
+    with pytest.raises(DataError, match="holds another dataset"):
+        build("csv", build_again, url, **SMALL)
+
+
+def test_new_people_and_cameras_get_the_next_numbers(url, tmp_path):
+    more = write_csv(tmp_path / "more", {0: "train", 1: "test"})
+    add(url, "csv", more, ids="new", **SMALL)
+    dataset = Dataset.open(url)
+    assert dataset.identities.tolist() == [1, 3, 5, 10]
+    assert set(dataset.index("query").pid.tolist()) == {7, 9, 11}
+    assert sorted(set(dataset.index("train").camid.tolist())) == [0, 1, 2, 3]
+    assert is_whole(url)
+
+
+def test_names_cannot_be_those_of_the_dataset(url, tmp_path):
+    table = write_csv(tmp_path / "more", {1: "train"})
+    table.write_text(table.read_text().replace(",1,", ",anna,"))
+    with pytest.raises(ConfigError, match=r"has names, not numbers.*--ids new"):
+        add(url, "csv", table, **SMALL)
+    add(url, "csv", table, ids="new", **SMALL)
+
+
+def test_image_without_a_camera_that_is_there_already_is_the_same_image(tmp_path):
+    url, images = str(tmp_path / "people"), tmp_path / "images"
+    build("csv", write_csv(images, PEOPLE, cameras=False), url, **SMALL)
+    known = Dataset.open(url).whole
+    table = write_csv(tmp_path / "more", {1: "train"}, first=2, cameras=False)
+    add(url, "csv", table, **SMALL)
+    train = Dataset.open(url).index("train")
+    twice = train.camid[train.path == "1-2.jpg"]
+    assert len(twice) == 2
+    assert twice[0] == twice[1]
+    assert train.camid[train.path == "1-3.jpg"] > known.camid.max()
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let a process end at its write of this number."""
+    calls: list[str] = []
+
+    def counted(method: str):
+        before = getattr(LocalStorage, method)
+
+        def call(self, key, *args, **options):
+            calls.append(f"{method} {key}")
+            if len(calls) > number:
+                raise Killed
+            return before(self, key, *args, **options)
+
+        monkeypatch.setattr(LocalStorage, method, call)
+
+    for method in ("write", "upload", "delete", "erase"):
+        counted(method)
+    return calls
+
+
+@pytest.mark.parametrize("change", ["add", "remove"])
+def test_reader_sees_the_old_or_the_new_version_wherever_a_change_ends(url, tmp_path, change):
+    more = write_csv(tmp_path / "more", {4: "train", 11: "test"})
+    whole = str(tmp_path / "whole")
+    build("csv", tmp_path / "images/people.csv", whole, name="people", **SMALL)
+
+    def make(url: str) -> Manifest:
+        if change == "add":
+            return add(url, "csv", more, **SMALL).manifest
+        return remove(url, [3], delete_old=True, jobs=1).manifest
+
+    old, new = Dataset.open(url).digest, make(whole).digest
+    number, ended = 0, False
+    while not ended:
+        with pytest.MonkeyPatch.context() as patch:
+            killed_at(number, patch)
+            try:
+                make(url)
+                ended = True
+            except Killed:
+                number += 1
+        dataset = Dataset.open(url)
+        assert dataset.digest in (old, new)
+        assert is_whole(url)
+    assert number >= 5
+    assert Dataset.open(url).digest == new
+    assert {p.relative_to(url) for p in Path(url).rglob("*")} == {
+        p.relative_to(whole) for p in Path(whole).rglob("*")
+    }
+
+
+def test_change_is_refused_while_another_is_unfinished(url, tmp_path, monkeypatch):
+    more = write_csv(tmp_path / "more", {11: "train"})
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(2, patch)
+        with pytest.raises(Killed):
+            add(url, "csv", more, **SMALL)
+    with pytest.raises(DataError, match="is being changed by another add or remove"):
+        remove(url, [1], jobs=1)
+    add(url, "csv", more, **SMALL)
+    remove(url, [1], jobs=1)
+
+
+def test_change_that_another_machine_made_meanwhile_is_not_lost(url, tmp_path, monkeypatch):
+    more, others = (
+        write_csv(tmp_path / name, {pid: "train"}) for name, pid in (("more", 11), ("others", 13))
+    )
+    claim = versions.state.claim
+
+    def late(storage, content, **options):
+        monkeypatch.setattr(versions.state, "claim", claim)
+        add(url, "csv", others, **SMALL)
+        claim(storage, content, **options)
+
+    monkeypatch.setattr(versions.state, "claim", late)
+    with pytest.raises(DataError, match="was changed meanwhile"):
+        add(url, "csv", more, **SMALL)
+    add(url, "csv", more, **SMALL)
+    assert {11, 13} < set(Dataset.open(url).identities.tolist())
+    assert is_whole(url)
+
+
+def test_removed_person_is_gone_and_all_others_stay(url):
+    before = images_of(Dataset.open(url))
+    change = remove(url, [3, 7], jobs=1)
+    now = images_of(Dataset.open(url))
+    assert now == {who: data for who, data in before.items() if who[1] not in (3, 7)}
+    assert change.images == len(before) - len(now) == 6
+    assert Dataset.open(url).identities.tolist() == [1, 5]
+    assert is_whole(url)
+
+
+def test_deleted_person_is_in_no_file(url, tmp_path):
+    add(url, "csv", write_csv(tmp_path / "more", {11: "train"}), **SMALL)
+    gone = [data for who, data in images_of(Dataset.open(url)).items() if who[1] == 11]
+    first = Dataset.open(url).digest
+    remove(url, [5], delete_old=False, jobs=1)
+    change = remove(url, [11], delete_old=True, jobs=1)
+    assert change.deleted > 0
+    files = [path.read_bytes() for path in Path(url).rglob("*") if path.is_file()]
+    assert not any(data in file for data in gone for file in files)
+    assert is_whole(url)
+    # The version before the person was added has nobody to delete.
+    kept = [json.loads(path.read_text()) for path in Path(url, "versions").iterdir()]
+    assert len(kept) == 1
+    assert Dataset.open(url, first).digest != first
+    old = Dataset.open(url, Manifest.from_json(json.dumps(kept[0]).encode()).digest)
+    assert len(images_of(old)) == 15
+
+
+def test_deleting_can_follow_later_and_finds_nothing_twice(url):
+    remove(url, [3], jobs=1)
+    first = remove(url, [3], delete_old=True, jobs=1)
+    assert first.already_made
+    assert first.deleted > 0
+    with pytest.raises(DataError, match="has no pid 3"):
+        remove(url, [3], delete_old=True, jobs=1)
+
+
+def test_object_that_cannot_be_deleted_is_named(url, monkeypatch):
+    monkeypatch.setattr(LocalStorage, "erase", lambda self, key: None)
+    with pytest.raises(StorageError, match="is still there after it was deleted"):
+        remove(url, [3], delete_old=True, jobs=1)
+
+
+@pytest.mark.parametrize(
+    ("pids", "message"),
+    [([2], "has no pid 2: nothing was changed"), ([1, 3], "too few people left")],
+)
+def test_removal_that_cannot_be_is_refused(url, pids, message):
+    before = Dataset.open(url).digest
+    with pytest.raises(DataError, match=message):
+        remove(url, pids, jobs=1)
+    assert Dataset.open(url).digest == before
+
+
+def test_merged_people_and_cameras_are_kept_apart(url, tmp_path):
+    other, out = str(tmp_path / "other"), str(tmp_path / "both")
+    table = write_csv(tmp_path / "b", {1: "train", 2: "train", 7: "test"}, seed=1)
+    build("csv", table, other, name="other", **SMALL)
+    manifest = merge([url, other], out).manifest
+    assert manifest.name == "people-other"
+    dataset, parts = Dataset.open(out), [Dataset.open(url), Dataset.open(other)]
+    assert sorted(images_of(dataset).values()) == sorted(
+        data for part in parts for data in images_of(part).values()
+    )
+    assert dataset.identities.tolist() == [1, 3, 5, 11, 12]
+    assert set(dataset.index("query").pid.tolist()) == {7, 9, 17}
+    assert set(dataset.index("query").camid.tolist()) == {0, 2}
+    assert is_whole(out)
+    linked = Path(out, manifest.shards[0].name).stat()
+    assert linked.st_nlink == 2
+    assert merge([url, other], out).already_made
+    third = str(tmp_path / "three")
+    build("csv", write_csv(tmp_path / "c", PEOPLE, seed=2), str(tmp_path / "c3"), name="c", **SMALL)
+    merge([out, str(tmp_path / "c3")], third)
+    assert is_whole(third)
+    remove(third, [11], jobs=1)
+    assert is_whole(third)
+
+
+def test_datasets_of_one_name_are_not_merged(url, tmp_path):
+    with pytest.raises(ConfigError, match=r"named people: .* another --name"):
+        merge([url, url], str(tmp_path / "both"))
+
+
+def test_commands_say_what_they_did(url, tmp_path, capsys):
+    more = write_csv(tmp_path / "more", {11: "train"})
+    assert main(["add", url, "--source", "csv", "--root", str(more), "--jobs", "1"]) == 0
+    assert "3 images added" in capsys.readouterr().out
+    assert main(["remove", url, "--pid", "11", "3", "--delete-old", "--jobs", "1"]) == 0
+    assert "6 images removed" in capsys.readouterr().out
+    assert main(["remove", url, "--pid", "11"]) == 3
+    assert "has no pid 11" in capsys.readouterr().err
+
+
+def test_old_manifests_keep_their_digest(url):
+    shard = Dataset.open(url).manifest.shards[0]
+    assert set(shard.model_dump()) == {"name", "bytes", "sha256", "split", "images"}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_indices_are_joined_in_shard_order(parts):
+    first, indices = 0, []
+    for shards in parts:
+        column = np.sort(np.array(shards, np.int32))
+        numbers = {name: np.zeros(len(column), np.int64) for name in ("offset", "size", "label")}
+        numbers |= {name: np.zeros(len(column), np.int64) for name in ("width", "height", "camid")}
+        index = Index(shard=column, pid=column + 10 * first, path=column.astype(object), **numbers)
+        indices.append(versions._shifted(index, first))
+        first += 4
+    whole = Index.concatenated(indices[::-1])
+    assert (np.diff(whole.shard) >= 0).all()
+    assert len(whole) == sum(map(len, parts))
