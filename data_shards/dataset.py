@@ -48,7 +48,7 @@ class Dataset:
             ) from None
         index = Index.from_parquet(data, manifest)
         split = split_of_rows(index, manifest.shards)
-        parts = {name: index.select(split == i) for i, name in enumerate(SPLITS)}
+        parts = {name: index.select(_rows(split == i)) for i, name in enumerate(SPLITS)}
         return cls(url, storage, manifest, parts)
 
     def index(self, split: str) -> Index:
@@ -105,6 +105,13 @@ class Dataset:
             set(zip(query.pid.tolist(), query.camid.tolist(), strict=True)),
             set(zip(gallery.pid.tolist(), gallery.camid.tolist(), strict=True)),
         )
+
+
+def _rows(chosen: np.ndarray) -> np.ndarray | slice:
+    """Rows by their mask; as a slice, which takes no memory, if they are contiguous."""
+    rows = np.flatnonzero(chosen)
+    first, last = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+    return slice(first, last) if last - first == len(rows) else rows
 
 
 def why_not_measurable(

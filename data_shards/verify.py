@@ -75,7 +75,7 @@ def _problems(
         yield f"not a tar file: {error}"
         return
     origin = shard.origin or Origin(dataset=dataset, pid=0, camid=0)
-    constant: dict[str, str | int] = {"dataset": origin.dataset, "split": shard.split}
+    constant = {"dataset": origin.dataset, "split": shard.split}
     if len(members) != 2 * len(rows):
         yield f"{len(members):,} members, not two for each of its {len(rows):,} images"
         return
@@ -86,7 +86,7 @@ def _problems(
                 yield f"{image.name} is not where the index has it"
                 continue
             numbers = ("pid", "label", "camid", "width", "height")
-            expected = constant | {name: int(getattr(rows, name)[row]) for name in numbers}
+            expected = {name: int(getattr(rows, name)[row]) for name in numbers}
             expected["pid"] -= origin.pid
             expected["camid"] -= origin.camid
             file.seek(description.offset_data)
@@ -96,7 +96,7 @@ def _problems(
                 found = None
             if shard.origin is not None and isinstance(found, dict):
                 found["label"] = expected["label"]  # that of an earlier version
-            if found != expected | {"path": str(rows.path[row])}:
+            if found != expected | constant | {"path": str(rows.path[row])}:
                 yield f"{description.name} does not agree with the index"
             if decode_images:
                 file.seek(image.offset_data)

@@ -67,19 +67,24 @@ def ray_results(
             ray.cancel(left)
 
 
-def _slow(running: dict[Any, tuple[int, float]], seconds: list[float], twice: set[int]) -> Any:
+def _slow(
+    running: dict[Any, tuple[int, float]], seconds: list[float], twice: set[int]
+) -> int | None:
     """The task that has run for longest, if that is much longer than usual, and not yet twice."""
-    if not seconds:
+    once = [(began, number) for number, began in running.values() if number not in twice]
+    if not once or not seconds:
         return None
-    number, began = min(running.values(), key=lambda value: value[1], default=(None, 0.0))
+    began, number = min(once)
     limit = max(LEAST_SECONDS, SLOW * statistics.median(seconds))
-    return number if number not in twice and time.monotonic() - began > limit else None
+    return number if time.monotonic() - began > limit else None
 
 
 def _get(done: Any) -> Any:
     try:
         result = ray.get(done)
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
+    except ray.exceptions.RayTaskError:  # a fault of ours, with its traceback
+        raise
+    except ray.exceptions.RayError as error:
         raise ReidError(
             f"a task's worker ended {RETRIES + 1} times ({type(error).__name__}), perhaps because"
             " memory ran out: the same command continues, with fewer --workers"

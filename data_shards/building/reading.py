@@ -63,7 +63,11 @@ def read_images(
     """
     given = _all_options(source, options or {})
     take = partial(
-        split_off, flag="--validation", fraction=validation, seed=validation_seed, into="validation"
+        split_off,
+        flag="--validation",
+        fraction=0.0 if validation is None else validation,
+        seed=validation_seed,
+        into="validation",
     )
 
     def check(records: Sequence[ImageRecord]) -> str | None:

@@ -60,6 +60,8 @@ def scan_bytes(record: ImageRecord, data: bytes) -> ScannedImage | LeftOut:
     """Decode an image in full."""
     from data_shards.decode import decode  # imports OpenCV, which --help does not need
 
+    if not data:
+        return LeftOut(path=record.relative, reason="it is empty")
     try:
         height, width = decode(data).shape[:2]
     except DataError as error:

@@ -79,7 +79,7 @@ def write_shard(plan: ShardPlan, dataset: str, path: Path) -> tuple[ShardInfo, l
 
     It is a `DataError` if an image has changed since it was scanned.
     """
-    from webdataset import TarWriter  # imports torch
+    from webdataset.writer import TarWriter  # imports torch
 
     images, offsets, end = [member.image for member in plan.images], [], 0
     local = all(isinstance(image.record.path, Path) for image in images)

@@ -31,7 +31,7 @@ class Source(NamedTuple):
     streamed: bool = False
 
 
-def count(records: list[ImageRecord]) -> Counts:
+def count(records: Sequence[ImageRecord]) -> Counts:
     """Count records as the published tables do."""
     train = [r for r in records if r.split in ("train", "val")]
     return Counts(
@@ -43,7 +43,7 @@ def count(records: list[ImageRecord]) -> Counts:
     )
 
 
-def difference(source: Source, records: list[ImageRecord], root: Place) -> str | None:
+def difference(source: Source, records: Sequence[ImageRecord], root: Place | str) -> str | None:
     """How the records differ from the published counts, as a sentence; None if they do not."""
     if source.counts is None or source.counts == (found := count(records)):
         return None

@@ -184,8 +184,9 @@ def _scan_sample(
                 f"{path}: sample {key} has no {where[field]} (--fields {field}={where[field]});"
                 f" its members are {', '.join(members)}"
             )
-    found = scan_bytes(record, data) if data else LeftOut(path=record.relative, reason="empty")
-    return _Sample(found, {field: value or "" for field, value in values.items()})
+    return _Sample(
+        scan_bytes(record, data), {field: value or "" for field, value in values.items()}
+    )
 
 
 def _value(members: Mapping[str, tuple[bytes, int]], place: str) -> str | None:
@@ -230,7 +231,8 @@ def _members(path: ObjectPath, where: Mapping[str, str]) -> Iterator[dict[str, A
             end = (
                 info.offset_data + -(-info.size // 512) * 512 if info.isreg() else info.offset_data
             )
-            tar.members = []  # else it keeps all of them
+            # Else it keeps all of them; `webdataset` does the same.
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
     # `tarfile` takes a damaged header for the end.
     if size - end < _BLOCK or any(path.storage.read_range(path.key, end, _BLOCK)):
         raise DataError(f"{path} is cut short or damaged at byte {end:,} of {size:,}")

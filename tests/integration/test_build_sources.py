@@ -92,7 +92,8 @@ def test_layouts_below_a_prefix_are_listed_page_by_page(s3, tmp_path, monkeypatc
         (market / folder).mkdir(parents=True)
         for pid in pids:
             for camera in (1, 2):
-                name = f"{pid:04d}_c{camera}s1_000{camera}51_00.jpg"
+                who = f"{pid:04d}" if pid >= 0 else "-1"
+                name = f"{who}_c{camera}s1_000{camera}51_00.jpg"
                 (market / folder / name).write_bytes(picture(camera))
     people = tmp_path / "people"
     write_people(people, ("0.jpg", "1.jpg"))

@@ -289,6 +289,8 @@ def test_merged_people_and_cameras_are_kept_apart(url, tmp_path):
         data for part in parts for data in images_of(part).values()
     )
     assert dataset.identities.tolist() == [1, 3, 5, 11, 12]
+    train = dataset.index("train")
+    assert dataset.origin("train").tolist() == (train.pid < 10).tolist()
     assert set(dataset.index("query").pid.tolist()) == {7, 9, 17}
     assert set(dataset.index("query").camid.tolist()) == {0, 2}
     assert is_whole(out)
