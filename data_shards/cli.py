@@ -221,7 +221,7 @@ def merge_command(urls: Urls, out: str, name: OptionalName = None) -> None:
         out: Where to write the new one: s3://bucket/prefix or a folder.
         name: Name of the new dataset (default: their names, joined).
     """
-    from data_shards.building.versions import merge
+    from data_shards.building.merge import merge
 
     with display() as progress:
         change = merge(urls, out, name=name, progress=progress)

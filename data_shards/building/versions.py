@@ -1,4 +1,4 @@
-"""New versions of a dataset: images added, a person removed, several datasets merged.
+"""New versions of a dataset: images added, or people removed.
 
 A version reuses the shards of the one before. `manifest.json` is always the newest version and is
 replaced by one write; earlier manifests are kept under `versions/`, so that old runs can resume.
@@ -7,7 +7,6 @@ interrupted one.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,7 @@ import numpy as np
 from data_shards.building import state
 from data_shards.building.build import content_digest, work_folder, write_once, write_shards
 from data_shards.building.parallel import Cluster, cores, parallel_map
-from data_shards.building.reading import check_name, read_images, sanitized
+from data_shards.building.reading import read_images
 from data_shards.building.scan import ScannedImage
 from data_shards.building.writer import ShardImage, ShardPlan, index_of, plan_shards
 from data_shards.dataset import Dataset
@@ -40,10 +39,8 @@ from data_shards.manifest import (
 )
 from data_shards.progress import Progress, silent
 from data_shards.records import NO_CAMERA, SHARD_BYTES, SPLITS, ImageRecord
-from data_shards.storage import LocalStorage, Storage, open_storage
+from data_shards.storage import LocalStorage, Storage
 from data_shards.storage.object_path import ObjectPath, Place
-
-THREADS = 8  # that copy shards
 
 
 @dataclass(frozen=True)
@@ -115,12 +112,12 @@ def add(
         state.claim(storage, digest, empty=False)
         notes = write_shards(storage, old.name, plans, folder, jobs, cluster, progress)
         added = index_of(plans, [note.offsets for note in notes])
-        shards = [*(_moved(old, shard) for shard in old.shards), *(note.info for note in notes)]
-        manifest = _commit(
+        shards = [*(moved(old, shard) for shard in old.shards), *(note.info for note in notes)]
+        manifest = commit(
             storage,
             old,
             shards,
-            Index.concatenated([dataset.whole, _shifted(added, len(old.shards))]),
+            Index.concatenated([dataset.whole, shifted(added, len(old.shards))]),
             options=old.options | {"added": [*before, digest]},
             left_out=(*old.left_out, *found.left_out),
         )
@@ -170,77 +167,14 @@ def remove(
         if gone.any():
             version, jobs = _version(old, token), jobs or cores()
             shards, kept = _without(dataset, index, gone, version, folder, jobs, progress)
-            manifest = _commit(storage, old, shards, kept)
+            manifest = commit(storage, old, shards, kept)
             having.append(old)
         deleted = _delete(storage, manifest, having) if delete_old else 0
         state.remove_notes(storage)
     return Change(manifest, int(gone.sum()), already_made=not gone.any(), deleted=deleted)
 
 
-def merge(
-    urls: Sequence[str], out: str, *, name: str | None = None, progress: Progress = silent
-) -> Change:
-    """Join datasets: identities and cameras of one are never those of another.
-
-    Shards are not written anew. In local folders they are hard links; on S3 the server copies them.
-
-    Args:
-        urls: of the datasets.
-        out: an empty place, an interrupted merge of these datasets, or this very merge.
-        name: of the new dataset; by default their names, joined.
-
-    Raises:
-        ConfigError: fewer than two datasets, or two of one name.
-        DataError: something else is at `out`.
-    """
-    if len(urls) < 2:
-        raise ConfigError("a merge needs two datasets or more")
-    datasets = [Dataset.open(url) for url in urls]
-    origins = [{d.manifest.dataset_of(s) for s in d.manifest.shards} for d in datasets]
-    names = [name for of_dataset in origins for name in of_dataset]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(
-            f"two of the datasets are, or have parts, named {', '.join(sorted(twice))}: results are"
-            " shown by these names, so build one of them with another --name"
-        )
-    name = name or sanitized("-".join(dataset.manifest.name for dataset in datasets))
-    check_name(name)
-    parts = [[d.manifest.name, d.digest] for d in datasets]
-    content, storage = json_digest(["merge", name, parts]), open_storage(out)
-    with work_folder(None, f"{content} {storage.url}") as folder:
-        if (found := state.find_finished(storage, content)) is not None:
-            return Change(found, 0, already_made=True)
-        state.claim(storage, content)
-        shards, indices, copies, pid, camid = [], [], [], 0, 0
-        for number, dataset in enumerate(datasets):
-            for shard in dataset.manifest.shards:
-                key = f"shards/{number}/{shard.name.removeprefix('shards/')}"
-                copies.append((dataset.storage, shard, key))
-                moved = _moved(dataset.manifest, shard, pid, camid)
-                shards.append(moved.model_copy(update={"name": key}))
-            index, first = dataset.whole, len(shards) - len(dataset.manifest.shards)
-            indices.append(_shifted(index, first, pid, camid))
-            pid, camid = pid + _next(index.pid), camid + _next(index.camid & (NO_CAMERA - 1))
-        if pid >= 1 << 62 or camid >= NO_CAMERA:
-            raise DataError("the pids or camids of these datasets are too large to be joined")
-        _copy_all(copies, storage, folder, progress)
-        manifest = _commit(
-            storage,
-            None,
-            shards,
-            Index.concatenated(indices),
-            name=name,
-            source="merge",
-            options={"datasets": parts},
-            content=content,
-            complete=all(dataset.manifest.complete for dataset in datasets),
-            left_out=tuple(item for dataset in datasets for item in dataset.manifest.left_out),
-        )
-        state.remove_notes(storage)
-    return Change(manifest, sum(info.images for info in manifest.splits.values()))
-
-
-def _commit(
+def commit(
     storage: Storage,
     old: Manifest | None,
     shards: Sequence[ShardInfo],
@@ -288,21 +222,21 @@ def _index(storage: Storage, manifest: Manifest) -> Index:
     return Index.from_parquet(storage.read(info.name, sha256=info.sha256), manifest)
 
 
-def _next(numbers: np.ndarray) -> int:
+def next_number(numbers: np.ndarray) -> int:
     return int(numbers.max(initial=-1)) + 1
 
 
-def _moved(manifest: Manifest, shard: ShardInfo, pid: int = 0, camid: int = 0) -> ShardInfo:
+def moved(manifest: Manifest, shard: ShardInfo, pid: int = 0, camid: int = 0) -> ShardInfo:
     """A shard as another version or dataset lists it, with larger pids and camids."""
     was = shard.origin or Origin(dataset=manifest.name, pid=0, camid=0)
     origin = Origin(dataset=was.dataset, pid=was.pid + pid, camid=was.camid + camid)
     return shard.model_copy(update={"origin": origin})
 
 
-def _shifted(index: Index, first: int, pid: int = 0, camid: int = 0) -> Index:
+def shifted(index: Index, first: int, pid: int = 0, camid: int = 0) -> Index:
     """An index whose shards start at `first`."""
-    moved = {"shard": index.shard + np.int32(first), "pid": index.pid + pid}
-    return replace(index, **moved, camid=index.camid + np.int32(camid))
+    columns = {"shard": index.shard + np.int32(first), "pid": index.pid + pid}
+    return replace(index, **columns, camid=index.camid + np.int32(camid))
 
 
 def _renumbered(
@@ -316,8 +250,8 @@ def _renumbered(
     unknown = index.camid >= NO_CAMERA
     pid = camid = 0
     if ids == "new":
-        pid, camid = _next(index.pid), _next(index.camid & (NO_CAMERA - 1))
-    more = camid or _next(index.camid[unknown] - NO_CAMERA)
+        pid, camid = next_number(index.pid), next_number(index.camid & (NO_CAMERA - 1))
+    more = camid or next_number(index.camid[unknown] - NO_CAMERA)
     same = dict[tuple[int, int], list[int]]()
     if ids == "same":
         for row in np.flatnonzero(unknown & np.isin(index.pid, [i.record.pid for i in images])):
@@ -385,7 +319,7 @@ def _without(
             origin = Origin(dataset=old.dataset_of(shard), pid=0, camid=0)
             shards.append(made[position].info.model_copy(update={"origin": origin}))
         else:
-            shards.append(_moved(old, shard))
+            shards.append(moved(old, shard))
     return shards, replace(kept, shard=numbering[kept.shard], offset=offset)
 
 
@@ -432,31 +366,3 @@ def _delete(storage: Storage, newest: Manifest, having: Sequence[Manifest]) -> i
     if left := unneeded():
         raise StorageError(f"{storage.url}/{left[0]} is still there after it was deleted")
     return len(keys)
-
-
-def _copy_all(
-    copies: Sequence[tuple[Storage, ShardInfo, str]],
-    target: Storage,
-    folder: Path,
-    progress: Progress,
-) -> None:
-    """Copy shards that an interrupted merge did not."""
-
-    def copy(task: tuple[Storage, ShardInfo, str]) -> int:
-        source, shard, key = task
-        if not target.exists(key) or target.size(key) != shard.bytes:
-            if not target.copy_from(source, shard.name, key):
-                path = folder / key.replace("/", "-")
-                source.download(shard.name, path, sha256=shard.sha256)
-                target.upload(key, path)
-                path.unlink()
-            if target.size(key) != shard.bytes:
-                raise StorageError(f"{target.url}/{key} arrived with another size: try again")
-        return shard.images
-
-    done, total = 0, sum(shard.images for _, shard, _ in copies)
-    progress("copying", 0, total)
-    with ThreadPoolExecutor(THREADS) as pool:
-        for images in pool.map(copy, copies):
-            done += images
-            progress("copying", done, total)

@@ -14,7 +14,8 @@ from PIL import Image
 
 from data_shards.building import versions
 from data_shards.building.build import build
-from data_shards.building.versions import add, merge, remove
+from data_shards.building.merge import merge
+from data_shards.building.versions import add, remove
 from data_shards.cli import main
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, StorageError
@@ -334,7 +335,7 @@ def test_indices_are_joined_in_shard_order(parts):
         numbers = {name: np.zeros(len(column), np.int64) for name in ("offset", "size", "label")}
         numbers |= {name: np.zeros(len(column), np.int64) for name in ("width", "height", "camid")}
         index = Index(shard=column, pid=column + 10 * first, path=column.astype(object), **numbers)
-        indices.append(versions._shifted(index, first))
+        indices.append(versions.shifted(index, first))
         first += 4
     whole = Index.concatenated(indices[::-1])
     assert (np.diff(whole.shard) >= 0).all()
