@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format docs clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m cluster demo
@@ -23,6 +23,10 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: $(VENV)/.installed
+	$(RUN) -m mkdocs build --quiet
+	@echo "site/index.html"
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): PyTorch and Ray take a few minutes the first time."
 	$(PYTHON) -m venv $(VENV)
@@ -30,4 +34,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .demo .cluster .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .demo .cluster .pytest_cache .ruff_cache .hypothesis site build *.egg-info

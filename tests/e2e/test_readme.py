@@ -1,4 +1,4 @@
-"""The README's commands, one after the other, on 12 drawn people and a stack of this machine."""
+"""The commands of the tutorial and the README, on 12 drawn people and a stack of this machine."""
 
 from __future__ import annotations
 
@@ -19,31 +19,51 @@ from cluster.local import servers as local
 pytestmark = pytest.mark.slow
 
 PROJECT = Path(__file__).parents[2]
-MARK = "<!-- tested: home -->"
-"""In the README before each block of commands that is run here, in the order of the page."""
-PEOPLE, CAMERAS, IMAGES = 12, 2, 4
+PAGES = (PROJECT / "docs" / "tutorial.md", PROJECT / "README.md")
+"""Their commands are run in this order, in one shell; the README's last one stops the stack."""
+MARK = r"<!-- tested: \w+ -->"
+"""Before each block of commands that is run here."""
+PEOPLE = [
+    "anna", "ben", "carl", "dora", "emil", "fay", "gus", "hana", "ivan", "joan", "kim", "leo",
+]  # fmt: skip
+CAMERAS, IMAGES = ("door", "hall"), 4
 SMALLER = {
     "--recipe people_small": "--recipe people_small --image.height 32 --image.width 16 "
     "--optimizer.epochs 1 --batch.steps-per-epoch 6 --tracking.every-steps 2",
     "--trials 20": "--trials 6",
-    "photo.jpg": "images/0_0_0.jpg",
+    " photo.jpg": " photos/leo/door_1.jpg",
+    "'photo.jpg'": "'photos/leo/door_1.jpg'",
 }
 """What is replaced in the commands, so that they take minutes on two cores and find a photo."""
 
 
-def blocks(page: str) -> list[str]:
-    """The shell blocks behind the marks."""
-    return re.findall(rf"{re.escape(MARK)}\s*```sh\n(.*?)```", page, re.S)
+def commands(page: str) -> list[str]:
+    """The commands of the shell blocks behind the marks, without comments."""
+    blocks = re.findall(rf"{MARK}\s*```sh\n(.*?)```", page, re.S)
+    lines = re.split(r"(?<!\\)\n", "".join(blocks))
+    found = [re.sub(r" +# .*", "", line).strip() for line in lines]
+    return [line for line in found if line]
+
+
+def script() -> str:
+    """The commands of all pages. One that an earlier page has, too, is run once."""
+    found: list[str] = []
+    for page in PAGES:
+        own = commands(page.read_text())
+        assert own, f"no block of {page.name} is marked by {MARK}"
+        found += [command for command in own if command not in found]
+    return "\n".join(found)
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Path]:
-    """A copy of the packages and `people.csv`; a stack in it is stopped afterwards."""
+    """A copy of the packages and drawn photos; a stack in it is stopped afterwards."""
     for name in ("data_shards", "reid_train", "tune", "cluster"):
         shutil.copytree(
             PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__")
         )
-    draw(tmp_path)
+    shutil.copy(PROJECT / "docs" / "examples" / "make_csv.py", tmp_path)
+    draw(tmp_path / "photos")
     try:
         yield tmp_path
     finally:
@@ -51,35 +71,28 @@ def project(tmp_path: Path) -> Iterator[Path]:
 
 
 def draw(folder: Path) -> None:
-    """Draw people of two colours each, two thirds of them to train on."""
+    """Draw people of two colours each, as the tutorial names them."""
     rng = np.random.default_rng(0)
-    lines = ["path,pid,camid,split"]
-    for person in range(PEOPLE):
+    for person in PEOPLE:
         clothes = rng.integers(0, 256, (2, 1, 3))
-        for camera in range(CAMERAS):
-            for number in range(IMAGES):
+        (folder / person).mkdir(parents=True)
+        for camera in CAMERAS:
+            for number in range(1, IMAGES + 1):
                 pixels = np.repeat(clothes, 32, axis=0) + rng.integers(-30, 30, (64, 32, 3))
-                path = f"images/{person}_{camera}_{number}.jpg"
-                (folder / "images").mkdir(exist_ok=True)
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / path)
-                split = (
-                    "train" if person < 8 else "query" if (camera, number) == (0, 0) else "gallery"
-                )
-                lines.append(f"{path},{person},{camera},{split}")
-    (folder / "people.csv").write_text("\n".join(lines) + "\n")
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                image.save(folder / person / f"{camera}_{number}.jpg")
 
 
-def test_commands_of_the_readme_work_in_their_order(project):
-    script = "".join(blocks((PROJECT / "README.md").read_text()))
-    assert script, f"no block of the README is marked by {MARK}"
+def test_commands_of_the_tutorial_and_the_readme_work_in_their_order(project):
+    lines = script()
     for text, other in SMALLER.items():
-        assert text in script
-        script = script.replace(text, other)
+        assert text in lines
+        lines = lines.replace(text, other)
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "AWS_"))
     }
     done = subprocess.run(
-        ["bash", "-exuo", "pipefail", "-c", script],
+        ["bash", "-exuo", "pipefail", "-c", lines],
         cwd=project,
         env=environment
         | {
