@@ -24,7 +24,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 docs: $(VENV)/.installed
-	$(RUN) -m mkdocs build --quiet
+	$(RUN) -m mkdocs build --strict
 	@echo "site/index.html"
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -38,7 +38,7 @@ PAGES = {
 """Pages from outside docs/: file in the repository to page of the site."""
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 INCLUDE = re.compile(r"<!-- include: (\S+) -->")
-FENCE = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
+FENCE = re.compile(r"^ *(?P<mark>```|~~~~).*?^ *(?P=mark)$", re.M | re.S)
 HEADING = re.compile(r"^(#+) +(.*?)$", re.M)
 LANGUAGES = {".py": "python", ".md": "markdown", ".yaml": "yaml", ".json": "json", ".sh": "sh"}
 
@@ -52,7 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     texts = {file.src_uri: file.content_string for file in files.documentation_pages()} | made
     for page, text in texts.items():
         for target in linked_files(text, source_of(page)):
-            made[f"source/{target}.md"] = code_page(target)
+            made[page_of(target)] = code_page(target)
     for page, text in made.items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -78,9 +78,11 @@ def for_site(text: str, page: str, source: str | None = None) -> str:
 
 def outside_code(text: str, change: Callable[[str], str]) -> str:
     """Change a page, but not its blocks of code."""
-    codes = FENCE.findall(text)
-    parts = [change(part) for part in FENCE.split(text)]
-    return "".join(part + code for part, code in zip(parts, [*codes, ""], strict=True))
+    changed, end = "", 0
+    for code in FENCE.finditer(text):
+        changed += change(text[end : code.start()]) + code[0]
+        end = code.end()
+    return changed + change(text[end:])
 
 
 def included(target: str, source: str, page: str) -> tuple[str, str, str]:
@@ -128,7 +130,11 @@ def is_relative(target: str) -> bool:
 
 
 def linked_files(text: str, source: str) -> Iterator[str]:
-    """The files that a page links to and that are neither pages nor pictures."""
+    """The files that a page links to, itself or by an include, and that are not in docs/."""
+    for match in INCLUDE.finditer(text):
+        if "#" in match[1]:
+            part, _, file = included(match[1], source, "")
+            yield from linked_files(part, file)
     for match in LINK.finditer(FENCE.sub("", text)):
         if is_relative(match[2]):
             target = resolve(match[2].partition("#")[0], source)
@@ -238,7 +244,7 @@ def command_section(words: str, text: str, of_train: set[tuple[str, str]]) -> st
         kept = [row for row in rows if not row[0].startswith("-h,")]
         kept = [row for row in kept if not (takes_all and row in of_train)]
         if kept:
-            parts += [f"**{title}**", definitions(kept)]
+            parts += [f"**{title.capitalize()}**", definitions(kept)]
     if takes_all:
         train = "python -m reid_train train"
         parts.append(f"And all options of [`{train}`](reid_train.md#{slug(train)}).")
@@ -258,4 +264,5 @@ def definitions(rows: list[tuple[str, str]]) -> str:
         f"<dt><code>{html.escape(name, False)}</code></dt><dd>{html.escape(meaning, False)}</dd>"
         for name, meaning in rows
     ]
-    return "\n".join(["<dl>", *lines, "</dl>"])
+    text = re.sub(r"`(.*?)`", r"<code>\1</code>", "\n".join(lines))
+    return f"<dl>\n{text}\n</dl>"

@@ -53,7 +53,7 @@ class RegularizedTrainer(Trainer):
             Path(output_dir or self.args.output_dir, "theta.json").write_text(theta)
 
 
-def train(folder: str, epochs: int = 4, batch: int = 64, **options) -> tuple[nn.Module, AdaptiveL2]:
+def make_trainer(folder: str, epochs: int, batch: int = 64, **options: Any) -> RegularizedTrainer:
     settings = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "report_to": []}
     arguments = TrainingArguments(
         output_dir=folder,
@@ -62,12 +62,11 @@ def train(folder: str, epochs: int = 4, batch: int = 64, **options) -> tuple[nn.
         per_device_train_batch_size=batch,
         **settings | options,
     )
-    trainer = RegularizedTrainer(make_model(), arguments, train_dataset=make_data())
-    trainer.train()
-    return trainer.model, trainer.regularizer
+    return RegularizedTrainer(make_model(), arguments, train_dataset=make_data())
 
 
 if __name__ == "__main__":
-    _, regularizer = train("runs/trainer")
-    for name, factor in regularizer.factors().items():
+    trainer = make_trainer("runs/trainer", epochs=4)
+    trainer.train()
+    for name, factor in trainer.regularizer.factors().items():
         print(f"{name}: λ = {factor:.6f}")

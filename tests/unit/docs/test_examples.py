@@ -4,50 +4,59 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from reid_train.regularization import AdaptiveL2
 
 EXAMPLES = "docs.examples"
 CPU = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+Result = tuple[nn.Module, AdaptiveL2, list[list[Tensor]]]
+
+
+def run(train: Callable[..., tuple[nn.Module, AdaptiveL2]], *args, **options) -> Result:
+    """Train; also return the gradients at each optimizer step: of the weights, then of θ."""
+    steps: list[list[Tensor]] = []
+
+    def record(optimizer: torch.optim.Optimizer, *_) -> None:
+        groups = optimizer.param_groups
+        steps.append([p.grad.clone() for group in groups for p in group["params"]])
+
+    hook = register_optimizer_step_post_hook(record)
+    try:
+        return *train(*args, **options), steps
+    finally:
+        hook.remove()
 
 
 @pytest.fixture(scope="module")
-def plain() -> tuple[nn.Module, AdaptiveL2]:
-    return importlib.import_module(f"{EXAMPLES}.plain_loop").train()
+def plain() -> Result:
+    return run(importlib.import_module(f"{EXAMPLES}.plain_loop").train)
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def gradients(model: nn.Module, regularizer: AdaptiveL2) -> list[Tensor | None]:
-    return [parameter.grad for parameter in (*model.parameters(), regularizer.theta)]
-
-
-def assert_same(found: tuple[nn.Module, AdaptiveL2], plain: tuple[nn.Module, AdaptiveL2]) -> None:
-    """λ, weights and the last gradients, the penalty's among them, are those of the plain loop."""
-    factors = found[1].factors()
-    assert factors == pytest.approx(plain[1].factors(), rel=1e-4)
+def assert_same(found: Result, plain: Result) -> None:
+    """λ, the weights, and all gradients, the penalty's among them, are those of the plain loop."""
+    (model, regularizer, steps), (expected, its_regularizer, its_steps) = found, plain
+    factors = regularizer.factors()
+    assert factors == pytest.approx(its_regularizer.factors(), rel=1e-4)
     assert max(factors.values()) < 0.0025, "λ has decayed from A / 2"
-    torch.testing.assert_close(tensors(found[0]), tensors(plain[0]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradients(*found), gradients(*plain), rtol=1e-4, atol=1e-5)
+    assert len(steps) == len(its_steps) == 4
+    torch.testing.assert_close(steps, its_steps, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        dict(model.named_parameters()), dict(expected.named_parameters()), rtol=1e-4, atol=1e-5
+    )
 
 
-def test_lightning_trains_as_the_plain_loop(plain):
+@pytest.mark.parametrize("accumulated", [{}, {"batch": 16, "accumulate_grad_batches": 4}])
+def test_lightning_trains_as_the_plain_loop(accumulated, plain):
     pytest.importorskip("pytorch_lightning")
     train = importlib.import_module(f"{EXAMPLES}.with_lightning").train
-    assert_same(train(**CPU), plain)
-
-
-def test_lightning_adds_the_penalty_once_for_a_step(plain):
-    pytest.importorskip("pytorch_lightning")
-    train = importlib.import_module(f"{EXAMPLES}.with_lightning").train
-    assert_same(train(batch=16, accumulate_grad_batches=4, **CPU), plain)
+    assert_same(run(train, **accumulated, **CPU), plain)
 
 
 def test_lightnings_checkpoints_keep_theta(plain, tmp_path):
@@ -60,35 +69,37 @@ def test_lightnings_checkpoints_keep_theta(plain, tmp_path):
         path = tmp_path / "half.ckpt"
         trainer.fit(module, data, ckpt_path=path if epochs == 4 else None)
         trainer.save_checkpoint(path)
-    assert_same((module.model, module.regularizer), plain)
+    factors = module.regularizer.factors()
+    assert factors == pytest.approx(plain[1].factors(), rel=1e-4)
 
 
 @pytest.fixture
-def trainer_example():
+def make_trainer(tmp_path):
+    """A function that makes the example's Trainer, quiet and on the CPU."""
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    return importlib.import_module(f"{EXAMPLES}.with_transformers")
+    make = importlib.import_module(f"{EXAMPLES}.with_transformers").make_trainer
+    quiet = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    return lambda epochs, **options: make(str(tmp_path), epochs, **quiet | options)
 
 
-QUIET = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+@pytest.mark.parametrize("accumulated", [{}, {"batch": 16, "gradient_accumulation_steps": 4}])
+def test_the_trainer_trains_as_the_plain_loop(accumulated, plain, make_trainer):
+    def train() -> tuple[nn.Module, AdaptiveL2]:
+        trainer = make_trainer(4, **accumulated)
+        trainer.train()
+        return trainer.model, trainer.regularizer
+
+    assert_same(run(train), plain)
 
 
-def test_the_trainer_trains_as_the_plain_loop(plain, trainer_example, tmp_path):
-    assert_same(trainer_example.train(str(tmp_path), **QUIET), plain)
-
-
-def test_the_trainer_adds_the_penalty_once_for_accumulated_gradients(
-    plain, trainer_example, tmp_path
-):
-    found = trainer_example.train(str(tmp_path), batch=16, gradient_accumulation_steps=4, **QUIET)
-    assert_same(found, plain)
-
-
-def test_the_trainers_checkpoints_keep_theta(trainer_example, tmp_path):
-    settings = QUIET | {"save_strategy": "epoch"}
-    _, regularizer = trainer_example.train(str(tmp_path), epochs=1, **settings)
-    saved = tmp_path / "checkpoint-1" / "theta.json"
-    assert saved.read_text() == json.dumps(regularizer.theta_by_name())
+def test_the_trainers_checkpoints_keep_theta(plain, make_trainer, tmp_path):
+    make_trainer(2, save_strategy="epoch").train()
+    checkpoint = tmp_path / "checkpoint-2"
+    trainer = make_trainer(4)
+    trainer.regularizer.load_theta(json.loads((checkpoint / "theta.json").read_text()))
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.regularizer.factors() == pytest.approx(plain[1].factors(), rel=1e-4)
 
 
 def test_the_tracker_keeps_the_numbers_of_people(monkeypatch):
