@@ -48,7 +48,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
     made = {page: (ROOT / file).read_text() for file, page in PAGES.items() if page != "index.md"}
-    made |= {page: text for page, text in command_pages()}
+    made |= dict(command_pages(command_help()))
     texts = {file.src_uri: file.content_string for file in files.documentation_pages()} | made
     for page, text in texts.items():
         for target in linked_files(text, source_of(page)):
@@ -214,9 +214,8 @@ def options(text: str) -> dict[str, list[tuple[str, str]]]:
     return boxes
 
 
-def command_pages() -> Iterator[tuple[str, str]]:
-    """The pages about commands, one a package: name and Markdown."""
-    helps = command_help()
+def command_pages(helps: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """The pages about commands, one a package: name and Markdown; `helps` is of `command_help`."""
     of_train = {row for rows in options(helps["reid_train train"]).values() for row in rows}
     for package in PACKAGES:
         own = {words: text for words, text in helps.items() if words.split()[0] == package}
