@@ -274,7 +274,8 @@ def test_the_service_has_the_jobs_pods_with_its_port_and_its_token():
     for name, pod in ours.items():
         (container,) = pod["containers"]
         assert container["ports"].pop() == {"name": "serve", "containerPort": 8000}
-        assert container["envFrom"].pop() == {"secretRef": {"name": "reid-serve"}}
+        *container["envFrom"], token = container["envFrom"]
+        assert token == {"secretRef": {"name": "reid-serve"}}
         assert pod == theirs[name]
 
 
