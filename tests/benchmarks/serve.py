@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -185,19 +186,20 @@ def main() -> None:
     parser.add_argument("--approximate", action="store_true", help="measure HNSW, too")
     parser.add_argument("--no-service", action="store_true", help="only the index")
     given = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     prepare_ray()
     for size in given.sizes:
         gallery = people(size, given.dimensions)
-        print(f"{size:,} × {given.dimensions}, {torch.get_num_threads()} threads", flush=True)
+        print(f"{size:,} × {given.dimensions}, {torch.get_num_threads()} threads")
         in_process(gallery, given.seconds, given.approximate)
         if given.no_service:
             continue
         with tempfile.TemporaryDirectory() as folder, service(gallery, Path(folder)) as url:
             found = load(url, given.seconds, given.threads)
-            print(f"  service          {found}   {memory()}", flush=True)
+            print(f"  service          {found}   {memory()}")
             if given.minutes:
                 found = load(url, 60 * given.minutes, given.threads, kill_every=60)
-                print(f"  {given.minutes:g} minutes       {found}", flush=True)
+                print(f"  {given.minutes:g} minutes       {found}")
 
 
 if __name__ == "__main__":
