@@ -319,7 +319,7 @@ class Searcher:
         await self.start()
         made = self._generation
         wanted = made.wanted(cameras, since, until)
-        there = sorted(made.row.values())
+        there = list(made.row.values())  # ascending: rows are only appended
         rows = [
             row
             for row in there
