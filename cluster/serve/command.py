@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cluster.local import servers as local
 from cluster.serve.settings import Settings, token_digest
-from data_shards.errors import Interrupted, ReidError
+from data_shards.errors import ConfigError, Interrupted, ReidError
 from data_shards.progress import display, make_console, phase
 from data_shards.ray_utils import prepare_ray
 
@@ -96,8 +96,15 @@ def checked(settings: Settings) -> Settings:
     """The settings as replicas need them, with whole paths, once model and gallery are found.
 
     Raises:
-        ReidError: the model or the gallery is not there.
+        ReidError: the model, the gallery or a package is not there.
     """
+    try:
+        import python_multipart  # noqa: F401
+        import ray.serve  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"the service needs the package {error.name}: pip install 'adaptive-reid[serve]'"
+        ) from None
     from reid_train.commands.gallery import open_gallery
     from reid_train.registry.load import pinned
     from reid_train.tracking.uris import registry_uri
