@@ -178,7 +178,7 @@ class Index:
     camid: np.ndarray  # int32
     width: np.ndarray  # int32, pixels
     height: np.ndarray  # int32, pixels
-    path: np.ndarray  # StringDType, path of the image in its source dataset
+    path: np.ndarray  # object (str), path of the image in its source dataset
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -196,8 +196,7 @@ class Index:
     @classmethod
     def from_columns(cls, columns: dict[str, Any]) -> Self:
         """Build an index from one sequence per column, cast to the column's type."""
-        strings = np.dtypes.StringDType()
-        kinds = {name: strings if kind == "string" else kind for name, kind in COLUMNS.items()}
+        kinds = {name: object if kind == "string" else kind for name, kind in COLUMNS.items()}
         return cls(**{name: np.asarray(columns[name], kind) for name, kind in kinds.items()})
 
     def to_parquet(self) -> bytes:
@@ -205,8 +204,7 @@ class Index:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        plain = {n: getattr(self, n) for n in COLUMNS} | {"path": self.path.astype(object)}
-        columns = [pa.array(plain[name], kind) for name, kind in COLUMNS.items()]
+        columns = [pa.array(getattr(self, name), kind) for name, kind in COLUMNS.items()]
         sink = io.BytesIO()
         table = pa.table(columns, list(COLUMNS))
         pq.write_table(table, sink, compression="zstd", row_group_size=1 << 17)
@@ -229,12 +227,7 @@ class Index:
             )
         if any(column.null_count for column in table.columns):
             raise DataError(f"{INDEX_NAME} has empty cells")
-        columns = {n: table[n].to_numpy() for n, kind in COLUMNS.items() if kind != "string"}
-        # Chunk by chunk: Python's strings take several times the memory.
-        kind = np.dtypes.StringDType()
-        paths = [c.to_numpy(zero_copy_only=False).astype(kind) for c in table["path"].chunks]
-        columns["path"] = np.concatenate([np.empty(0, kind), *paths])
-        index = cls(**columns)
+        index = cls(**{n: table[n].to_numpy(zero_copy_only=False) for n in COLUMNS})
         _check_index(index, manifest)
         return index
 

@@ -39,6 +39,7 @@ def nodes(s3_server: S3Server) -> Iterator[Nodes]:
         nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
         nodes.add_node(num_cpus=1)
         ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # they lack this module
         yield nodes
         ray.shutdown()
         nodes.shutdown()
