@@ -30,10 +30,9 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         addresses = local.start(folder, console=console)
         os.environ |= local.environment(folder)
         prepare_ray()
-        with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
-            # Ray reads these variables as it is imported.
-            from reid_train.runs.job import run
-            from reid_train.runs.run_dir import fetch_report
+        # Ray reads these variables as it is imported.
+        from reid_train.runs.job import run
+        from reid_train.runs.run_dir import fetch_report
 
         console.print(f"S3         {addresses.s3}")
         console.print(f"MLflow     {addresses.mlflow}")

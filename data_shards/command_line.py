@@ -89,15 +89,26 @@ def parse(target: Callable[..., Any], words: Sequence[str], prog: str, **options
         config = (tyro.conf.AvoidSubcommands,)
         return tyro.cli(held, args=words, prog=prog, config=config, **options, **more)
 
-    parsed, unknown = call(words, return_unknown_args=True)
+    def known() -> list[str]:
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+            call(["--help"])
+        return re.findall(r"--[a-z][\w.-]*", text.getvalue())
+
+    try:
+        parsed, unknown = call(words, return_unknown_args=True, console_outputs=False)
+    except SystemExit as stop:
+        # A mistyped option is also a missing one: tyro would complain about that first.
+        given = [word for word in words if word.startswith("--")] if stop.code else []
+        names = {name.replace("_", "-") for name in known()} if given else set()
+        unknown = [w for w in given if w.partition("=")[0].replace("_", "-") not in names]
+        if not unknown:
+            call(words)  # shows the help, or what is wrong
+            raise
     if unknown:
         word = next((word for word in unknown if word.startswith("-")), unknown[0])
         name = word.partition("=")[0]
-        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-            call(["--help"])
-        hint = did_you_mean(name, re.findall(r"--[a-z][\w.-]*", text.getvalue()))
         kind = "option" if name.startswith("-") else "word"
-        raise ConfigError(f"unknown {kind} {name}.{hint} See {prog} --help")
+        raise ConfigError(f"unknown {kind} {name}.{did_you_mean(name, known())} See {prog} --help")
     return parsed if isinstance(target, type) else parsed()
 
 

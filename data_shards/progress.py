@@ -48,9 +48,15 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table at its full width: no cell is wrapped or shortened, on narrow terminals too."""
+    """Print a table at its full width: no cell is wrapped or shortened, on narrow terminals too.
+
+    Columns move together if they then fit.
+    """
     before = console.width
     console.width = 10_000
+    if console.measure(table).maximum > before:
+        table.show_edge = table.pad_edge = False
+        table.padding = (0, 1, 0, 0)
     console.width = max(before, console.measure(table).maximum)
     console.print(table, crop=False)
     console.width = before

@@ -44,10 +44,9 @@ def train(arguments: list[str]) -> None:
         if base and known.workers not in (None, str(base.workers)):
             base = base.replace(cpus_per_worker=None)  # other workers share the cores anew
     parsed = parse_with_recipe(Train, arguments, f"{PROGRAM} train", base)
-    console = make_console()
-    with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
-        from reid_train.runs.job import run
-    run(parsed.config, resume=resume, console=console)
+    from reid_train.runs.job import run
+
+    run(parsed.config, resume=resume, console=make_console())
 
 
 def recipes() -> None:

@@ -28,7 +28,7 @@ from reid_train.runs.checkpoint_store import stored_evaluations
 from reid_train.runs.process import Stop
 from reid_train.runs.ray_internals import release
 from reid_train.runs.ray_trainer import explained, run_workers, use_gpu
-from reid_train.training.context import UNMEASURED
+from reid_train.training.checkpoint import UNMEASURED
 from tune.controller import Controller
 from tune.schedulers import EarlyStopping
 

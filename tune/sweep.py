@@ -20,9 +20,10 @@ from data_shards.progress import display, make_console, phase
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
-from reid_train.runs.console import UNITS, Board, beside_driver
+from reid_train.runs.console import Board, beside_driver
 from reid_train.runs.cores import with_cores
 from reid_train.runs.init_from import fetch_initial, keep, read_kept
+from reid_train.runs.job import UNITS
 from reid_train.runs.process import stop_signals
 from reid_train.runs.publish import publish
 from reid_train.runs.run_dir import REPORT, prepare, report_command
@@ -82,7 +83,8 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     with display(console) as progress, phase(progress, "checking the settings"):
         kept = begun is not None and begun.get("init_from") and config.init_from
         initial = read_kept(folder, config.init_digest) if kept else fetch_initial(config)
-        preflight.check(config, dataset, initial=initial)
+        preflight.check_settings(config, dataset)
+        preflight.check_network(config, dataset, initial=initial)
     if initial is not None:
         config = config.replace(init_digest=initial.digest)
     Store.open(settings, config, dataset.manifest.digest, create=False)

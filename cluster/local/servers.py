@@ -39,9 +39,10 @@ def up(
     """
     folder = folder.resolve()
     _show(folder, start(folder, ports))
-    print(f"Ray's dashboard asks for a token: it is in {folder / stack.TOKEN}")
+    print(f"Ray's dashboard asks for a token: it is in {_from_here(folder) / stack.TOKEN}")
     print("To use the servers in this shell, and to stop them:\n")
-    print(f"  source {shlex.quote(str(folder / 'environment'))}\n  {_command('down', folder)}")
+    source = shlex.quote(str(_from_here(folder) / "environment"))
+    print(f"  source {source}\n  {_command('down', folder)}")
 
 
 def status(folder: Path = FOLDER) -> None:
@@ -67,7 +68,8 @@ def down(folder: Path = FOLDER) -> None:
     folder = folder.resolve()
     with display() as progress, phase(progress, "stopping the servers"):
         stopped = stop(folder)
-    print(f"stopped; the data is in {folder}" if stopped else f"nothing runs on {folder}")
+    here = _from_here(folder)
+    print(f"stopped; the data is in {here}" if stopped else f"nothing runs on {here}")
 
 
 def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None) -> Addresses:
@@ -151,7 +153,16 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def _command(name: str, folder: Path) -> str:
-    return f"python -m cluster local {name} --folder {shlex.quote(str(folder))}"
+    here = _from_here(folder)
+    option = "" if here == FOLDER else f" --folder {shlex.quote(str(here))}"
+    return f"python -m cluster local {name}{option}"
+
+
+def _from_here(folder: Path) -> Path:
+    """A path as short as it can be written in this folder, so that a terminal does not break it."""
+    with contextlib.suppress(ValueError):
+        return folder.relative_to(Path.cwd())
+    return folder
 
 
 def _locked(folder: Path) -> bool:
@@ -191,7 +202,7 @@ def _show(folder: Path, addresses: Addresses) -> list[str]:
             table.add_row("dashboard", addresses.dashboard, state, "")
     console = make_console()
     print_table(console, table)
-    console.print(f"data and logs in {folder}")
+    console.print(f"data and logs in {_from_here(folder)}")
     return [name for name, answer in answers.items() if not answer]
 
 

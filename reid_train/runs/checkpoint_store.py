@@ -12,14 +12,15 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_shards.errors import DataError, ObjectMissing
 from data_shards.storage import LocalStorage, open_storage
 from reid_train.runs.run_lock import RunLock
-from reid_train.training.checkpoint import FILES, PROGRESS, SEAL, Checkpoint
-from reid_train.training.context import UNMEASURED
-from reid_train.training.history import History
+from reid_train.training.checkpoint import FILES, PROGRESS, SEAL, UNMEASURED, Checkpoint
+
+if TYPE_CHECKING:
+    from reid_train.training.history import History
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def stored_evaluations(run: str) -> list[dict[str, Any]]:
     ]
 
 
-def measured(history: History) -> dict[int, float]:
+def measured(history: "History") -> dict[int, float]:
     """Return the mAP of each evaluation, by the global step of its checkpoint."""
     return dict(zip(history.evaluation_steps, history.evaluations.get("mAP", []), strict=False))
 

@@ -14,7 +14,6 @@ from data_shards.progress import Display, Progress
 from reid_train.config import TrainConfig
 from reid_train.runs.process import Stop
 
-UNITS = {"training": "steps", "ranking": "pairs"}  # all other stages count images
 REPORT_EVERY = 0.5  # seconds between reports of a stage from a worker, and looks of the driver
 
 State = dict[str, Any]

@@ -1,27 +1,21 @@
 """One training from its configuration to the registered model: the whole of `train`."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from data_shards.dataset import Dataset
-from data_shards.errors import ObjectMissing
-from data_shards.progress import display, make_console, phase
+from data_shards.progress import Display, display, make_console, phase
 from data_shards.ray_utils import start_ray
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
-from reid_train.registry.load import SUMMARY
 from reid_train.runs import preflight, run_lock
 from reid_train.runs.checkpoint_store import newest_whole, stored_checkpoints
-from reid_train.runs.console import UNITS
-from reid_train.runs.cores import with_cores
-from reid_train.runs.init_from import fetch_initial, keep
-from reid_train.runs.publish import Summary, publish, show
-from reid_train.runs.ray_trainer import fit
 from reid_train.runs.run_dir import (
     Run,
+    Summary,
     prepare,
     same_dataset,
     same_split,
@@ -38,6 +32,11 @@ from reid_train.tracking.provenance import (
 from reid_train.tracking.server import has_run, last_step
 from reid_train.tracking.tracker import Tracker
 from reid_train.tracking.uris import training_uri
+
+if TYPE_CHECKING:
+    from reid_train.report.page import Row
+
+UNITS = {"training": "steps", "ranking": "pairs"}  # all other stages count images
 
 
 def run(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> Summary:
@@ -70,34 +69,52 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
                     f"since the run was started, {changed}: its next steps may differ in their "
                     "last digits from those of a run that was not interrupted"
                 )
+        # All that needs neither PyTorch nor Ray comes first: they take seconds to load.
         with phase(shown, "checking the settings"):
-            initial = fetch_initial(config) if saved is None else None
-            preflight.check(config, dataset, saved, initial)
-        folder = open_storage(config.output).child(str(config.name))
-        with run_lock.held(folder, str(config.name)) as lock:
-            finished = saved is not None and _is_finished(config, folder.url)
-            if saved and finished and (summary := _complete(config, saved)):
-                shown.print(f"run {config.name} has finished; nothing to do")
-                return summary
-            if not finished:
-                with phase(shown, "starting Ray"):  # before the name is taken, since it may fail
-                    start_ray(config.workers * (config.cpus_per_worker or 1))
-                    config = with_cores(config)
-            if initial is not None:
-                config = config.replace(init_digest=initial.digest)
-                keep(initial, folder.url)
-            with _tracked(config, dataset, saved) as tracker:
-                if finished:  # send the values that MLflow does not have
-                    with newest_whole(folder.url) as newest:
-                        if newest is not None:
-                            newest.history().replay(tracker.log)
-                else:
-                    if saved and not stored_checkpoints(folder.url):
-                        shown.print(f"{folder.url} has no checkpoint: training starts at step 1")
-                    fit(config, dataset, tracker.run_id, lock, shown)
-                summary, rows = publish(config, dataset, tracker, shown)
+            preflight.check_settings(config, dataset, saved)
+            summary = _complete(config, saved) if saved else None
+        if summary is not None:
+            shown.print(f"run {config.name} has finished; nothing to do")
+            return summary
+        with phase(shown, "loading PyTorch and Ray"):
+            from reid_train.runs.publish import show
+        tracker, summary, rows = _train(config, dataset, saved, shown)
     show(summary, rows, config, tracker, console)
     return summary
+
+
+def _train(
+    config: TrainConfig, dataset: Dataset, saved: Run | None, shown: Display
+) -> "tuple[Tracker, Summary, list[Row]]":
+    """Train what is not trained yet, then draw, track and register it."""
+    from reid_train.runs.cores import with_cores
+    from reid_train.runs.init_from import fetch_initial, keep
+    from reid_train.runs.publish import publish
+    from reid_train.runs.ray_trainer import fit
+
+    with phase(shown, "checking the network"):
+        initial = fetch_initial(config) if saved is None else None
+        preflight.check_network(config, dataset, saved, initial)
+    folder = open_storage(config.output).child(str(config.name))
+    with run_lock.held(folder, str(config.name)) as lock:
+        finished = saved is not None and _is_finished(config, folder.url)
+        if not finished:
+            with phase(shown, "starting Ray"):  # before the name is taken, since it may fail
+                start_ray(config.workers * (config.cpus_per_worker or 1))
+                config = with_cores(config)
+        if initial is not None:
+            config = config.replace(init_digest=initial.digest)
+            keep(initial, folder.url)
+        with _tracked(config, dataset, saved) as tracker:
+            if finished:  # send the values that MLflow does not have
+                with newest_whole(folder.url) as newest:
+                    if newest is not None:
+                        newest.history().replay(tracker.log)
+            else:
+                if saved and not stored_checkpoints(folder.url):
+                    shown.print(f"{folder.url} has no checkpoint: training starts at step 1")
+                fit(config, dataset, tracker.run_id, lock, shown)
+            return tracker, *publish(config, dataset, tracker, shown)
 
 
 @contextmanager
@@ -139,13 +156,10 @@ def _is_finished(config: TrainConfig, run: str) -> bool:
 
 
 def _complete(config: TrainConfig, saved: Run) -> Summary | None:
-    """Return a finished run's summary; None if its report, model or MLflow values are missing."""
+    """Return a finished run's summary; None if training, report, model or values are missing."""
     run = f"{config.output}/{config.name}"
-    try:
-        summary = Summary(**json.loads(open_storage(run).read(SUMMARY)))
-    except (ObjectMissing, ValueError, TypeError):
-        return None
-    if summary.epochs != config.total_epochs:
+    summary = Summary.read(run)
+    if summary is None or summary.epochs != config.total_epochs or not _is_finished(config, run):
         return None
     if config.tracking.uri == "off":
         return summary

@@ -17,22 +17,11 @@ if TYPE_CHECKING:
     from reid_train.training.initial import Initial
 
 
-def check(
-    config: TrainConfig,
-    dataset: Dataset,
-    saved: Run | None = None,
-    initial: "Initial | None" = None,
-) -> None:
-    """Check the settings against the dataset, build the network, and run it on an empty image.
+def check_settings(config: TrainConfig, dataset: Dataset, saved: Run | None = None) -> None:
+    """Check the settings against the dataset, the cluster and MLflow, without PyTorch.
 
-    `saved` is the run that is resumed; it no longer needs its pretrained weights. `initial` are the
-    weights that a new run starts from instead. A check that fails raises a `ReidError`.
+    `saved` is the run that is resumed. A check that fails raises a `ReidError`.
     """
-    import torch
-
-    from reid_train.model.pretrained import build_model
-    from reid_train.training.optimizer import build_regularizer
-
     require_ray_cluster()
     require_identities(config, dataset)
     require_measurable(dataset, dataset.choose_split(config.evaluation.split))
@@ -42,6 +31,24 @@ def check(
             f"an epoch of {dataset.url} has fewer global batches than one optimizer step averages: "
             "lower --batch.accumulate, or set --batch.steps-per-epoch"
         )
+
+
+def check_network(
+    config: TrainConfig,
+    dataset: Dataset,
+    saved: Run | None = None,
+    initial: "Initial | None" = None,
+) -> None:
+    """Build the network, and run it on an empty image.
+
+    A run that is resumed no longer needs its pretrained weights. `initial` are the weights that a
+    new run starts from instead. A check that fails raises a `ReidError`.
+    """
+    import torch
+
+    from reid_train.model.pretrained import build_model
+    from reid_train.training.optimizer import build_regularizer
+
     has_weights = saved is not None or initial is not None
     config = config.replace(model__weights="none") if has_weights else config
     model = build_model(config, len(dataset.identities))

@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -22,7 +21,7 @@ from reid_train.registry.registry import Registered, default_name, register, reg
 from reid_train.report.page import Picture, Row, print_summary, write_page
 from reid_train.runs import checkpoint_store
 from reid_train.runs.final_test import final_test
-from reid_train.runs.run_dir import REPORT, report_command
+from reid_train.runs.run_dir import REPORT, Summary, report_command
 from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.server import run_page
 from reid_train.tracking.tracker import Tracker
@@ -33,27 +32,6 @@ logger = logging.getLogger(__name__)
 
 THRESHOLDS_FILE = f"{THRESHOLDS}.json"
 MEASURES = ("mAP", "rank-1", "rank-5", "rank-10", "mINP")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The result of a finished run. `metrics`, `before` and `test` are fractions by name.
-
-    `metrics` are the best checkpoint's on the split that chose it, and `before` the untrained
-    network's. `test` is what it has on test if validation chose it.
-    """
-
-    name: str
-    metrics: dict[str, float]
-    before: dict[str, float]
-    images_per_second: float
-    report: str
-    checkpoint: str  # name of the best one, a folder in the run's
-    model: str | None
-    champion: bool
-    epochs: int = 0  # of the run; 0 in a summary that did not record it
-    selected_on: str = "test"  # or "validation"
-    test: dict[str, float] = field(default_factory=dict)
 
 
 def publish(

@@ -64,8 +64,8 @@ def fit(
         if newest is None or newest.epoch < config.total_epochs:
             saved = f" with a checkpoint after step {newest.step}" if newest else ""
             raise Interrupted(
-                f"stopped by {stop.signal.name}{saved}. "
-                f"Continue with --resume --name {config.name} --output {config.output}",
+                f"stopped by {stop.signal.name}{saved}. Continue with python -m reid_train train "
+                f"--resume --name {config.name} --output {config.output}",
                 stop.signal,
             )
 

@@ -16,6 +16,7 @@ from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
+from reid_train.registry.load import SUMMARY
 
 REPORT = "report"  # folder of a run or a sweep
 PAGE = "report.html"  # only a run's report has a page; a sweep's has pictures and a table
@@ -64,6 +65,35 @@ class Run:
             raise ConfigError(
                 f"{where} is damaged: {error}. Restore it, or start a new run under another --name"
             ) from error
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a finished run. `metrics`, `before` and `test` are fractions by name.
+
+    `metrics` are the best checkpoint's on the split that chose it, and `before` the untrained
+    network's. `test` is what it has on test if validation chose it.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    before: dict[str, float]
+    images_per_second: float
+    report: str
+    checkpoint: str  # name of the best one, a folder in the run's
+    model: str | None
+    champion: bool
+    epochs: int = 0  # of the run; 0 in a summary that did not record it
+    selected_on: str = "test"  # or "validation"
+    test: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, run: str) -> Self | None:
+        """Read the summary of a run; None if it has none."""
+        try:
+            return cls(**json.loads(open_storage(run).read(SUMMARY)))
+        except (ObjectMissing, ValueError, TypeError):
+            return None
 
 
 def fetch_report(run: str, to: Path) -> Path:

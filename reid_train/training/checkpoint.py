@@ -12,8 +12,11 @@ A checkpoint is a folder:
 
 It holds no generator state: batches and augmentation are pure functions of (seed, epoch, step). It
 holds no pickle. The seal is written last; a folder without a seal, or with files that do not match
-it, is refused.
+it, is refused. PyTorch is imported where tensors are read or written, so that a list of checkpoints
+needs none.
 """
+
+from __future__ import annotations
 
 import errno
 import json
@@ -23,19 +26,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from data_shards.errors import DataError
 from data_shards.storage.atomic import disk_errors, file_sha256
 from reid_train.config import TrainConfig
-from reid_train.regularization import AdaptiveL2
-from reid_train.training.history import History
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from reid_train.training.history import History
 
 FILES = MODEL, TRAINING, HISTORY, RANK_LIST, CONFIG, PROGRESS = (
     "model.safetensors",
@@ -46,6 +50,8 @@ FILES = MODEL, TRAINING, HISTORY, RANK_LIST, CONFIG, PROGRESS = (
     "progress.json",
 )
 SEAL = "checkpoint.json"
+# The mAP of a checkpoint that was not evaluated: below all measured ones. NaN is not valid JSON.
+UNMEASURED = -1.0
 
 
 @dataclass
@@ -87,6 +93,11 @@ def save(
         DataError: a tensor has values that are not finite; nothing is written.
         StorageError: the disk is full, or refuses.
     """
+    import torch
+    from safetensors.torch import save_file
+
+    from reid_train.regularization import AdaptiveL2
+
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     training = {
         f"adam/{position}/{key}": tensor.contiguous()
@@ -159,22 +170,30 @@ class Checkpoint:
 
     def history(self) -> History:
         """Read curves and λ up to here."""
+        from reid_train.training.history import History
+
         with _readable(self.folder / HISTORY):
             return History.load(self.folder / HISTORY)
 
     def load_model(self, model: nn.Module) -> None:
         """Load weights and buffers, in place."""
+        from safetensors.torch import load_file
+
         with _readable(self.folder / MODEL):
             model.load_state_dict(load_file(self.folder / MODEL))
 
     def load_theta(self, regularizer: nn.Module | None) -> None:
         """Load θ, in place, if the regularizer has any."""
+        from reid_train.regularization import AdaptiveL2
+
         if isinstance(regularizer, AdaptiveL2):
             theta = {name: float(value) for name, value in self._tensors("theta/")}
             regularizer.load_theta(theta)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Load Adam's moments, in place."""
+        import torch
+
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         state: dict[int, dict[str, torch.Tensor]] = {}
         with _readable(self.folder / TRAINING):

@@ -14,8 +14,6 @@ import torch.distributed as dist
 from data_shards.cache import ShardCache
 from data_shards.progress import Progress, silent
 
-# The mAP of a checkpoint that was not evaluated: below all measured ones. NaN is not valid JSON.
-UNMEASURED = -1.0
 RANKING = timedelta(days=7)  # longer than any gallery takes
 
 

@@ -1,19 +1,23 @@
 """The images of a training: the plan of an epoch, and this rank's batches of it."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError
-from data_shards.loader import Batch, Decoders, train_batches
 from data_shards.manifest import Index
-from data_shards.on_device import on_device
 from data_shards.sampler import plan, plan_apart, slice_for_rank
 from reid_train.config import TrainConfig
-from reid_train.training.context import WorkerContext
+
+if TYPE_CHECKING:
+    from data_shards.loader import Batch, Decoders
+    from reid_train.training.context import WorkerContext
 
 
 def train_index(dataset: Dataset) -> Index:
@@ -45,6 +49,8 @@ def epoch_plan(config: TrainConfig, dataset: Dataset, epoch: int) -> np.ndarray:
 
 def make_decoders(config: TrainConfig, dataset: Dataset, context: WorkerContext) -> Decoders:
     """Return the worker processes that decode all batches of a run, of evaluations too."""
+    from data_shards.loader import Decoders
+
     share = -(-config.batch_size // context.world)
     return Decoders(
         context.cache,
@@ -67,6 +73,9 @@ def step_batches(
 
     `rows` is the epoch's plan; `start` is the first optimizer step, from 0 within the epoch.
     """
+    from data_shards.loader import train_batches
+    from data_shards.on_device import on_device
+
     batches = train_batches(
         dataset,
         context.cache,

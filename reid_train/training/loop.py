@@ -29,9 +29,9 @@ from reid_train.model.network import ReidNet
 from reid_train.model.precision import autocast, compute_dtype, set_precision
 from reid_train.model.pretrained import build_model
 from reid_train.regularization import AdaptiveL2
-from reid_train.training.checkpoint import Checkpoint, Origin, Position, save
+from reid_train.training.checkpoint import UNMEASURED, Checkpoint, Origin, Position, save
 from reid_train.training.compiled import find_compiler, make_finish, wrap
-from reid_train.training.context import UNMEASURED, Stopped, StopRequest, WorkerContext
+from reid_train.training.context import Stopped, StopRequest, WorkerContext
 from reid_train.training.data import epoch_plan, make_decoders, step_batches, train_index
 from reid_train.training.history import History, factor_metrics, tracked
 from reid_train.training.initial import Initial

@@ -46,6 +46,26 @@ def test_an_unknown_option_names_the_nearest(words, expected):
     assert expected in str(caught.value)
 
 
+@dataclass(frozen=True)
+class Required:
+    """Settings without defaults."""
+
+    source: str
+    max_age: int
+
+
+def test_a_mistyped_option_is_named_before_the_one_that_is_therefore_missing(capsys):
+    with pytest.raises(ConfigError, match=r"unknown option --sorce\. Did you mean --source\?"):
+        parse(Required, ["--sorce", "csv", "--max_age", "3"], "prog")
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(SystemExit):
+        parse(Required, ["--source", "csv"], "prog")
+    assert "--max-age" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(Required, ["--help"], "prog")
+    assert "Settings without defaults." in capsys.readouterr().out
+
+
 def test_a_function_does_not_run_before_all_options_are_known():
     calls = []
 

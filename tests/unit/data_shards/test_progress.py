@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -193,6 +194,16 @@ def test_a_table_never_shortens_or_wraps_a_name():
     progress.print_table(console, table)
     assert any(name in line and run_name in line for line in lines(console))
     assert console.width == 40
+
+
+def test_columns_of_a_table_that_is_too_wide_move_together():
+    console = Console(file=io.StringIO(), width=30, soft_wrap=True)
+    table = Table("model", "dataset", "run", box=SIMPLE_HEAD)
+    table.add_row("reid-people", "people", "first")  # 35 columns with all margins
+    progress.print_table(console, table)
+    printed = lines(console)
+    assert max(map(len, printed)) <= 30
+    assert any(line.split() == ["reid-people", "people", "first"] for line in printed)
 
 
 def test_every_console_is_made_in_one_place():

@@ -16,6 +16,7 @@ from data_shards import progress
 from data_shards.progress import Display, display
 from reid_train.recipes import recipe
 from reid_train.runs import console
+from reid_train.runs.job import UNITS
 from reid_train.runs.process import Stop
 
 
@@ -64,7 +65,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def log() -> tuple[Console, Display]:
     made = Console(file=io.StringIO(), width=80)
-    return made, Display(made, console.UNITS, "images")
+    return made, Display(made, UNITS, "images")
 
 
 def lines(shown: Console) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ReidError, StorageError
 from reid_train.config import TrainConfig
 from reid_train.registry.load import SUMMARY
-from reid_train.runs import final_test, job, preflight, ray_trainer
+from reid_train.runs import cores, final_test, job, preflight, ray_trainer
 from reid_train.runs.checkpoint_store import Keeper, newest_whole
 from reid_train.runs.run_dir import Run
 from reid_train.tracking.tracker import Tracker
@@ -60,9 +62,9 @@ def fitted(monkeypatch, tmp_path) -> list[TrainConfig]:
             worker.report = report
             train(config, dataset, worker, resume)
 
-    monkeypatch.setattr(job, "fit", fit)
+    monkeypatch.setattr(ray_trainer, "fit", fit)
     monkeypatch.setattr(job, "start_ray", lambda cpus: None)
-    monkeypatch.setattr(job, "with_cores", with_cores)
+    monkeypatch.setattr(cores, "with_cores", with_cores)
     return calls
 
 
@@ -81,6 +83,34 @@ def test_finished_run_is_not_trained_again(settings, fitted):
     assert "before and after training" in run(settings)
     assert run(settings, resume=True).strip().endswith("run läuft has finished; nothing to do")
     assert len(fitted) == 1
+
+
+def test_finished_run_says_so_without_loading_pytorch_and_ray(settings, fitted):
+    run(settings)
+    words = ["train", "--resume", "--name", "läuft", "--output", settings.output]
+    asked = f"""
+import sys
+from reid_train.cli import main
+code = main({words!r})
+print(code, [name for name in ("torch", "ray", "numba") if name in sys.modules])
+"""
+    made = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert "run läuft has finished; nothing to do\n0 []\n" in made.stdout, made.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [("--batch.identities=16", "give --batch.identities 6"), ("--data=nothing", "no dataset at")],
+)
+def test_mistakes_are_found_before_pytorch_is_loaded(settings, change, expected):
+    words = ["train", "--recipe", "people_small", "--data", settings.data, "--name", "new"]
+    words += ["--output", settings.output, "--tracking.uri", "off", change]
+    asked = "import sys; from reid_train.cli import main; main(eval(sys.argv[1]))"
+    asked += "; print('torch' in sys.modules)"
+    made = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert expected in made.stderr
+    assert "PyTorch" not in made.stdout
+    assert made.stdout.endswith("False\n")
 
 
 def test_finished_run_without_its_report_gets_it(settings, fitted):

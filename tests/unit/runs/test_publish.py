@@ -9,7 +9,8 @@ from rich.console import Console
 
 from reid_train.recipes import recipe
 from reid_train.runs import publish
-from reid_train.runs.publish import Summary, show
+from reid_train.runs.publish import show
+from reid_train.runs.run_dir import Summary
 from reid_train.tracking.tracker import Tracker
 
 RUN = recipe("demo").replace(name="r", output="s3://b/runs", tracking__uri="off")

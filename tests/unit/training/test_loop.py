@@ -23,8 +23,7 @@ from reid_train import transforms
 from reid_train.config import TrainConfig
 from reid_train.model.pretrained import build_model
 from reid_train.training import validation
-from reid_train.training.checkpoint import MODEL, RANK_LIST, TRAINING, Checkpoint
-from reid_train.training.context import UNMEASURED
+from reid_train.training.checkpoint import MODEL, RANK_LIST, TRAINING, UNMEASURED, Checkpoint
 from reid_train.training.data import epoch_plan
 from reid_train.training.loop import train
 from reid_train.training.losses import batch_hard_triplet, label_smoothing_cross_entropy
