@@ -19,7 +19,6 @@ from torchvision.models import resnet
 
 from data_shards.errors import DataError, StorageError
 from reid_train.model.pretrained import build_model
-from reid_train.training import checkpoint
 from reid_train.training.checkpoint import RANK_LIST, SEAL, Checkpoint, Origin, save
 from reid_train.training.history import History
 from reid_train.training.optimizer import build_regularizer
@@ -141,7 +140,7 @@ def test_full_disk_is_one_line(original, tmp_path, monkeypatch, writer):
         raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
 
     if writer == "safetensors":
-        monkeypatch.setattr(checkpoint, "save_file", refuse)
+        monkeypatch.setattr("safetensors.torch.save_file", refuse)
     (tmp_path / RANK_LIST).symlink_to("/dev/full")
     _, (model, regularizer, optimizer) = original
     with pytest.raises(StorageError, match=f"disk full while writing {tmp_path}: free some space"):

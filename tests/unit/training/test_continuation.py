@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from tiny import Recorded, config, make_worker, narrow_resnet18, run, state
 from torchvision.models import resnet
 
+from data_shards import loader
 from data_shards.dataset import Dataset
 from reid_train.config import TrainConfig
-from reid_train.training import data
 from reid_train.training.checkpoint import MODEL, Checkpoint
 from reid_train.training.loop import train
 
@@ -138,7 +138,7 @@ def _live(
     resnet.resnet18 = narrow_resnet18
     dataset = Dataset.open(url)
     worker, recorded = make_worker(dataset, Path(scratch), rank, world)
-    rows, batches = [], data.train_batches
+    rows, batches = [], loader.train_batches
 
     def note(*arguments, **options):
         for batch in batches(*arguments, **options):
@@ -152,7 +152,7 @@ def _live(
 
     worker.report = report
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "train_batches", note)
+        patch.setattr(loader, "train_batches", note)
         with contextlib.suppress(Killed):
             train(TrainConfig.from_json(given), dataset, worker, opened(start))
     return {

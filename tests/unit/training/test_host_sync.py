@@ -10,8 +10,9 @@ import torch
 from tiny import config, make_worker
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_shards import loader
 from data_shards.loader import Batch
-from reid_train.training import data, loop, losses
+from reid_train.training import loop, losses
 
 pytestmark = pytest.mark.usefixtures("small_and_quick")
 
@@ -77,7 +78,7 @@ def train(monkeypatch, tiny_dataset, settings, tmp_path):
 
     def until_looked(device: str, mode: AbstractContextManager) -> None:
         taken = []
-        load = data.train_batches
+        load = loader.train_batches
 
         def looked() -> None:
             raise Looked
@@ -91,7 +92,7 @@ def train(monkeypatch, tiny_dataset, settings, tmp_path):
 
         worker, _ = make_worker(tiny_dataset, tmp_path, device=device)
         worker.stop_request = looked
-        monkeypatch.setattr(data, "train_batches", loaded)
+        monkeypatch.setattr(loader, "train_batches", loaded)
         with pytest.raises(Looked):
             loop.train(settings, tiny_dataset, worker)
         assert len(taken) == 2 * STEPS
