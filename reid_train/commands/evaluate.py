@@ -109,17 +109,17 @@ def evaluate(settings: Evaluate, console: Console) -> list[Measurement]:
         show(found, console)
         _write(settings, {"embeddings": settings.embeddings, **found.to_json()}, console)
         return [found]
-    from data_shards.images import open_images
-    from reid_train.commands.measurable import labels_of, name_of
-    from reid_train.evaluation.ground_truth import find_ground_truth
+    with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
+        import reid_train.commands.embedding_job  # noqa: F401  what the rest needs
+        from data_shards.images import open_images
+        from reid_train.commands.measurable import labels_of, name_of
+        from reid_train.evaluation.ground_truth import find_ground_truth
 
     datasets = [open_images(url) for url in settings.data]
     for dataset in datasets:
         labels = labels_of(dataset, settings.split)
         find_ground_truth(labels)
         settings.measures.check(len(labels.query_pid), len(labels.gallery_pid))
-    with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
-        import reid_train.commands.embedding_job  # noqa: F401  what the rest needs
     connect_ray(settings.workers * (settings.cpus_per_worker or 1), console)
     pairs = list(itertools.product(settings.model, datasets))
     results = [_measure_model(settings, pair, console, len(pairs)) for pair in pairs]

@@ -105,7 +105,7 @@ print(code, [name for name in ("torch", "ray", "numba") if name in sys.modules])
 def test_mistakes_are_found_before_pytorch_is_loaded(settings, change, expected):
     words = ["train", "--recipe", "people_small", "--data", settings.data, "--name", "new"]
     words += ["--output", settings.output, "--tracking.uri", "off", change]
-    asked = "import sys; from reid_train.cli import main; main(eval(sys.argv[1]))"
+    asked = f"import sys; from reid_train.cli import main; main({words!r})"
     asked += "; print('torch' in sys.modules)"
     made = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert expected in made.stderr
