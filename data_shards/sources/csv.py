@@ -33,8 +33,7 @@ def read(root: Place, *, images: Place | None = None) -> list[ImageRecord]:
             that is listed twice; the message has the number of the line.
     """
     if not root.is_file():
-        what = "is not a file" if root.exists() else "does not exist"
-        raise DataError(f"{root} {what}: give the CSV with --root")
+        raise DataError(f"{root} is not a file: give the CSV with --root")
     base = require_folder(root.parent if images is None else images)
     rows = _read_rows(root)
     lines = list(rows)
