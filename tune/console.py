@@ -139,7 +139,9 @@ def summary(trials: Sequence[Trial], paces: Paces, total: int, slots: int) -> st
     counts = Counter(trial.state for trial in trials)
     running, ended = counts["running"], sum(counts[state] for state in ENDED)
     states = ", ".join(f"{counts[state]} {state}" for state in ENDED if counts[state])
-    parts = [f"{ended} of {total} trials ended" + (f" ({states})" if states else "")]
+    # Without what goes without saying, the line fits 80 columns.
+    beside = f" ({states})" if ended > counts["finished"] else ""
+    parts = [f"{ended} of {total} trials ended{beside}"]
     parts.append(f"{running} running")
     best = max((t for t in trials if t.evaluations), key=lambda t: t.score, default=None)
     if best is not None:
