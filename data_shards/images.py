@@ -59,6 +59,8 @@ class ImageFolder:
             if isinstance(storage, LocalStorage) and not storage.root.is_dir():
                 raise DataError(f"no dataset at {url}: there is no such folder")
             others += len(ignored)
+            if not others:
+                raise DataError(f"no dataset at {url}: there are neither shards nor images")
             raise DataError(
                 f"no dataset and no images at {url}: of its {others:,} files none is an image "
                 f"({', '.join(f'*{suffix}' for suffix in SUFFIXES)})"

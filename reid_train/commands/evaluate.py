@@ -205,7 +205,8 @@ def _measure(
     in_memory = of_folder or url.endswith(".npz")
     if in_memory:
         if workers > 1:
-            say(console, "npz files and folders are measured in one process, Parquet by all")
+            what = "folders" if of_folder else "npz files"
+            say(console, f"{what} are measured in one process; Parquet files by all workers")
         query, gallery, labels = folder_embeddings(url) if of_folder else read_embeddings(url)
         workers, dimensions = 1, query.shape[1]
         run = partial(evaluation.evaluate, query, gallery, labels, measures)
