@@ -180,7 +180,7 @@ def test_what_is_no_photo_is_refused_in_one_line(tmp_path, model, data):
         (tmp_path / "absent.jpg", data[1], ObjectMissing, "there is no image"),
         (tmp_path / "notes.jpg", data[1], DataError, "notes.jpg: not a readable image"),
         (tmp_path / "empty", data[1], DataError, "is a folder: give one image file"),
-        (good, tmp_path / "empty", DataError, "no dataset and no images"),
+        (good, tmp_path / "empty", DataError, "neither shards nor images"),
         (good, tmp_path / "absent", DataError, "there is no such folder"),
         (good, tmp_path / "kept.npz", ConfigError, "a Parquet file or a folder of parts"),
     ]
