@@ -283,9 +283,8 @@ class Searcher:
         await self.start()
         while True:
             made = self._generation
-            row = await call(
-                self.embedder.embed_photo, made.model, data
-            )  # refuses what is no image
+            # Before anything is written: this refuses what is no image.
+            row = await call(self.embedder.embed_photo, made.model, data)
             async with self.writing:
                 if made is not self._generation:
                     continue  # another model took over: embed with that one

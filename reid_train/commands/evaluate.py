@@ -253,7 +253,7 @@ def say_needed(
     """Print how much there is to measure, and the memory that it takes here and in workers."""
     import psutil
 
-    from reid_train.evaluation.memory import memory_needed
+    from reid_train.commands.memory import memory_needed
 
     available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     memory = "memory with re-ranking" if measures.rerank else "memory"

@@ -56,6 +56,12 @@ class Gallery:
         return _read(self.source, self.split, row)
 
 
+def gallery_of(dataset: Dataset, split: str) -> Gallery:
+    """One split of a dataset."""
+    index = dataset.index(split)
+    return Gallery(dataset, split, index.path, index.camid, index.pid)
+
+
 def open_gallery(url: str, split: str, images: str | None = None) -> Gallery:
     """Open what is at `url`; of a gallery of embeddings, `images` is where their images are.
 
@@ -71,8 +77,7 @@ def open_gallery(url: str, split: str, images: str | None = None) -> Gallery:
     elif images is not None:
         raise ConfigError("--images goes with a gallery of embeddings: this one has its images")
     elif isinstance(source := open_images(url), Dataset):
-        index = source.index(split)
-        gallery = Gallery(source, split, index.path, index.camid, index.pid)
+        gallery = gallery_of(source, split)
     else:
         count = len(source.path)
         unknown = np.full(count, NO_CAMERA), np.full(count, -1)

@@ -44,7 +44,7 @@ def visualize(settings: Visualize, console: Console) -> Path:
         import numpy as np
 
         from data_shards.dataset import Dataset
-        from reid_train.commands.gallery import blocks, open_gallery
+        from reid_train.commands.gallery import blocks, gallery_of
         from reid_train.commands.runtime import open_runtime, uses_onnx
         from reid_train.evaluation.examples import choose_map, choose_rank_list
         from reid_train.evaluation.ground_truth import Labels, find_ground_truth
@@ -67,11 +67,8 @@ def visualize(settings: Visualize, console: Console) -> Path:
         assert runtime.embedder is not None
         embedded = []
         for name in EVALUATED[split]:
-            images = open_gallery(settings.data, name)
-            parts = [
-                block.embedding for block in blocks(images, runtime, settings.loader, progress)
-            ]
-            embedded.append(np.concatenate(parts))
+            parts = blocks(gallery_of(dataset, name), runtime, settings.loader, progress)
+            embedded.append(np.concatenate([part.embedding for part in parts]))
         found, base = embedded
         result = rank(found, base, labels, progress=progress)
         chosen = choose_rank_list(found, base, labels, result) | choose_map(base, labels)

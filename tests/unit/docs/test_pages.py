@@ -71,7 +71,7 @@ def test_broken_links_are_found():
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_of_python_are_python(page):
     for block in re.findall(r"^( *)```python\n(.*?)^\1```", text_of(page), re.M | re.S):
-        ast.parse(block[1])
+        assert ast.parse(block[1]).body
 
 
 class _Parsed(BaseException):

@@ -216,6 +216,8 @@ def test_what_others_enrol_and_remove_is_seen(people):
         await other.remove(image["id"])
         while (await one.status())["gallery"] != 12:
             await asyncio.sleep(0.01)
+        with pytest.raises(ObjectMissing):
+            await one.picture(image["id"])
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
