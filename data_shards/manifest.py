@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
@@ -19,7 +19,7 @@ import pydantic
 from pydantic import AfterValidator, Field, JsonValue
 
 from data_shards.errors import DataError
-from data_shards.records import EVALUATED, NO_CAMERA, SPLITS
+from data_shards.records import EVALUATED, NO_CAMERA, SPLITS, ImageRecord
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.parquet"
@@ -54,6 +54,46 @@ class SplitInfo(_Model):
     images: Count
     identities: Count
     cameras: Count
+
+
+class Names(_Model):
+    """The names that pids and camids stand for, if the source had names and not numbers."""
+
+    people: dict[Count, str] = {}
+    cameras: dict[Count, str] = {}
+
+    @classmethod
+    def of(cls, records: Iterable[ImageRecord]) -> Self | None:
+        """The names in some records; None if there are none."""
+        named = [record for record in records if record.named]
+        people = {r.pid: r.person for r in named if r.person}
+        return cls.joined(
+            [cls(people=people, cameras={r.camid: r.camera for r in named if r.camera})]
+        )
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self | None]) -> Self | None:
+        """All names of several parts; None if there are none."""
+        people, cameras = dict[int, str](), dict[int, str]()
+        for part in parts:
+            if part is not None:
+                people |= part.people
+                cameras |= part.cameras
+        return cls(people=people, cameras=cameras) if people or cameras else None
+
+    def shifted(self, pid: int, camid: int) -> Self:
+        """The names with larger pids and camids."""
+        return type(self)(
+            people={number + pid: name for number, name in self.people.items()},
+            cameras={number + camid: name for number, name in self.cameras.items()},
+        )
+
+    def of_people(self, pids: np.ndarray) -> Self:
+        """The names without people whose pid is not among these."""
+        there = set(np.unique(pids).tolist())
+        return self.model_copy(
+            update={"people": {pid: name for pid, name in self.people.items() if pid in there}}
+        )
 
 
 class FileInfo(_Model):
@@ -109,6 +149,12 @@ class Manifest(_Model):
     shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1, strict=False)]
     index: FileInfo
     left_out: Annotated[tuple[LeftOut, ...], Field(strict=False)] = ()  # the user's choice
+    names: Names | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_no_names(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # So that the digests of datasets without names are what they always were.
+        return {k: v for k, v in dump(self).items() if k != "names" or v is not None}
 
     @pydantic.model_validator(mode="after")
     def _counts_agree(self) -> Self:

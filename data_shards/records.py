@@ -29,4 +29,10 @@ class ImageRecord:
     pid: int  # identity, >= 0; train and test identities are numbered separately
     camid: int  # camera, >= 0; a source that does not know it gives NO_CAMERA
     split: str  # one of `SPLITS`
-    named: bool = False  # whether pid or camid number names, and so mean nothing in another build
+    person: str = ""  # the name that pid stands for, if the dataset has names and not numbers
+    camera: str = ""  # the name that camid stands for
+
+    @property
+    def named(self) -> bool:
+        """Whether pid or camid stands for a name, and so means nothing in another build."""
+        return bool(self.person or self.camera)

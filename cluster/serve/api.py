@@ -43,7 +43,10 @@ class GalleryImage(BaseModel):
     id: str
     path: str
     pid: int | None
+    person: str | None = None
+    """The name of the pid, in a gallery that has names."""
     camera: int | None
+    camera_name: str | None = None
     time: datetime | None
     enrolled: bool
 
@@ -88,6 +91,7 @@ class Listing(BaseModel):
 
     total: int
     cameras: list[int]
+    camera_names: dict[int, str] = {}
     times: bool
     images: list[GalleryImage]
 

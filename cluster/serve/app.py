@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from typing import Any
 
 import tyro
@@ -17,6 +18,7 @@ from cluster.serve.settings import Settings, token_digest
 from data_shards.errors import ReidError
 
 NAME = "reid"
+CHANGES = {"name": "changes", "ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 1000}
 ONGOING = 100  # requests that a replica has at once; more wait in the callers
 
 
@@ -34,6 +36,9 @@ def build_app(settings: Settings, token: str | None) -> Application:
         max_ongoing_requests=ONGOING,
     )
 
+    several = settings.search_replicas > 1
+    changes = [serve.deployment(Changes, **CHANGES).bind()] if several else []
+
     def api() -> FastAPI:
         handle = serve.get_deployment_handle("searcher")
         return make_app(_asking(handle), settings, token)
@@ -45,7 +50,7 @@ def build_app(settings: Settings, token: str | None) -> Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=ONGOING,
     )
-    return ingress.bind(searcher.bind(settings, embedder.bind(settings)))
+    return ingress.bind(searcher.bind(settings, embedder.bind(settings), *changes))
 
 
 def build(arguments: dict[str, str]) -> Application:
@@ -64,6 +69,21 @@ def read_settings(arguments: dict[str, str]) -> Settings:
     return settings
 
 
+class Changes:
+    """Counts enrolments and removals, so that each replica that searches knows of the others'."""
+
+    def __init__(self) -> None:
+        self.life, self.count = uuid.uuid4().hex, 0  # after a restart all look again
+
+    async def add(self) -> None:
+        """Count a change that is stored."""
+        self.count += 1
+
+    async def latest(self) -> str:
+        """A text that is another after each change."""
+        return f"{self.life} {self.count}"
+
+
 def _embedder(**options: Any) -> Any:
     from cluster.serve.embedder import Embedder
 
@@ -76,9 +96,9 @@ def _searcher(**options: Any) -> Any:
     class Replica(Searcher):
         """A replica that has its gallery before it gets requests."""
 
-        async def __init__(self, settings: Settings, embedder: Any) -> None:
+        async def __init__(self, *given: Any) -> None:
             logging.getLogger("cluster.serve").setLevel(os.environ.get("REID_LOG_LEVEL", "INFO"))
-            super().__init__(settings, embedder)
+            super().__init__(*given)
             await self.start()
 
     return serve.deployment(Replica, name="searcher", **options)

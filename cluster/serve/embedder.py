@@ -29,6 +29,7 @@ class ModelFacts:
     embedding_size: int
     weights: str
     thresholds: dict[str, Any] | None  # as JSON has them
+    runtime: str = "torch"
 
     @property
     def measured(self) -> Thresholds | None:
@@ -57,7 +58,8 @@ class Embedder:
             runtime = self._model(model)
             known = known_thresholds(model, self.settings.tracking_uri, runtime.facts)
             size = runtime.height, runtime.width, runtime.batch, runtime.embedding_size
-            return ModelFacts(*size, runtime.weights, known.to_json() if known else None)
+            engine = "onnx" if runtime.embedder is None else "torch"
+            return ModelFacts(*size, runtime.weights, known.to_json() if known else None, engine)
 
         return asdict(await self._in_pool(facts))
 

@@ -47,11 +47,13 @@ class Index:
     A removed row keeps its number and is never found again.
     """
 
-    def __init__(self, dimensions: int) -> None:
+    def __init__(self, dimensions: int, expected: int = 0) -> None:
         self.count = 0
         self.approximate: Approximate | None = None
-        self._embedding = np.empty((0, dimensions), np.float32)
-        self._scale, self._kept = np.empty(0), np.empty(0, bool)
+        # Room for a quarter more; the system gives memory to what is written only.
+        room = expected * 5 // 4
+        self._embedding = np.empty((room, dimensions), np.float32)
+        self._scale, self._kept = np.empty(room), np.zeros(room, bool)
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -81,6 +83,11 @@ class Index:
                 self.approximate.graph.add(_unit(features))
             self.count = stop
         return range(first, stop)
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Whether each row is still there, (count,) bool."""
+        return self._kept[: self.count]
 
     def remove(self, row: int) -> None:
         """Never find a row again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import cv2
 import numpy as np
 
 from cluster.serve.embedder import ModelFacts
-from cluster.serve.generation import Generation, decider
+from cluster.serve.generation import Generation, decider, gallery_images
 from cluster.serve.handles import call, cause
 from cluster.serve.index import Index
 from cluster.serve.settings import Settings
@@ -19,7 +20,6 @@ from cluster.serve.store import Image, Store, digest
 from data_shards.decode import decode
 from data_shards.errors import DataError, ObjectMissing
 from data_shards.images import ImageFolder
-from data_shards.records import NO_CAMERA
 from reid_train.commands.gallery import Block, Gallery, blocks, open_gallery
 from reid_train.commands.runtime import Runtime
 from reid_train.config import LoaderConfig
@@ -36,10 +36,13 @@ FETCHED = 16  # enrolled images that are read at once
 class Searcher:
     """A replica with the whole gallery. It watches the model's alias, and what others enrol."""
 
-    def __init__(self, settings: Settings, embedder: Any) -> None:
+    def __init__(self, settings: Settings, embedder: Any, changes: Any = None) -> None:
         self.settings, self.embedder = settings, embedder
+        self.changes = changes  # the deployment `Changes`, if there are several replicas
+        self.seen: str | None = None  # what it said when this replica last looked into the store
         self.store = Store(settings.store)
         self.gallery: Gallery | None = None
+        self.images: list[Image] = []  # of the gallery
         self.current: Generation | None = None
         self.building: str | None = None  # the version that the gallery is embedded for now
         self.trouble: str | None = None  # the last failure of the background work
@@ -55,8 +58,20 @@ class Searcher:
                 self.gallery = await asyncio.to_thread(
                     open_gallery, self.settings.gallery, self.settings.split, self.settings.images
                 )
+                self.images = await asyncio.to_thread(gallery_images, self.gallery)
                 await self.use(await asyncio.to_thread(self._version))
                 self.task = asyncio.create_task(self._watch())
+
+    async def up_to_date(self) -> Generation:
+        """The gallery, with all that was enrolled or removed before this call, by any replica."""
+        await self.start()
+        if self.changes is not None and await call(self.changes.latest) != self.seen:
+            async with self.writing:
+                latest = await call(self.changes.latest)
+                if latest != self.seen:
+                    await self._synchronize(self._generation)
+                    self.seen = latest
+        return self._generation
 
     async def _watch(self) -> None:
         while True:
@@ -90,8 +105,9 @@ class Searcher:
         self.building = model
         logger.info("embedding the gallery with %s", model)
         facts = ModelFacts(**await call(self.embedder.describe, model))
-        index = Index(facts.embedding_size)
-        made = Generation(model, facts, index, facts.measured)
+        assert self.gallery is not None
+        index = Index(facts.embedding_size, len(self.images))
+        made = Generation(model, facts, index, facts.measured, self.gallery.names)
         await self._add_gallery(made)
         await self._synchronize(made)
         if not len(index):
@@ -101,6 +117,7 @@ class Searcher:
         async with self.writing:  # what was enrolled meanwhile is in both
             await self._synchronize(made)
             self.current = made
+        gc.freeze()  # collections would look at each image again, while requests wait
         self.building = self.progress = None
         logger.info("searching %d images with %s", len(index), model)
 
@@ -108,21 +125,7 @@ class Searcher:
         """Add the gallery that the service was started with: its known embeddings, or new ones."""
         gallery, weights, loop = self.gallery, made.facts.weights, asyncio.get_running_loop()
         assert gallery is not None
-        ids = [
-            digest("gallery", str(path) or f"row {row}") for row, path in enumerate(gallery.path)
-        ]
-        images = [
-            Image(
-                name,
-                str(path) or f"row {row}",
-                None if pid < 0 else int(pid),
-                None if not 0 <= camera < NO_CAMERA else int(camera),
-                row=row,
-            )
-            for row, (name, path, pid, camera) in enumerate(
-                zip(ids, gallery.path, gallery.pid, gallery.camid, strict=True)
-            )
-        ]
+        images = self.images
         source = None if isinstance(gallery.source, EmbeddingFiles) else _source(gallery)
         known: dict[str, np.ndarray] = {}
         if source and await asyncio.to_thread(self.store.is_complete, weights, source):
@@ -140,23 +143,23 @@ class Searcher:
             batch = BACKGROUND * self.settings.replicas
             size = facts.height, facts.width, batch, facts.embedding_size, facts.weights
             for part in blocks(gallery, Runtime(embed, *size), LoaderConfig(workers=0), progress):
-                _add(part)
+                add(part)
                 if source is not None:
-                    names = np.array(ids, object)[part.rows]
+                    names = np.array([images[row].id for row in part.rows], object)
                     self.store.keep(weights, source, names, part.embedding)
             if source is not None:
                 self.store.complete(weights, source)
 
-        def _add(part: Block) -> None:
+        def add(part: Block) -> None:
             made.add([images[row] for row in part.rows], part.embedding)
 
-        if known:
-            rows = np.array([row for row, name in enumerate(ids) if name in known])
+        def add_known() -> None:
+            rows = np.array([image.row for image in images if image.id in known])
             for first in range(0, len(rows), ROWS):
                 part = rows[first : first + ROWS]
-                _add(Block(part, np.stack([known[ids[row]] for row in part])))
-        else:
-            await asyncio.to_thread(read)
+                add(Block(part, np.stack([known[images[row].id] for row in part])))
+
+        await asyncio.to_thread(add_known if known else read)
 
     def _known(self, weights: str, source: str) -> dict[str, np.ndarray]:
         parts = self.store.known(weights, source)
@@ -232,8 +235,7 @@ class Searcher:
 
         The whole answer is of one generation, also if another takes over meanwhile.
         """
-        await self.start()
-        made = self._generation
+        made = await self.up_to_date()
         row = None if name is None else made.find(name)
         if row is not None and query_camera is None:
             query_camera = made.images[row].camera
@@ -243,7 +245,10 @@ class Searcher:
         else:
             query = await call(self.embedder.embed_photo, made.model, data)
         wanted = made.wanted(cameras, since, until)
-        found = await asyncio.to_thread(made.index.nearest, query[None], top, wanted)
+        if wanted is None:
+            found = await made.nearest(query, top)
+        else:
+            found = await asyncio.to_thread(made.index.nearest, query[None], top, wanted)
         return {
             "model": made.model,
             "exact": found.exact,
@@ -291,18 +296,25 @@ class Searcher:
                 image = await asyncio.to_thread(self.store.enrol, data, pid, camera, time)
                 made.add([image], row[None])
                 await asyncio.to_thread(self.store.keep_vector, image, made.facts.weights, row)
-            return image.public()
+            await self._tell()
+            return image.public(made.names)
 
     async def remove(self, name: str) -> bool:
         """Remove an image, and say whether it was there. It is written before this returns."""
-        await self.start()
+        await self.up_to_date()
         async with self.writing:
             made = self._generation
             if (row := made.row.get(name)) is None:
                 return False
             await asyncio.to_thread(self.store.remove, made.images[row])
             made.remove(name)
+        await self._tell()
         return True
+
+    async def _tell(self) -> None:
+        """Have the other replicas look into the store before they answer the next request."""
+        if self.changes is not None:
+            await call(self.changes.add)
 
     async def list(
         self,
@@ -315,27 +327,31 @@ class Searcher:
         pid: int | None = None,
     ) -> dict[str, Any]:
         """Some images of the gallery, and its cameras."""
-        await self.start()
-        made = self._generation
+        made = await self.up_to_date()
+
         wanted = made.wanted(cameras, since, until)
-        there = list(made.row.values())  # ascending: rows are only appended
-        rows = [
-            row
-            for row in there
-            if (wanted is None or wanted[row]) and (pid is None or made.images[row].pid == pid)
-        ]
-        known = made.camera[there]
-        return {
-            "total": len(rows),
-            "cameras": np.unique(known[known >= 0]).tolist(),
-            "times": bool(np.isfinite(made.time[there]).any()),
-            "images": [made.images[row].public() for row in rows[offset : offset + limit]],
-        }
+        count, known = len(made.time), made.names.cameras
+
+        def listed() -> dict[str, Any]:
+            there, images = made.index.kept[:count].copy(), made.images
+            camera, time = made.camera[:count], made.time[:count]
+            rows = np.flatnonzero(there if wanted is None else there & wanted)
+            if pid is not None:
+                rows = [row for row in rows if images[row].pid == pid]
+            numbers = np.unique(camera[there & (camera >= 0)]).tolist()
+            return {
+                "total": len(rows),
+                "cameras": numbers,
+                "camera_names": {n: known[n] for n in numbers if n in known},
+                "times": bool(np.isfinite(time[there]).any()),
+                "images": [images[row].public(made.names) for row in rows[offset : offset + limit]],
+            }
+
+        return await asyncio.to_thread(listed)
 
     async def picture(self, name: str) -> bytes:
         """A JPEG of an image of the gallery. Raises `ObjectMissing` if there is none."""
-        await self.start()
-        made = self._generation
+        made = await self.up_to_date()
         image = made.images[made.find(name)]
         pixels = await asyncio.to_thread(self._pixels, image)
         if pixels is None:
@@ -360,6 +376,7 @@ class Searcher:
         return {
             "model": made.model,
             "weights": made.facts.weights,
+            "runtime": made.facts.runtime,
             "gallery": len(made.index),
             "dimensions": made.facts.embedding_size,
             "exact": graph is None,

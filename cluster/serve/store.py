@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_shards.errors import ConfigError, ObjectExists, ObjectMissing
+from data_shards.manifest import Names
 from data_shards.storage import open_storage
 from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, EmbeddingTable, write_part
 
@@ -42,14 +43,17 @@ class Image(NamedTuple):
     enrolled: bool = False  # or of the gallery that the service was started with
     row: int = -1  # in that gallery
 
-    def public(self) -> dict[str, object]:
-        """As answers show it."""
+    def public(self, names: Names) -> dict[str, object]:
+        """As answers show it, with the names of its person and camera."""
         time = None if self.time is None else datetime.fromtimestamp(self.time, UTC).isoformat()
+        pid, camera = self.pid, self.camera
         return {
             "id": self.id,
             "path": self.path,
-            "pid": self.pid,
-            "camera": self.camera,
+            "pid": pid,
+            "person": None if pid is None else names.people.get(pid),
+            "camera": camera,
+            "camera_name": None if camera is None else names.cameras.get(camera),
             "time": time,
             "enrolled": self.enrolled,
         }

@@ -27,6 +27,7 @@ from data_shards.manifest import (
     FileInfo,
     Index,
     Manifest,
+    Names,
     count_splits,
     json_digest,
     sha256,
@@ -127,6 +128,7 @@ def build(
             shards=shards,
             index=FileInfo(name=INDEX_NAME, bytes=len(data), sha256=sha256(data)),
             left_out=tuple(found.left_out),
+            names=Names.of(image.record for image in found.images),
         )
         Index.from_parquet(data, manifest)
         state.finish(storage, manifest, data)

@@ -10,7 +10,7 @@ from data_shards.building.reading import check_name, sanitized
 from data_shards.building.versions import Change, commit, moved, next_number, shifted
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, StorageError
-from data_shards.manifest import Index, ShardInfo, json_digest
+from data_shards.manifest import Index, Names, ShardInfo, json_digest
 from data_shards.progress import Progress, silent
 from data_shards.records import NO_CAMERA
 from data_shards.storage import Storage, open_storage
@@ -52,7 +52,7 @@ def merge(
         if (found := state.find_finished(storage, content)) is not None:
             return Change(found, 0, already_made=True)
         state.claim(storage, content)
-        shards, indices, copies, pid, camid = [], [], [], 0, 0
+        shards, indices, copies, kept, pid, camid = [], [], [], [], 0, 0
         for number, dataset in enumerate(datasets):
             for shard in dataset.manifest.shards:
                 key = f"shards/{number}/{shard.name.removeprefix('shards/')}"
@@ -61,6 +61,8 @@ def merge(
                 shards.append(of_part.model_copy(update={"name": key}))
             index, first = dataset.whole, len(shards) - len(dataset.manifest.shards)
             indices.append(shifted(index, first, pid, camid))
+            if dataset.manifest.names is not None:
+                kept.append(dataset.manifest.names.shifted(pid, camid))
             pid, camid = (
                 pid + next_number(index.pid),
                 camid + next_number(index.camid & (NO_CAMERA - 1)),
@@ -79,6 +81,7 @@ def merge(
             content=content,
             complete=all(dataset.manifest.complete for dataset in datasets),
             left_out=tuple(item for dataset in datasets for item in dataset.manifest.left_out),
+            names=Names.joined(kept),
         )
         state.remove_notes(storage)
     return Change(manifest, sum(info.images for info in manifest.splits.values()))

@@ -29,6 +29,7 @@ from data_shards.manifest import (
     FileInfo,
     Index,
     Manifest,
+    Names,
     Origin,
     ShardInfo,
     count_splits,
@@ -101,8 +102,8 @@ def add(
         return Change(old, len(images), already_made=True)
     if ids == "same" and any(image.record.named for image in images):
         raise ConfigError(
-            f"{root} has names, not numbers, as pid or camid, and {url} has kept no names: give"
-            " numbers, or --ids new if all of these are other people"
+            f"{root} has names, not numbers, as pid or camid, and these get new numbers: give"
+            " the numbers of {url}, or --ids new if all of these are other people"
         )
     images, storage = _renumbered(images, dataset, ids), dataset.storage
     pids = {image.record.pid for image in images if image.record.split == "train"}
@@ -120,6 +121,7 @@ def add(
             Index.concatenated([dataset.whole, shifted(added, len(old.shards))]),
             options=old.options | {"added": [*before, digest]},
             left_out=(*old.left_out, *found.left_out),
+            names=Names.joined([old.names, Names.of(image.record for image in images)]),
         )
         state.remove_notes(storage)
     return Change(manifest, len(images))
@@ -193,6 +195,8 @@ def commit(
     if old is not None:
         fields["content"] = json_digest([old.content, [[s.name, s.sha256] for s in shards]])
     fields |= changes | {"shards": tuple(shards), "splits": count_splits(index, shards)}
+    if fields.get("names") is not None:  # no name stays of people who are removed
+        fields["names"] = fields["names"].of_people(index.pid)
     name = f"index-{fields['content'][:16]}.parquet" if old else INDEX_NAME
     fields["index"] = FileInfo(name=name, bytes=len(data), sha256=sha256(data))
     manifest = Manifest(**fields)

@@ -33,7 +33,11 @@ def read(root: Place, *, images: Place | None = None) -> list[ImageRecord]:
             that is listed twice; the message has the number of the line.
     """
     if not root.is_file():
-        raise DataError(f"{root} is not a file: give the CSV with --root")
+        there = "a folder" if root.is_dir() else "not there"
+        raise DataError(
+            f"the CSV file {root} is {there}: give a file whose first line is {','.join(COLUMNS)} "
+            "with --root, or photos in a folder for each person with --source folders"
+        )
     base = require_folder(root.parent if images is None else images)
     rows = _read_rows(root)
     lines = list(rows)
@@ -42,10 +46,9 @@ def read(root: Place, *, images: Place | None = None) -> list[ImageRecord]:
         values = [row[column] for row in rows.values()]
         return numbered(values, column, lambda i: f"{root}, line {lines[i]}")
 
-    (pids, named), camids = numbers("pid"), [NO_CAMERA] * len(rows)
+    (pids, people), camids, cameras = numbers("pid"), [NO_CAMERA] * len(rows), False
     if any(row["camid"] for row in rows.values()):
-        camids, of_cameras = numbers("camid")
-        named = named or of_cameras
+        camids, cameras = numbers("camid")
     records, seen = [], dict[str, int]()
     for (line, row), pid, camid in zip(rows.items(), pids, camids, strict=True):
         where = f"{root}, line {line}"
@@ -58,7 +61,8 @@ def read(root: Place, *, images: Place | None = None) -> list[ImageRecord]:
             raise DataError(f"{where}: {path} does not exist")
         if (earlier := seen.setdefault(relative, line)) != line:
             raise DataError(f"{where}: {row['path']!r} is already listed on line {earlier}")
-        records.append(ImageRecord(path, relative, pid, camid, row["split"], named))
+        names = row["pid"] if people else "", row["camid"] if cameras else ""
+        records.append(ImageRecord(path, relative, pid, camid, row["split"], *names))
     return records
 
 

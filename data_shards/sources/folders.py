@@ -48,7 +48,7 @@ def read(root: Place, *, test: float | None = None, seed: int = 0) -> list[Image
     records = []
     for split, name, path in found:
         below = f"{split}/{name}" if splits else name
-        who = pids[name], NO_CAMERA, split, named
+        who = pids[name], NO_CAMERA, split, name if named else ""
         records.append(ImageRecord(path, f"{below}/{path.name}", *who))
     if splits:
         return records

@@ -101,10 +101,9 @@ def _labelled(
         values = [values[field] for _, values in good]
         return numbered(values, field, lambda i: f"sample {good[i][0].record.relative}")
 
-    (pids, named), camids = numbers("pid"), [NO_CAMERA] * len(good)
+    (pids, people), camids, cameras = numbers("pid"), [NO_CAMERA] * len(good), False
     if "camid" in where and any(values["camid"] for _, values in good):
-        camids, of_cameras = numbers("camid")
-        named = named or of_cameras
+        camids, cameras = numbers("camid")
     records = []
     for (image, values), pid, camid in zip(good, pids, camids, strict=True):
         split = values.get("split", "train")
@@ -112,7 +111,9 @@ def _labelled(
             raise DataError(
                 f"sample {image.record.relative}: split {split!r} is none of {', '.join(SPLITS)}"
             )
-        known = {"pid": pid, "camid": camid, "split": split, "named": named}
+        known = {"pid": pid, "camid": camid, "split": split}
+        known |= {"person": values["pid"]} if people else {}
+        known |= {"camera": values["camid"]} if cameras else {}
         records.append(replace(image.record, **known))
     if "split" not in where:
         records = split_off(records, "--test", TEST if test is None else test, seed, "test")

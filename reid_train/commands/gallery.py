@@ -16,7 +16,7 @@ from data_shards.decode import decode
 from data_shards.errors import ConfigError, DataError
 from data_shards.images import ImageFolder, open_images, warn_left_out
 from data_shards.loader import Batch, split_batches
-from data_shards.manifest import LeftOut
+from data_shards.manifest import LeftOut, Names
 from data_shards.progress import Progress, silent
 from data_shards.records import NO_CAMERA
 from data_shards.storage import expand_home, open_storage
@@ -48,6 +48,12 @@ class Gallery:
 
     def __len__(self) -> int:
         return len(self.path)
+
+    @property
+    def names(self) -> Names:
+        """The names of people and cameras, as far as a dataset has them."""
+        images = self.pictures if isinstance(self.source, EmbeddingFiles) else self.source
+        return (isinstance(images, Dataset) and images.manifest.names) or Names()
 
     def picture(self, row: int) -> np.ndarray | None:
         """An image, (H, W, 3) uint8; None for embeddings whose images are not at hand."""

@@ -109,6 +109,9 @@ class Match(NamedTuple):
     camera: int | None
     similarity: float  # cosine, −1 to 1
     same: bool | None = None  # person, at the chosen threshold
+    pid: int | None = None
+    person: str | None = None  # the names that pid and camera stand for
+    camera_name: str | None = None
 
 
 def search(settings: Search, console: Console) -> list[list[Match]]:
@@ -125,15 +128,14 @@ def search(settings: Search, console: Console) -> list[list[Match]]:
         with phase(progress, "loading the model"):
             given = settings.device, settings.tracking_uri, settings.runtime
             runtime = open_runtime(settings.model, *given)
-            decide = _decider(runtime, settings)
+            decide, undecided = _decider(runtime, settings)
         query, k = runtime.photos(photos), min(settings.top, len(gallery))
         parts = blocks(gallery, runtime, settings.loader, progress)
         found = nearest_in_gallery(query, parts, k, COSINE)
     matches = _matches(gallery, found, decide, settings.camera)
     for photo, ranked in zip(settings.photos, matches, strict=True):
         _show(photo, ranked, console)
-    if decide is not None:
-        say(console, _threshold(decide(None)))
+    say(console, undecided if decide is None else _threshold(decide(None)))
     if settings.picture != "off":
         _draw(settings, photos, gallery, matches, console)
     if settings.output is not None:
@@ -151,12 +153,14 @@ def compare(settings: Compare, console: Console) -> float:
     with display(console) as progress, phase(progress, "loading the model"):
         given = settings.device, settings.tracking_uri, settings.runtime
         runtime = open_runtime(settings.model, *given)
-        decide = _decider(runtime, settings)
+        decide, undecided = _decider(runtime, settings)
     both = check_features("photo", runtime.photos(photos))
     a, b = both.embedding.astype(np.float64) * both.scale[:, None]
     similarity = float(a @ b)
     say(console, f"similarity {similarity:.4f}")
-    if decide is not None:
+    if decide is None:
+        say(console, undecided)
+    else:
         at = decide(None)
         verdict = "the same person" if similarity > at.similarity else "another person"
         say(console, f"{verdict}: {_threshold(at)}")
@@ -185,25 +189,29 @@ def shape_warning(name: str, height: int, width: int) -> str | None:
     )
 
 
-def _decider(runtime: Runtime, settings: Search | Compare) -> Decider | None:
-    """How to decide at the wanted rate; None if the model has no threshold and none is wanted.
-
-    Without a wanted rate, the usual one.
-    """
+def _decider(runtime: Runtime, settings: Search | Compare) -> tuple[Decider | None, str]:
+    """How to decide at the wanted rate, without one at the usual rate; or None, and why."""
     from reid_train.commands.runtime import known_thresholds
 
     rate = settings.false_accept_rate
     known = known_thresholds(settings.model, settings.tracking_uri, runtime.facts)
-    if known is None and rate is not None:
-        raise ConfigError(
+    if known is None:
+        without = (
             f"{settings.model} has no thresholds, and only a registered version gets some: "
             "`evaluate --model models:/… --data … --thresholds`"
         )
-    rate = known.usual_rate if known is not None and rate is None else rate
-    if known is None or rate is None:
-        return None
+        if rate is not None:
+            raise ConfigError(without)
+        return None, f"no decision on same person or not: {without}"
+    rate = known.usual_rate if rate is None else rate
+    if rate is None:
+        return None, (
+            f"no decision on same person or not: the data that {settings.model} was measured on "
+            "have too few pairs of different people for a threshold. Measure it on more: `evaluate "
+            "--model models:/… --data … --thresholds`"
+        )
     known.find(rate)  # raises if it was not measured
-    return partial(known.find, rate)
+    return partial(known.find, rate), ""
 
 
 def _threshold(at: Threshold) -> str:
@@ -217,13 +225,17 @@ def _threshold(at: Threshold) -> str:
 def _matches(
     gallery: Gallery, found: Neighbours, decide: Decider | None, asked: int | None
 ) -> list[list[Match]]:
+    names = gallery.names
+
     def match(row: int, score: float) -> Match:
-        number, same = int(gallery.camid[row]), None
-        camera = None if number >= NO_CAMERA else number
+        pid, number, same = int(gallery.pid[row]), int(gallery.camid[row]), None
+        camera = number if 0 <= number < NO_CAMERA else None
         if decide is not None:
             pair = None if asked is None or camera is None else (asked, camera)
             same = -score > decide(pair).similarity
-        return Match(row, str(gallery.path[row]) or f"row {row}", camera, -score, same)
+        path = str(gallery.path[row]) or f"row {row}"
+        known = names.people.get(pid), names.cameras.get(number)
+        return Match(row, path, camera, -score, same, None if pid < 0 else pid, *known)
 
     return [
         [match(int(row), float(score)) for row, score in zip(*ranks, strict=True) if row >= 0]
@@ -240,16 +252,21 @@ def _show(photo: str, ranked: Sequence[Match], console: Console) -> None:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("rank", justify="right")
     table.add_column("image")
-    cameras = any(match.camera is not None for match in ranked)
-    if cameras:
-        table.add_column("camera", justify="right")
+    columns = {
+        "person": [match.person or match.pid for match in ranked],
+        "camera": [match.camera_name or match.camera for match in ranked],
+    }
+    known = {k: v for k, v in columns.items() if any(value is not None for value in v)}
+    for name in known:
+        table.add_column(name, justify="right")
     table.add_column("similarity", justify="right")
     if decided := any(match.same is not None for match in ranked):
         table.add_column("same person")
     for rank, match in enumerate(ranked, 1):
         cells = [str(rank), Text(match.path)]
-        if cameras:
-            cells.append("–" if match.camera is None else str(match.camera))
+        for values in known.values():
+            value = values[rank - 1]
+            cells.append("–" if value is None else Text(str(value)))
         cells.append(f"{match.similarity:.4f}")
         if decided:
             cells.append("yes" if match.same else "no")
@@ -282,6 +299,7 @@ def _draw(
         [[image for image in row if image is not None] for row in images],
         None if shown[0][0].same is None else [[bool(m.same) for m in row] for row in shown],
         gallery_camid=[[int(gallery.camid[match.row]) for match in row] for row in shown],
+        camera_names=gallery.names.cameras,
         similarity=[[match.similarity for match in row] for row in shown],
         meaning=PERSON,
     )

@@ -3,9 +3,10 @@
 The grid is composed in pixels and drawn without scaling, so photographs are resampled only once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from reid_train.report import style
 RIGHT, WRONG = style.GREEN, style.RED
 FRAME = 4  # pixels
 _MARGIN, _HEADER, _LABELS, _GAP, _CAPTION, _QUERY_GAP = 36, 128, 112, 14, 40, 44  # pixels
+LONGEST_NAME = 10  # letters of a camera's name: the similarity is beside it
 _TICK = Outline(np.array([(-0.45, 0.0), (-0.12, -0.35), (0.5, 0.4)]), [1, 2, 2])
 _CROSS = Outline(np.array([(-0.4, -0.4), (0.4, 0.4), (-0.4, 0.4), (0.4, -0.4)]), [1, 2, 1, 2])
 _BADGES = {True: (RIGHT, _TICK), False: (WRONG, _CROSS)}
@@ -69,6 +71,7 @@ def draw_rank_list(
     query_camid: Sequence[int] | np.ndarray | None = None,
     gallery_camid: Sequence[Sequence[int]] | np.ndarray,
     similarity: Sequence[Sequence[float]] | np.ndarray,
+    camera_names: Mapping[int, str] = MappingProxyType({}),
     meaning: tuple[str, str] = IDENTITY,
     title: str = "Rank lists",
 ) -> None:
@@ -83,6 +86,7 @@ def draw_rank_list(
         query_pid, query_camid: None for photos of people who are not known.
         gallery_camid: cameras; from `NO_CAMERA` up they are not known.
         similarity: cosine similarity of each gallery image to its query.
+        camera_names: of the cameras that have names.
         meaning: what a tick and a cross mean, for the legend.
     """
     grid = layout(query_images, gallery_images)
@@ -99,7 +103,7 @@ def draw_rank_list(
     for row, query in enumerate(query_images):
         _paste(canvas, grid, row, 0, query, style.INK)
         name = f"photo {row + 1}" if query_pid is None else f"pid {int(query_pid[row])}"
-        camera = "" if query_camid is None else _camera(query_camid[row])
+        camera = "" if query_camid is None else _camera(query_camid[row], camera_names)
         _label_row(axes, grid, row, name, camera)
         for column, image in enumerate(gallery_images[row]):
             left, top = grid.cell(row, column + 1)
@@ -110,7 +114,8 @@ def draw_rank_list(
                 corners[right].append((left + grid.width - 2, top + 2))
             _paste(canvas, grid, row, column + 1, image, frame)
             below: dict[str, Any] = {"y": top + grid.height + FRAME + 6, "size": 5.8, "va": "top"}
-            camera, score = _camera(gallery_camid[row][column]), float(similarity[row][column])
+            camera = _camera(gallery_camid[row][column], camera_names)
+            score = float(similarity[row][column])
             axes.text(left, s=camera, color=style.MUTED, ha="left", **below)
             axes.text(left + grid.width, s=f"{score:.3f}", color=style.INK, ha="right", **below)
     for right, centres in corners.items():
@@ -129,7 +134,9 @@ def _paste(
     canvas.paste(ImageOps.expand(whole, FRAME, colour), (left - FRAME, top - FRAME))
 
 
-def _camera(camera: int) -> str:
+def _camera(camera: int, names: Mapping[int, str]) -> str:
+    if name := names.get(int(camera)):
+        return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
     return f"cam {camera}" if camera < NO_CAMERA else ""
 
 

@@ -1,35 +1,45 @@
-"""The search service: speed beside the bare float32 product, memory, and killed replicas.
+"""The search service over HTTP: speed beside the bare float32 product, memory, killed replicas.
 
-    python tests/benchmarks/serve.py --sizes 10000 100000 1000000
-    python tests/benchmarks/serve.py --sizes 10000 --minutes 10
+    python tests/benchmarks/serve.py WORK
+    python tests/benchmarks/serve.py WORK --sizes 10000 --minutes 0 --approximate
 
-For each size: the index in this process, the product that it cannot do without, and the service on
-Ray Serve, asked over HTTP to search from images of its gallery. With `--minutes` the load is kept
-up, and a replica that embeds, searches or answers is killed every minute. An answer of status 500
-or more, and a broken connection, are asked again, as the page does; what fails three times is an
-error.
+For each size of the gallery: the product that a search cannot do without, the index in this
+process, and the service on Ray Serve. Clients search from images of the gallery (by `id`) and with
+photos, which are embedded first, by a small network. Then, at the size `--killed-at`, the load is
+kept up for `--minutes`, and every minute a replica that embeds, searches or answers is killed. An
+answer of status 500 or more and a broken connection are asked again, as the page does; what fails
+three times is an error.
+
+The script can be stopped at any time: the same command skips what WORK/serve.json already has.
+WORK/serve.md has the tables. The gallery's files in WORK are deleted after each size.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
+import io
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
+import ray
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from cluster.serve import command
@@ -42,6 +52,8 @@ from reid_train.evaluation.embedding_store import ROWS, EmbeddingTable, part_key
 from reid_train.model.network import ReidNet
 
 TOP, TRIES = 20, 3
+REPLICAS = ("embedder", "searcher", "ingress")
+PART = 1 << 17  # embeddings in a file
 MODEL = TrainConfig(
     recipe="test",
     image=ImageConfig(height=32, width=16),
@@ -61,52 +73,60 @@ def people(count: int, size: int) -> np.ndarray:
     return found
 
 
-def measured(function, seconds: float) -> str:
-    """Milliseconds of calls of a function, and calls a second."""
-    times, end = [], time.perf_counter() + seconds
+def figures(times: list[float], seconds: float) -> dict[str, float]:
+    """Calls a second, and their milliseconds."""
+    p50, p99 = np.percentile(times, [50, 99])
+    return {"per_second": len(times) / seconds, "p50_ms": p50, "p99_ms": p99, "max_ms": max(times)}
+
+
+def measured(function: Callable[[], object], seconds: float) -> dict[str, float]:
+    """Call a function again and again for a time."""
     function()
+    times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 5:
         began = time.perf_counter()
         function()
         times.append(1000 * (time.perf_counter() - began))
-    return _figures(times, sum(times) / 1000)
+    return figures(times, sum(times) / 1000)
 
 
-def _figures(times: list[float], seconds: float) -> str:
-    p50, p99 = np.percentile(times, [50, 99])
-    return f"{len(times) / seconds:9.1f}/s   p50 {p50:8.2f} ms   p99 {p99:8.2f} ms"
-
-
-def in_process(gallery: np.ndarray, seconds: float, approximate: bool) -> None:
+def in_process(gallery: np.ndarray, seconds: float, approximate: bool) -> dict[str, Any]:
     """One query at a time: the product, the exact search, and perhaps the approximate one."""
     before = psutil.Process().memory_info().rss
-    index = Index(gallery.shape[1])
+    index = Index(gallery.shape[1], len(gallery))
     index.add(gallery)
-    memory = (psutil.Process().memory_info().rss - before) / 2**20
+    found: dict[str, Any] = {"index_mib": (psutil.Process().memory_info().rss - before) / 2**20}
     query, right = torch.from_numpy(gallery[:1].copy()), torch.from_numpy(gallery)
-    print(f"  product alone    {measured(lambda: torch.mm(query, right.T), seconds)}")
-    exact = measured(lambda: index.nearest(query.numpy(), TOP), seconds)
-    print(f"  index, exact     {exact}   {memory:,.0f} MiB")
+    found["product"] = measured(lambda: torch.mm(query, right.T), seconds)
+    found["exact"] = measured(lambda: index.nearest(query.numpy(), TOP), seconds)
     if approximate:
         built = index.build_graph()
-        found = measured(lambda: index.nearest(query.numpy(), TOP), seconds)
-        print(f"  index, HNSW      {found}   recall@10 {built.recall:.4f}, {built.seconds:.0f} s")
+        found["hnsw"] = measured(lambda: index.nearest(query.numpy(), TOP), seconds)
+        found["hnsw"] |= {"recall_at_10": built.recall, "build_seconds": built.seconds}
+    return found
+
+
+def write_gallery(gallery: np.ndarray, url: str) -> None:
+    """Write embeddings as `reid_train embed` does."""
+    storage = open_storage(url)
+    for part, first in enumerate(range(0, len(gallery), PART)):
+        rows = gallery[first : first + PART]
+        numbers = np.arange(first, first + len(rows))
+        split = np.full(len(rows), "gallery", object)
+        paths = np.array([f"{number}.jpg" for number in numbers], object)
+        table = EmbeddingTable(rows, numbers // 10, numbers % 6, split, paths)
+        write_part(storage, part_key(part), table)
 
 
 @contextmanager
-def service(gallery: np.ndarray, folder: Path, **options: object) -> Iterator[str]:
-    """The service on embeddings; yields its address."""
-    storage = open_storage(str(folder / "gallery"))
-    for part, first in enumerate(range(0, len(gallery), 1 << 17)):
-        rows = gallery[first : first + (1 << 17)]
-        numbers, split = np.arange(len(rows)), np.full(len(rows), "gallery", object)
-        paths = np.array([f"{first + n}.jpg" for n in numbers], object)
-        table = EmbeddingTable(rows, numbers, numbers % 6, split, paths)
-        write_part(storage, part_key(part), table)
+def service(folder: Path, dimensions: int, **options: object) -> Iterator[str]:
+    """The service on the embeddings in a folder; yields its address."""
     model = folder / "model"
     model.mkdir()
-    state = ReidNet.from_config(MODEL, identities=2).state_dict()
-    save_file({k: v.contiguous() for k, v in state.items()}, model / "model.safetensors")
+    network = ReidNet.from_config(MODEL, identities=2)
+    assert network.embedding_size == dimensions, "the network's embeddings are as long as these"
+    state = {k: v.contiguous() for k, v in network.state_dict().items()}
+    save_file(state, model / "model.safetensors")
     (model / "config.json").write_text(MODEL.to_json())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -118,88 +138,241 @@ def service(gallery: np.ndarray, folder: Path, **options: object) -> Iterator[st
         yield f"http://127.0.0.1:{port}"
     finally:
         command.end()
+        ray.shutdown()
 
 
-def load(url: str, seconds: float, threads: int, kill_every: float | None = None) -> str:
-    """Search from images of the gallery for a time; requests a second, times, and errors."""
-    with urllib.request.urlopen(f"{url}/gallery?limit=200") as answer:
-        ids = [image["id"] for image in json.load(answer)["images"]]
-    times: list[float] = []
-    retries, errors, kills = [], [], 0
-    end = time.monotonic() + seconds
+@dataclass
+class Load:
+    """Clients that search all the time, each on a connection of its own."""
 
-    def search(number: int) -> None:
-        rng = np.random.default_rng(number)
+    url: str
+    bodies: list[tuple[str, bytes]]  # content type and content of the requests, taken in turn
+    times: list[float] = field(default_factory=list)
+    retries: int = 0
+    errors: list[str] = field(default_factory=list)
+
+    def run(self, seconds: float, clients: int, during: Callable[[float], None]) -> dict[str, Any]:
+        """Search for a time; `during` is called with the end until then."""
+        end = time.monotonic() + seconds
+        threads = [threading.Thread(target=self._client, args=(n, end)) for n in range(clients)]
+        for thread in threads:
+            thread.start()
+        during(end)
+        for thread in threads:
+            thread.join()
+        found: dict[str, Any] = figures(self.times, seconds)
+        return found | {"asked_again": self.retries, "errors": len(self.errors)}
+
+    def _client(self, number: int, end: float) -> None:
+        place = urlsplit(self.url).netloc
+        connection, turn = http.client.HTTPConnection(place, timeout=300), number
         while time.monotonic() < end:
-            body = f"id={rng.choice(ids)}&top={TOP}".encode()
+            kind, body = self.bodies[turn % len(self.bodies)]
+            turn += 1
             began = time.perf_counter()
             for attempt in range(TRIES):
                 try:
-                    urllib.request.urlopen(f"{url}/search", body, timeout=300).read()
-                    break
-                except (OSError, urllib.error.HTTPError) as error:
-                    (errors if attempt == TRIES - 1 else retries).append(error)
+                    connection.request("POST", "/search", body, {"Content-Type": kind})
+                    answer = connection.getresponse()
+                    text = answer.read()
+                    if answer.status == 200:
+                        break
+                    problem = f"{answer.status} {text[:200]!r}"
+                except (OSError, http.client.HTTPException) as error:
+                    problem = repr(error)
+                connection.close()  # the next request opens it again
+                if attempt == TRIES - 1:
+                    self.errors.append(problem)
+                else:
+                    self.retries += 1
                     time.sleep(0.5)
-            times.append(1000 * (time.perf_counter() - began))
-
-    workers = [threading.Thread(target=search, args=(n,)) for n in range(threads)]
-    for worker in workers:
-        worker.start()
-    next_kill = time.monotonic() + (kill_every or float("inf"))
-    while any(worker.is_alive() for worker in workers):
-        time.sleep(0.2)
-        if time.monotonic() > next_kill and time.monotonic() < end:
-            next_kill += kill_every or 0
-            kills += kill(("embedder", "searcher", "ingress")[kills % 3])
-    text = _figures(times, seconds)
-    killed = f"   {kills} kills, {len(retries)} asked again, {len(errors)} errors"
-    return text + (killed if kill_every else f"   {len(errors)} errors")
+            self.times.append(1000 * (time.perf_counter() - began))
 
 
-def kill(deployment: str) -> int:
-    """End a replica at once."""
+def by_id(url: str) -> list[tuple[str, bytes]]:
+    """Searches from images of the gallery."""
+    with urllib.request.urlopen(f"{url}/gallery?limit=200", timeout=300) as answer:
+        ids = [image["id"] for image in json.load(answer)["images"]]
+    return [("application/x-www-form-urlencoded", f"id={i}&top={TOP}".encode()) for i in ids]
+
+
+def by_photo(count: int = 50) -> list[tuple[str, bytes]]:
+    """Searches with photos of 128 × 64 pixels."""
+    rng, bodies = np.random.default_rng(0), []
+    for _ in range(count):
+        file = io.BytesIO()
+        coarse = rng.integers(0, 256, (8, 4, 3), np.uint8)
+        Image.fromarray(coarse.repeat(16, 0).repeat(16, 1)).save(file, "JPEG")
+        part = b'--mark\r\nContent-Disposition: form-data; name="photo"; filename="a.jpg"\r\n\r\n'
+        top = b'\r\n--mark\r\nContent-Disposition: form-data; name="top"\r\n\r\n%d' % TOP
+        bodies.append(
+            ("multipart/form-data; boundary=mark", part + file.getvalue() + top + b"\r\n--mark--")
+        )
+    return bodies
+
+
+def by_both(url: str) -> list[tuple[str, bytes]]:
+    """Searches of both kinds, in turn."""
+    return [body for two in zip(by_id(url), by_photo(), strict=False) for body in two]
+
+
+def replicas(deployment: str) -> list[psutil.Process]:
+    """The processes of a deployment."""
+    found = []
     for process in psutil.Process().children(recursive=True):
-        if f"ServeReplica:reid:{deployment}" in " ".join(process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
-            return 1
-    return 0
+        with suppress(psutil.Error):
+            if f"ServeReplica:reid:{deployment}" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
-def memory() -> str:
-    """Resident memory of the replicas that search."""
-    sizes = [
-        process.memory_info().rss / 2**20
-        for process in psutil.Process().children(recursive=True)
-        if "ServeReplica:reid:searcher" in " ".join(process.cmdline())
-    ]
-    return ", ".join(f"{size:,.0f} MiB" for size in sizes)
+def memory() -> dict[str, float]:
+    """MiB of the replica that searches: now, and the most that it had."""
+    (process, *_) = replicas("searcher")
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    most = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return {"now_mib": process.memory_info().rss / 2**20, "most_mib": int(most) / 2**10}
+
+
+def killing(every: float, killed: list[str]) -> Callable[[float], None]:
+    """Kill a replica of each deployment in turn; `killed` gets their names."""
+
+    def until(end: float) -> None:
+        due = time.monotonic() + every
+        while time.monotonic() < end:
+            time.sleep(0.2)
+            name = REPLICAS[len(killed) % len(REPLICAS)]
+            if time.monotonic() > due and (found := replicas(name)):
+                os.kill(found[0].pid, signal.SIGKILL)
+                killed.append(name)
+                due += every
+
+    return until
+
+
+def idle(_: float) -> None:
+    """Do nothing while the load runs."""
+
+
+class Results:
+    """What was measured, in WORK/serve.json and WORK/serve.md."""
+
+    def __init__(self, work: Path) -> None:
+        self.path = work / "serve.json"
+        self.of: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            self.of = json.loads(self.path.read_text())
+
+    def keep(self, size: int, **found: object) -> None:
+        """Add what was found of a size, and print it."""
+        self.of.setdefault(str(size), {}).update(found)
+        for path, text in ((self.path, json.dumps(self.of, indent=1)), (self._tables, self.text())):
+            path.with_suffix(".part").write_text(text + "\n")
+            path.with_suffix(".part").replace(path)
+        print(f"{size:,}: {json.dumps(found)}")
+
+    @property
+    def _tables(self) -> Path:
+        return self.path.with_suffix(".md")
+
+    def text(self) -> str:
+        """The tables."""
+        head = ["gallery", "product, p50", "index, p50", "ratio"]
+        lines = [[*head, "index, p99", "HNSW, p50", "recall@10", "memory"]]
+        for size, found in self.of.items():
+            product, exact = found["product"], found["exact"]
+            ratio = exact["p50_ms"] / product["p50_ms"]
+            row = [f"{int(size):,}", f"{product['p50_ms']:.2f} ms", f"{exact['p50_ms']:.2f} ms"]
+            row += [f"{ratio:.2f}", f"{exact['p99_ms']:.2f} ms"]
+            graph = found.get("hnsw")
+            row += (
+                [f"{graph['p50_ms']:.2f} ms", f"{graph['recall_at_10']:.4f}"]
+                if graph
+                else ["–"] * 2
+            )
+            lines.append([*row, f"{found['index_mib']:,.0f} MiB"])
+        tables = [lines]
+        head = ["gallery", "requests", "clients", "a second", "p50", "p99", "longest"]
+        tables.append([[*head, "asked again", "errors", "memory of the searcher, most"]])
+        for size, found in self.of.items():
+            for name, load in found.get("loads", {}).items():
+                row = [f"{int(size):,}", *name.split(", "), f"{load['per_second']:.1f}"]
+                row += [f"{load[f'{key}_ms']:.1f} ms" for key in ("p50", "p99", "max")]
+                row += [str(load["asked_again"]), str(load["errors"])]
+                tables[-1].append([*row, f"{found['memory']['most_mib']:,.0f} MiB"])
+        return "\n\n".join(map(_table, tables))
+
+
+def _table(lines: list[list[str]]) -> str:
+    head, *rows = lines
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def measure(size: int, given: argparse.Namespace, results: Results) -> None:
+    """Measure all of one size that was not measured yet."""
+    known = results.of.get(str(size), {})
+    killed_at = size == given.killed_at and given.minutes > 0
+    loads = {
+        **{f"by id, {n}": (by_id, n, given.seconds) for n in (1, given.clients)},
+        f"by photo, {given.clients}": (lambda _: by_photo(), given.clients, given.seconds),
+    }
+    if killed_at:
+        both = f"both with {given.minutes:g} kills, {given.clients}"
+        loads[both] = (by_both, given.clients, 60 * given.minutes)
+    done = dict(known.get("loads", {}))
+    missing = {name: load for name, load in loads.items() if name not in done}
+    without_index = "exact" not in known or (given.approximate and "hnsw" not in known)
+    if not without_index and (given.no_service or not missing):
+        return
+    folder = given.work / "gallery"
+    shutil.rmtree(folder, ignore_errors=True)
+    gallery = people(size, given.dimensions)
+    try:
+        if without_index:
+            results.keep(size, **in_process(gallery, given.seconds, given.approximate))
+        if given.no_service or not missing:
+            return
+        write_gallery(gallery, str(folder / "gallery"))
+        dimensions = gallery.shape[1]
+        del gallery
+        began = time.monotonic()
+        with service(folder, dimensions) as url:
+            results.keep(size, start_seconds=time.monotonic() - began, memory=memory())
+            for name, (bodies, clients, seconds) in missing.items():
+                killed: list[str] = []
+                during = killing(given.kill_every, killed) if "kills" in name else idle
+                load = Load(url, bodies(url))
+                load.run(2, clients, idle)  # to warm up
+                load = Load(url, load.bodies)
+                done[name] = load.run(seconds, clients, during)
+                done[name] |= {"killed": killed, "problems": load.errors[:5]}
+                results.keep(size, loads=done, memory=memory())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("work", type=Path, help="folder for the results")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--dimensions", type=int, default=512)
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--threads", type=int, default=4)
-    parser.add_argument("--minutes", type=float, default=0, help="of load with killed replicas")
+    parser.add_argument("--seconds", type=float, default=20, help="of each measurement")
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=10, help="of load with killed replicas")
+    parser.add_argument("--killed-at", type=int, default=100_000, help="size of that gallery")
+    parser.add_argument("--kill-every", type=float, default=60, help="seconds")
     parser.add_argument("--approximate", action="store_true", help="measure HNSW, too")
     parser.add_argument("--no-service", action="store_true", help="only the index")
     given = parser.parse_args()
+    given.work = given.work.absolute()
+    given.work.mkdir(parents=True, exist_ok=True)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     prepare_ray()
+    results = Results(given.work)
     for size in given.sizes:
-        gallery = people(size, given.dimensions)
-        print(f"{size:,} × {given.dimensions}, {torch.get_num_threads()} threads")
-        in_process(gallery, given.seconds, given.approximate)
-        if given.no_service:
-            continue
-        with tempfile.TemporaryDirectory() as folder, service(gallery, Path(folder)) as url:
-            found = load(url, given.seconds, given.threads)
-            print(f"  service          {found}   {memory()}")
-            if given.minutes:
-                found = load(url, 60 * given.minutes, given.threads, kill_every=60)
-                print(f"  {given.minutes:g} minutes       {found}")
+        measure(size, given, results)
+    print(results.text())
 
 
 if __name__ == "__main__":

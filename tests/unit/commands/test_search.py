@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tiny import build_dataset, narrow_resnet18
 from tiny_checkpoint import original  # noqa: F401
 from torchvision.models import resnet
 
+from data_shards.building.build import build
 from data_shards.dataset import Dataset
 from data_shards.decode import decode
 from data_shards.errors import ConfigError, DataError, ObjectMissing, ReidError
@@ -76,8 +78,8 @@ def naive(model: str, photo: Path, folder: Path) -> list[tuple[str, float]]:
     return sorted(scored, key=lambda found: -found[1])
 
 
-def save(path: Path, height: int = 24, width: int = 16) -> Path:
-    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+def save(path: Path, height: int = 24, width: int = 16, seed: int = 1) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
@@ -278,6 +280,28 @@ def test_a_rate_that_was_not_measured_is_refused(tmp_path, deciding, model, data
         run(tmp_path, (photo,), deciding, data[1], false_accept_rate=1e-4)
     with pytest.raises(ConfigError, match="has no thresholds"):
         run(tmp_path, (photo,), model, data[1], false_accept_rate=1e-3)
+
+
+def test_search_shows_the_names_of_people_and_cameras(tmp_path, model):
+    lines = ["path,pid,camid,split"]
+    for person in ("anna", "ben"):
+        for camera in ("door", "hall"):
+            save(tmp_path / f"{person}-{camera}.png", seed=len(lines))
+            lines.append(f"{person}-{camera}.png,{person},{camera},gallery")
+    (tmp_path / "people.csv").write_text("\n".join(lines))
+    url = str(tmp_path / "shards")
+    build("csv", tmp_path / "people.csv", url, jobs=1)
+    (ranked,), text = run(tmp_path, (tmp_path / "ben-door.png",), model, url)
+    assert (ranked[0].person, ranked[0].camera_name) == ("ben", "door")
+    assert re.search(r"1 +ben-door.png +ben +door +1\.0000", text)
+
+
+def test_compare_says_why_it_makes_no_decision(tmp_path, model):
+    photo, console = str(save(tmp_path / "photo.png")), Console(file=io.StringIO(), width=300)
+    compare(Compare(photo, photo, model), console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"no decision on same person or not: {model} has no thresholds" in said
+    assert "evaluate --model models:/… --data … --thresholds" in said
 
 
 def test_a_search_imports_neither_ray_nor_mlflow():

@@ -273,7 +273,9 @@ def test_csv_that_is_none_is_refused(tmp_path, data):
 
 
 def test_csv_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"none\.csv is not a file"):
+    with pytest.raises(
+        DataError, match=r"none\.csv is not there: give a file whose first line is path,pid"
+    ):
         read("csv", tmp_path / "none.csv")
 
 

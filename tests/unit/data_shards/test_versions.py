@@ -143,6 +143,51 @@ class Killed(Exception):
     pass
 
 
+def named(folder: Path, people: str, seed: int) -> Path:
+    """A table of people who have one letter as name, each seen at a door and in a hall."""
+    pids = {ord(letter): "test" if letter.isupper() else "train" for letter in people}
+    table = write_csv(folder, pids, seed=seed)
+    head, *lines = table.read_text().splitlines()
+    cells = [line.split(",") for line in lines]
+    rows = [(path, chr(int(pid)), ("door", "hall")[int(c)], split) for path, pid, c, split in cells]
+    table.write_text("\n".join([head, *map(",".join, rows)]))
+    return table
+
+
+def shown_names(url: str) -> set[tuple[str, str, str]]:
+    """The split of each image, and the names of its person and camera."""
+    dataset = Dataset.open(url)
+    names = dataset.manifest.names
+    assert names is not None
+    return {
+        (split, names.people[pid], names.cameras[camid])
+        for split, pid, camid, _ in images_of(dataset)
+    }
+
+
+def test_names_are_kept_through_all_changes_and_go_with_removed_people(tmp_path):
+    first, both = str(tmp_path / "first"), str(tmp_path / "both")
+    build("csv", named(tmp_path / "a", "abA", 0), first, **SMALL)
+    add(first, "csv", named(tmp_path / "b", "cC", 1), ids="new", **SMALL)
+    numbers = str(tmp_path / "numbers")
+    build("csv", write_csv(tmp_path / "c", PEOPLE), numbers, name="numbers", **SMALL)
+    assert Dataset.open(numbers).manifest.names is None
+    merge([numbers, first], both)
+    expected = {
+        (split, person, camera)
+        for person in "abcAC"
+        for split in (["query", "gallery"] if person.isupper() else ["train"])
+        for camera in (("door",) if split == "query" else ("door", "hall"))
+    }
+    assert shown_names(first) == expected
+    names = Dataset.open(both).manifest.names
+    assert sorted(names.people.values()) == sorted("abcAC")
+    assert min(names.people) == max(PEOPLE) + 1
+    pid = next(pid for pid, name in names.people.items() if name == "C")
+    remove(both, [pid])
+    assert sorted(Dataset.open(both).manifest.names.people.values()) == sorted("abcA")
+
+
 def killed_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let a process end at its write of this number."""
     calls: list[str] = []

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from cluster.serve import searcher as module
+from cluster.serve.app import Changes
 from cluster.serve.searcher import Searcher
 from cluster.serve.settings import Settings
+from data_shards.building.build import build
 from data_shards.decode import decode
 from data_shards.errors import ConfigError, DataError, ObjectMissing
 from reid_train.evaluation.thresholds import Threshold, Thresholds
@@ -73,6 +75,16 @@ def people(tmp_path: Path) -> Path:
 
 def make(people: Path, embedder: Embedder, model: str = "first", **options: Any) -> Searcher:
     return Searcher(Settings(model, str(people), **options), embedder)
+
+
+class Handle:
+    """Calls an object's methods as a handle of Ray Serve does."""
+
+    def __init__(self, called: Any) -> None:
+        self.called = called
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self.called, name))
 
 
 def names(found: dict[str, Any]) -> list[str]:
@@ -257,5 +269,66 @@ def test_pictures_of_the_gallery_are_jpegs_whatever_they_were(people):
         for name in (enrolled["id"], (await first(searcher))["id"]):
             data = await searcher.picture(name)
             assert Image.open(io.BytesIO(data)).format == "JPEG"
+
+    asyncio.run(scenario())
+
+
+def test_what_one_replica_has_answered_all_replicas_know(people):
+    async def scenario() -> None:
+        changes = Handle(Changes())
+        settings = Settings("first", str(people), search_replicas=2, watch_seconds=1000)
+        first, second = (Searcher(settings, Embedder(), changes) for _ in range(2))
+        for searcher in (first, second):
+            assert len((await searcher.search(picture(3), None, top=20))["matches"]) == 12
+        image = await first.enrol(picture(50), 7, None, None)
+        found = await second.search(picture(50), None, top=1)
+        assert found["matches"][0]["id"] == image["id"]
+        assert await second.picture(image["id"])
+        assert await second.remove(image["id"])
+        assert (await first.list(offset=0, limit=20))["total"] == 12
+        image = await second.enrol(picture(51), 8, None, None)
+        changes.called = Changes()  # it was killed
+        assert await first.remove(image["id"])
+        assert (await second.search(picture(51), None, top=20))["gallery"] == 12
+
+    asyncio.run(scenario())
+
+
+def test_searches_at_once_share_products_and_find_what_they_find_one_by_one(people, monkeypatch):
+    async def scenario() -> None:
+        searcher, products = make(people, Embedder()), []
+        alone = [await searcher.search(picture(n), None, top=n + 1) for n in range(12)]
+        made = await searcher.up_to_date()
+        nearest = made.index.nearest
+
+        def counted(*arguments: Any) -> Any:
+            products.append(1)
+            return nearest(*arguments)
+
+        monkeypatch.setattr(made.index, "nearest", counted)
+        searches = [searcher.search(picture(n), None, top=n + 1) for n in range(12)]
+        bad = made.nearest(np.full(6, np.nan, np.float32), 3)
+        *found, failed = await asyncio.gather(*searches, bad, return_exceptions=True)
+        assert found == alone
+        assert isinstance(failed, DataError)
+        assert len(products) < 12
+
+    asyncio.run(scenario())
+
+
+def test_answers_have_the_names_of_people_and_cameras(people):
+    rows = [f"{n:02}.png,{'ab'[n % 2]},{'xyz'[n % 3]},gallery" for n in range(12)]
+    (people / "people.csv").write_text("\n".join(["path,pid,camid,split", *rows]))
+    build("csv", people / "people.csv", str(people / "shards"), jobs=1)
+
+    async def scenario() -> None:
+        searcher = make(people / "shards", Embedder())
+        match = (await searcher.search(picture(4), None, top=1))["matches"][0]
+        assert (match["path"], match["person"], match["camera_name"]) == ("04.png", "a", "y")
+        listed = await searcher.list(offset=0, limit=1, cameras=[2])
+        assert listed["camera_names"] == {0: "x", 1: "y", 2: "z"}
+        assert (listed["total"], listed["images"][0]["camera_name"]) == (4, "z")
+        image = await searcher.enrol(picture(50), 1, 0, None)
+        assert (image["person"], image["camera_name"]) == ("b", "x")
 
     asyncio.run(scenario())

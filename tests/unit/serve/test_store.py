@@ -13,6 +13,7 @@ import pytest
 
 from cluster.serve.store import Store
 from data_shards.errors import ConfigError
+from data_shards.manifest import Names
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def test_an_enrolled_image_is_there_with_all_its_facts(store, tmp_path):
     assert again.read(image) == b"pixels"
     unknown = store.enrol(b"pixels", None, None, None)
     assert unknown.id != image.id
-    assert again.enrolled()[unknown.id].public()["time"] is None
-    assert image.public()["time"] == "2023-11-14T22:13:20+00:00"
+    assert again.enrolled()[unknown.id].public(Names())["time"] is None
+    assert image.public(Names())["time"] == "2023-11-14T22:13:20+00:00"
 
 
 def test_the_same_enrolment_twice_is_there_once(store):
