@@ -228,7 +228,9 @@ def replicas(deployment: str) -> list[psutil.Process]:
 
 def memory() -> dict[str, float]:
     """MiB of the replica that searches: now, and the most that it had."""
-    (process, *_) = replicas("searcher")
+    while not (found := replicas("searcher")):
+        time.sleep(0.2)  # it was killed
+    process = found[0]
     status = Path(f"/proc/{process.pid}/status").read_text()
     most = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     return {"now_mib": process.memory_info().rss / 2**20, "most_mib": int(most) / 2**10}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from tiny import build_dataset, narrow_resnet18
@@ -23,10 +24,11 @@ from reid_train.commands import export as commands
 from reid_train.commands.export import Export, Parity, export
 from reid_train.commands.runtime import open_runtime, weights_digest
 from reid_train.commands.search import Compare, compare
-from reid_train.config import LoaderConfig
+from reid_train.config import ImageConfig, LoaderConfig, ModelConfig, TrainConfig
 from reid_train.model import exported
 from reid_train.model.embedder import Embedder
 from reid_train.model.exported import open_exported, open_onnx
+from reid_train.model.network import ReidNet
 from reid_train.registry.load import load
 
 DOCS = Path(__file__).parents[3] / "docs" / "SEARCH.md"
@@ -113,6 +115,34 @@ def test_an_exported_program_of_pytorch_gives_the_same(tmp_path, model, embedder
     assert parity.error < 1e-5
     given = images(3, 32, 32)
     assert difference(embedder(given), open_exported(tmp_path / "reid.pt2")(given)) < 1e-5
+
+
+SMALL = ["test_resnet", "test_convnext", "test_efficientnet", "mobilenetv3_small_050", "test_vit"]
+FAMILIES = [f"timm:{name}" for name in SMALL]
+LARGE = ["resnet50", "timm:swin_tiny_patch4_window7_224"]
+EXPORTS = [(name, suffix) for suffix in (".onnx", ".pt2") for name in (*FAMILIES, *LARGE)]
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        pytest.param(
+            *case, marks=pytest.mark.slow if case[1] == ".onnx" or case[0] in LARGE else ()
+        )
+        for case in EXPORTS
+    ],
+)
+def test_a_backbone_of_each_family_is_exported(tmp_path, name, suffix):
+    size, backbone = ImageConfig(height=64, width=32), ModelConfig(backbone=name, weights="none")
+    config = TrainConfig(recipe="test", image=size, model=backbone)
+    torch.manual_seed(0)
+    made = Embedder(ReidNet.from_config(config, identities=2), config, "cpu")
+    facts = dict.fromkeys(("height", "width", "batch", "dimensions", "weights"), "1")
+    exported.export(made, tmp_path / f"reid{suffix}", "fp32", facts)
+    run = open_exported(tmp_path / f"reid{suffix}")
+    for count in (1, 3):
+        given = images(count, 64, 32)
+        assert difference(made(given), run(given)) < 1e-5
 
 
 def test_the_code_of_the_page_runs_without_pytorch_and_this_project(tmp_path, onnx, embedder):
