@@ -357,6 +357,7 @@ def test_a_killed_ingress_is_there_again(service):
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_started_anew_with_onnx_runtime_it_answers_as_with_pytorch(service, tmp_path):
     def answers() -> list[list[dict[str, Any]]]:
         asked = ({"photo": service.photo(row)} for row in range(3))
@@ -367,7 +368,7 @@ def test_started_anew_with_onnx_runtime_it_answers_as_with_pytorch(service, tmp_
     uri, quiet = service.settings.tracking_uri, Console(quiet=True)
     file = str(tmp_path / "people.onnx")
     export(Export("models:/people@champion", file, tracking_uri=uri), quiet)
-    service.start(runtime="onnx")
+    service.start(runtime="onnx", search_replicas=1)
     assert service.status["runtime"] == "onnx"
     for ours, theirs in zip(answers(), before, strict=True):
         assert [match["id"] for match in ours] == [match["id"] for match in theirs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import re
@@ -19,6 +20,8 @@ from tiny import build_dataset, narrow_resnet18
 from tiny_checkpoint import original  # noqa: F401
 from torchvision.models import resnet
 
+from cluster.serve.embedder import Embedder as Replica
+from cluster.serve.settings import Settings
 from data_shards.errors import ConfigError, DataError
 from reid_train.commands import export as commands
 from reid_train.commands.export import Export, Parity, export
@@ -176,6 +179,22 @@ def test_search_and_compare_run_the_file(tmp_path, model, onnx):
     assert compare(Compare(*names, str(onnx)), console) == pytest.approx(similar, abs=1e-4)
     runtime = open_runtime(str(onnx), "cpu", None, "onnx")
     assert (runtime.height, runtime.width, runtime.batch) == (32, 32, 5)
+
+
+def test_a_replica_of_the_service_embeds_with_the_file_as_with_pytorch(model, onnx, embedder):
+    given, threads = images(3, 32, 32), torch.get_num_threads()
+
+    async def embedded(name: str) -> tuple[np.ndarray, str]:
+        replica = Replica(Settings(name, "gallery", device="cpu"))
+        return await replica.embed_pixels(name, given), (await replica.describe(name))["runtime"]
+
+    try:
+        found = {name: asyncio.run(embedded(name)) for name in (model, str(onnx))}
+    finally:
+        torch.set_num_threads(threads)
+    assert [runtime for _, runtime in found.values()] == ["torch", "onnx"]
+    for embedding, _ in found.values():
+        assert difference(embedder(given), embedding) < 1e-5
 
 
 @pytest.mark.parametrize(
