@@ -26,6 +26,7 @@ DATA, OUTPUT = f"s3://{BUCKET}/people", f"s3://{BUCKET}/runs"
 TINY = ["--recipe", "demo", "--image.height", "32", "--image.width", "16", "--data", DATA]
 TINY += ["--batch.identities", "4", "--batch.images", "2", "--batch.steps-per-epoch", "2"]
 TINY += ["--optimizer.epochs", "1", "--evaluation.every", "1", "--output", OUTPUT]
+TINY += ["--model.backbone", "timm:test_resnet"]
 MODEL = "reid-synthetic"
 
 

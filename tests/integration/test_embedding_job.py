@@ -49,27 +49,37 @@ def data(tmp_path_factory) -> str:
     return str(folder / "shards")
 
 
-def model(folder: Path, seed: int) -> str:
-    """An untrained network, as a checkpoint has it."""
-    config = recipe("demo").replace(image__height=32, image__width=16, seed=seed)
-    folder.mkdir()
-    save_file(build_model(config, 4).state_dict(), folder / WEIGHTS)
-    (folder / CONFIG).write_text(config.to_json())
-    return str(folder)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[str, str]:
+    """Two untrained networks, as checkpoints have them."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        config = recipe("demo").replace(
+            image__height=32, image__width=16, model__backbone="timm:test_resnet", seed=seed
+        )
+        (folder / f"{seed}").mkdir()
+        save_file(build_model(config, 4).state_dict(), folder / f"{seed}" / WEIGHTS)
+        (folder / f"{seed}" / CONFIG).write_text(config.to_json())
+    return str(folder / "0"), str(folder / "1")
+
+
+@pytest.fixture(scope="module")
+def model(models) -> str:
+    return models[0]
 
 
 def embed(model: str, data: str, out: Path, **arguments) -> int:
     loader = LoaderConfig(workers=0, cache=out.parent / "cache")
     progress = arguments.pop("progress", silent)
-    arguments = {"workers": 2, "loader": loader} | arguments
+    arguments = {"workers": 1, "loader": loader} | arguments
     return job.embed_dataset(Embed(model, data, str(out), **arguments), progress)
 
 
-def test_every_image_is_embedded_once_and_a_second_try_does_what_is_missing(data, tmp_path):
-    network, out = model(tmp_path / "model", 0), tmp_path / "embeddings"
+def test_every_image_is_embedded_once_and_a_second_try_does_what_is_missing(data, model, tmp_path):
+    out = tmp_path / "embeddings"
     dataset = Dataset.open(data)
     total = len(dataset.index("query")) + len(dataset.index("gallery"))
-    assert embed(network, data, out) == total
+    assert embed(model, data, out, workers=2) == total
     files = EmbeddingFiles.open(str(out))
     for split in ("query", "gallery"):
         index = dataset.index(split)
@@ -83,7 +93,7 @@ def test_every_image_is_embedded_once_and_a_second_try_does_what_is_missing(data
         EmbeddingFiles.open(str(out))
 
     seen = []
-    embed(network, data, out, progress=lambda *report: seen.append(report))
+    embed(model, data, out, progress=lambda *report: seen.append(report))
     done = [report[1:] for report in seen if report[0] == "embedding"]
     assert done == [(total - 5, total), (total, total)]
     assert {path.name: path.read_bytes() for path in out.glob("part-*")} == before
@@ -91,8 +101,8 @@ def test_every_image_is_embedded_once_and_a_second_try_does_what_is_missing(data
     assert kept == before.keys() - {"part-000003.parquet"}
 
 
-def test_a_folder_of_images_is_embedded_as_a_gallery(data, tmp_path, caplog):
-    network, folder, out = model(tmp_path / "model", 0), tmp_path / "people", tmp_path / "out"
+def test_a_folder_of_images_is_embedded_as_a_gallery(data, model, tmp_path, caplog):
+    folder, out = tmp_path / "people", tmp_path / "out"
     dataset = Dataset.open(data)
     index = dataset.index("gallery")
     for row in range(12):
@@ -100,57 +110,57 @@ def test_a_folder_of_images_is_embedded_as_a_gallery(data, tmp_path, caplog):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(dataset.read(index, row))
     (folder / "0" / "04.jpg").write_bytes(b"no image")
-    assert embed(network, str(folder), out) == 11
+    assert embed(model, str(folder), out) == 11
     assert "1 unreadable images left out: 0/04.jpg (not a readable image" in caplog.text
     files, sharded = EmbeddingFiles.open(str(out)), tmp_path / "sharded"
     assert files.paths().tolist() == [f"{i % 2}/{i:02}.jpg" for i in (0, 2, 6, 8, 10)] + [
         f"1/{i:02}.jpg" for i in range(1, 12, 2)
     ]
-    embed(network, data, sharded, splits=("gallery",))
+    embed(model, data, sharded, splits=("gallery",))
     whole = EmbeddingFiles.open(str(sharded)).read("gallery")
     rows = [0, 2, 6, 8, 10, *range(1, 12, 2)]
     np.testing.assert_allclose(files.read("gallery"), whole[rows], rtol=1e-4, atol=1e-4)
     (folder / "1" / "01.jpg").unlink()
     with pytest.raises(DataError, match="another model, dataset or choice of splits"):
-        embed(network, str(folder), out)
+        embed(model, str(folder), out)
 
 
-def test_embeddings_of_another_model_are_not_mixed_in(data, tmp_path):
+def test_embeddings_of_another_model_are_not_mixed_in(data, models, tmp_path):
     out = tmp_path / "embeddings"
-    embed(model(tmp_path / "one", 0), data, out, splits=("query",))
+    embed(models[0], data, out, splits=("query",))
     with pytest.raises(DataError, match="another model, dataset or choice of splits"):
-        embed(model(tmp_path / "two", 1), data, out, splits=("query",))
+        embed(models[1], data, out, splits=("query",))
 
 
-def test_parts_of_another_device_are_not_mixed_in(data, tmp_path):
-    network, out = model(tmp_path / "model", 0), tmp_path / "embeddings"
-    total = embed(network, data, out)
+def test_parts_of_another_device_are_not_mixed_in(data, model, tmp_path):
+    out = tmp_path / "embeddings"
+    total = embed(model, data, out)
     job = json.loads((out / "job.json").read_text())
     assert job["device"] == "cpu"
     (out / "job.json").write_text(json.dumps(job | {"device": "cuda"}))
-    assert embed(network, data, out, device="cpu") == total  # nothing is left to be embedded
+    assert embed(model, data, out, device="cpu") == total  # nothing is left to be embedded
     (out / "part-000003.parquet").unlink()
     for device in ("cpu", "auto"):
         with pytest.raises(DataError, match="started with --device cuda"):
-            embed(network, data, out, device=device)
+            embed(model, data, out, device=device)
 
 
-def test_parts_of_another_precision_are_not_mixed_in(data, tmp_path):
-    network, parts = model(tmp_path / "model", 0), {}
+def test_parts_of_another_precision_are_not_mixed_in(data, model, tmp_path):
+    parts = {}
     for precision in ("bf16", "float32"):
         out = tmp_path / precision
         out.mkdir()
         (out / job.PRECISION).write_text(precision)  # as the first worker found it
-        embed(network, data, out, splits=("query",), device="cpu")
+        embed(model, data, out, splits=("query",), device="cpu")
         before = (out / "part-000001.parquet").read_bytes()
         (out / "part-000001.parquet").unlink()
-        embed(network, data, out, splits=("query",), device="cpu")
+        embed(model, data, out, splits=("query",), device="cpu")
         parts[precision] = (out / "part-000001.parquet").read_bytes()
         assert parts[precision] == before
     assert parts["bf16"] != parts["float32"]
 
 
-def test_evaluate_embeds_batches_of_the_given_size(data, tmp_path, monkeypatch):
+def test_evaluate_embeds_batches_of_the_given_size(data, model, monkeypatch):
     told = []
 
     def embedded(settings, progress):
@@ -158,37 +168,37 @@ def test_evaluate_embeds_batches_of_the_given_size(data, tmp_path, monkeypatch):
         raise DataError("not now")
 
     monkeypatch.setattr(job, "embed_dataset", embedded)
-    settings = Evaluate(model=(model(tmp_path / "model", 0),), data=(data,), batch=3)
+    settings = Evaluate(model=(model,), data=(data,), batch=3)
     with pytest.raises(DataError, match="not now"):
         evaluate(settings, Console(quiet=True))
     assert told == [3]
 
 
-def test_parts_of_unknown_origin_are_not_mixed_in(data, tmp_path):
+def test_parts_of_unknown_origin_are_not_mixed_in(data, model, tmp_path):
     out = tmp_path / "embeddings"
     out.mkdir()
     (out / "part-000000.parquet").touch()
     with pytest.raises(DataError, match=r"no job\.json that describes them"):
-        embed(model(tmp_path / "model", 0), data, out)
+        embed(model, data, out)
 
 
-def test_workers_for_which_there_is_no_room_are_not_waited_for(data, tmp_path):
-    network, out = model(tmp_path / "model", 0), tmp_path / "embeddings"
-    assert embed(network, data, out, splits=("gallery",), workers=3) == 24  # on two cores
+def test_workers_for_which_there_is_no_room_are_not_waited_for(data, model, tmp_path):
+    out = tmp_path / "embeddings"
+    assert embed(model, data, out, splits=("gallery",), workers=3) == 24  # on two cores
 
 
-def test_a_split_that_the_dataset_has_not_is_an_error(data, tmp_path):
+def test_a_split_that_the_dataset_has_not_is_an_error(data, model, tmp_path):
     with pytest.raises(DataError, match="has no images in val"):
-        embed(model(tmp_path / "model", 0), data, tmp_path / "embeddings", splits=("val",))
+        embed(model, data, tmp_path / "embeddings", splits=("val",))
 
 
-def test_a_model_measures_the_same_on_one_worker_and_on_two(data, tmp_path, monkeypatch):
+def test_a_model_measures_the_same_on_one_worker_and_on_two(data, model, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    network, console = model(tmp_path / "model", 0), Console(quiet=True)
+    console = Console(quiet=True)
     loader = LoaderConfig(workers=0, cache=tmp_path / "cache")
     embeddings, output = str(tmp_path / "embeddings"), str(tmp_path / "measured.json")
     both = Evaluate(
-        model=(network,),
+        model=(model,),
         data=(data,),
         embeddings=embeddings,
         output=output,
@@ -201,10 +211,10 @@ def test_a_model_measures_the_same_on_one_worker_and_on_two(data, tmp_path, monk
     assert json.loads(Path(output).read_text())["metrics"] == local.result.summary()
 
 
-def test_measures_of_a_model_are_tracked_under_names_that_mlflow_takes(data, tmp_path):
+def test_measures_of_a_model_are_tracked_under_names_that_mlflow_takes(data, model, tmp_path):
     uri = local_tracking(tmp_path)
     settings = Evaluate(
-        model=(model(tmp_path / "model", 0),),
+        model=(model,),
         data=(data,),
         tracking_uri=uri,
         measures=Measures(false_accept_rates=(0.1,)),
@@ -221,20 +231,15 @@ def test_measures_of_a_model_are_tracked_under_names_that_mlflow_takes(data, tmp
     assert page in console.file.getvalue()
 
 
-def test_models_are_measured_on_several_datasets_as_on_each(data, tmp_path, monkeypatch):
+def test_models_are_measured_on_several_datasets_as_on_each(data, models, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     options = {"identities": 4, "cameras": 2, "images_per_camera": 2, "seed": 1}
     raw, other = tmp_path / "raw", str(tmp_path / "other")
     build_shards("synthetic", raw, other, name="other", options=options, jobs=1)
-    models = tuple(model(tmp_path / f"model-{seed}", seed) for seed in (0, 1))
     loader, output = LoaderConfig(workers=0, cache=tmp_path / "cache"), tmp_path / "all.json"
     screen = io.StringIO()
     settings = Evaluate(model=models, data=(data, other), output=str(output), loader=loader)
     found = evaluate(settings, Console(file=screen, width=100))
-    (alone,) = evaluate(
-        Evaluate(model=models[1:], data=(other,), loader=loader), Console(quiet=True)
-    )
-    assert found[3].result.summary() == alone.result.summary()
     written = json.loads(output.read_text())
     assert [one["embeddings"] for one in written] == [
         f"{m} on {d}" for m in models for d in (data, other)
@@ -244,8 +249,10 @@ def test_models_are_measured_on_several_datasets_as_on_each(data, tmp_path, monk
     assert len(rows) == 2  # a model each, with mAP and rank-1 on both datasets
     for one in found:
         assert f"{100 * one.result.summary()['mAP']:.2f} %" in printed
-    one_model = Evaluate(model=models[:1], data=(data, other), loader=loader)
-    evaluate(one_model, Console(file=screen, width=100))
+    one_model = Evaluate(model=models[1:], data=(data, other), loader=loader)
+    alone = evaluate(one_model, Console(file=screen, width=100))
+    for one, again in zip(found[2:], alone, strict=True):
+        assert one.result.summary() == again.result.summary()
     *_, first, second, mean, _ = screen.getvalue().splitlines()
     assert ("synthetic" in first, "other" in second, "mean" in mean) == (True, True, True)
 
@@ -285,7 +292,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(settings, wor
         evaluate(settings, Console(quiet=True))
 
 
-def test_a_folder_of_photos_is_measured_as_it_is(data, tmp_path, monkeypatch):
+def test_a_folder_of_photos_is_measured_as_it_is(data, model, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", local_tracking(tmp_path))
     dataset = Dataset.open(data)
     gallery = dataset.index("gallery")
@@ -295,7 +302,7 @@ def test_a_folder_of_photos_is_measured_as_it_is(data, tmp_path, monkeypatch):
         file.write_bytes(dataset.read(gallery, row))
     console = Console(file=io.StringIO(), width=200)
     settings = Evaluate(
-        model=(model(tmp_path / "model", 0),),
+        model=(model,),
         data=(str(tmp_path / "photos"),),
         loader=LoaderConfig(workers=0, cache=tmp_path / "cache"),
     )

@@ -181,7 +181,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 def _register(folder: Path, uri: str, seed: int) -> None:
     """An untrained network as a version of the model, with a threshold."""
-    model = ModelConfig(backbone="resnet18", weights="none", stripes=1)
+    model = ModelConfig(backbone="timm:test_resnet", weights="none", stripes=1)
     size = ImageConfig(height=32, width=16)
     config = TrainConfig(recipe="test", image=size, model=model, precision="float32")
     folder.mkdir()

@@ -96,6 +96,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         output=str(folder / "runs"),
         image__height=32,
         image__width=32,
+        model__backbone="timm:test_resnet",
         batch__identities=2,
         batch__images=2,
         batch__steps_per_epoch=STEPS,
