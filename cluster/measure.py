@@ -11,6 +11,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_shards.errors import DataError
+from data_shards.progress import display, phase
 from data_shards.storage.atomic import atomic_write, disk_errors
 from reid_train.config import TrainConfig, explain
 
@@ -57,7 +58,8 @@ def measure(run: tyro.conf.Positional[str], gpu_type: str, table: Path = OWN) ->
         gpu_type: The GPU type of its workers, in your words; 'cpu' for none.
         table: Where to add it.
     """
-    found, path = measured(run, gpu_type), table.expanduser()
+    with display() as progress, phase(progress, "reading the run"):
+        found, path = measured(run, gpu_type), table.expanduser()
     add_to_table(path, found)
     print(
         f"{found.device}  {found.backbone} {found.height} × {found.width}  {found.workers} × "

@@ -212,7 +212,7 @@ def add_command(
 
 
 def merge_command(urls: Urls, out: str, name: OptionalName = None) -> None:
-    """Join datasets; an identity or a camera of one is never that of another.
+    """Join datasets, with the identities and cameras of each kept apart.
 
     Shards are not written again: local ones are linked, and S3 copies its own.
 
@@ -263,7 +263,7 @@ def remove_command(
 
 
 def verify_command(url: Url, decode: bool = False, jobs: OptionalInt = None) -> None:
-    """Read a sharded dataset in full and check it against its manifest and index.
+    """Read a dataset in full and check it against its manifest and index.
 
     Lists every shard that is missing, truncated or altered, and then exits with code 3.
 
@@ -295,11 +295,12 @@ def info_command(url: Url) -> None:
 
 
 def _show(url: str, manifest: Manifest) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     console = make_console()
     console.print(f"{manifest.name} at {url}")
-    table = Table("split")
+    table = Table("split", box=SIMPLE_HEAD)
     for heading in ("images", "identities", "cameras", "shards", "MB"):
         table.add_column(heading, justify="right")
     for split in SPLITS:
@@ -311,12 +312,14 @@ def _show(url: str, manifest: Manifest) -> None:
             table.add_row(split, *(f"{n:,}" for n in counts), f"{megabytes:,.1f}")
     console.print(table)
     options = ", ".join(f"{key} {value}" for key, value in manifest.options.items())
-    console.print(f"manifest {manifest.digest[:16]}, source {manifest.source}: {options}")
+    if manifest.options:
+        options = f": {options}"
+    console.print(f"manifest {manifest.digest[:16]}, source {manifest.source}{options}")
     if not manifest.complete:
         console.print("incomplete: the published counts are not met", style="yellow")
     if manifest.left_out:
         count = len(manifest.left_out)
-        console.print(f"{count:,} unreadable images were left out", style="yellow")
+        console.print(f"unreadable images left out: {count:,}", style="yellow")
 
 
 COMMANDS: dict[str, Command] = {

@@ -9,8 +9,11 @@ import contextlib
 import difflib
 import functools
 import io
+import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,9 @@ def run_command(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def run_one_of(
@@ -89,10 +95,13 @@ def parse(target: Callable[..., Any], words: Sequence[str], prog: str, **options
         config = (tyro.conf.AvoidSubcommands,)
         return tyro.cli(held, args=words, prog=prog, config=config, **options, **more)
 
-    def known() -> list[str]:
+    def shown_help() -> str:
         with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
             call(["--help"])
-        return re.findall(r"--[a-z][\w.-]*", text.getvalue())
+        return reflowed(text.getvalue(), shutil.get_terminal_size().columns)
+
+    def known() -> list[str]:
+        return re.findall(r"--[a-z][\w.-]*", shown_help())
 
     try:
         parsed, unknown = call(words, return_unknown_args=True, console_outputs=False)
@@ -102,7 +111,9 @@ def parse(target: Callable[..., Any], words: Sequence[str], prog: str, **options
         names = {name.replace("_", "-") for name in known()} if given else set()
         unknown = [w for w in given if w.partition("=")[0].replace("_", "-") not in names]
         if not unknown:
-            call(words)  # shows the help, or what is wrong
+            if stop.code:
+                call(words)  # shows what is wrong
+            print(shown_help(), flush=True)
             raise
     if unknown:
         word = next((word for word in unknown if word.startswith("-")), unknown[0])
@@ -110,6 +121,25 @@ def parse(target: Callable[..., Any], words: Sequence[str], prog: str, **options
         kind = "option" if name.startswith("-") else "word"
         raise ConfigError(f"unknown {kind} {name}.{did_you_mean(name, known())} See {prog} --help")
     return parsed if isinstance(target, type) else parsed()
+
+
+def reflowed(text: str, width: int) -> str:
+    """A help of tyro's without the line breaks of docstrings, and no line wider than `width`."""
+    rows: list[tuple[str, str]] = []  # what stays in front of a paragraph, and its text
+    for line in text.replace("(default: )", "").splitlines():
+        body = line.strip()
+        indent = len(line) - len(line.lstrip())
+        before = "".join(rows[-1]) if rows else ""
+        if indent >= 8 and before[indent - 2 : indent] == "  " and before[indent:].strip():
+            rows[-1] = before[:indent], f"{before[indent:]} {body}"
+        else:
+            rows.append((line[:indent], body))
+    lines: list[str] = []
+    for front, words in rows:
+        later = " " * len(front) + "    " * words.startswith(("usage:", "python"))
+        wrapper = textwrap.TextWrapper(width, front, later, break_on_hyphens=False)
+        lines += wrapper.wrap(words) or [""]
+    return "\n".join(lines)
 
 
 def peek(words: Sequence[str], *options: str, flags: Sequence[str] = ()) -> argparse.Namespace:

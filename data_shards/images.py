@@ -138,8 +138,10 @@ def open_images(url: str) -> Dataset | ImageFolder:
 def warn_left_out(folder: ImageFolder, unreadable: Sequence[LeftOut]) -> None:
     """Name the files that are in no batch, in a warning."""
     reasons = [f"{image.path} ({image.reason})" for image in unreadable]
-    for names, what in ((reasons, "unreadable images"), (folder.ignored, "files of macOS")):
+    one_many = ("unreadable image", "unreadable images"), ("file of macOS", "files of macOS")
+    for names, words in zip((reasons, folder.ignored), one_many, strict=True):
         if names:
+            what = words[len(names) > 1]
             more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
             first = "; ".join(names[:NAMED])
             logger.warning("%s: %d %s left out: %s%s", folder.url, len(names), what, first, more)

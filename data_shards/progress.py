@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -116,8 +118,10 @@ class Stage:
         now = time.monotonic()
         if not self.unit:
             return duration(now - self.began)
-        counts = f"{self.done:,} of {self.total:,} {self.unit}{_rate(self.per_second())}"
-        return f"{counts}, {duration(self.left(now))} left"
+        counts, left = f"{self.done:,} of {self.total:,} {self.unit}", self.left(now)
+        if left is None:
+            return f"{counts}, {duration(now - self.began)}"  # a clock, until there is a pace
+        return f"{counts}{_rate(self.per_second())}, {duration(left)} left"
 
     @property
     def lines(self) -> str:
@@ -205,11 +209,36 @@ def display(
     count `unit`. The `print` of the `Progress` that is yielded prints a line above the bars.
     """
     shown = Display(console or make_console(stderr=True), units or {}, unit)
-    try:
+    if shown._bars is None:
         yield shown
-    finally:
-        if shown._bars is not None:
+        return
+    with no_key_echo():
+        try:
+            yield shown
+        finally:
             shown._bars.stop()
+
+
+@contextlib.contextmanager
+def no_key_echo() -> Iterator[None]:
+    """Keep the terminal from showing Ctrl-C as ^C: that moves a full line, which then stays."""
+    try:
+        keyboard = sys.stdin.fileno()
+        before = termios.tcgetattr(keyboard)
+        # A process in the background would be stopped for changing the terminal.
+        in_front = os.tcgetpgrp(keyboard) == os.getpgrp()
+    except (OSError, ValueError, termios.error):
+        in_front = False  # no terminal
+    if not in_front:
+        yield
+        return
+    flags = 3  # of `tcgetattr`: the local modes
+    quiet = [*before[:flags], before[flags] & ~termios.ECHOCTL, *before[flags + 1 :]]
+    termios.tcsetattr(keyboard, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSANOW, before)
 
 
 def _bars(console: Console) -> Any:

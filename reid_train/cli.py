@@ -1,5 +1,7 @@
 """The command line: `python -m reid_train COMMAND`; `COMMANDS` has them all."""
 
+import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -51,15 +53,17 @@ def train(arguments: list[str]) -> None:
 
 def recipes() -> None:
     """List the recipes: what each is for, and what it sets."""
+    width = shutil.get_terminal_size().columns
     for name, config in RECIPES.items():
         batch, optimizer, image = config.batch, config.optimizer, config.image
         epochs = f"{optimizer.frozen_epochs} + " * (optimizer.frozen_epochs > 0)
-        print(f"{name}: {PURPOSES[name]}")
-        print(
-            f"    {config.model.backbone}, weights {config.model.weights}, {image.height} × "
+        sets = (
+            f"{config.model.backbone}, weights {config.model.weights}, {image.height} × "
             f"{image.width} pixels, {batch.identities} people × {batch.images} images a batch, "
             f"{epochs}{optimizer.epochs} epochs"
         )
+        print(textwrap.fill(f"{name}: {PURPOSES[name]}", width, break_on_hyphens=False))
+        print(textwrap.fill(sets, width, initial_indent="    ", subsequent_indent="    "))
 
 
 def models(tracking_uri: str | None = None) -> None:
@@ -76,6 +80,9 @@ def models(tracking_uri: str | None = None) -> None:
         from reid_train.registry.registry import list_models
 
         found = list_models(tracking_uri)
+    if not found:
+        console.print("no model is registered yet: `train` registers one at its end")
+        return
     names = "model", "version", "aliases", "mAP", "rank-1", "dataset", "created", "run"
     table = Table(*names, box=SIMPLE_HEAD)
     for model in found:
@@ -121,7 +128,7 @@ def export(arguments: list[str]) -> None:
 
 
 def visualize(arguments: list[str]) -> None:
-    """Draw rank lists, activations and a map of embeddings for a model and a dataset."""
+    """Draw rank lists, activations and a map of a model's embeddings."""
     from reid_train.commands import visualize as commands
 
     settings = parse(commands.Visualize, arguments, f"{PROGRAM} visualize")
@@ -133,7 +140,7 @@ def report(
     to: Path | None = None,
     browser: bool = False,
 ) -> None:
-    """Copy the report of a run or a sweep to this machine, and print where its page is.
+    """Copy the report of a run or a sweep here; print where its page is.
 
     python -m reid_train report s3://bucket/runs/first
 

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from data_shards.progress import LINE_EVERY, Stage, duration
+from data_shards.progress import LINE_EVERY, Stage, duration, no_key_echo
 from reid_train.runs.process import Stop
 from tune.controller import Controller
 from tune.space import AMPLITUDE, LEARNING_RATE, THETA_MULTIPLIER, Value
@@ -42,7 +42,7 @@ class Paces:
         self._stages = {}
         for trial in running:
             state = states[trial.run_name]
-            trial.images_per_second = state["images_per_second"]
+            trial.images_per_second = state.get("images_per_second", trial.images_per_second)
             total = state["epochs"] * state["steps"]
             done = state["epoch"] * state["steps"] + state["step"]
             stage = before.get(trial.number)
@@ -77,7 +77,10 @@ def watch(
         paces, printed = Paces(), {t.number for t in controller.trials if t.state in ENDED}
         last_note, last_line, told = "", 0.0, False
         live = Live(console=console, transient=True, auto_refresh=False)
-        with live if console.is_terminal else contextlib.nullcontext():
+        with contextlib.ExitStack() as shown:
+            if console.is_terminal:
+                shown.enter_context(no_key_echo())
+                shown.enter_context(live)
             while True:
                 finished = ended.wait(1.0)
                 # Ray may answer late while processes start; the trials' states are known here.

@@ -143,7 +143,7 @@ class S3Server:
         if self.running:
             return
         if importlib.util.find_spec("swift") is None:
-            hint = "pip install adaptive-reid[local]"
+            hint = "pip install -e '.[local]'"
             raise StorageError(f"S3 server: Swift is not installed; {hint}")
         for name in ("conf", "data/disk", "logs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import tyro
 from cluster.measure import OWN, PACKAGED, Measurement, read_table, steps_needed, write_json
 from data_shards.command_line import program
 from data_shards.errors import ConfigError
-from data_shards.progress import make_console
+from data_shards.progress import display, make_console, phase
 from reid_train.config import TrainConfig
 from reid_train.recipes import parse_with_recipe
 
@@ -83,11 +83,15 @@ def parse(arguments: list[str]) -> Plan:
 
 def make(options: Plan) -> dict[str, Any]:
     """What a run takes, in seconds and bytes, on `options.gpus` and on other numbers of workers."""
-    from cluster.plan import estimate as plan
-    from data_shards.dataset import Dataset
+    with display() as progress:
+        with phase(progress, "loading PyTorch"):
+            from cluster.plan import estimate as plan
+        with phase(progress, "opening the dataset"):
+            from data_shards.dataset import Dataset
+
+            dataset = Dataset.open(options.config.data)
 
     config = options.config
-    dataset = Dataset.open(config.data)
     epochs = plan.plans(config, dataset)
     counts = plan.count(config, dataset, epochs)
     network = plan.describe(config, len(dataset.identities))

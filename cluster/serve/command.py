@@ -103,7 +103,7 @@ def checked(settings: Settings) -> Settings:
         import ray.serve  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"the service needs the package {error.name}: pip install 'adaptive-reid[serve]'"
+            f"the service needs the package {error.name}: pip install -e '.[serve]'"
         ) from None
     from reid_train.commands.gallery import open_gallery
     from reid_train.registry.load import pinned

@@ -218,7 +218,7 @@ def _faiss() -> Any:
         return importlib.import_module("faiss")
     except ImportError:
         raise ConfigError(
-            "--approximate-above needs the package faiss-cpu: pip install 'adaptive-reid[serve]'"
+            "--approximate-above needs the package faiss-cpu: pip install -e '.[serve]'"
         ) from None
 
 

@@ -102,8 +102,8 @@ def read_images(
         images, left_out = scan(records, jobs, progress, cluster)
     if left_out and not skip_unreadable:
         raise DataError(
-            f"{len(left_out):,} images under {root} cannot be read; repair them, or pass"
-            " --skip-unreadable to leave them out:"
+            f"{len(left_out):,} image{'s' * (len(left_out) > 1)} under {root} cannot be read: "
+            "repair or remove what follows, or leave it out with --skip-unreadable"
             + "".join(f"\n  {item.path}: {item.reason}" for item in left_out)
         )
     records = _numbered([image.record for image in images], [image.sha256 for image in images])

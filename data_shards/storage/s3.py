@@ -105,8 +105,9 @@ class S3Storage:
         region, ours = _region_in(error), _client().meta.region_name
         if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
             text = (
-                f"no credentials for {self.url}: set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or "
-                "give the machine an instance profile or service account"
+                f"no credentials for {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+                "(for the local stack: source .cluster/environment), or give the machine an "
+                "instance profile or service account"
             )
         elif code == "NoSuchBucket":
             text = f"no bucket {self.bucket!r} on {server}: create it, or check the name"

@@ -285,7 +285,7 @@ def show_all(
     from rich.table import Table
 
     say(console, steps_of(found[0]))
-    table = Table()
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("dataset" if len(models) == 1 else "model", overflow="fold")
 
     def cells(summaries: Sequence[Mapping[str, float]], names: Iterable[str]) -> list[str]:
@@ -334,7 +334,7 @@ def show(found: Measurement, console: Console) -> None:
 
     result = found.result
     say(console, steps_of(found))
-    table, rows = Table(), {"": result}
+    table, rows = Table(box=SIMPLE_HEAD), {"": result}
     if found.plain is not None:
         rows = {"plain": found.plain, "re-ranked": result}
         table.add_column("")

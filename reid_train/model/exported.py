@@ -143,7 +143,7 @@ def require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"ONNX needs the package {error.name}: pip install 'adaptive-reid[export]'"
+            f"ONNX needs the package {error.name}: pip install -e '.[export]'"
         ) from None
 
 
@@ -158,7 +158,7 @@ def open_onnx(path: Path, device: str) -> tuple[Callable[[np.ndarray], np.ndarra
         import onnxruntime
     except ImportError:
         raise ConfigError(
-            "an ONNX file needs the package onnxruntime: pip install 'adaptive-reid[export]'"
+            "an ONNX file needs the package onnxruntime: pip install -e '.[export]'"
         ) from None
     providers = [name for name in ("CUDAExecutionProvider",) if device != "cpu"]
     providers = [name for name in providers if name in onnxruntime.get_available_providers()]

@@ -69,8 +69,14 @@ def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Pat
     storage = open_storage(best_checkpoint(location))
     if isinstance(storage, LocalStorage):
         return storage.root
-    for file in (WEIGHTS, CONFIG):
-        storage.download(file, folder / file)
+    try:
+        for file in (WEIGHTS, CONFIG):
+            storage.download(file, folder / file)
+    except ObjectMissing as error:
+        raise ObjectMissing(
+            f"{location} is not a model: {error}; give models:/name@champion, or the folder of a "
+            "finished run or of a checkpoint"
+        ) from None
     return folder
 
 
@@ -89,6 +95,8 @@ def best_checkpoint(run: str) -> str:
         return folder.child(PurePosixPath(name).name).url
     except ObjectMissing:
         found = [key.rpartition("/")[0] for key, _ in folder.list() if key.endswith(f"/{WEIGHTS}")]
+        if not found and folder.exists("run.json"):
+            raise DataError(f"{run} is a run that has no checkpoint yet: wait for it") from None
         if not found:
             return run
         places = ", ".join(folder.child(name).url for name in sorted(found))

@@ -137,8 +137,9 @@ class Follower:
     def _step(self, state: State) -> None:
         epoch, epochs, steps = state["epoch"], state["epochs"], state["steps"]
         evaluations = epochs // self._every - epoch // self._every + (epochs % self._every > 0)
-        note = f"epoch {epoch + 1} of {epochs}, loss {state['loss']:.3f}"
-        note += f", {state['images_per_second']:,.0f} images/s"
+        note = f"epoch {epoch + 1} of {epochs}"
+        if "loss" in state:  # not before the first steps
+            note += f", loss {state['loss']:.3f}, {state['images_per_second']:,.0f} images/s"
         later = evaluations * self._evaluation_seconds
         self._display("training", epoch * steps + state["step"], epochs * steps, note, later)
 
@@ -148,7 +149,8 @@ class Follower:
             if self._began is not None:
                 self._evaluation_seconds, self._began = time.monotonic() - self._began, None
             metrics = evaluation["metrics"]
-            figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("mAP", "rank-1", "mINP"))
+            shown = ("mAP", "rank-1", "mINP")
+            figures = ", ".join(f"{name} {100 * metrics[name]:.2f} %" for name in shown)
             epoch = evaluation["epoch"]
             when = f"after {epoch} epochs" if epoch else "untrained"
             on = ", on validation" if evaluation.get("split") == "validation" else ""

@@ -99,7 +99,8 @@ def train(
         resume.load_model(model)
         resume.load_theta(regularizer)
         state = RunState(resume.progress, resume.history(), resume.progress.global_step)
-        logger.info("resuming at epoch %d, step %d", state.progress.epoch, state.progress.step)
+        place = state.progress
+        logger.info("resuming after step %d, in epoch %d", place.global_step, place.epoch + 1)
     elif initial is not None:
         initial.load(model, regularizer)
     state.history.split = dataset.choose_split(config.evaluation.split)
@@ -194,6 +195,7 @@ class TrainLoop:
             self.plan = epoch_plan(config, self.dataset, epoch)
             place = self.dataset, self.context, self.decoders
             steps = step_batches(config, *place, self.plan, progress.step)
+            self.show_place()
             for batches in self.step_rows.timed(steps):
                 self.train_step(batches)
                 request = self.log_step()
@@ -286,12 +288,15 @@ class TrainLoop:
         speed = self.config.batch_size * self.config.batch.accumulate / read.step_seconds
         self._record(read, first, speed)
         self._record_factors()
-        if context.rank == 0:
-            place = {"epoch": progress.epoch, "epochs": self.config.total_epochs}
-            place |= {"step": progress.step, "steps": self.steps}
-            loss = float(read.rows[-1, :-1].sum())
-            context.show({**place, "loss": loss, "images_per_second": speed})
+        self.show_place(loss=float(read.rows[-1, :-1].sum()), images_per_second=speed)
         return read.request
+
+    def show_place(self, **figures: float) -> None:
+        """Show where the run is (rank 0)."""
+        if self.context.rank == 0:
+            place = {"epoch": self.progress.epoch, "epochs": self.config.total_epochs}
+            place |= {"step": self.progress.step, "steps": self.steps}
+            self.context.show({**place, **figures})
 
     def evaluate(self) -> Validation:
         """Measure the model now; the metrics go to the history and the tracker."""

@@ -238,7 +238,7 @@ def text(outcome: Outcome, picture: str) -> str:
     return "\n".join(lines)
 
 
-SAID = ("trying again", "is damaged; fetching it again", "rank . failed", "resuming at epoch")
+SAID = ("trying again", "is damaged; fetching it again", "rank . failed", "resuming after step")
 """What drivers say of faults; these are counted."""
 
 

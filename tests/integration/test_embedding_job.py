@@ -111,7 +111,7 @@ def test_a_folder_of_images_is_embedded_as_a_gallery(data, model, tmp_path, capl
         file.write_bytes(dataset.read(index, row))
     (folder / "0" / "04.jpg").write_bytes(b"no image")
     assert embed(model, str(folder), out) == 11
-    assert "1 unreadable images left out: 0/04.jpg (not a readable image" in caplog.text
+    assert "1 unreadable image left out: 0/04.jpg (not a readable image" in caplog.text
     files, sharded = EmbeddingFiles.open(str(out)), tmp_path / "sharded"
     assert files.paths().tolist() == [f"{i % 2}/{i:02}.jpg" for i in (0, 2, 6, 8, 10)] + [
         f"1/{i:02}.jpg" for i in range(1, 12, 2)

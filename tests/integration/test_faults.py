@@ -207,7 +207,7 @@ def test_killed_and_frozen_workers_are_named_and_replaced(survivor):
     assert said.count("rank 1 failed") >= 2, said  # killed, and frozen
     assert said.count("rank 0 failed") >= 2, said  # killed twice
     assert "A worker health check has been hanging" in said  # the frozen one
-    assert "resuming at epoch" in said
+    assert "resuming after step" in said
 
 
 def test_second_driver_of_a_run_is_refused(survivor):

@@ -239,7 +239,7 @@ def test_the_map_of_the_file_is_measured_and_must_be_that_of_pytorch(tmp_path, m
 
 def test_the_missing_package_is_named(tmp_path, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ConfigError, match=r"onnxscript: pip install 'adaptive-reid\[export\]'"):
+    with pytest.raises(ConfigError, match=r"onnxscript: pip install -e '.\[export\]'"):
         run(model, tmp_path / "reid.onnx")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -75,6 +76,24 @@ def test_every_option_has_a_help_text(answers):
             if not re.search(r"[a-z]{3}", words):
                 silent.append(f"{line}: {option.split()[0]}")
     assert silent == []
+
+
+def test_help_fits_80_columns_and_has_no_early_line_breaks(answers):
+    for line, (_, _, text) in answers.items():
+        rows = text.splitlines()
+        assert [row for row in rows if len(row) > 80] == [], line
+        assert "(default: )" not in text
+        for row, following in itertools.pairwise(rows):
+            indent = len(following) - len(following.lstrip())
+            if indent >= 8 and row[:indent].endswith("  ") and row[indent:].strip():
+                assert len(f"{row} {following.split()[0]}") > 80, f"{line}: {row}"
+
+
+def test_help_that_is_not_read_to_its_end_is_no_error():
+    command = f"{sys.executable} -m reid_train train --help | head -3"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage:")
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("package", MISTAKES)

@@ -155,7 +155,7 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, model, data, caplog)
     with caplog.at_level(logging.WARNING):
         (ranked,), _ = run(tmp_path, (photo,), model, folder, top=30)
     assert [m.path for m in ranked] == [name for name, _ in naive(model, photo, data[1])]
-    assert "1 unreadable images left out: broken.jpg (corrupt JPEG" in caplog.text
+    assert "1 unreadable image left out: broken.jpg (corrupt JPEG" in caplog.text
     assert "1 files of macOS left out: ._1.jpg" in caplog.text
     for image in folder.rglob("*.png"):
         image.unlink()

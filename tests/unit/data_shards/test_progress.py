@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -146,6 +150,40 @@ def test_a_terminal_has_a_bar_while_a_stage_lasts_and_keeps_its_last_line(clock)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
     assert "decoding [x] ━" in shown
     assert "decoding [x]: 100 images in 0:00:40, 2.5/s" in shown
+
+
+INTERRUPTED = """
+import time
+from data_shards.progress import display, make_console
+try:
+    with display(make_console()) as report:
+        for number in range(1000):
+            report("training", number, 1000)
+            time.sleep(0.05)
+except KeyboardInterrupt:
+    print("ended")
+"""
+
+
+def test_ctrl_c_does_not_move_the_bar():
+    keyboard, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], cwd=Path(__file__).parents[3],
+        start_new_session=True, stdin=terminal, stdout=terminal, stderr=terminal,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while "of 1,000" not in shown.decode(errors="ignore"):
+        shown += os.read(keyboard, 4096)
+    assert not termios.tcgetattr(keyboard)[3] & termios.ECHOCTL
+    os.write(keyboard, b"\x03")
+    while b"ended" not in shown:
+        shown += os.read(keyboard, 4096)
+    assert b"^C" not in shown
+    assert termios.tcgetattr(keyboard)[3] & termios.ECHOCTL
+    assert process.wait(30) == 0
+    os.close(keyboard)
 
 
 def test_the_bar_of_a_training_fits_80_columns(clock):

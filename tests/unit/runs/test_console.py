@@ -110,13 +110,13 @@ def test_each_line_is_new_and_the_time_left_does_not_jump(clock):
     assert said[:4] == [
         "starting the workers",
         "embedding gallery: 200 images in 0:00:20, 10/s",
-        "untrained: mAP 0.1000, rank-1 0.5000, mINP 0.2500",
+        "untrained: mAP 10.00 %, rank-1 50.00 %, mINP 25.00 %",
         "training: 31 of 200 steps, 1/s, 0:03:31 left, epoch 1 of 4, loss 7.000, 64 images/s",
     ]
     assert said[-3:] == [
         "training: 200 steps in 0:03:41, 0.9/s",
         "embedding gallery: 200 images in 0:00:20, 10/s",
-        "after 4 epochs: mAP 0.5000, rank-1 0.5000, mINP 0.2500",
+        "after 4 epochs: mAP 50.00 %, rank-1 50.00 %, mINP 25.00 %",
     ]
     assert len(set(said)) == len(said) - 2  # only the lines of three equal evaluations
     left = [int(m) * 60 + int(s) for m, s in re.findall(r"0:(\d\d):(\d\d) left", "\n".join(said))]
@@ -129,7 +129,7 @@ def test_an_evaluation_on_validation_is_called_so(clock):
     made, shown = log()
     follower = console.Follower(shown, every=1)
     follower.look(state(0, 1), {}, [evaluation(0, 0.2) | {"split": "validation"}])
-    assert "untrained, on validation: mAP 0.2000, rank-1 0.5000, mINP 0.2500" in lines(made)
+    assert "untrained, on validation: mAP 20.00 %, rank-1 50.00 %, mINP 25.00 %" in lines(made)
 
 
 def test_an_evaluation_comes_after_its_epochs_last_step_and_before_the_next(clock):
