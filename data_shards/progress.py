@@ -83,6 +83,7 @@ class Stage:
     done: int = 0
     note: str = ""  # what is shown after the figures
     later: float = 0.0  # seconds that the whole takes beside this stage's own: evaluations
+    first: int = field(init=False)  # what was done before
     seen: float = field(init=False)  # when `done` last grew
     reported: float = field(init=False)
     lined: float = field(init=False)  # when a line was last printed
@@ -90,6 +91,7 @@ class Stage:
     _seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self.first = self.done
         self.seen = self.reported = self.lined = self.began
 
     def update(self, done: int, total: int, now: float) -> None:
@@ -129,10 +131,12 @@ class Stage:
         return f"{self}\n{self.note}" if self.note else f"{self}"
 
     def ending(self, seconds: float) -> str:
-        """`19,732 images in 0:00:48, 411/s`."""
+        """`19,732 images in 0:00:48, 411/s`; only what was done here: a run may be resumed."""
         if not self.unit:
             return f"done in {duration(seconds)}"
-        return f"{self.total:,} {self.unit} in {duration(seconds)}{_rate(self.total / seconds)}"
+        done = self.total - self.first
+        what = f"{self.total:,}" if done == self.total else f"{done:,} of {self.total:,}"
+        return f"{what} {self.unit} in {duration(seconds)}{_rate(done / seconds)}"
 
 
 def _rate(per_second: float | None) -> str:

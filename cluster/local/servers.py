@@ -31,7 +31,7 @@ FOLDER = Path(".cluster")
 def up(
     folder: Path = FOLDER, ports: Annotated[Ports, tyro.conf.arg(name="port")] = ANY_PORTS
 ) -> None:
-    """Start S3, MLflow and Ray, or find them running; print how to use them.
+    """Start S3, MLflow and Ray unless they run; print how to use them.
 
     Args:
         folder: Where objects, MLflow's database and logs are kept; they stay after `down`.

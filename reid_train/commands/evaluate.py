@@ -282,6 +282,7 @@ def show_all(
 
     `found` are the measurements of the first model on all datasets, then of the second, and so on.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     say(console, steps_of(found[0]))

@@ -100,7 +100,8 @@ def train(
         resume.load_theta(regularizer)
         state = RunState(resume.progress, resume.history(), resume.progress.global_step)
         place = state.progress
-        logger.info("resuming after step %d, in epoch %d", place.global_step, place.epoch + 1)
+        if context.rank == 0:
+            logger.info("resuming after step %d, in epoch %d", place.global_step, place.epoch + 1)
     elif initial is not None:
         initial.load(model, regularizer)
     state.history.split = dataset.choose_split(config.evaluation.split)

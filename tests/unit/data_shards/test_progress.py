@@ -65,6 +65,12 @@ def test_a_long_stage_has_a_line_every_half_minute_and_one_at_its_end(clock):
     ]
 
 
+def test_the_end_of_a_resumed_stage_counts_what_was_done_since(clock):
+    console = log()
+    run(clock, console, list(range(110, 201)), 200, 1.0)
+    assert lines(console)[-1] == "embedding gallery: 90 of 200 images in 0:01:30, 1/s"
+
+
 def test_a_short_stage_has_no_line(clock):
     console = log()
     run(clock, console, [0, 50, 100], 100, 1.0)

@@ -114,7 +114,7 @@ def test_each_line_is_new_and_the_time_left_does_not_jump(clock):
         "training: 31 of 200 steps, 1/s, 0:03:31 left, epoch 1 of 4, loss 7.000, 64 images/s",
     ]
     assert said[-3:] == [
-        "training: 200 steps in 0:03:41, 0.9/s",
+        "training: 199 of 200 steps in 0:03:41, 0.9/s",
         "embedding gallery: 200 images in 0:00:20, 10/s",
         "after 4 epochs: mAP 50.00 %, rank-1 50.00 %, mINP 25.00 %",
     ]
