@@ -289,9 +289,9 @@ def info_command(url: Url) -> None:
     Args:
         url: The dataset: s3://bucket/prefix or a folder.
     """
-    from data_shards.dataset import Dataset
+    from data_shards.dataset import open_manifest
 
-    _show(url, Dataset.open(url).manifest)
+    _show(url, open_manifest(url)[1])
 
 
 def _show(url: str, manifest: Manifest) -> None:

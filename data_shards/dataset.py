@@ -4,14 +4,37 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
 
+from data_shards.cache import ShardCache
 from data_shards.errors import ConfigError, DataError, ObjectMissing
-from data_shards.manifest import MANIFEST_NAME, Index, Manifest, split_of_rows, version_key
-from data_shards.records import EVALUATED, NO_CAMERA, SPLITS
+from data_shards.index import Index, open_splits
+from data_shards.manifest import MANIFEST_NAME, Manifest, version_key
+from data_shards.records import EVALUATED, NO_CAMERA
 from data_shards.storage import Storage, open_storage
+
+NodeCache = tuple[Path, int]
+"""The folder of a node's cache, and its largest size in bytes."""
+
+
+def open_manifest(url: str, digest: str | None = None) -> tuple[Storage, Manifest]:
+    """The storage and the manifest of a dataset; `Dataset.open` says the rest."""
+    storage = open_storage(url)
+    try:
+        manifest = Manifest.from_json(storage.read(MANIFEST_NAME))
+        if digest not in (None, manifest.digest):
+            with contextlib.suppress(ObjectMissing):
+                manifest = Manifest.from_json(storage.read(version_key(digest)))
+    except ObjectMissing as error:
+        raise _no_dataset(url, error) from None
+    return storage, manifest
+
+
+def _no_dataset(url: str, error: ObjectMissing) -> DataError:
+    return DataError(f"no dataset at {url}: {error}. Make one with `python -m data_shards build`")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,32 +47,24 @@ class Dataset:
     _index: dict[str, Index] = field(repr=False)
 
     @classmethod
-    def open(cls, url: str, digest: str | None = None) -> Self:
+    def open(cls, url: str, digest: str | None = None, cache: NodeCache | None = None) -> Self:
         """Read and check the manifest and the index at `url`.
 
         Args:
             url: where the dataset is.
             digest: of the version to open, if it is still there; by default the newest.
+            cache: of the node, in which processes share the index if it is large.
 
         Raises:
             DataError: there is no dataset, or it is damaged.
             StorageError: the storage cannot be reached or denies access.
         """
-        storage = open_storage(url)
+        storage, manifest = open_manifest(url, digest)
+        shared = None if cache is None else ShardCache(storage, *cache)
         try:
-            manifest = Manifest.from_json(storage.read(MANIFEST_NAME))
-            if digest not in (None, manifest.digest):
-                with contextlib.suppress(ObjectMissing):
-                    manifest = Manifest.from_json(storage.read(version_key(digest)))
-            data = storage.read(manifest.index.name, sha256=manifest.index.sha256)
+            return cls(url, storage, manifest, open_splits(storage, manifest, shared))
         except ObjectMissing as error:
-            raise DataError(
-                f"no dataset at {url}: {error}. Make one with `python -m data_shards build`"
-            ) from None
-        index = Index.from_parquet(data, manifest)
-        split = split_of_rows(index, manifest.shards)
-        parts = {name: index.select(_rows(split == i)) for i, name in enumerate(SPLITS)}
-        return cls(url, storage, manifest, parts)
+            raise _no_dataset(url, error) from None
 
     def index(self, split: str) -> Index:
         """The images of one of `SPLITS`, in shard order; empty if the dataset has none."""
@@ -78,7 +93,10 @@ class Dataset:
     @property
     def identities(self) -> np.ndarray:
         """The pid of each training label, (C,) int64: `identities[label] == pid`."""
-        return np.unique(self._index["train"].pid)
+        train = self._index["train"]
+        pid = np.empty(train.label.max(initial=-1) + 1, np.int64)
+        pid[train.label] = train.pid
+        return pid
 
     def evaluated(self, split: str) -> tuple[Index, Index]:
         """Query and gallery of "test" or "validation"; both are empty if the dataset has none."""
@@ -100,18 +118,17 @@ class Dataset:
 
     def why_not_measurable(self, split: str = "test") -> str | None:
         """Why no query of a split has a match in its gallery; None if there is one."""
-        query, gallery = self.evaluated(split)
-        return why_not_measurable(
-            set(zip(query.pid.tolist(), query.camid.tolist(), strict=True)),
-            set(zip(gallery.pid.tolist(), gallery.camid.tolist(), strict=True)),
-        )
+        query, gallery = map(_seen, self.evaluated(split))
+        return why_not_measurable(query, gallery)
 
 
-def _rows(chosen: np.ndarray) -> np.ndarray | slice:
-    """Rows by their mask; as a slice, which takes no memory, if they are contiguous."""
-    rows = np.flatnonzero(chosen)
-    first, last = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
-    return slice(first, last) if last - first == len(rows) else rows
+def _seen(index: Index) -> set[tuple[int, int]]:
+    """The pids and camids of images, a part at a time: as Python's numbers they are large."""
+    seen, step = set[tuple[int, int]](), 1 << 17
+    for first in range(0, len(index), step):
+        rows = slice(first, first + step)
+        seen.update(zip(index.pid[rows].tolist(), index.camid[rows].tolist(), strict=True))
+    return seen
 
 
 def why_not_measurable(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from data_shards.dataset import Dataset
+from data_shards.dataset import Dataset, NodeCache
 from data_shards.errors import DataError, ObjectMissing
 from data_shards.manifest import MANIFEST_NAME, LeftOut
 from data_shards.sources.folders import SUFFIXES
@@ -123,15 +123,15 @@ class ImageFolder:
         return pixels
 
 
-def open_images(url: str) -> Dataset | ImageFolder:
-    """Open a sharded dataset, or else a folder of images.
+def open_images(url: str, cache: NodeCache | None = None) -> Dataset | ImageFolder:
+    """Open a sharded dataset, or else a folder of images; `cache` is that of `Dataset.open`.
 
     Raises:
         DataError: there is neither, or the dataset is damaged.
         StorageError: the storage cannot be reached or denies access.
     """
     if open_storage(url).exists(MANIFEST_NAME):
-        return Dataset.open(url)
+        return Dataset.open(url, cache=cache)
     return ImageFolder.open(url)
 
 

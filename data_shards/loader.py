@@ -10,7 +10,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
@@ -21,10 +21,12 @@ from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.decode import decode_into
 from data_shards.errors import ConfigError, DataError, ReidError, StorageError
-from data_shards.manifest import Index, ShardInfo
+from data_shards.index import Index
+from data_shards.manifest import ShardInfo
 from data_shards.storage.atomic import disk_errors
 
 AHEAD = 2  # batches queued for each worker
+_NO_PATHS = np.empty(0, object)  # workers need no paths, and reading them takes time
 HELD = 4  # batches that the consumer may hold, including the one being handed over
 
 
@@ -126,12 +128,16 @@ def _batches(
     if decoders is None:
         decoders = Decoders(cache, shards, most, *size, workers=min(workers, len(steps)))
     # Forks the workers, if they are new; fork before starting a thread.
-    made = decoders.start(index.select(rows) for rows in steps)
+    bare = (replace(index.select(rows), path=_NO_PATHS) for rows in steps)
+    made = decoders.start(bare)
     try:
         for rows, wanted in zip(steps, ahead, strict=False):
             if wanted is not None:
                 cache.prefetch(wanted)
             result = next(made)
+            if isinstance(result, _Unreadable):
+                position, what = result.args
+                raise DataError(f"{index.path[rows[position]]} {what}")
             if isinstance(result, ReidError):
                 raise result
             if decoders.workers:
@@ -271,6 +277,10 @@ class _Slots:
         return torch.from_numpy(array)
 
 
+class _Unreadable(DataError):
+    """An image that cannot be decoded, by its position in the batch, and why."""
+
+
 @dataclass(frozen=True)
 class _Made:
     """A worker's answer: the slot that it filled, or a tensor if it was given no slot."""
@@ -323,9 +333,10 @@ class _Decoder:
                         files[position] = another
                         _decode_at(another, *place, pixels[i])
                 except DataError as error:
-                    raise DataError(
-                        f"{images.path[i]} (byte {images.offset[i]} of {shard.name} in"
-                        f" {cache.storage.url}): {error}; see `python -m data_shards verify`"
+                    raise _Unreadable(
+                        i,
+                        f"(byte {images.offset[i]} of {shard.name} in {cache.storage.url}):"
+                        f" {error}; see `python -m data_shards verify`",
                     ) from None
         finally:
             for file in files.values():

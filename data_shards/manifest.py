@@ -6,11 +6,9 @@ in full when they are read: a `Manifest` or an `Index` that exists is valid.
 """
 
 import hashlib
-import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -19,15 +17,11 @@ import pydantic
 from pydantic import AfterValidator, Field, JsonValue
 
 from data_shards.errors import DataError
-from data_shards.records import EVALUATED, NO_CAMERA, SPLITS, ImageRecord
+from data_shards.records import EVALUATED, ImageRecord
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.parquet"
 VERSIONS = "versions/"  # the manifests of earlier versions
-
-COLUMNS = {"shard": "int32", "offset": "int64", "size": "int64", "pid": "int64", "label": "int64"}
-COLUMNS |= {"camid": "int32", "width": "int32", "height": "int32", "path": "string"}
-"""The type of each column, as Arrow names it."""
 
 
 def _inside(name: str) -> str:
@@ -212,92 +206,6 @@ class Manifest(_Model):
             ) from None
 
 
-@dataclass(frozen=True, eq=False)
-class Index:
-    """Images in shard order, one row each, as columns of length N."""
-
-    shard: np.ndarray  # int32, a position in `manifest.shards`
-    offset: np.ndarray  # int64, bytes from the start of the shard to the encoded image
-    size: np.ndarray  # int64, bytes of the encoded image
-    pid: np.ndarray  # int64
-    label: np.ndarray  # int64, 0..C-1 by ascending pid in train; -1 elsewhere
-    camid: np.ndarray  # int32
-    width: np.ndarray  # int32, pixels
-    height: np.ndarray  # int32, pixels
-    path: np.ndarray  # object (str), path of the image in its source dataset
-
-    def __len__(self) -> int:
-        return len(self.shard)
-
-    def select(self, rows: np.ndarray | slice) -> Self:
-        """Select rows by a boolean mask, by integer positions, or by a slice, without a copy."""
-        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
-    @classmethod
-    def concatenated(cls, parts: Sequence[Self]) -> Self:
-        """The rows of several indices, in shard order."""
-        columns = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
-        return cls(**columns).select(np.argsort(columns["shard"], kind="stable"))
-
-    @classmethod
-    def from_columns(cls, columns: dict[str, Any]) -> Self:
-        """Build an index from one sequence per column, cast to the column's type."""
-        kinds = {name: object if kind == "string" else kind for name, kind in COLUMNS.items()}
-        return cls(**{name: np.asarray(columns[name], kind) for name, kind in kinds.items()})
-
-    def to_parquet(self) -> bytes:
-        """The bytes of `index.parquet`; the same rows give the same bytes."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        columns = [pa.array(getattr(self, name), kind) for name, kind in COLUMNS.items()]
-        sink = io.BytesIO()
-        table = pa.table(columns, list(COLUMNS))
-        pq.write_table(table, sink, compression="zstd", row_group_size=1 << 17)
-        return sink.getvalue()
-
-    @classmethod
-    def from_parquet(cls, data: bytes, manifest: Manifest) -> Self:
-        """Read `index.parquet`; a `DataError` if it is damaged or disagrees with the manifest."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.read_table(pa.BufferReader(data))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{INDEX_NAME} is not readable Parquet: {error}") from None
-        if [(field.name, str(field.type)) for field in table.schema] != list(COLUMNS.items()):
-            raise DataError(
-                f"{INDEX_NAME} has columns {table.schema.names}, not {list(COLUMNS)}: was it"
-                " written by another version?"
-            )
-        if any(column.null_count for column in table.columns):
-            raise DataError(f"{INDEX_NAME} has empty cells")
-        index = cls(**{n: table[n].to_numpy(zero_copy_only=False) for n in COLUMNS})
-        _check_index(index, manifest)
-        return index
-
-
-def split_of_rows(index: Index, shards: Sequence[ShardInfo]) -> np.ndarray:
-    """The split of each row, (N,) int8, as a position in `SPLITS`."""
-    of_shard = np.array([SPLITS.index(shard.split) for shard in shards], np.int8)
-    return of_shard[index.shard]
-
-
-def count_splits(index: Index, shards: Sequence[ShardInfo]) -> dict[Any, SplitInfo]:
-    """The manifest's counts of each split that has images."""
-    split, counts = split_of_rows(index, shards), {}
-    for number, name in enumerate(SPLITS):
-        if (rows := split == number).any():
-            camid = index.camid[rows]
-            counts[name] = SplitInfo(
-                images=int(rows.sum()),
-                identities=len(np.unique(index.pid[rows])),
-                cameras=len(np.unique(camid[camid < NO_CAMERA])),
-            )
-    return counts
-
-
 def version_key(digest: str) -> str:
     """Where the manifest of an earlier version is."""
     return f"{VERSIONS}{digest[:16]}.json"
@@ -312,29 +220,3 @@ def json_digest(value: Any) -> str:
     """SHA-256, in hex, of a JSON value in its canonical form."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return sha256(canonical.encode())
-
-
-def _check_index(index: Index, manifest: Manifest) -> None:
-    def require(condition: bool, what: str) -> None:
-        if not condition:
-            raise DataError(f"{INDEX_NAME} is not valid: {what}; build the dataset again")
-
-    shards = manifest.shards
-    shard, offset, size = index.shard, index.offset, index.size
-    require(bool(((shard >= 0) & (shard < len(shards))).all()), "a row names no shard")
-    require(bool((np.diff(shard) >= 0).all()), "its rows are not in shard order")
-    counts = np.bincount(shard, minlength=len(shards)).tolist()
-    require(counts == [s.images for s in shards], "a shard has more or fewer images than listed")
-    capacity = np.array([s.bytes for s in shards], np.int64)[shard]
-    # `size <= capacity` first, so that the sum below cannot overflow.
-    fits = (offset >= 0) & (size > 0) & (size <= capacity) & (offset <= capacity - size)
-    require(bool(fits.all()), "an image lies outside its shard")
-    together = shard[1:] == shard[:-1]
-    apart = offset[1:] >= offset[:-1] + size[:-1]
-    require(bool((apart | ~together).all()), "two images overlap")
-    require(bool(((index.width > 0) & (index.height > 0)).all()), "an image has no pixels")
-    require(bool(((index.pid >= 0) & (index.camid >= 0)).all()), "a pid or camid is negative")
-    train = split_of_rows(index, manifest.shards) == SPLITS.index("train")
-    _, label = np.unique(index.pid[train], return_inverse=True)
-    require(bool((index.label[train] == label).all()), "labels do not follow the train pids")
-    require(bool((index.label[~train] == -1).all()), "an image outside train has a label")

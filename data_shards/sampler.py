@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from data_shards.errors import ConfigError
-from data_shards.manifest import Index
+from data_shards.index import Index
 from data_shards.records import NO_CAMERA
 
 # After r rounds of mixing, two identities that began in the same step are together more often than
@@ -118,7 +118,7 @@ def plan_apart(
     make = partial(plan, seed=seed, epoch=epoch, identities=identities, images=images)
     make = partial(make, window=window, small=small)
     rows = [np.flatnonzero(dataset == number) for number in np.unique(dataset)]
-    parts = [index.select(own) for own in rows]
+    parts = [index.select(_as_slice(own)) for own in rows]
     plans = [make(part) for part in parts]
     if steps is not None:
         ends = np.cumsum([0, *map(len, plans)])
@@ -133,6 +133,12 @@ def plan_apart(
     for number, (own, one) in enumerate(zip(rows, plans, strict=True)):
         planned[turn == number] = own[one]
     return planned
+
+
+def _as_slice(rows: np.ndarray) -> np.ndarray | slice:
+    """Ascending rows as a slice, which takes no memory, if they are contiguous."""
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    return slice(first, last) if last - first == len(rows) else rows
 
 
 def slice_for_rank(plan: np.ndarray, rank: int, world: int) -> np.ndarray:
@@ -172,18 +178,20 @@ def _windows(
     index: Index, window: int, identities: int, fewest: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
     """Yield the rows of each window's shards, the shards in random order."""
-    by_shard = np.argsort(index.shard, kind="stable")
-    _, starts = np.unique(index.shard[by_shard], return_index=True)
-    shards = np.split(by_shard, starts[1:])
-    order = rng.permutation(len(shards))
+    ends = np.flatnonzero(np.diff(index.shard, append=-1)) + 1  # the index is in shard order
+    starts = np.append(0, ends[:-1])
+    order = rng.permutation(len(ends))
     windows: list[np.ndarray] = []
     short = False
     for first in range(0, len(order), window):
-        rows = np.concatenate([shards[i] for i in order[first : first + window]])
+        shards = order[first : first + window]
+        rows = np.concatenate([np.arange(starts[i], ends[i]) for i in shards])
         if short:
             rows = np.concatenate([windows.pop(), rows])
         windows.append(rows)
         short = _usable(index.label[rows], fewest) < identities
+        if len(windows) > 2:  # the last two may yet be joined with others
+            yield windows.pop(0)
     if short and len(windows) > 1:
         rows = np.concatenate(windows[-2:])
         windows[-2:] = [rows]

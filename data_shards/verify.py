@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from data_shards.building.parallel import cores, parallel_map
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ObjectMissing
-from data_shards.manifest import Index, Origin, ShardInfo
+from data_shards.index import Index
+from data_shards.manifest import Origin, ShardInfo
 from data_shards.progress import Progress, silent
 from data_shards.storage import Storage
 
@@ -39,7 +42,8 @@ def verify(
     tasks = list[Task]()
     for position, shard in enumerate(dataset.manifest.shards):
         index = dataset.index(shard.split)
-        tasks.append((shard, index.select(index.shard == position)))
+        first, end = np.searchsorted(index.shard, [position, position + 1])
+        tasks.append((shard, index.select(slice(first, end))))
     check = partial(_check_shard, dataset.storage, dataset.manifest.name, decode_images)
     counts, report = [len(rows) for _, rows in tasks], partial(progress, "verifying")
     problems = parallel_map(check, tasks, jobs or cores(), counts, report)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_shards.errors import ConfigError
+from data_shards.storage import expand_home
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -204,6 +205,11 @@ class LoaderConfig(Section):
     """Folder of the node's shard cache."""
     cache_bytes: Count = 200 * 10**9
     """Largest size of the cache, in bytes."""
+
+    @property
+    def node_cache(self) -> tuple[Path, int]:
+        """The cache's folder, without `~`, and its size."""
+        return expand_home(self.cache).absolute(), self.cache_bytes
 
 
 class CheckpointConfig(Section):

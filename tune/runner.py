@@ -131,7 +131,7 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
     try:
         run_workers(
             config,
-            Dataset.open(config.data),
+            Dataset.open(config.data, cache=config.loader.node_cache),
             task["run_id"],
             board=SimpleNamespace(show=show, progress=SimpleNamespace(remote=silent)),
             callbacks=[_EvaluationReport()],

@@ -68,7 +68,7 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     """
     console = console or make_console()
     settings, config = plan.settings, prepare(plan.config)
-    dataset = Dataset.open(config.data)
+    dataset = Dataset.open(config.data, cache=config.loader.node_cache)
     split = dataset.choose_split(config.evaluation.split)
     if not all(len(index) for index in dataset.evaluated(split)):
         raise DataError(f"{config.data} has no query or gallery: a sweep compares by mAP on them")

@@ -22,16 +22,8 @@ from data_shards.building.reading import check_identities, check_name, read_imag
 from data_shards.building.scan import ScannedImage
 from data_shards.building.writer import ShardPlan, index_of, plan_shards, write_shard
 from data_shards.errors import ConfigError, StorageError
-from data_shards.manifest import (
-    INDEX_NAME,
-    FileInfo,
-    Index,
-    Manifest,
-    Names,
-    count_splits,
-    json_digest,
-    sha256,
-)
+from data_shards.index import Index, count_splits
+from data_shards.manifest import INDEX_NAME, FileInfo, Manifest, Names, json_digest, sha256
 from data_shards.progress import Progress, silent
 from data_shards.records import SHARD_BYTES
 from data_shards.storage import LocalStorage, Storage, open_storage

@@ -10,7 +10,8 @@ from data_shards.building.reading import check_name, sanitized
 from data_shards.building.versions import Change, commit, moved, next_number, shifted
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, StorageError
-from data_shards.manifest import Index, Names, ShardInfo, json_digest
+from data_shards.index import Index
+from data_shards.manifest import Names, ShardInfo, json_digest
 from data_shards.progress import Progress, silent
 from data_shards.records import NO_CAMERA
 from data_shards.storage import Storage, open_storage

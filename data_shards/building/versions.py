@@ -22,20 +22,18 @@ from data_shards.building.scan import ScannedImage
 from data_shards.building.writer import ShardImage, ShardPlan, index_of, plan_shards
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
+from data_shards.index import Index, count_splits, split_of_rows
 from data_shards.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
     VERSIONS,
     FileInfo,
-    Index,
     Manifest,
     Names,
     Origin,
     ShardInfo,
-    count_splits,
     json_digest,
     sha256,
-    split_of_rows,
     version_key,
 )
 from data_shards.progress import Progress, silent

@@ -28,7 +28,7 @@ from data_shards.loader import Batch, split_batches
 from data_shards.manifest import LeftOut, sha256
 from data_shards.progress import Progress, phase, silent
 from data_shards.records import NO_CAMERA
-from data_shards.storage import Storage, expand_home, open_storage
+from data_shards.storage import Storage, open_storage
 from reid_train.commands.embed import Embed
 from reid_train.commands.runtime import Runtime, fetched_onnx, onnx_runtime, uses_onnx
 from reid_train.evaluation import embedding_store
@@ -75,7 +75,8 @@ def embed_dataset(settings: Embed, progress: Progress = silent) -> int:
         DataError: no such images, or the parts that are there are of another model, dataset,
             device or precision.
     """
-    data, storage = open_images(settings.data), open_storage(settings.out)
+    data = open_images(settings.data, settings.loader.node_cache)
+    storage = open_storage(settings.out)
     tasks = tasks_of(data, settings.splits)
     if not tasks:
         raise DataError(f"{settings.data} has no images in {', '.join(settings.splits)}")
@@ -210,11 +211,10 @@ class _Worker:
             return
         settings, self.storage = self.settings, open_storage(self.settings.out)
         torch.set_num_threads(settings.cpus_per_worker or 1)
-        self.data = open_images(settings.data)
+        self.data = open_images(settings.data, settings.loader.node_cache)
         if self.data.digest != self.digest:
             raise DataError(f"the images at {settings.data} changed while they were embedded")
-        cache = expand_home(settings.loader.cache).absolute()
-        self.cache = ShardCache(self.data.storage, cache, settings.loader.cache_bytes)
+        self.cache = ShardCache(self.data.storage, *settings.loader.node_cache)
         with tempfile.TemporaryDirectory(prefix="reid-embed-") as temporary:
             folder = Path(temporary)
             contents: dict[str, bytes] = ray.get(files[0])  # type: ignore

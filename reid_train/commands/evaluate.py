@@ -115,7 +115,7 @@ def evaluate(settings: Evaluate, console: Console) -> list[Measurement]:
         from reid_train.commands.measurable import labels_of, name_of
         from reid_train.evaluation.ground_truth import find_ground_truth
 
-    datasets = [open_images(url) for url in settings.data]
+    datasets = [open_images(url, settings.loader.node_cache) for url in settings.data]
     for dataset in datasets:
         labels = labels_of(dataset, settings.split)
         find_ground_truth(labels)

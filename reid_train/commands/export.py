@@ -81,7 +81,9 @@ def export(settings: Export, console: Console) -> Parity:
         from reid_train.registry.load import fetched
     if settings.format == "onnx":
         exported.require_onnx()
-    dataset = Dataset.open(settings.data) if settings.data else None
+    dataset = None
+    if settings.data:
+        dataset = Dataset.open(settings.data, cache=settings.loader.node_cache)
     storage, key = open_file(settings.out)
     with tempfile.TemporaryDirectory(prefix="reid-export-") as temporary, display(console) as shown:
         path = Path(temporary) / f"reid-{settings.precision}{SUFFIX[settings.format]}"

@@ -15,11 +15,12 @@ from data_shards.dataset import Dataset
 from data_shards.decode import decode
 from data_shards.errors import ConfigError, DataError
 from data_shards.images import ImageFolder, open_images, warn_left_out
+from data_shards.index import Paths
 from data_shards.loader import Batch, split_batches
 from data_shards.manifest import LeftOut, Names
 from data_shards.progress import Progress, silent
 from data_shards.records import NO_CAMERA
-from data_shards.storage import expand_home, open_storage
+from data_shards.storage import open_storage
 from reid_train.commands.runtime import Runtime
 from reid_train.config import LOADERS, LoaderConfig
 from reid_train.evaluation.embedding_store import JOB, ROWS, SUFFIX, EmbeddingFiles
@@ -41,7 +42,7 @@ class Gallery:
 
     source: Dataset | ImageFolder | EmbeddingFiles
     split: str
-    path: np.ndarray  # (G,) strings; empty ones where not known
+    path: np.ndarray | Paths  # (G,) strings; empty ones where not known
     camid: np.ndarray  # (G,) integers; from `NO_CAMERA` up they are not known
     pid: np.ndarray  # (G,) integers; negative where not known
     pictures: Dataset | ImageFolder | None = None
@@ -141,7 +142,7 @@ def _batches(
     if isinstance(source, ImageFolder):
         return source.batches(range(len(gallery)), left_out, **size)
     assert isinstance(source, Dataset)
-    cache = ShardCache(source.storage, expand_home(loader.cache).absolute(), loader.cache_bytes)
+    cache = ShardCache(source.storage, *loader.node_cache)
     # No Ray, whose nodes' cores the default would divide.
     workers = min(cores(), LOADERS) if loader.workers is None else loader.workers
     return split_batches(source, cache, gallery.split, None, workers=workers, **size)

@@ -56,7 +56,7 @@ def visualize(settings: Visualize, console: Console) -> Path:
             f"{settings.model} is an ONNX file, whose maps cannot be seen: give the model that it "
             "was exported from"
         )
-    dataset = Dataset.open(settings.data)
+    dataset = Dataset.open(settings.data, cache=settings.loader.node_cache)
     split = dataset.choose_split(settings.split)
     query, gallery = dataset.evaluated(split)
     labels = Labels(query.pid, query.camid, gallery.pid, gallery.camid)

@@ -55,7 +55,8 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     with display(console, units=UNITS) as shown:
         saved = Run.read(config.output, str(config.name)) if resume else None
         with phase(shown, "opening the dataset"):
-            dataset = Dataset.open(config.data, saved.manifest_digest if saved else None)
+            digest = saved.manifest_digest if saved else None
+            dataset = Dataset.open(config.data, digest, config.loader.node_cache)
         config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
         if saved is None:
             if Run.exists(config.output, str(config.name)):

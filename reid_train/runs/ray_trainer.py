@@ -25,7 +25,7 @@ from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, Interrupted, ReidError
 from data_shards.progress import Display
-from data_shards.storage import LocalStorage, expand_home, open_file, open_storage
+from data_shards.storage import LocalStorage, open_file, open_storage
 from reid_train.config import TrainConfig
 from reid_train.out_of_memory import gpu_out_of_memory, out_of_memory
 from reid_train.runs import checkpoint_store
@@ -166,7 +166,8 @@ def _train(settings: dict[str, Any]) -> None:
     rank, board = ray_context.get_world_rank(), settings["board"]
     until, lock = settings["until"], settings["lock"]
     _require_shared_folders(config, lock)
-    dataset = Dataset.open(config.data, settings["manifest_digest"])
+    cache = config.loader.node_cache
+    dataset = Dataset.open(config.data, settings["manifest_digest"], cache)
     if dataset.manifest.digest != settings["manifest_digest"]:
         raise DataError(f"{config.data} changed since the run was started")
     run = f"{config.output}/{config.name}"
@@ -174,9 +175,7 @@ def _train(settings: dict[str, Any]) -> None:
         rank=rank,
         world=ray_context.get_world_size(),
         device=get_device(),  # type: ignore[arg-type]
-        cache=ShardCache(
-            dataset.storage, expand_home(config.loader.cache), config.loader.cache_bytes
-        ),
+        cache=ShardCache(dataset.storage, *cache),
     )
     if board is not None:
         context.show, context.progress = board.show.remote, reporter(board)

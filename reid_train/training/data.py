@@ -11,7 +11,7 @@ import numpy as np
 
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError
-from data_shards.manifest import Index
+from data_shards.index import Index
 from data_shards.sampler import plan, plan_apart, slice_for_rank
 from reid_train.config import TrainConfig
 

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 from data_shards.dataset import Dataset
+from data_shards.index import Index
 from data_shards.loader import Batch, Decoders
-from data_shards.manifest import Index
 from reid_train import transforms
 from reid_train.config import TrainConfig
 from reid_train.model.collectives import gather_with_gradient, require_equal

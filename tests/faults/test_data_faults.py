@@ -218,7 +218,8 @@ IDENTITIES = 1_000_000
 MILLION = """
 import resource, time
 import numpy as np
-from data_shards.manifest import FileInfo, Index, Manifest, ShardInfo, SplitInfo, sha256
+from data_shards.index import Index
+from data_shards.manifest import FileInfo, Manifest, ShardInfo, SplitInfo, sha256
 from data_shards.sampler import plan
 
 def used():

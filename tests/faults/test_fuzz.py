@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from data_shards.decode import decode
 from data_shards.errors import ReidError
-from data_shards.manifest import FileInfo, Index, Manifest, ShardInfo, SplitInfo, sha256
+from data_shards.index import Index
+from data_shards.manifest import FileInfo, Manifest, ShardInfo, SplitInfo, sha256
 from data_shards.storage import LocalStorage
 from reid_train.config import TrainConfig
 from reid_train.evaluation.embedding_store import EmbeddingTable, read_embeddings, write_part

@@ -20,8 +20,8 @@ from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.decode import MAX_PIXELS, decode, decode_into
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
+from data_shards.index import Index
 from data_shards.loader import Batch, Decoders, split_batches, train_batches
-from data_shards.manifest import Index
 from data_shards.sampler import plan, slice_for_rank
 from data_shards.storage import LocalStorage
 

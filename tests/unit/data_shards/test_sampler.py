@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data_shards.errors import ConfigError
-from data_shards.manifest import Index
+from data_shards.index import Index
 from data_shards.sampler import plan, plan_apart, slice_for_rank
 
 many = settings(deadline=None, max_examples=60)

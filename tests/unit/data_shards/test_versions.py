@@ -19,7 +19,8 @@ from data_shards.building.versions import add, remove
 from data_shards.cli import main
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, StorageError
-from data_shards.manifest import Index, Manifest
+from data_shards.index import Index
+from data_shards.manifest import Manifest
 from data_shards.records import SPLITS
 from data_shards.storage import LocalStorage
 from data_shards.verify import verify
