@@ -75,10 +75,16 @@ class Dataset:
         """The images of all splits, in shard order."""
         return Index.concatenated(list(self._index.values()))
 
+    @property
+    def merged(self) -> list[str]:
+        """The names of the datasets that this one was merged from, or its own, in order."""
+        return sorted({self.manifest.dataset_of(shard) for shard in self.manifest.shards})
+
     def origin(self, split: str) -> np.ndarray:
-        """The dataset that each image of a split was merged from, (N,) int64 from 0 up."""
-        names = [self.manifest.dataset_of(shard) for shard in self.manifest.shards]
-        return np.unique(names, return_inverse=True)[1][self._index[split].shard]
+        """The dataset in `merged` that each image of a split comes from, (N,) int64."""
+        number = {name: n for n, name in enumerate(self.merged)}
+        names = map(self.manifest.dataset_of, self.manifest.shards)
+        return np.array([number[name] for name in names])[self._index[split].shard]
 
     @property
     def digest(self) -> str:

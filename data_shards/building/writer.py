@@ -14,7 +14,8 @@ from typing import Any
 
 from data_shards.building.scan import ScannedImage, for_each
 from data_shards.errors import DataError, ObjectMissing
-from data_shards.index import COLUMNS, Index
+from data_shards.index import Index
+from data_shards.index_file import COLUMNS
 from data_shards.manifest import ShardInfo, sha256
 from data_shards.records import SPLITS
 from data_shards.storage.atomic import disk_errors, file_sha256

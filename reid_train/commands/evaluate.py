@@ -141,6 +141,7 @@ def _measure_model(
 
     from data_shards.images import ImageFolder
     from reid_train.commands.embedding_job import embed_dataset
+    from reid_train.evaluation.metrics import of_each_dataset
     from reid_train.tracking.server import run_page
     from reid_train.tracking.tracker import Tracker
     from reid_train.tracking.uris import registry_uri
@@ -170,6 +171,10 @@ def _measure_model(
         with display(console) as progress:
             embed_dataset(Embed(out=out, **shared), progress)
         found = _measure(out, settings, console, of_folder=isinstance(dataset, ImageFolder))
+        if not isinstance(dataset, ImageFolder):
+            origin = dataset.origin(EVALUATED[settings.split][0])
+            each = of_each_dataset(found.result, dataset.merged, origin)
+            found = replace(found, datasets=each)
         if count == 1:
             show(found, console)
         _log(settings, found, pair, tracker)
@@ -196,6 +201,7 @@ def _measure(
     """Read embeddings, print what measuring them takes, and measure."""
     with display(console) as progress, phase(progress, "loading PyTorch and Numba"):
         from reid_train.commands.measurable import folder_embeddings
+        from reid_train.commands.memory import say_needed
         from reid_train.evaluation import evaluate as evaluation
         from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, read_embeddings
         from reid_train.evaluation.ground_truth import find_ground_truth
@@ -245,34 +251,6 @@ def _write(settings: Evaluate, values: object, console: Console) -> None:
         storage, key = open_file(settings.output)
         storage.write(key, json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n")
         say(console, f"written to {settings.output}")
-
-
-def say_needed(
-    queries: int, gallery: int, dimensions: int, measures: Measures, console: Console, workers: int
-) -> None:
-    """Print how much there is to measure, and the memory that it takes here and in workers."""
-    import psutil
-
-    from reid_train.commands.memory import memory_needed
-
-    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    memory = "memory with re-ranking" if measures.rerank else "memory"
-    needed = memory_needed(queries, gallery, dimensions, measures, workers)
-    text = f"{needed.driver / 1e9:.1f} GB of {memory}"
-    if workers > 1:
-        text += (
-            f" in the driver, {needed.worker / 1e9:.1f} GB in each of {workers} workers, and "
-            f"{needed.node / 1e9:.1f} GB shared by the workers of a node"
-        )
-    say(
-        console,
-        f"{queries:,} queries × {gallery:,} gallery images × {dimensions:,} dimensions: at most "
-        f"about {text}; {available / 1e9:.1f} GB available here",
-    )
-    if needed.driver + workers * needed.worker + needed.node > available:
-        where = " on one machine" if workers > 1 else ""
-        text = f"this may not fit{where}; the machine will swap or stop the program"
-        say(console, text, style="yellow")
 
 
 def show_all(
@@ -331,7 +309,7 @@ def steps_of(found: Measurement) -> str:
 def show(found: Measurement, console: Console) -> None:
     """Print a measurement as a table, and another one of camera pairs if there are any."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from rich.table import Column, Table
 
     result = found.result
     say(console, steps_of(found))
@@ -345,6 +323,13 @@ def show(found: Measurement, console: Console) -> None:
         values = [f"{100 * value:.2f} %" for value in part.summary().values()]
         table.add_row(*([name] if name else []), *values)
     console.print(table)
+    if found.datasets:
+        say(console, "queries of each dataset, in the gallery of all")
+        names = next(iter(found.datasets.values()))
+        datasets = Table("", *(Column(name, justify="right") for name in names))
+        for name, summary in found.datasets.items():
+            datasets.add_row(name, *(f"{100 * value:.2f} %" for value in summary.values()))
+        console.print(datasets)
     if result.valid < found.queries:
         say(console, f"{found.queries - result.valid:,} queries without a match were left out")
     if found.pairs:
@@ -389,13 +374,14 @@ def _log(
 ) -> None:
     """Log a model's measurement on a dataset."""
     from reid_train.commands.measurable import digests_of
+    from reid_train.evaluation.metrics import by_name
     from reid_train.training.history import tracked
 
     tracker.log_parameters({f"measures.{k}": v for k, v in vars(found.measures).items()})
     model, dataset = pair
     digests = digests_of(dataset, settings.split)
     tracker.set_tags({"model": model, "dataset": dataset.url, **digests})
-    summary = tracked(found.result.summary(), settings.split)
+    summary = tracked(found.result.summary() | by_name(found.datasets), settings.split)
     if found.plain is not None:
         summary |= {f"plain {k}": v for k, v in found.plain.summary().items()}
     # MLflow accepts neither @ nor = in a name.

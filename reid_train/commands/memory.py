@@ -1,9 +1,12 @@
-"""Estimate the memory that an evaluation takes, to print it before it is taken."""
+"""Estimate the memory that an evaluation takes, and print it before it is taken."""
 
 from typing import NamedTuple
 
+import psutil
 import torch
+from rich.console import Console
 
+from reid_train.commands.embed import say
 from reid_train.evaluation import neighbours, ranking, verification
 from reid_train.evaluation.embedding_store import ROWS
 from reid_train.evaluation.measures import Measures
@@ -64,3 +67,27 @@ def memory_needed(
     node += held * bool(measures.expand or measures.augment)  # before and after
     worker = _PROGRAM + _ALLOCATORS * max(held + reading, *stages)
     return Memory(int(_PROGRAM + 5 * found), int(worker), int(node))
+
+
+def say_needed(
+    queries: int, gallery: int, dimensions: int, measures: Measures, console: Console, workers: int
+) -> None:
+    """Print how much there is to measure, and the memory that it takes here and in workers."""
+    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    memory = "memory with re-ranking" if measures.rerank else "memory"
+    needed = memory_needed(queries, gallery, dimensions, measures, workers)
+    text = f"{needed.driver / 1e9:.1f} GB of {memory}"
+    if workers > 1:
+        text += (
+            f" in the driver, {needed.worker / 1e9:.1f} GB in each of {workers} workers, and "
+            f"{needed.node / 1e9:.1f} GB shared by the workers of a node"
+        )
+    say(
+        console,
+        f"{queries:,} queries × {gallery:,} gallery images × {dimensions:,} dimensions: at most "
+        f"about {text}; {available / 1e9:.1f} GB available here",
+    )
+    if needed.driver + workers * needed.worker + needed.node > available:
+        where = " on one machine" if workers > 1 else ""
+        text = f"this may not fit{where}; the machine will swap or stop the program"
+        say(console, text, style="yellow")

@@ -49,6 +49,7 @@ class Measurement:
     plain: RankingResult | None = None  # before re-ranking, if there was one
     pairs: dict[tuple[int, int], RankingResult] = field(default_factory=dict)
     thresholds: Thresholds | None = None  # if they were asked for
+    datasets: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics, if merged
 
     def to_json(self) -> dict[str, object]:
         """Metrics, CMC, sizes and settings, as JSON has them."""
@@ -57,6 +58,8 @@ class Measurement:
             found["metrics_before_reranking"] = self.plain.summary()
         if self.thresholds is not None:
             found["thresholds"] = self.thresholds.to_json()
+        if self.datasets:
+            found["datasets"] = self.datasets
         return found | {
             "cmc": self.result.cmc.tolist(),
             "queries": self.queries,

@@ -1,10 +1,13 @@
 """Ranks of the positives to CMC, mAP and mINP."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
 RANKS = (1, 5, 10, 20)
+MEAN = "mean of datasets"  # no dataset has spaces in its name
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,49 @@ class RankingResult:
         ranks = {f"rank-{r}": float(self.cmc[r - 1]) for r in RANKS if r <= len(self.cmc)}
         accepted = {f"TAR@FAR={far:g}": tar for far, tar in (self.tar_at_far or {}).items()}
         return {"mAP": self.mAP, "mINP": self.mINP} | ranks | accepted
+
+    def summary_of(self, queries: np.ndarray) -> dict[str, float]:
+        """The same of some queries, by a mask (Q,), without TAR; empty if none has a match."""
+        chosen = queries & (self.first_match_rank > 0)
+        if not chosen.any():
+            return {}
+        means = {
+            "mAP": float(self.average_precision[chosen].mean()),
+            "mINP": float(self.inverse_negative_penalty[chosen].mean()),
+        }
+        first = self.first_match_rank[chosen]
+        ranks = [r for r in RANKS if r <= len(self.cmc)]
+        return means | {f"rank-{r}": float((first <= r).mean()) for r in ranks}
+
+
+def of_each_dataset(
+    result: RankingResult, names: Sequence[str], origin: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """The metrics of the queries of each dataset in a merged one, and the means of these.
+
+    Each query is ranked in the gallery of all datasets. Empty if there is one dataset.
+
+    Args:
+        result: of all queries.
+        names: of the datasets.
+        origin: (Q,) each query's dataset, a position in `names`.
+    """
+    found = {name: result.summary_of(origin == n) for n, name in enumerate(names)}
+    found = {name: summary for name, summary in found.items() if summary}
+    if len(found) < 2:
+        return {}
+    first = next(iter(found.values()))
+    mean = {measure: fmean(summary[measure] for summary in found.values()) for measure in first}
+    return found | {MEAN: mean}
+
+
+def by_name(datasets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """mAP and rank-1 of each dataset, named as in MLflow, such as `mAP/people`."""
+    return {
+        f"{measure}/{name}": summary[measure]
+        for name, summary in datasets.items()
+        for measure in ("mAP", "rank-1")
+    }
 
 
 def metrics_of(start: np.ndarray, before: np.ndarray, max_rank: int) -> RankingResult:

@@ -58,9 +58,8 @@ def publish(
         test = final_test(config, dataset, best.folder.name, progress)
         tracker.log(test, best.progress.global_step)
         prefix = "validation " if split == "validation" else ""
-        measured = [name for name in MEASURES if after]
-        rows = [Row(prefix + name, before.get(name), after.get(name)) for name in measured]
-        rows += [Row(f"test {name}", None, test.get(name)) for name in MEASURES if test]
+        rows = [Row(prefix + name, before.get(name), after.get(name)) for name in _shown(after)]
+        rows += [Row(f"test {name}", None, test.get(name)) for name in _shown(test)]
         rows.append(Row("training speed", None, speed, "images/s"))
         with phase(progress, "drawing the report"):
             _draw_report(page, config, dataset, split, history, best, rows)
@@ -109,6 +108,11 @@ def show(
     if tracker.uri and tracker.run_id:
         lines.append(f"MLflow     {run_page(tracker.uri, tracker.run_id)}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _shown(metrics: dict[str, float]) -> list[str]:
+    """The metrics of a table: the usual ones, and those of each dataset in a merged one."""
+    return [*MEASURES, *(name for name in metrics if "/" in name)] if metrics else []
 
 
 def _metrics(history: History, epoch: int) -> dict[str, float]:

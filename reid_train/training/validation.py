@@ -18,6 +18,7 @@ from reid_train.config import TrainConfig
 from reid_train.evaluation.examples import choose_map, choose_rank_list
 from reid_train.evaluation.extract import Autocast, embed_batches, gather_rows
 from reid_train.evaluation.ground_truth import Labels
+from reid_train.evaluation.metrics import by_name, of_each_dataset
 from reid_train.evaluation.ranking import rank as rank_gallery
 from reid_train.evaluation.thresholds import measure_thresholds
 from reid_train.model import precision
@@ -89,7 +90,8 @@ def validate(
     found = Validation()
     if rank == 0:
         labels = Labels(query.pid, query.camid, gallery.pid, gallery.camid)
-        found = _ranked(config, context, embeddings, labels, best)
+        origin = dataset.origin(EVALUATED[on][0])
+        found = _ranked(config, context, embeddings, labels, (dataset.merged, origin), best)
     if world > 1:
         # The others wait here, where nothing times out, and not in the next step's exchange.
         dist.barrier(context.host_group)
@@ -101,9 +103,14 @@ def _ranked(
     context: WorkerContext,
     embeddings: Sequence[np.ndarray],
     labels: Labels,
+    merged: tuple[list[str], np.ndarray],
     best: float,
 ) -> Validation:
-    """Rank the gallery for the queries; `embeddings` are those of the queries and the gallery."""
+    """Rank the gallery for the queries.
+
+    `embeddings` are those of the queries and the gallery; `merged` are the names of the datasets,
+    and that of each query as a position among them.
+    """
     found, base = embeddings
     metric = config.evaluation.metric
     kept: dict[str, np.ndarray] = {}
@@ -116,7 +123,7 @@ def _ranked(
     if config.evaluation.rank_list:
         kept |= choose_rank_list(found, base, labels, result, metric)
         kept |= choose_map(base, labels)
-    return Validation(result.summary(), kept)
+    return Validation(result.summary() | by_name(of_each_dataset(result, *merged)), kept)
 
 
 def measure_test(

@@ -25,7 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_shards.dataset import Dataset
-from data_shards.index import COLUMNS, Index, split_of_rows
+from data_shards.index import Index, split_of_rows
+from data_shards.index_file import COLUMNS
 from data_shards.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,

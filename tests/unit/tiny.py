@@ -58,6 +58,7 @@ def build_dataset(
     folder: Path,
     splits: tuple[str, ...] = ("train", "query", "gallery"),
     validation: float | None = None,
+    name: str | None = None,
 ) -> str:
     """Shard random pictures and return where; query and gallery have odd counts.
 
@@ -69,16 +70,16 @@ def build_dataset(
     for split in splits:
         for pid in people[split]:
             for number in range(5):
-                name = f"{split}-{pid}-{number}.png"
+                picture = f"{split}-{pid}-{number}.png"
                 pixels = rng.integers(0, 256, (24, 16, 3), np.uint8)
                 folder.mkdir(exist_ok=True)
-                Image.fromarray(pixels).save(folder / name)
-                rows.append((name, pid, number % 3, split))
+                Image.fromarray(pixels).save(folder / picture)
+                rows.append((picture, pid, number % 3, split))
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "pid", "camid", "split"), *rows[:-1]])
     out = folder / "shards"
     options = {"shard_bytes": 20_000, "jobs": 1, "validation": validation}
-    build("csv", folder / "table.csv", str(out), **options)
+    build("csv", folder / "table.csv", str(out), name=name, **options)
     return str(out)
 
 

@@ -14,7 +14,8 @@ from data_shards import cache as cache_module
 from data_shards import index as index_module
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
-from data_shards.index import COLUMNS, Index
+from data_shards.index import Index
+from data_shards.index_file import COLUMNS
 from data_shards.manifest import FileInfo, Manifest, sha256
 from data_shards.records import SPLITS
 

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from data_shards.errors import ConfigError, DataError
-from reid_train.commands.evaluate import Evaluate, evaluate, say_needed
-from reid_train.commands.memory import memory_needed
+from reid_train.commands.evaluate import Evaluate, evaluate
+from reid_train.commands.memory import memory_needed, say_needed
 from reid_train.evaluation.measures import Measures
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "evaluation.npz"

@@ -17,6 +17,7 @@ from ray.train import TrainingFailedError
 from rich.console import Console
 from tiny import build_dataset, config, make_worker
 
+from data_shards.building.versions import add
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ReidError, StorageError
 from reid_train.config import TrainConfig
@@ -162,6 +163,24 @@ def test_finished_run_is_extended(settings, fitted):
     run(constant.replace(optimizer__epochs=2), resume=True)
     assert [config.total_epochs for config in fitted] == [1, 1, 2]
     assert "nothing to do" in run(constant.replace(optimizer__epochs=2), resume=True)
+
+
+def test_run_resumes_on_the_version_that_it_began_on(settings, fitted, tiny_dataset, tmp_path):
+    data, more = str(tmp_path / "data"), tmp_path / "more"
+    shutil.copytree(tiny_dataset.url, data)
+    settings = settings.replace(data=data, optimizer__schedule="constant")
+    run(settings)
+    added = Dataset.open(build_dataset(more, ("train",)))
+    assert add(data, "csv", more / "table.csv", ids="new", jobs=1).images == len(added.whole)
+    assert len(Dataset.open(data).identities) == 12
+    run(settings.replace(optimizer__epochs=2), resume=True)
+    assert len(fitted) == 2
+    folder = Path(settings.output, "läuft")
+    assert Run.read(settings.output, "läuft").manifest_digest == tiny_dataset.digest
+    with newest_whole(str(folder)) as newest:
+        assert newest.progress.epoch == 2
+        assert newest.origin.manifest_digest == tiny_dataset.digest
+        assert newest.origin.identities == 6
 
 
 def test_name_is_free_until_mlflow_has_the_run(settings, fitted, monkeypatch):
