@@ -179,13 +179,12 @@ def _windows(
 ) -> Iterator[np.ndarray]:
     """Yield the rows of each window's shards, the shards in random order."""
     ends = np.flatnonzero(np.diff(index.shard, append=-1)) + 1  # the index is in shard order
-    starts = np.append(0, ends[:-1])
-    order = rng.permutation(len(ends))
+    shards = list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
+    order = rng.permutation(len(shards))
     windows: list[np.ndarray] = []
     short = False
     for first in range(0, len(order), window):
-        shards = order[first : first + window]
-        rows = np.concatenate([np.arange(starts[i], ends[i]) for i in shards])
+        rows = np.concatenate([np.arange(*shards[i]) for i in order[first : first + window]])
         if short:
             rows = np.concatenate([windows.pop(), rows])
         windows.append(rows)
