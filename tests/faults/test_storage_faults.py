@@ -204,7 +204,7 @@ def test_writing_survives_transient_faults(proxy, there, people, checkpoint, fau
 
 
 def test_large_upload_survives_a_fault_in_every_part(proxy, tmp_path, monkeypatch):
-    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr("data_shards.storage.multipart.PART_BYTES", 5 << 20)
     file = tmp_path / "shard.tar"
     file.write_bytes(os.urandom(18 << 20))
     faults = [

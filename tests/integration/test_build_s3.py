@@ -75,8 +75,8 @@ def test_killed_build_continues(s3, people, tmp_path):
 
 
 def test_large_file_goes_in_parts_and_its_upload_resumes(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr(s3_module, "PART_BYTES", 5 << 20)
-    monkeypatch.setattr(s3_module, "PART_THREADS", 1)
+    monkeypatch.setattr("data_shards.storage.multipart.PART_BYTES", 5 << 20)
+    monkeypatch.setattr("data_shards.storage.multipart.PART_THREADS", 1)
     file, storage = tmp_path / "shard.tar", open_storage(s3.url)
     file.write_bytes(os.urandom(12 << 20))
     client, sent = s3_module._client(), []

@@ -543,8 +543,8 @@ def test_create_once_recognises_its_own_bytes_after_a_lost_answer(bucket, moto_p
 class TestMultipart:
     @pytest.fixture(autouse=True)
     def small_parts(self, monkeypatch):
-        monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)  # the least that S3 allows
-        monkeypatch.setattr(s3, "PART_THREADS", 1)
+        monkeypatch.setattr("data_shards.storage.multipart.PART_BYTES", 5 << 20)  # the least that S3 allows
+        monkeypatch.setattr("data_shards.storage.multipart.PART_THREADS", 1)
         monkeypatch.setattr(retry, "RETRY_SECONDS", 2.0)
 
     @pytest.fixture
