@@ -543,7 +543,8 @@ def test_create_once_recognises_its_own_bytes_after_a_lost_answer(bucket, moto_p
 class TestMultipart:
     @pytest.fixture(autouse=True)
     def small_parts(self, monkeypatch):
-        monkeypatch.setattr("data_shards.storage.multipart.PART_BYTES", 5 << 20)  # the least that S3 allows
+        least = 5 << 20  # that S3 allows
+        monkeypatch.setattr("data_shards.storage.multipart.PART_BYTES", least)
         monkeypatch.setattr("data_shards.storage.multipart.PART_THREADS", 1)
         monkeypatch.setattr(retry, "RETRY_SECONDS", 2.0)
 
