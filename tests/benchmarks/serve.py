@@ -37,7 +37,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
-import ray
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -133,8 +132,10 @@ def service(folder: Path, dimensions: int, **options: object) -> Iterator[str]:
         port = free.getsockname()[1]
     given = {"enrolled": str(folder / "enrolled"), "device": "cpu"} | options
     settings = Settings(str(model), str(folder / "gallery"), **given)  # type: ignore[arg-type]
+    command.start(command.checked(settings), None, "127.0.0.1", port)
+    import ray  # only now: it reads at its import what `prepare_ray` sets
+
     try:
-        command.start(command.checked(settings), None, "127.0.0.1", port)
         yield f"http://127.0.0.1:{port}"
     finally:
         command.end()

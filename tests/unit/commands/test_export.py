@@ -120,20 +120,15 @@ def test_an_exported_program_of_pytorch_gives_the_same(tmp_path, model, embedder
     assert difference(embedder(given), open_exported(tmp_path / "reid.pt2")(given)) < 1e-5
 
 
-SMALL = ["test_resnet", "test_convnext", "test_efficientnet", "mobilenetv3_small_050", "test_vit"]
-FAMILIES = [f"timm:{name}" for name in SMALL]
-LARGE = ["resnet50", "timm:swin_tiny_patch4_window7_224"]
-EXPORTS = [(name, suffix) for suffix in (".onnx", ".pt2") for name in (*FAMILIES, *LARGE)]
+BACKBONES = ["test_convnext", "test_vit", "test_resnet", "test_efficientnet"]
+BACKBONES += ["mobilenetv3_small_050", "swin_tiny_patch4_window7_224"]
+EXPORTS = [(f"timm:{name}", suffix) for suffix in (".pt2", ".onnx") for name in BACKBONES]
+EXPORTS += [("resnet50", ".pt2"), ("resnet50", ".onnx")]
 
 
 @pytest.mark.parametrize(
     ("name", "suffix"),
-    [
-        pytest.param(
-            *case, marks=pytest.mark.slow if case[1] == ".onnx" or case[0] in LARGE else ()
-        )
-        for case in EXPORTS
-    ],
+    [*EXPORTS[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in EXPORTS[2:])],
 )
 def test_a_backbone_of_each_family_is_exported(tmp_path, name, suffix):
     size, backbone = ImageConfig(height=64, width=32), ModelConfig(backbone=name, weights="none")
