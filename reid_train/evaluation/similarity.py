@@ -250,6 +250,9 @@ def in_threads(function: Callable[[int, int], object], count: int) -> None:
     For compiled loops that release the interpreter's lock.
     """
     threads = min(torch.get_num_threads(), os.cpu_count() or 1, max(count, 1))
+    if threads == 1:  # starting a thread takes longer than a search of a small gallery
+        function(0, count)
+        return
     edges = [count * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(function, edges[:-1], edges[1:]))

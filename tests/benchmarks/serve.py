@@ -228,13 +228,14 @@ def replicas(deployment: str) -> list[psutil.Process]:
 
 
 def memory() -> dict[str, float]:
-    """MiB of the replica that searches: now, and the most that it had."""
+    """MiB of the replica that searches: all, without what it shares, and the most that it had."""
     while not (found := replicas("searcher")):
         time.sleep(0.2)  # it was killed
     process = found[0]
     status = Path(f"/proc/{process.pid}/status").read_text()
     most = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return {"now_mib": process.memory_info().rss / 2**20, "most_mib": int(most) / 2**10}
+    now = process.memory_full_info()
+    return {"all_mib": now.rss / 2**20, "own_mib": now.uss / 2**20, "most_mib": int(most) / 2**10}
 
 
 def killing(every: float, killed: list[str]) -> Callable[[float], None]:
@@ -296,13 +297,16 @@ class Results:
             lines.append([*row, f"{found['index_mib']:,.0f} MiB"])
         tables = [lines]
         head = ["gallery", "requests", "clients", "a second", "p50", "p99", "longest"]
-        tables.append([[*head, "asked again", "errors", "memory of the searcher, most"]])
+        tables.append([[*head, "asked again", "errors", "searcher's memory", "its most"]])
         for size, found in self.of.items():
             for name, load in found.get("loads", {}).items():
                 row = [f"{int(size):,}", *name.split(", "), f"{load['per_second']:.1f}"]
                 row += [f"{load[f'{key}_ms']:.1f} ms" for key in ("p50", "p99", "max")]
                 row += [str(load["asked_again"]), str(load["errors"])]
-                tables[-1].append([*row, f"{found['memory']['most_mib']:,.0f} MiB"])
+                held = found["memory"]
+                tables[-1].append(
+                    [*row, *(f"{held[f'{k}_mib']:,.0f} MiB" for k in ("own", "most"))]
+                )
         return "\n\n".join(map(_table, tables))
 
 

@@ -124,3 +124,12 @@ def test_embeddings_of_another_length_or_with_nan_are_refused():
     with pytest.raises(DataError, match="NaN or infinite"):
         index.add(np.full((2, 24), np.nan, np.float32))
     assert index.nearest(vectors(1), 5).row.shape == (1, 0)
+
+
+def test_a_search_of_one_query_starts_no_thread(monkeypatch):
+    gallery = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    index = Index(8, 50)
+    index.add(gallery)
+    index.nearest(gallery[:1], 5)  # compiles
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail("a thread"))
+    assert index.nearest(gallery[7:8], 5).row[0, 0] == 7
