@@ -104,7 +104,8 @@ def parse(target: Callable[..., Any], words: Sequence[str], prog: str, **options
         return re.findall(r"--[a-z][\w.-]*", shown_help())
 
     try:
-        parsed, unknown = call(words, return_unknown_args=True, console_outputs=False)
+        with contextlib.redirect_stderr(io.StringIO()):
+            parsed, unknown = call(words, return_unknown_args=True, console_outputs=False)
     except SystemExit as stop:
         # A mistyped option is also a missing one: tyro would complain about that first.
         given = [word for word in words if word.startswith("--")] if stop.code else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -54,8 +54,8 @@ class Search:
     """With embeddings as gallery: the folder or dataset of their images, for the picture."""
     false_accept_rate: float | None = None
     """Decide "same person or not" at this rate; by default at 0.001 if the model has thresholds."""
-    camera: int | None = None
-    """The photos' camera: decide by the thresholds of it and each gallery image's camera."""
+    camera: str | None = None
+    """The photos' camera, by name or number: decide by thresholds for it and that of each image."""
     picture: str | None = None
     """Where to draw the rank list, a PNG file; by default reports/search-PHOTO.png; "off": none."""
     output: str | None = None
@@ -124,6 +124,7 @@ def search(settings: Search, console: Console) -> list[list[Match]]:
         from reid_train.evaluation.measures import COSINE
         from reid_train.evaluation.neighbours import nearest_in_gallery
     gallery = open_gallery(settings.gallery, settings.split, settings.images)
+    camera = _camera(settings.camera, gallery.names.cameras)
     with display(console) as progress:
         with phase(progress, "loading the model"):
             given = settings.device, settings.tracking_uri, settings.runtime
@@ -132,7 +133,7 @@ def search(settings: Search, console: Console) -> list[list[Match]]:
         query, k = runtime.photos(photos), min(settings.top, len(gallery))
         parts = blocks(gallery, runtime, settings.loader, progress)
         found = nearest_in_gallery(query, parts, k, COSINE)
-    matches = _matches(gallery, found, decide, settings.camera)
+    matches = _matches(gallery, found, decide, camera)
     for photo, ranked in zip(settings.photos, matches, strict=True):
         _show(photo, ranked, console)
     say(console, undecided if decide is None else _threshold(decide(None)))
@@ -142,6 +143,17 @@ def search(settings: Search, console: Console) -> list[list[Match]]:
         _write(settings.output, settings, matches)
         say(console, f"written to {settings.output}")
     return matches
+
+
+def _camera(given: str | None, names: Mapping[int, str]) -> int | None:
+    """The number of a camera that is given by its name, or by the number itself."""
+    numbers = {name: number for number, name in names.items()}
+    if given is None or given in numbers:
+        return numbers.get(given or "")
+    if not given.isdecimal():
+        known = f": give one of {', '.join(sorted(numbers))}" if numbers else ": give its number"
+        raise ConfigError(f"--camera {given} is no camera of the gallery{known}")
+    return int(given)
 
 
 def compare(settings: Compare, console: Console) -> float:

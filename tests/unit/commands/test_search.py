@@ -156,7 +156,7 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, model, data, caplog)
         (ranked,), _ = run(tmp_path, (photo,), model, folder, top=30)
     assert [m.path for m in ranked] == [name for name, _ in naive(model, photo, data[1])]
     assert "1 unreadable image left out: broken.jpg (corrupt JPEG" in caplog.text
-    assert "1 files of macOS left out: ._1.jpg" in caplog.text
+    assert "1 file of macOS left out: ._1.jpg" in caplog.text
     for image in folder.rglob("*.png"):
         image.unlink()
     with pytest.raises(DataError, match=r"none of the 1 images at .* can be read"):
@@ -259,7 +259,7 @@ def test_a_match_is_the_same_person_above_the_threshold(tmp_path, deciding, data
 
 def test_cameras_decide_by_their_own_threshold(tmp_path, deciding, data):
     photo, options = save(tmp_path / "photo.png"), {"false_accept_rate": 1e-2, "top": 30}
-    (ranked,), _ = run(tmp_path, (photo,), deciding, data[0], camera=5, **options)
+    (ranked,), _ = run(tmp_path, (photo,), deciding, data[0], camera="5", **options)
     assert {match.same for match in ranked if match.camera == 0} == {True}
     others = [match for match in ranked if match.camera != 0]
     assert [match.same for match in others] == [match.similarity > 0.5 for match in others]
@@ -294,6 +294,10 @@ def test_search_shows_the_names_of_people_and_cameras(tmp_path, model):
     (ranked,), text = run(tmp_path, (tmp_path / "ben-door.png",), model, url)
     assert (ranked[0].person, ranked[0].camera_name) == ("ben", "door")
     assert re.search(r"1 +ben-door.png +ben +door +1\.0000", text)
+    (same,), _ = run(tmp_path, (tmp_path / "ben-door.png",), model, url, camera="door")
+    assert same == ranked
+    with pytest.raises(ConfigError, match=r"--camera dor is no .*: give one of door, hall"):
+        run(tmp_path, (tmp_path / "ben-door.png",), model, url, camera="dor")
 
 
 def test_compare_says_why_it_makes_no_decision(tmp_path, model):

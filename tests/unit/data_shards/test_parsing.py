@@ -62,6 +62,9 @@ def test_a_mistyped_option_is_named_before_the_one_that_is_therefore_missing(cap
         parse(Required, ["--source", "csv"], "prog")
     assert "--max-age" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        parse(Required, ["--source", "csv", "--max-age", "old"], "prog")
+    assert capsys.readouterr().err.count("invalid literal for int()") == 1
+    with pytest.raises(SystemExit):
         parse(Required, ["--help"], "prog")
     assert "Settings without defaults." in capsys.readouterr().out
 
