@@ -131,7 +131,7 @@ def table(trials: Sequence[Trial], paces: Paces) -> Table:
             f"{state['epoch'] + 1 if state else trial.epoch}",
             percent(trial),
             f"{speed:,.0f}" if speed else "–",
-            duration(paces.left(trial.number)),
+            "–" if trial.state in ENDED else duration(paces.left(trial.number)),
             Text(f"{trial.state} {trial.reason}".strip(), _COLOURS.get(trial.state, "dim")),
         )
     return made

@@ -8,6 +8,7 @@ Those that continue follow them all: another device, number or precision gives o
 """
 
 import json
+import logging
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,8 +43,11 @@ from reid_train.registry.load import fetched
 from reid_train.runs.cores import settle
 from reid_train.runs.ray_trainer import use_gpu
 
+logger = logging.getLogger(__name__)
+
 PART = 4096  # images of a part
 ONNX = "model.onnx"  # the name that a worker gives an exported file
+WAIT_SECONDS = 20.0  # for the first worker, before a person hears why there is none
 FOLDER_SPLIT = "gallery"  # of the images of a folder
 PRECISION = "precision"  # the file with the precision of all parts, "bf16", "fp16" or "float32"
 
@@ -174,9 +178,15 @@ def _results(
 ) -> Iterator[tuple[int, list[LeftOut]]]:
     """What `embed` returns for each part. An actor gets its first task once it has the model."""
     busy = {actor.load.remote(files): actor for actor in actors}
-    left, done = deque(tasks), 0
+    left, done, waited = deque(tasks), 0, False
     while done < len(tasks):
-        (reference,), _ = ray.wait(list(busy))
+        ready, _ = ray.wait(list(busy), timeout=None if waited else WAIT_SECONDS)
+        if not ready:
+            waited = True
+            if not ray.available_resources().get("CPU", 0):
+                logger.warning("no core of the Ray cluster is free: waiting for one")
+            continue
+        reference = ready[0]
         actor = busy.pop(reference)
         try:
             result = ray.get(reference)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -269,6 +270,30 @@ def test_worker_that_is_lost_for_good_ends_the_job_in_one_line(data):
     actor = ray.remote(Doomed).options(max_restarts=0).remote()
     with pytest.raises(ReidError, match=r"worker was lost: .*same command to continue"):
         list(job._results([actor], [], tasks))
+
+
+def test_a_wait_for_a_free_core_is_explained(data, monkeypatch, caplog):
+    class Quick:
+        def load(self, files) -> None:
+            pass
+
+        def embed(self, files, task) -> tuple[int, list]:
+            return len(task.rows), []
+
+    @ray.remote(num_cpus=2)
+    class Greedy:
+        def ready(self) -> None:
+            pass
+
+    greedy = Greedy.remote()
+    ray.get(greedy.ready.remote())
+    monkeypatch.setattr(job, "WAIT_SECONDS", 0.1)
+    released = threading.Timer(2, ray.kill, (greedy,))
+    released.start()
+    actor = ray.remote(Quick).options(num_cpus=1).remote()
+    tasks = job.tasks_of(Dataset.open(data), ("query",))
+    assert list(job._results([actor], [], tasks)) == [(5, []), (3, [])]
+    assert caplog.messages == ["no core of the Ray cluster is free: waiting for one"]
 
 
 @pytest.mark.parametrize(
