@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_build import SMALL, picture, tree
+from pictures import SMALL, picture, tree
 
 from data_shards.building.build import build
 from data_shards.cli import main

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_build import SMALL, people, tree, write_csv
+from pictures import SMALL, people, tree, write_csv
 
 from data_shards.building.build import build
 from data_shards.dataset import Dataset
