@@ -15,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from data_shards.building.build import build as build_shards
+from data_shards.building.merge import merge
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, ReidError
 from data_shards.progress import silent
@@ -24,6 +25,7 @@ from reid_train.commands.evaluate import Evaluate, evaluate
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.embedding_store import EmbeddingFiles
 from reid_train.evaluation.measures import Measures
+from reid_train.evaluation.metrics import MEAN
 from reid_train.model.embedder import CONFIG, WEIGHTS
 from reid_train.model.pretrained import build_model
 from reid_train.recipes import recipe
@@ -236,7 +238,8 @@ def test_models_are_measured_on_several_datasets_as_on_each(data, models, tmp_pa
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     options = {"identities": 4, "cameras": 2, "images_per_camera": 2, "seed": 1}
     raw, other = tmp_path / "raw", str(tmp_path / "other")
-    build_shards("synthetic", raw, other, name="other", options=options, jobs=1)
+    build_shards("synthetic", raw, str(tmp_path / "part"), name="part", options=options, jobs=1)
+    merge([data, str(tmp_path / "part")], other, name="other")
     loader, output = LoaderConfig(workers=0, cache=tmp_path / "cache"), tmp_path / "all.json"
     screen = io.StringIO()
     settings = Evaluate(model=models, data=(data, other), output=str(output), loader=loader)
@@ -244,6 +247,10 @@ def test_models_are_measured_on_several_datasets_as_on_each(data, models, tmp_pa
     written = json.loads(output.read_text())
     assert [one["embeddings"] for one in written] == [
         f"{m} on {d}" for m in models for d in (data, other)
+    ]
+    assert [set(one.get("datasets", ())) for one in written[:2]] == [
+        set(),
+        {"part", "synthetic", MEAN},
     ]
     printed = screen.getvalue()
     rows = [line for line in printed.splitlines() if "%" in line]

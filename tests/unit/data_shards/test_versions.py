@@ -380,6 +380,12 @@ def test_merged_people_and_cameras_are_kept_apart(url, place, tmp_path):
     if "://" not in out:
         assert Path(out, manifest.shards[0].name).stat().st_nlink == 2
     assert merge([url, other], out).already_made
+
+
+def test_merged_dataset_is_merged_again_and_loses_people(url, place, tmp_path):
+    other, out = f"{place}/other", f"{place}/both"
+    build("csv", write_csv(tmp_path / "b", {1: "train", 2: "train"}), other, name="other", **SMALL)
+    merge([url, other], out)
     third, part = f"{place}/three", f"{place}/c3"
     build("csv", write_csv(tmp_path / "c", PEOPLE, seed=2), part, name="c", **SMALL)
     merge([out, part], third)

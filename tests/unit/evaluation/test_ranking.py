@@ -16,6 +16,7 @@ from reid_train.evaluation import ranking, similarity
 from reid_train.evaluation.evaluate import evaluate
 from reid_train.evaluation.ground_truth import Labels
 from reid_train.evaluation.measures import Measures
+from reid_train.evaluation.metrics import MEAN, by_name, of_each_dataset
 from reid_train.evaluation.ranking import rank, top_matches
 from reid_train.evaluation.reranking import rank_distances
 from reid_train.evaluation.similarity import full_precision
@@ -133,6 +134,26 @@ def test_a_collapsed_model_is_ranked_by_gallery_index(metric):
         metric=metric, max_rank=9,
     )  # fmt: skip
     assert_same(result, sorted_metrics(np.zeros((10, 300)), labels, 9))
+
+
+def test_queries_of_a_dataset_have_the_figures_that_they_have_by_themselves():
+    query, gallery, labels = problem(5, 30, 200, 12, 3, 8)
+    whole, origin = rank(query, gallery, labels), np.arange(30) % 3
+    found = of_each_dataset(whole, ["a", "b", "c", "none"], origin)
+    assert list(found) == ["a", "b", "c", MEAN]
+    for number, name in enumerate("abc"):
+        own = origin == number
+        part = Labels(
+            labels.query_pid[own], labels.query_camid[own], labels.gallery_pid, labels.gallery_camid
+        )
+        assert found[name] == pytest.approx(rank(query[own], gallery, part).summary())
+    for measure, mean in found[MEAN].items():
+        assert mean == pytest.approx(np.mean([found[name][measure] for name in "abc"]))
+    assert by_name({"a": found["a"]}) == {
+        "mAP/a": found["a"]["mAP"],
+        "rank-1/a": found["a"]["rank-1"],
+    }
+    assert of_each_dataset(whole, ["a"], np.zeros(30, int)) == {}
 
 
 def test_gallery_of_zeros_is_ranked_by_index():
