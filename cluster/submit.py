@@ -104,6 +104,7 @@ def submit(command: Sequence[str], options: Submit) -> int:
         console.print("stopping the job; a training first writes a checkpoint: up to minutes")
         details = asyncio.run(_follow(client, job, how, quiet=True))
     if details.status == "SUCCEEDED":
+        console.print("the job succeeded")
         return 0
     if details.status == "STOPPED":
         console.print("the job was stopped")

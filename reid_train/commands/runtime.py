@@ -65,7 +65,7 @@ def open_runtime(
     }
 
     def run(images: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(images).to(embedder.device)
+        pixels = torch.tensor(images, device=embedder.device)  # a copy: Ray's arrays are read-only
         return embed(embedder.network, pixels, **options).cpu().numpy()
 
     return torch_runtime(embedder, weights, run)

@@ -311,6 +311,7 @@ def _draw(
         [[image for image in row if image is not None] for row in images],
         None if shown[0][0].same is None else [[bool(m.same) for m in row] for row in shown],
         gallery_camid=[[int(gallery.camid[match.row]) for match in row] for row in shown],
+        query_names=[PurePosixPath(photo).name for photo in settings.photos],
         camera_names=gallery.names.cameras,
         similarity=[[match.similarity for match in row] for row in shown],
         meaning=PERSON,

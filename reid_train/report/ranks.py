@@ -71,6 +71,7 @@ def draw_rank_list(
     query_camid: Sequence[int] | np.ndarray | None = None,
     gallery_camid: Sequence[Sequence[int]] | np.ndarray,
     similarity: Sequence[Sequence[float]] | np.ndarray,
+    query_names: Sequence[str] = (),
     camera_names: Mapping[int, str] = MappingProxyType({}),
     meaning: tuple[str, str] = IDENTITY,
     title: str = "Rank lists",
@@ -83,7 +84,8 @@ def draw_rank_list(
         query_images: Q images, (H, W, 3) uint8 RGB; sizes may differ.
         gallery_images: Q rows of images, most similar first, without junk; rows may be short.
         correct: whether each gallery image shows the query's identity; None if not known.
-        query_pid, query_camid: None for photos of people who are not known.
+        query_pid, query_camid: None for photos of people who are not known; these have
+            `query_names` instead.
         gallery_camid: cameras; from `NO_CAMERA` up they are not known.
         similarity: cosine similarity of each gallery image to its query.
         camera_names: of the cameras that have names.
@@ -102,7 +104,7 @@ def draw_rank_list(
     corners: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for row, query in enumerate(query_images):
         _paste(canvas, grid, row, 0, query, style.INK)
-        name = f"photo {row + 1}" if query_pid is None else f"pid {int(query_pid[row])}"
+        name = _short(query_names[row], 12) if query_pid is None else f"pid {int(query_pid[row])}"
         camera = "" if query_camid is None else _camera(query_camid[row], camera_names)
         _label_row(axes, grid, row, name, camera)
         for column, image in enumerate(gallery_images[row]):
@@ -136,8 +138,12 @@ def _paste(
 
 def _camera(camera: int, names: Mapping[int, str]) -> str:
     if name := names.get(int(camera)):
-        return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+        return _short(name)
     return f"cam {camera}" if camera < NO_CAMERA else ""
+
+
+def _short(name: str, most: int = LONGEST_NAME) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _legend(axes: Axes, grid: Layout, meaning: Sequence[str]) -> None:
