@@ -98,7 +98,7 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
         output=f"{config.output.rstrip('/')}/{config.name}", evaluation__initial=False
     )
     labels, searched = [trial.label for trial in plan.first], settings.trials - len(plan.first)
-    few = f". Few are searched: give more --trials than {settings.trials} for a best one"
+    few = f": too few to name a best one, so give more --trials than {settings.trials}"
     console.print(
         f"{config.name}: {settings.trials} trials, {at_a_time} at a time: {len(labels)} baselines "
         f"({', '.join(labels)}) and {searched} searched{few if searched <= results.FEW else ''}"

@@ -118,6 +118,8 @@ def _environment(folder: Path, addresses: Addresses) -> dict[str, str]:
         "RAY_API_SERVER_ADDRESS": addresses.dashboard,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        # Ray's default is 15: beside anything else on this machine its workers would hardly run.
+        "RAY_worker_niceness": "0",
         # Without it Ray replaces a loopback address by the machine's own and listens there.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }

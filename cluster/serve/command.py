@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -20,6 +21,8 @@ from cluster.serve.settings import Settings, token_digest
 from data_shards.errors import ConfigError, Interrupted, ReidError
 from data_shards.progress import display, make_console, phase
 from data_shards.ray_utils import prepare_ray
+
+logger = logging.getLogger(__name__)
 
 START_SECONDS = 60.0  # for the proxy to listen
 LOOK_SECONDS = 0.5
@@ -128,6 +131,7 @@ def start(settings: Settings, token: str | None, host: str, port: int) -> None:
     Raises:
         ReidError: it does not start, or something else listens there.
     """
+    import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
@@ -135,9 +139,15 @@ def start(settings: Settings, token: str | None, host: str, port: int) -> None:
     from cluster.serve.app import NAME, build_app
     from data_shards.ray_utils import start_ray
 
-    start_ray(settings.replicas * settings.cpus_per_replica + settings.search_replicas)
-    serve.start("HeadOnly", HTTPOptions(host=host, port=port))
+    cpus = settings.replicas * settings.cpus_per_replica
+    cpus += settings.search_replicas * settings.search_cpus
+    # Ray Serve says what it does in dozens of lines; they are in Ray's logs, too.
+    start_ray(cpus, logs=bool(os.environ.get("REID_LOG_LEVEL")))
+    if (free := ray.available_resources().get("CPU", 0)) < cpus:
+        logger.warning("the service needs %d cores, and the Ray cluster has %g free", cpus, free)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    serve.start("HeadOnly", HTTPOptions(host=host, port=port), logging_config=quiet)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.run(build_app(settings, token), name=NAME, logging_config=quiet)
     except RuntimeError as error:

@@ -120,7 +120,7 @@ def export(settings: Export, console: Console) -> Parity:
     say(console, f"{text}; by {parity.resized:.1e} where it resizes the image")
     if parity.mean_average_precision is not None and parity.of_torch is not None:
         ours, theirs = 100 * parity.mean_average_precision, 100 * parity.of_torch
-        say(console, f"mAP {ours:.3f} % from the file, {theirs:.3f} % from PyTorch in float32")
+        say(console, f"mAP {ours:.2f} % from the file, {theirs:.2f} % from PyTorch in float32")
     return parity
 
 

@@ -21,7 +21,7 @@ from reid_train.report import style
 RIGHT, WRONG = style.GREEN, style.RED
 FRAME = 4  # pixels
 _MARGIN, _HEADER, _LABELS, _GAP, _CAPTION, _QUERY_GAP = 36, 128, 112, 14, 40, 44  # pixels
-LONGEST_NAME = 10  # letters of a camera's name: the similarity is beside it
+LONGEST_NAME = 10  # letters of a name: the similarity or the edge is beside it
 _TICK = Outline(np.array([(-0.45, 0.0), (-0.12, -0.35), (0.5, 0.4)]), [1, 2, 2])
 _CROSS = Outline(np.array([(-0.4, -0.4), (0.4, 0.4), (-0.4, 0.4), (0.4, -0.4)]), [1, 2, 1, 2])
 _BADGES = {True: (RIGHT, _TICK), False: (WRONG, _CROSS)}
@@ -104,7 +104,7 @@ def draw_rank_list(
     corners: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for row, query in enumerate(query_images):
         _paste(canvas, grid, row, 0, query, style.INK)
-        name = _short(query_names[row], 12) if query_pid is None else f"pid {int(query_pid[row])}"
+        name = _short(query_names[row]) if query_pid is None else f"pid {int(query_pid[row])}"
         camera = "" if query_camid is None else _camera(query_camid[row], camera_names)
         _label_row(axes, grid, row, name, camera)
         for column, image in enumerate(gallery_images[row]):
@@ -142,8 +142,8 @@ def _camera(camera: int, names: Mapping[int, str]) -> str:
     return f"cam {camera}" if camera < NO_CAMERA else ""
 
 
-def _short(name: str, most: int = LONGEST_NAME) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _legend(axes: Axes, grid: Layout, meaning: Sequence[str]) -> None:

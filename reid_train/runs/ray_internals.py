@@ -121,8 +121,10 @@ class _NamedReservations(ControllerCallback):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Arrive in the controller's process, before it first asks for resources."""
         self.__dict__ |= state
-        # It prints a traceback for each answer that is late, and asks again.
-        logging.getLogger(autoscaling_coordinator_client.__name__).setLevel(logging.ERROR)
+        # It warns with a traceback of each answer that is late, and asks again. A filter: Ray
+        # Train configures its loggers later, which resets the levels of this one.
+        late = logging.getLogger(autoscaling_coordinator_client.__name__)
+        late.addFilter(lambda record: record.levelno >= logging.ERROR)
 
     def after_controller_start(self, train_run_context) -> None:
         module = worker_group.__dict__  # of the controller's own process

@@ -102,8 +102,8 @@ def fetch_report(run: str, to: Path) -> Path:
     names = [PurePosixPath(key).name for key, _ in storage.list(f"{REPORT}/")]
     if not names:
         raise ConfigError(
-            f"{run} has no report: give the folder of a finished run or sweep, that is its "
-            "--output and --name with a slash between"
+            f"{run} has no report: only a finished run or sweep has one. Give its --output and "
+            "--name with a slash between; one that was interrupted continues by its own command"
         )
     for name in names:
         storage.download(f"{REPORT}/{name}", to / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import logging.config
 import pickle
 
 import ray.train
@@ -74,13 +75,20 @@ def test_reports_are_logged_under_the_name_of_a_file():
 def test_late_answers_are_not_shown_from_the_controllers_first_request_on():
     log = logging.getLogger(autoscaling_coordinator_client.__name__)
     assert autoscaling_coordinator_client.logger is log
-    before = log.level
     try:
-        log.setLevel(logging.WARNING)
         pickle.loads(pickle.dumps(ray_internals._NamedReservations("run")))
-        assert log.level == logging.ERROR
+        logging.config.dictConfig(
+            {
+                "version": 1,
+                "disable_existing_loggers": False,
+                "loggers": {"ray.train": {"level": "WARNING"}},
+            }
+        )
+        for level, shown in ((logging.WARNING, False), (logging.ERROR, True)):
+            record = logging.LogRecord(log.name, level, "", 0, "late", (), None)
+            assert bool(log.filter(record)) is shown
     finally:
-        log.setLevel(before)
+        log.filters.clear()
 
 
 def test_only_the_tested_ray_is_allowed():
