@@ -273,7 +273,7 @@ class Results:
         for path, text in ((self.path, json.dumps(self.of, indent=1)), (self._tables, self.text())):
             path.with_suffix(".part").write_text(text + "\n")
             path.with_suffix(".part").replace(path)
-        print(f"{size:,}: {json.dumps(found)}")
+        print(f"{size:,}: {', '.join(found)} written to {self.path}")
 
     @property
     def _tables(self) -> Path:
@@ -296,13 +296,13 @@ class Results:
             )
             lines.append([*row, f"{found['index_mib']:,.0f} MiB"])
         tables = [lines]
-        head = ["gallery", "requests", "clients", "a second", "p50", "p99", "longest"]
+        head = ["gallery", "requests", "clients", "a second", "p50", "p99", "longest", "kills"]
         tables.append([[*head, "asked again", "errors", "searcher's memory", "its most"]])
         for size, found in self.of.items():
             for name, load in found.get("loads", {}).items():
                 row = [f"{int(size):,}", *name.split(", "), f"{load['per_second']:.1f}"]
                 row += [f"{load[f'{key}_ms']:.1f} ms" for key in ("p50", "p99", "max")]
-                row += [str(load["asked_again"]), str(load["errors"])]
+                row += [str(n) for n in (len(load["killed"]), load["asked_again"], load["errors"])]
                 held = found["memory"]
                 tables[-1].append(
                     [*row, *(f"{held[f'{k}_mib']:,.0f} MiB" for k in ("own", "most"))]
@@ -324,7 +324,7 @@ def measure(size: int, given: argparse.Namespace, results: Results) -> None:
         f"by photo, {given.clients}": (lambda _: by_photo(), given.clients, given.seconds),
     }
     if killed_at:
-        both = f"both with {given.minutes:g} kills, {given.clients}"
+        both = f"both for {given.minutes:g} min, {given.clients}"
         loads[both] = (by_both, given.clients, 60 * given.minutes)
     done = dict(known.get("loads", {}))
     missing = {name: load for name, load in loads.items() if name not in done}
@@ -343,16 +343,18 @@ def measure(size: int, given: argparse.Namespace, results: Results) -> None:
         dimensions = gallery.shape[1]
         del gallery
         began = time.monotonic()
-        with service(folder, dimensions) as url:
+        with service(folder, dimensions, search_replicas=given.search_replicas) as url:
             results.keep(size, start_seconds=time.monotonic() - began, memory=memory())
             for name, (bodies, clients, seconds) in missing.items():
                 killed: list[str] = []
-                during = killing(given.kill_every, killed) if "kills" in name else idle
+                dying = bodies is by_both
+                during = killing(given.kill_every, killed) if dying else idle
                 load = Load(url, bodies(url))
                 load.run(2, clients, idle)  # to warm up
                 load = Load(url, load.bodies)
                 done[name] = load.run(seconds, clients, during)
                 done[name] |= {"killed": killed, "problems": load.errors[:5]}
+                print(name, done[name])
                 results.keep(size, loads=done, memory=memory())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -366,6 +368,7 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=20, help="of each measurement")
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--search-replicas", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=10, help="of load with killed replicas")
     parser.add_argument("--killed-at", type=int, default=100_000, help="size of that gallery")
     parser.add_argument("--kill-every", type=float, default=60, help="seconds")
