@@ -20,6 +20,7 @@ import argparse
 import http.client
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -360,6 +361,13 @@ def measure(size: int, given: argparse.Namespace, results: Results) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def run(size: int, given: argparse.Namespace) -> None:
+    """Measure one size in a process of its own."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    prepare_ray()
+    measure(size, given, Results(given.work))
+
+
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
@@ -377,12 +385,17 @@ def main() -> None:
     given = parser.parse_args()
     given.work = given.work.absolute()
     given.work.mkdir(parents=True, exist_ok=True)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    prepare_ray()
-    results = Results(given.work)
-    for size in given.sizes:
-        measure(size, given, results)
-    print(results.text())
+    failed = []
+    for size in given.sizes:  # a process for each: memory and Ray are new, and one may fail
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(size, given))
+        process.start()
+        process.join()
+        failed += [size] if process.exitcode else []
+    print(Results(given.work).text())
+    if failed:
+        sys.exit(
+            f"sizes that ended with an error: {failed}; the same command measures what is left"
+        )
 
 
 if __name__ == "__main__":
