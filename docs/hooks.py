@@ -40,6 +40,7 @@ LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 INCLUDE = re.compile(r"<!-- include: (\S+) -->")
 FENCE = re.compile(r"^ *(?P<mark>```|~~~~).*?^ *(?P=mark)$", re.M | re.S)
 HEADING = re.compile(r"^(#+) +(.*?)$", re.M)
+TITLE = re.compile(r"^ (\S.*)\n -{10,}\n", re.M)  # of a section of a help
 LANGUAGES = {".py": "python", ".md": "markdown", ".yaml": "yaml", ".json": "json", ".sh": "sh"}
 
 
@@ -184,34 +185,33 @@ def command_help() -> dict[str, str]:
 def help_of(words: list[str]) -> str:
     """What `python -m WORDS --help` prints, 100 characters wide."""
     main = importlib.import_module(f"{words[0]}.cli").main
-    text = io.TextIOWrapper(io.BytesIO(), "utf-8")  # with an encoding, for boxes of lines
     with (
         mock.patch.dict(os.environ, COLUMNS="100"),
-        contextlib.redirect_stdout(text),
+        contextlib.redirect_stdout(io.StringIO()) as text,
         contextlib.suppress(SystemExit),
     ):
         main([*words[1:], "--help"])
-    text.seek(0)
-    return text.read()
+    return text.getvalue()
 
 
 def options(text: str) -> dict[str, list[tuple[str, str]]]:
-    """The options in a command's help: (name and kind, meaning) by the title of their box."""
-    boxes = dict[str, list[tuple[str, str]]]()
-    for title, box in re.findall(r"^╭─ (.*?) ─*╮\n(.*?)^╰", text, re.M | re.S):
-        rows = boxes.setdefault(title, [])
-        for line in box.splitlines():
-            inside = line.strip("│").removeprefix(" ").rstrip()
+    """The options in a command's help: (name and kind, meaning) by the title of their section."""
+    sections = dict[str, list[tuple[str, str]]]()
+    _, *parts = TITLE.split(text)
+    for title, section in zip(parts[::2], parts[1::2], strict=True):
+        rows = sections.setdefault(title, [])
+        for line in section.splitlines():
+            inside = line[2:].rstrip()
             name, _, meaning = inside.partition("  ")
-            if inside.startswith("─"):
-                rows.clear()  # above it is a sentence about the box
+            if inside.startswith("---"):
+                rows.clear()  # above it is a sentence about the section
             elif name and rows and title != "positional arguments" and not name.startswith("-"):
                 rows[-1] = (rows[-1][0] + name, meaning.strip())  # the name's second line
             elif name:
                 rows.append((name, meaning.strip()))
             elif rows:
                 rows[-1] = (rows[-1][0], f"{rows[-1][1]} {inside.strip()}".strip())
-    return boxes
+    return sections
 
 
 def command_pages(helps: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -234,12 +234,12 @@ def command_section(words: str, text: str, of_train: set[tuple[str, str]]) -> st
         return "\n\n".join(
             [*parts, "\n".join(["| command | what it does |", "| --- | --- |", *table])]
         )
-    usage, _, about = text.partition("╭─")[0].partition("\n")
+    usage, _, about = TITLE.split(text)[0].partition("\n")
     parts += [f"```text\n{usage.removeprefix('usage: ')}\n```", *map(example, about.split("\n\n"))]
-    boxes = options(text)
-    shared = sum(row in of_train for rows in boxes.values() for row in rows)
+    sections = options(text)
+    shared = sum(row in of_train for rows in sections.values() for row in rows)
     takes_all = words != "reid_train train" and shared > len(of_train) / 2
-    for title, rows in boxes.items():
+    for title, rows in sections.items():
         kept = [row for row in rows if not row[0].startswith("-h,")]
         kept = [row for row in kept if not (takes_all and row in of_train)]
         if kept:

@@ -177,7 +177,7 @@ def test_flags_in_the_text_are_flags_of_a_command(helps):
 
 def test_pages_about_commands_have_every_option_of_the_help(helps):
     for words in ("data_shards build", "reid_train train", "cluster submit"):
-        shown = set(re.findall(r"^│ (--[a-z][\w.-]*)", helps[words], re.M))
+        shown = set(re.findall(r"^  (--[a-z][\w.-]*)", helps[words], re.M))
         rows = [name for rows in hooks.options(helps[words]).values() for name, _ in rows]
         assert shown
         assert shown <= {name.split()[0].rstrip(",") for name in rows}
