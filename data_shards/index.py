@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from data_shards.manifest import Manifest, ShardInfo, SplitInfo
 from data_shards.records import NO_CAMERA, SPLITS
 from data_shards.storage import LocalStorage, Storage
 from data_shards.storage.atomic import disk_errors, file_sha256, require_sha256
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +165,7 @@ def _mapped(
 
     def make(path: Path) -> None:
         with path.open("w+b") as out:
-            os.posix_fallocate(out.fileno(), 0, ends[-1])  # writing to a map cannot fail in order
+            os.posix_fallocate(out.fileno(), 0, ends[-1])  # else a full disk would be a signal
             file.copy_to(views(mmap.mmap(out.fileno(), ends[-1])), manifest.shards, places)
 
     name = f"{manifest.digest}-{_LAYOUT}.columns"
