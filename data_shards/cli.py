@@ -309,7 +309,7 @@ def _show(url: str, manifest: Manifest) -> None:
             shards = [shard for shard in manifest.shards if shard.split == split]
             megabytes = sum(shard.bytes for shard in shards) / 1e6
             counts = (info.images, info.identities, info.cameras, len(shards))
-            table.add_row(split, *(f"{n:,}" for n in counts), f"{megabytes:,.1f}")
+            table.add_row(split, *(f"{n:,}" for n in counts), f"{megabytes:,.2f}")
     console.print(table)
     options = ", ".join(f"{key} {value}" for key, value in manifest.options.items())
     if manifest.options:

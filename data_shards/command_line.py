@@ -35,7 +35,12 @@ def run_command(main: Callable[[], int | None]) -> int:
         return main() or 0
     except ReidError as error:
         kind = "" if isinstance(error, Interrupted) else "error: "
-        print(f"{kind}{error}", file=sys.stderr)
+        text = f"{kind}{error}"
+        if sys.stderr.isatty() and "`" not in text:  # a command in it stays whole, to be copied
+            width = shutil.get_terminal_size().columns
+            wrapper = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False)
+            text = "\n".join(wrapper.fill(line) for line in text.splitlines())
+        print(text, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
