@@ -154,8 +154,11 @@ def summary(trials: Sequence[Trial], paces: Paces, total: int, slots: int) -> st
     left = None
     if took:
         mean = sum(took) / len(took)
-        lefts = [paces.left(t.number) for t in trials if t.state == "running"]
-        known = [mean if seconds is None else seconds for seconds in lefts]
+        now, known = time.time(), []
+        for trial in (t for t in trials if t.state == "running"):
+            seconds = paces.left(trial.number)  # not known before some steps
+            passed = now - trial.began if trial.began else 0
+            known.append(max(mean - passed, 0) if seconds is None else seconds)
         ahead = max(total - ended - running, 0) * mean
         left = max((ahead + sum(known)) / slots, *known, 0.0)
     return f"{', '.join(parts)}; {duration(left)} left"

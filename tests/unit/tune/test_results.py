@@ -228,6 +228,13 @@ def test_the_summary_estimates_the_time_left_before_a_trial_has_ended():
     assert summary(trials, paces, 4, 9).endswith("0:01:00 left")
 
 
+def test_the_time_left_falls_while_the_pace_of_a_trial_is_not_known():
+    began = time.time() - 45
+    trials = [trained(0, 0.5), Trial(1, {}, state="running", began=began)]
+    trials[0].began, trials[0].ended = 1000.0, 1060.0
+    assert summary(trials, Paces(), 2, 1).endswith("; 0:00:15 left")
+
+
 def test_the_summary_counts_trials_and_names_the_best():
     trials = [trained(0, 0.5), Trial(1, {}, state="failed", reason="x"), Trial(2, {})]
     line = summary(trials, Paces(), total=4, slots=2)
