@@ -10,7 +10,6 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_shards.errors import ConfigError
-from data_shards.storage import expand_home
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -209,6 +208,8 @@ class LoaderConfig(Section):
     @property
     def node_cache(self) -> tuple[Path, int]:
         """The cache's folder, without `~`, and its size."""
+        from data_shards.storage import expand_home  # not at the top: a served model has no storage
+
         return expand_home(self.cache).absolute(), self.cache_bytes
 
 

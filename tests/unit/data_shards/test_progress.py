@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -171,12 +172,18 @@ except KeyboardInterrupt:
 """
 
 
+def take_terminal() -> None:
+    """Make standard input the process's terminal, and Ctrl-C a signal that is not ignored."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+
+
 def test_ctrl_c_does_not_move_the_bar():
     keyboard, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED], cwd=Path(__file__).parents[3],
         start_new_session=True, stdin=terminal, stdout=terminal, stderr=terminal,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )  # fmt: skip
     os.close(terminal)
     shown = b""
