@@ -112,6 +112,7 @@ class Follower:
         self._display, self._every = display, every
         self._stages: Stages = {}
         self._shown: State = {}
+        self._newest: State = {}
         self._started = False
         self._began: float | None = None
         self._evaluation_seconds = 0.0
@@ -126,7 +127,8 @@ class Follower:
         self._print(passed)
         if state and state != self._shown:
             self._shown = state
-            self._step(state)
+            self._newest |= state  # at the start of a phase there is no loss
+            self._step(self._newest)
         for stage, (done, total) in stages.items():
             if self._stages.get(stage) != (done, total):
                 self._began = self._began or time.monotonic()

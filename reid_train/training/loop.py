@@ -191,12 +191,14 @@ class TrainLoop:
         config, progress = self.config, self.progress
         if config.evaluation.initial and progress.global_step == 0:
             self.evaluate()
-        for epoch in range(progress.epoch, end):
+        first = progress.epoch
+        for epoch in range(first, end):
             set_learning_rate(self.optimizer, config, epoch)
             self.plan = epoch_plan(config, self.dataset, epoch)
             place = self.dataset, self.context, self.decoders
             steps = step_batches(config, *place, self.plan, progress.step)
-            self.show_place()
+            if epoch == first:
+                self.show_place()
             for batches in self.step_rows.timed(steps):
                 self.train_step(batches)
                 request = self.log_step()

@@ -125,6 +125,15 @@ def test_each_line_is_new_and_the_time_left_does_not_jump(clock):
     assert left == pytest.approx(truth, abs=6)
 
 
+def test_the_loss_stays_when_a_state_has_none(clock):
+    made, shown = log()
+    follower = console.Follower(shown, every=1)
+    follower.look(state(0, 1), {}, [])
+    clock[0] += 40
+    follower.look({"epoch": 0, "epochs": 4, "step": 2, "steps": 50}, {}, [])
+    assert lines(made)[-1].endswith("epoch 1 of 4, loss 7.000, 64 images/s")
+
+
 def test_an_evaluation_on_validation_is_called_so(clock):
     made, shown = log()
     follower = console.Follower(shown, every=1)

@@ -223,6 +223,16 @@ def test_dataset_without_train_split_is_refused(tmp_path):
 
 # --- several workers --------------------------------------------------------------------------
 
+def test_a_person_sees_where_the_run_is_before_its_first_step(tiny_dataset, tmp_path):
+    worker, _ = make_worker(tiny_dataset, tmp_path)
+    states: list[dict] = []
+    worker.show = states.append
+    train(config(optimizer__epochs=2, tracking__every_steps=1), tiny_dataset, worker)
+    first, second, *_ = (state for state in states if "step" in state)
+    assert (first["epoch"], first["step"], "loss" in first) == (0, 0, False)
+    assert (second["epoch"], second["step"], "loss" in second) == (0, 1, True)
+
+
 TOGETHER = config(**SMOOTH, batch__accumulate=2, regularization__theta_lr_multiplier=10.0).replace(
     evaluation__every=9
 )
