@@ -326,7 +326,8 @@ def show(found: Measurement, console: Console) -> None:
     if found.datasets:
         say(console, "queries of each dataset, in the gallery of all")
         names = next(iter(found.datasets.values()))
-        datasets = Table("", *(Column(name, justify="right") for name in names))
+        columns = (Column(name, justify="right") for name in names)
+        datasets = Table("", *columns, box=SIMPLE_HEAD)
         for name, summary in found.datasets.items():
             datasets.add_row(name, *(f"{100 * value:.2f} %" for value in summary.values()))
         console.print(datasets)

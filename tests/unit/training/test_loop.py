@@ -223,6 +223,7 @@ def test_dataset_without_train_split_is_refused(tmp_path):
 
 # --- several workers --------------------------------------------------------------------------
 
+
 def test_a_person_sees_where_the_run_is_before_its_first_step(tiny_dataset, tmp_path):
     worker, _ = make_worker(tiny_dataset, tmp_path)
     states: list[dict] = []
