@@ -47,10 +47,8 @@ class Places:
 
     @classmethod
     def _make(cls, shards: Sequence[ShardInfo], order: np.ndarray) -> Self:
-        amount, of_splits = (
-            np.array([s.images for s in shards], np.int64),
-            np.zeros(len(SPLITS), int),
-        )
+        amount = np.array([shard.images for shard in shards], np.int64)
+        of_splits = np.zeros(len(SPLITS), int)
         np.add.at(of_splits, [SPLITS.index(shard.split) for shard in shards], amount)
         target = np.empty_like(amount)
         target[order] = np.cumsum(amount[order]) - amount[order]
@@ -229,7 +227,7 @@ class Paths:
     It is used as an array of strings; other processes get the strings.
     """
 
-    def __init__(self, file: "IndexFile", places: "Places", rows: range | np.ndarray) -> None:
+    def __init__(self, file: IndexFile, places: Places, rows: range | np.ndarray) -> None:
         self._file, self._places, self._rows = file, places, rows
 
     def __len__(self) -> int:

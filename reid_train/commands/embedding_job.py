@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 PART = 4096  # images of a part
 ONNX = "model.onnx"  # the name that a worker gives an exported file
-WAIT_SECONDS = 20.0  # for the first worker, before a person hears why there is none
+WAIT_SECONDS = 20.0  # for the first worker, before a person hears what it may wait for
 FOLDER_SPLIT = "gallery"  # of the images of a folder
 PRECISION = "precision"  # the file with the precision of all parts, "bf16", "fp16" or "float32"
 
@@ -178,15 +178,12 @@ def _results(
 ) -> Iterator[tuple[int, list[LeftOut]]]:
     """What `embed` returns for each part. An actor gets its first task once it has the model."""
     busy = {actor.load.remote(files): actor for actor in actors}
-    left, done, waited = deque(tasks), 0, False
+    left, done = deque(tasks), 0
+    ready, _ = ray.wait(list(busy), timeout=WAIT_SECONDS)
+    if not ready and not ray.available_resources().get("CPU", 0):
+        logger.warning("no worker is ready yet: all cores of the Ray cluster are in use")
     while done < len(tasks):
-        ready, _ = ray.wait(list(busy), timeout=None if waited else WAIT_SECONDS)
-        if not ready:
-            waited = True
-            if not ray.available_resources().get("CPU", 0):
-                logger.warning("no core of the Ray cluster is free: waiting for one")
-            continue
-        reference = ready[0]
+        (reference,), _ = ray.wait(list(busy))
         actor = busy.pop(reference)
         try:
             result = ray.get(reference)

@@ -148,8 +148,10 @@ def search(settings: Search, console: Console) -> list[list[Match]]:
 def _camera(given: str | None, names: Mapping[int, str]) -> int | None:
     """The number of a camera that is given by its name, or by the number itself."""
     numbers = {name: number for number, name in names.items()}
-    if given is None or given in numbers:
-        return numbers.get(given or "")
+    if given is None:
+        return None
+    if given in numbers:
+        return numbers[given]
     if not given.isdecimal():
         known = f": give one of {', '.join(sorted(numbers))}" if numbers else ": give its number"
         raise ConfigError(f"--camera {given} is no camera of the gallery{known}")

@@ -300,7 +300,7 @@ def test_a_wait_for_a_free_core_is_explained(data, monkeypatch, caplog):
     actor = ray.remote(Quick).options(num_cpus=1).remote()
     tasks = job.tasks_of(Dataset.open(data), ("query",))
     assert list(job._results([actor], [], tasks)) == [(5, []), (3, [])]
-    assert caplog.messages == ["no core of the Ray cluster is free: waiting for one"]
+    assert caplog.messages == ["no worker is ready yet: all cores of the Ray cluster are in use"]
 
 
 @pytest.mark.parametrize(
