@@ -1,10 +1,12 @@
-"""Throughput of a build on Ray, from S3 to S3, by the number of workers.
+"""Throughput of a build on Ray by the number of workers, from S3 to S3 or from folder to folder.
 
-    python tests/benchmarks/build.py --images 4000 --workers 1 2 4
+    python tests/benchmarks/build.py --images 1200 --workers 1 2 4
+    python tests/benchmarks/build.py --images 4000 --workers 1 2 4 --folders
 
-Pictures of noise, about 30 kB each, are on a real S3 server of this machine, which shares its cores
-with the workers. The first line is a build in one process without Ray; every build must write the
-same bytes. `scan` decodes and digests all images, `write` reads them again and uploads the shards.
+Pictures of noise, about 22 kB each, are on a real S3 server of this machine, which shares its cores
+with the workers. With `--folders` they are on the disk, so that the cores do nothing but build. The
+first line is a build in one process without Ray; every build must write the same bytes. `scan`
+decodes and digests all images, `write` reads them again and stores the shards.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ from data_shards.storage import open_storage
 BUCKET, PER_PERSON = "s3://bench", 20
 
 
-def upload_pictures(images: int) -> int:
-    """Put pictures and their CSV file on S3; return the bytes of the pictures."""
-    storage, lines = open_storage(f"{BUCKET}/raw"), ["path,pid,camid,split"]
+def store_pictures(images: int, raw: str) -> int:
+    """Store pictures and their CSV file below `raw`; return the bytes of the pictures."""
+    storage, lines = open_storage(raw), ["path,pid,camid,split"]
     for n in range(images):
         person, number = divmod(n, PER_PERSON)
         split = "train" if person % 2 else "gallery" if number else "query"
@@ -66,8 +68,8 @@ def servers(folder: Path, cpus: int) -> Iterator[str]:
             nodes.shutdown()
 
 
-def seconds_of(out: str, shard_bytes: int, **where: object) -> dict[str, float]:
-    """Build; return the seconds of each stage."""
+def seconds_of(root: str, out: str, shard_bytes: int, **where: object) -> dict[str, float]:
+    """Build from `root`/raw to `root`/`out`; return the seconds of each stage."""
     began, ended = dict[str, float](), dict[str, float]()
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -75,7 +77,8 @@ def seconds_of(out: str, shard_bytes: int, **where: object) -> dict[str, float]:
         ended[stage] = time.monotonic()
 
     given = {"name": "people", "shard_bytes": shard_bytes, "progress": progress} | where
-    build("csv", f"{BUCKET}/raw/people.csv", out, **given)  # pyright: ignore[reportArgumentType]
+    csv = f"{root}/raw/people.csv"
+    build("csv", csv, f"{root}/{out}", **given)  # pyright: ignore[reportArgumentType]
     return {stage: ended[stage] - began[stage] for stage in ("scanning", "writing")}
 
 
@@ -84,21 +87,23 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--shard-bytes", type=int, default=4_000_000)
+    parser.add_argument("--folders", action="store_true", help="on the disk, without S3")
     args = parser.parse_args()
     table = Table("", "scan, images/s", "write, images/s", "all, MB/s", "all, relative")
     with (
         tempfile.TemporaryDirectory() as name,
         servers(Path(name), max(args.workers)) as address,
     ):
-        size, first, digests = upload_pictures(args.images), 0.0, set[str]()
+        root = f"{name}/disk" if args.folders else BUCKET
+        size, first, digests = store_pictures(args.images, f"{root}/raw"), 0.0, set[str]()
         ways: dict[str, dict[str, object]] = {"one process": {"jobs": 1}}
         for workers in args.workers:
             ways[f"{workers} on Ray"] = {"address": address, "jobs": workers}
         # Ray starts a worker process for each CPU, which then imports the package: not measured.
-        seconds_of(f"{BUCKET}/warm", args.shard_bytes, address=address, jobs=max(args.workers))
+        seconds_of(root, "warm", args.shard_bytes, address=address, jobs=max(args.workers))
         for number, (way, where) in enumerate(ways.items()):
-            took = seconds_of(f"{BUCKET}/{number}", args.shard_bytes, **where)
-            digests.add(open_storage(f"{BUCKET}/{number}").read("manifest.json").hex())
+            took = seconds_of(root, str(number), args.shard_bytes, **where)
+            digests.add(open_storage(f"{root}/{number}").read("manifest.json").hex())
             total = sum(took.values())
             first = first or total
             rates = (args.images / took[stage] for stage in ("scanning", "writing"))
