@@ -20,7 +20,7 @@ from data_shards.sources.layout import is_of_macos
 from data_shards.storage import LocalStorage, Storage, expand_home, open_file, open_storage
 
 if TYPE_CHECKING:
-    from data_shards.loader import Batch
+    from data_shards.loading.loader import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class ImageFolder:
         """
         import torch
 
-        from data_shards.loader import Batch
+        from data_shards.loading.loader import Batch
 
         def collect(futures: dict[int, Future[np.ndarray | LeftOut]]) -> Batch | None:
             read = {row: future.result() for row, future in futures.items()}
@@ -113,7 +113,7 @@ class ImageFolder:
                 yield made
 
     def _decode(self, row: int, height: int, width: int) -> np.ndarray | LeftOut:
-        from data_shards.decode import decode_into
+        from data_shards.loading.decode import decode_into
 
         pixels = np.empty((height, width, 3), np.uint8)
         try:
@@ -154,7 +154,7 @@ def read_photo(url: str) -> np.ndarray:
         DataError: it is a folder, or not an image.
         ObjectMissing: there is no such file.
     """
-    from data_shards.decode import decode
+    from data_shards.loading.decode import decode
 
     storage, key = open_file(url)
     if not key or ("://" not in url and expand_home(Path(url)).is_dir()):

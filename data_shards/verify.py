@@ -109,7 +109,7 @@ def _problems(
 
 
 def _undecodable(data: bytes, name: str, size: tuple[int, int]) -> Iterator[str]:
-    from data_shards.decode import decode  # imports OpenCV, which --help does not need
+    from data_shards.loading.decode import decode  # imports OpenCV, which --help does not need
 
     try:
         height, width = decode(data).shape[:2]

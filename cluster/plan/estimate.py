@@ -19,7 +19,7 @@ from cluster.plan.command import Plan
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError
-from data_shards.loader import AHEAD, HELD
+from data_shards.loading.loader import AHEAD, HELD
 from data_shards.manifest import MANIFEST_NAME
 from data_shards.records import EVALUATED
 from reid_train.config import LOADERS, TrainConfig

@@ -11,7 +11,7 @@ import numpy as np
 from ray import serve
 
 from cluster.serve.settings import Settings
-from data_shards.decode import decode_into
+from data_shards.loading.decode import decode_into
 from reid_train.commands.runtime import Runtime, known_thresholds, open_runtime
 from reid_train.evaluation.thresholds import Thresholds
 

@@ -17,9 +17,9 @@ from cluster.serve.handles import call, cause
 from cluster.serve.index import Index
 from cluster.serve.settings import Settings
 from cluster.serve.store import Image, Store, digest
-from data_shards.decode import decode
 from data_shards.errors import DataError, ObjectMissing
 from data_shards.images import ImageFolder
+from data_shards.loading.decode import decode
 from reid_train.commands.gallery import Block, Gallery, blocks, open_gallery
 from reid_train.commands.runtime import Runtime
 from reid_train.config import LoaderConfig

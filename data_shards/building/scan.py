@@ -58,7 +58,7 @@ def for_each(function: Callable[[T], R], items: Sequence[T], *, local: bool) -> 
 
 def scan_bytes(record: ImageRecord, data: bytes) -> ScannedImage | LeftOut:
     """Decode an image in full."""
-    from data_shards.decode import decode  # imports OpenCV, which --help does not need
+    from data_shards.loading.decode import decode  # imports OpenCV, which --help does not need
 
     if not data:
         return LeftOut(path=record.relative, reason="it is empty")

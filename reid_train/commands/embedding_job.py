@@ -25,7 +25,7 @@ from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ObjectExists, ReidError
 from data_shards.images import ImageFolder, open_images, warn_left_out
-from data_shards.loader import Batch, split_batches
+from data_shards.loading.loader import Batch, split_batches
 from data_shards.manifest import LeftOut, sha256
 from data_shards.progress import Progress, phase, silent
 from data_shards.records import NO_CAMERA

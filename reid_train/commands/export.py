@@ -159,7 +159,7 @@ def _require(parity: Parity, precision: str) -> None:
 
 def _photos(dataset: Dataset | None) -> list[np.ndarray]:
     """Images of the dataset's gallery, or drawn people."""
-    from data_shards.decode import decode
+    from data_shards.loading.decode import decode
 
     if dataset is not None:
         index = dataset.index("gallery")

@@ -12,11 +12,11 @@ import numpy as np
 from data_shards.building.parallel import cores
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
-from data_shards.decode import decode
 from data_shards.errors import ConfigError, DataError
 from data_shards.images import ImageFolder, open_images, warn_left_out
 from data_shards.index_file import Paths
-from data_shards.loader import Batch, split_batches
+from data_shards.loading.decode import decode
+from data_shards.loading.loader import Batch, split_batches
 from data_shards.manifest import LeftOut, Names
 from data_shards.progress import Progress, silent
 from data_shards.records import NO_CAMERA

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_shards.loader import Batch
-from data_shards.on_device import on_device
+from data_shards.loading.loader import Batch
+from data_shards.loading.on_device import on_device
 from reid_train.model.embedder import embed
 from reid_train.model.network import ReidNet
 

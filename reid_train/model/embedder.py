@@ -134,7 +134,7 @@ def embed(
 
 
 def resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (N, H, W, 3) uint8 to (N, height, width, 3), as `data_shards.decode` does."""
+    """Resize (N, H, W, 3) uint8 to (N, height, width, 3), as `data_shards.loading.decode` does."""
     if images.shape[1:3] == (height, width):
         return np.ascontiguousarray(images)
     shrinks = images.shape[1] > 2 * height and images.shape[2] > 2 * width

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_shards.dataset import Dataset
-from data_shards.decode import decode
+from data_shards.loading.decode import decode
 from reid_train.model.embedder import Embedder
 from reid_train.report.embeddings import draw_embedding_map, overlay
 from reid_train.report.page import Picture

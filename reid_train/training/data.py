@@ -16,7 +16,7 @@ from data_shards.sampler import plan, plan_apart, slice_for_rank
 from reid_train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from data_shards.loader import Batch, Decoders
+    from data_shards.loading.loader import Batch, Decoders
     from reid_train.training.context import WorkerContext
 
 
@@ -49,7 +49,7 @@ def epoch_plan(config: TrainConfig, dataset: Dataset, epoch: int) -> np.ndarray:
 
 def make_decoders(config: TrainConfig, dataset: Dataset, context: WorkerContext) -> Decoders:
     """Return the worker processes that decode all batches of a run, of evaluations too."""
-    from data_shards.loader import Decoders
+    from data_shards.loading.loader import Decoders
 
     share = -(-config.batch_size // context.world)
     return Decoders(
@@ -73,8 +73,8 @@ def step_batches(
 
     `rows` is the epoch's plan; `start` is the first optimizer step, from 0 within the epoch.
     """
-    from data_shards.loader import train_batches
-    from data_shards.on_device import on_device
+    from data_shards.loading.loader import train_batches
+    from data_shards.loading.on_device import on_device
 
     batches = train_batches(
         dataset,

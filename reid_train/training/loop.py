@@ -21,7 +21,7 @@ from torch import nn
 
 from data_shards.dataset import Dataset
 from data_shards.index import Index
-from data_shards.loader import Batch, Decoders
+from data_shards.loading.loader import Batch, Decoders
 from reid_train import transforms
 from reid_train.config import TrainConfig
 from reid_train.model.collectives import gather_with_gradient, require_equal

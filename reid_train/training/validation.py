@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from data_shards.dataset import Dataset
-from data_shards.loader import Batch, Decoders, split_batches
+from data_shards.loading.loader import Batch, Decoders, split_batches
 from data_shards.progress import phase, silent
 from data_shards.records import EVALUATED
 from reid_train.config import TrainConfig

@@ -35,7 +35,7 @@ from torchvision import transforms
 from data_shards.building.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
-from data_shards.loader import train_batches
+from data_shards.loading.loader import train_batches
 from data_shards.sampler import plan
 from data_shards.storage import LocalStorage
 

@@ -21,7 +21,7 @@ from data_shards.building.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError
-from data_shards.loader import split_batches
+from data_shards.loading.loader import split_batches
 from data_shards.manifest import Manifest, sha256
 from data_shards.sources.synthetic import render as synthetic
 
@@ -53,7 +53,7 @@ BOMBS = {"jpg": jpeg_bomb, "png": png_bomb}
 DECODE = """
 import resource, sys
 from pathlib import Path
-import data_shards.decode as d
+import data_shards.loading.decode as d
 from data_shards.errors import DataError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data_shards.decode import decode
 from data_shards.errors import ReidError
 from data_shards.index import Index
+from data_shards.loading.decode import decode
 from data_shards.manifest import FileInfo, Manifest, ShardInfo, SplitInfo, sha256
 from data_shards.storage import LocalStorage
 from reid_train.config import TrainConfig

@@ -17,7 +17,7 @@ from cluster.plan.estimate import Counts, Downloads, count, describe, download, 
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError
-from data_shards.loader import split_batches, train_batches
+from data_shards.loading.loader import split_batches, train_batches
 from data_shards.sampler import slice_for_rank
 from data_shards.storage import LocalStorage
 from reid_train.training.checkpoint import MODEL, PROGRESS, TRAINING

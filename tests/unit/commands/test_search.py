@@ -21,9 +21,9 @@ from torchvision.models import resnet
 
 from data_shards.building.build import build
 from data_shards.dataset import Dataset
-from data_shards.decode import decode
 from data_shards.errors import ConfigError, DataError, ObjectMissing, ReidError
 from data_shards.images import ImageFolder
+from data_shards.loading.decode import decode
 from data_shards.storage import open_storage
 from reid_train.commands.runtime import open_runtime
 from reid_train.commands.search import Compare, Match, Search, compare, search

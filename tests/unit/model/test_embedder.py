@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from data_shards.decode import decode_into
 from data_shards.errors import DataError
+from data_shards.loading.decode import decode_into
 from reid_train.config import ImageConfig, ModelConfig, TrainConfig
 from reid_train.model.embedder import CONFIG, WEIGHTS, Embedder, require_images, resize
 from reid_train.model.network import ReidNet

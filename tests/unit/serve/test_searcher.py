@@ -17,8 +17,8 @@ from cluster.serve.app import Changes
 from cluster.serve.searcher import Searcher
 from cluster.serve.settings import Settings
 from data_shards.building.build import build
-from data_shards.decode import decode
 from data_shards.errors import ConfigError, DataError, ObjectMissing
+from data_shards.loading.decode import decode
 from reid_train.evaluation.thresholds import Threshold, Thresholds
 
 KNOWN = Thresholds(

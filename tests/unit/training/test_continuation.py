@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from tiny import Recorded, config, make_worker, narrow_resnet18, run, state
 from torchvision.models import resnet
 
-from data_shards import loader
 from data_shards.dataset import Dataset
+from data_shards.loading import loader
 from reid_train.config import TrainConfig
 from reid_train.training.checkpoint import MODEL, Checkpoint
 from reid_train.training.loop import train

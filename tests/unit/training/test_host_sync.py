@@ -10,8 +10,8 @@ import torch
 from tiny import config, make_worker
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_shards import loader
-from data_shards.loader import Batch
+from data_shards.loading import loader
+from data_shards.loading.loader import Batch
 from reid_train.training import loop, losses
 
 pytestmark = pytest.mark.usefixtures("small_and_quick")

@@ -18,7 +18,7 @@ from torchvision.models import resnet
 
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError
-from data_shards.loader import train_batches
+from data_shards.loading.loader import train_batches
 from reid_train import transforms
 from reid_train.config import TrainConfig
 from reid_train.model.pretrained import build_model

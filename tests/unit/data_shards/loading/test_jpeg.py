@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_shards.decode import decode, decode_into
 from data_shards.errors import DataError
+from data_shards.loading.decode import decode, decode_into
 
 SOS, DHT = b"\xff\xda", b"\xff\xc4"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_shards.loader import Batch
-from data_shards.on_device import on_device
+from data_shards.loading.loader import Batch
+from data_shards.loading.on_device import on_device
 
 CPU = torch.device("cpu")
 LATE = 3  # batches by which a copy is late

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
-from data_shards.decode import decode_into
 from data_shards.errors import ConfigError, DataError, ReidError, StorageError
 from data_shards.index import Index
+from data_shards.loading.decode import decode_into
 from data_shards.manifest import ShardInfo
 from data_shards.storage.atomic import disk_errors
 

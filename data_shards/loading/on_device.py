@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from data_shards.loader import Batch
+from data_shards.loading.loader import Batch
 
 
 class SideStream:

@@ -18,10 +18,10 @@ from PIL import Image
 from data_shards.building.build import build
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
-from data_shards.decode import MAX_PIXELS, decode, decode_into
 from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
 from data_shards.index import Index
-from data_shards.loader import Batch, Decoders, split_batches, train_batches
+from data_shards.loading.decode import MAX_PIXELS, decode, decode_into
+from data_shards.loading.loader import Batch, Decoders, split_batches, train_batches
 from data_shards.sampler import plan, slice_for_rank
 from data_shards.storage import LocalStorage
 
@@ -402,7 +402,7 @@ def test_a_cut_image_is_refused(tmp_path, format, keep):
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_too_many_pixels_are_refused_before_decoding(tmp_path, format, monkeypatch):
-    monkeypatch.setattr("data_shards.decode.MAX_PIXELS", 999)
+    monkeypatch.setattr("data_shards.loading.decode.MAX_PIXELS", 999)
     data = encoded(Image.new("RGB", (20, 50)), format, tmp_path)
     with pytest.raises(DataError, match="20 × 50 pixels is more than the 999 allowed"):
         decode(data)

@@ -65,7 +65,7 @@ def test_tars_are_those_of_the_standard_library_byte_for_byte(images, tmp_path):
 
 
 def test_program_in_the_documentation_reads_the_shards(images, tmp_path, capsys):
-    text = (Path(__file__).parents[3] / "docs/DATA.md").read_text()
+    text = (Path(__file__).parents[4] / "docs/DATA.md").read_text()
     program = text.split("```python\n")[1].split("```")[0]
     written = [p for _, p, _, _ in write_all(images, tmp_path / "out") if p.name[:5] == "train"]
     shards = next(line for line in program.splitlines() if line.startswith("shards = "))
