@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -46,6 +47,8 @@ STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 STOP_WAIT_SECONDS = 600  # between SIGTERM and SIGKILL; Ray's 3 s are too few for a checkpoint
 ANSWER_SECONDS = 20.0  # how long a job server may take for its first answer
 PAUSE_SECONDS = 1.0  # between the end of a connection and the next one
+# Ray's first line in a job's log, which says nothing about the job.
+SETTING_UP = re.compile(r"^.* -- Runtime env is setting up\.\n", re.MULTILINE)
 GIVE_UP_SECONDS = 600.0  # a job server silent for so long is no longer asked; the job continues
 
 
@@ -198,7 +201,7 @@ async def _follow(
                 fresh = text[max(shown - seen, 0) :]
                 seen += len(text)
                 if not quiet:
-                    print(fresh, end="", flush=True)
+                    print(SETTING_UP.sub("", fresh), end="", flush=True)
                 shown, complaint = max(shown, seen), ""
         except (ClientError, RuntimeError, OSError) as error:
             if str(error) != complaint:  # once, if it stays the same

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Annotated
@@ -66,9 +67,11 @@ def down(folder: Path = FOLDER) -> None:
         folder: The stack's.
     """
     folder = folder.resolve()
+    here = _from_here(folder)
+    for command in _running_jobs(folder):
+        print(f"this job ends, too: {command}")
     with display() as progress, phase(progress, "stopping the servers"):
         stopped = stop(folder)
-    here = _from_here(folder)
     print(f"stopped; the data is in {here}" if stopped else f"nothing runs on {here}")
 
 
@@ -135,6 +138,21 @@ def stop(folder: Path) -> int:
     for name in ("environment", "stack.json"):
         (folder / name).unlink(missing_ok=True)
     return count
+
+
+def _running_jobs(folder: Path) -> list[str]:
+    """The commands that use the stack's Ray: submitted jobs, and programs that joined it."""
+    if (addresses := running(folder)) is None:
+        return []
+    token = (folder / stack.TOKEN).read_text().strip()
+    headers = {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"{addresses.dashboard}/api/jobs/", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            jobs = json.load(answer)
+    except (OSError, ValueError):  # a stack that does not answer is stopped as well
+        return []
+    return [job["entrypoint"] for job in jobs if job["status"] in ("PENDING", "RUNNING")]
 
 
 def running(folder: Path) -> Addresses | None:

@@ -39,6 +39,8 @@ class BuildResult:
 
     manifest: Manifest
     already_built: bool
+    wide: Sequence[str]
+    """The images that are wider than tall, by path: rarely crops of people."""
 
 
 def build(
@@ -101,10 +103,11 @@ def build(
     draft = {"name": name or found.name, "source": source, "options": recorded}
     draft["complete"] = found.complete
     content = content_digest(draft, found.images)
+    wide = [image.record.relative for image in found.images if image.width > image.height]
     with work_folder(work, f"{content} {storage.url}") as folder:
         manifest = state.find_finished(storage, content)
         if manifest is not None:
-            return BuildResult(manifest, already_built=True)
+            return BuildResult(manifest, True, wide)
         state.claim(storage, content)
         plans = plan_shards(found.images, shard_bytes)
         notes = write_shards(storage, draft["name"], plans, folder, jobs, cluster, progress)
@@ -124,7 +127,7 @@ def build(
         )
         Index.from_parquet(data, manifest)
         state.finish(storage, manifest, data)
-        return BuildResult(manifest, already_built=False)
+        return BuildResult(manifest, False, wide)
 
 
 def content_digest(draft: Mapping[str, Any], images: Sequence[ScannedImage]) -> str:

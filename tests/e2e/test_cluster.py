@@ -267,9 +267,11 @@ def test_up_says_where_rays_token_is_and_does_not_print_it(folder):
 
 def test_down_leaves_nothing_running_and_the_data_where_it_was(trained, folder):
     stack = psutil.Process(int((folder / "lock").read_text()))
+    job_client().submit_job(entrypoint="sleep 600")
     processes = stack.children(recursive=True)  # Ray's agents hide the mark
     down = run("cluster", "local", "down", "--folder", folder)
     assert down.returncode == 0, down.stderr
+    assert "this job ends, too: sleep 600\n" in down.stdout
     assert marked(folder) == []
     assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not (folder / "environment").exists()

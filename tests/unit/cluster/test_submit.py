@@ -134,6 +134,13 @@ def test_job_is_followed_over_dropped_connections(monkeypatch, capsys):
     assert "502" in shown.err
 
 
+def test_the_line_of_ray_about_its_environment_is_not_shown(monkeypatch, capsys):
+    rays = "2026-01-02 03:04:05,678\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
+    server = Server([[rays + "step 1\n", "step 2\n"]], [JobStatus.SUCCEEDED])
+    follow(server, monkeypatch)
+    assert capsys.readouterr().out == "step 1\nstep 2\n"
+
+
 def test_server_that_is_gone_for_long_is_given_up_in_one_line(monkeypatch):
     server = Server([[OSError("refused")]] * 10_000, [RuntimeError("refused\n\nby all")] * 10_000)
     monkeypatch.setattr(cluster.submit, "GIVE_UP_SECONDS", 0.1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from pictures import SMALL, tree
+from PIL import Image
 
 from data_shards.building import build as building
 from data_shards.building import reading
@@ -28,6 +29,16 @@ def built(root, tmp_path) -> Path:
 
 def test_whole_dataset_passes(built):
     assert verify(str(built), decode_images=True, jobs=1)[1] == []
+
+
+def test_images_that_are_wider_than_tall_are_counted(root, tmp_path, capsys):
+    command = ["build", "--source", "csv", "--root", str(root), "--jobs", "1", "--out"]
+    assert main([*command, str(tmp_path / "tall")]) == 0
+    assert "wider than tall" not in capsys.readouterr().out
+    Image.new("RGB", (40, 20)).save(root.parent / "p3/2.jpg")
+    assert main([*command, str(tmp_path / "wide")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "images wider than tall: 1, such as p3/2.jpg (are they crops of people?)" in shown
 
 
 def test_all_bad_shards_are_found_at_once(built, capsys):
