@@ -150,9 +150,9 @@ def build_command(
     if result.already_built:
         print(f"already built: {out} holds the same images")
     _show(out, result.manifest)
-    if wide := len(result.wide):
+    if wide := result.wide:
         make_console().print(
-            f"images wider than tall: {wide:,}, such as {result.wide[0]} (are they crops of people?)",
+            f"images wider than tall: {len(wide):,}, such as {wide[0]} (are they crops of people?)",
             style="yellow",
         )
 
