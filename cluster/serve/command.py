@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -179,4 +180,6 @@ def end() -> None:
 
     serve.delete(NAME)
     if not serve.status().applications:
-        serve.shutdown()
+        # Ray prints the end of the controller as the failure of a task.
+        with redirect_stdout(io.StringIO()):
+            serve.shutdown()
