@@ -181,8 +181,8 @@ def add_command(
         url: The dataset: s3://bucket/prefix or a folder.
         source: Kind of what is added.
         root: Where it is, as for build.
-        ids: Same if the identities and cameras have the numbers that they have in the dataset; new
-            if all of them are others, which then get the next numbers.
+        ids: Same if the identities and cameras have the numbers or names that they have in the
+            dataset; new if all of them are others, which then get the next numbers.
         images: [csv] As for build.
         fields: [webdataset] As for build.
         seed: [folders, webdataset] As for build.
@@ -237,7 +237,7 @@ def merge_command(urls: Urls, out: str, name: OptionalName = None) -> None:
 
 def remove_command(
     url: Url,
-    pid: tuple[int, ...],
+    pid: tuple[str, ...],
     delete_old: bool = False,
     jobs: Jobs = None,
     work: OptionalPath = None,
@@ -249,7 +249,7 @@ def remove_command(
 
     Args:
         url: The dataset: s3://bucket/prefix or a folder.
-        pid: The people, by the numbers in the index; in all splits.
+        pid: The people, in all splits: their numbers, or their names if the dataset has names.
         delete_old: Delete all earlier versions that have them, and check that they are gone. Runs
             that were trained on those cannot be resumed.
         jobs: Processes (default: one per core).

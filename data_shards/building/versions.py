@@ -70,13 +70,14 @@ def add(
 
     Args:
         url: of the dataset.
-        ids: whether the source's pids and camids are those of the dataset, or all of them are of
-            other people and cameras, which then get the next numbers.
+        ids: whether the source's pids and camids, or the names of people and cameras, are those of
+            the dataset, or all of them are of other people and cameras, which then get the next
+            numbers.
         source, root, options, shard_bytes, skip_unreadable, jobs, address, work, progress: as in
             `build`.
 
     Raises:
-        ConfigError: identities that are the same, but are named and so have no numbers.
+        ConfigError: people or cameras are named, and the dataset has numbers.
         DataError, StorageError: as `build` does.
     """
     dataset, cluster = Dataset.open(url), None if address is None else Cluster(address)
@@ -98,11 +99,6 @@ def add(
         if state.is_claimed(dataset.storage, digest):
             state.remove_notes(dataset.storage)
         return Change(old, len(images), already_made=True)
-    if ids == "same" and any(image.record.named for image in images):
-        raise ConfigError(
-            f"{root} has names, not numbers, as pid or camid, and these get new numbers: give"
-            " the numbers of {url}, or --ids new if all of these are other people"
-        )
     images, storage = _renumbered(images, dataset, ids), dataset.storage
     pids = {image.record.pid for image in images if image.record.split == "train"}
     pids.update(dataset.identities.tolist())
@@ -127,7 +123,7 @@ def add(
 
 def remove(
     url: str,
-    pids: Sequence[int],
+    people: Sequence[int | str],
     *,
     delete_old: bool = False,
     jobs: int | None = None,
@@ -138,7 +134,7 @@ def remove(
 
     Args:
         url: of the dataset.
-        pids: the people, in all splits.
+        people: their pids, or their names where the dataset has names; in all splits.
         delete_old: delete every earlier version that has them, and check that it is gone.
         jobs, work, progress: as in `build`.
 
@@ -148,9 +144,11 @@ def remove(
     """
     dataset = Dataset.open(url)
     old, storage, index = dataset.manifest, dataset.storage, dataset.whole
+    earlier_ones = _versions(storage)
+    pids = _pids_of(people, [old, *earlier_ones], url)
     token, gone = json_digest(["remove", sorted(set(pids))]), np.isin(index.pid, pids)
     found, having, manifest = set(index.pid[gone].tolist()), list[Manifest](), old
-    for earlier in _versions(storage):
+    for earlier in earlier_ones:
         try:
             there = _index(storage, earlier).pid
         except ObjectMissing:  # an interrupted command was deleting this version
@@ -241,6 +239,44 @@ def shifted(index: Index, first: int, pid: int = 0, camid: int = 0) -> Index:
     return replace(index, **columns, camid=index.camid + np.int32(camid))
 
 
+def _pids_of(people: Sequence[int | str], versions: Sequence[Manifest], url: str) -> list[int]:
+    """The pids of people who are given by pid or by name."""
+    known = dict[str, set[int]]()
+    for names in [manifest.names for manifest in versions if manifest.names is not None]:
+        for pid, name in names.people.items():
+            known.setdefault(name, set()).add(pid)
+    pids = list[int]()
+    for person in people:
+        meant = known.get(str(person), set())
+        if str(person).isdecimal():
+            meant = meant | {int(person)}
+        if not meant:
+            raise DataError(f"{url} has nobody named {person}: nothing was changed")
+        if len(meant) > 1:
+            several = ", ".join(map(str, sorted(meant)))
+            raise DataError(f"{person} may be pid {several} of {url}: give pids")
+        pids += meant
+    return pids
+
+
+def _numbers(names: set[str], known: Mapping[int, str], free: int, what: str) -> dict[str, int]:
+    """The number of each name: the dataset's, or the next free one."""
+    if not names:
+        return {}
+    if not known:
+        raise ConfigError(
+            f"these images have names of {what}, and the dataset has numbers: give its numbers, or"
+            f" --ids new if all of them are other people"
+        )
+    number = {name: n for n, name in known.items()}
+    if len(number) < len(known):
+        raise ConfigError(
+            f"two {what} of the dataset have one name: give numbers, or --ids new if all of these"
+            " are other people"
+        )
+    return number | {name: free + n for n, name in enumerate(sorted(names - number.keys()))}
+
+
 def _renumbered(
     images: Sequence[ScannedImage], dataset: Dataset, ids: Literal["same", "new"]
 ) -> list[ScannedImage]:
@@ -248,30 +284,37 @@ def _renumbered(
 
     An image without a camera that is there already, byte for byte, keeps its camera's number.
     """
-    index = dataset.whole
+    index, known = dataset.whole, dataset.manifest.names or Names()
     unknown = index.camid >= NO_CAMERA
-    pid = camid = 0
-    if ids == "new":
-        pid, camid = next_number(index.pid), next_number(index.camid & (NO_CAMERA - 1))
+    free, free_camera = next_number(index.pid), next_number(index.camid & (NO_CAMERA - 1))
+    pid, camid = (free, free_camera) if ids == "new" else (0, 0)
     more = camid or next_number(index.camid[unknown] - NO_CAMERA)
+    person_number, camera_number = dict[str, int](), dict[str, int]()
+    if ids == "same":
+        people = {image.record.person for image in images} - {""}
+        cameras = {image.record.camera for image in images} - {""}
+        person_number = _numbers(people, known.people, free, "people")
+        camera_number = _numbers(cameras, known.cameras, free_camera, "cameras")
+
+    def person(record: ImageRecord) -> int:
+        return person_number.get(record.person, record.pid + pid)
+
     same = dict[tuple[int, int], list[int]]()
     if ids == "same":
-        for row in np.flatnonzero(unknown & np.isin(index.pid, [i.record.pid for i in images])):
+        for row in np.flatnonzero(unknown & np.isin(index.pid, [person(i.record) for i in images])):
             same.setdefault((int(index.pid[row]), int(index.size[row])), []).append(int(row))
 
-    def number(image: ScannedImage) -> int:
-        if image.record.camid < NO_CAMERA:
-            return image.record.camid + camid
-        for row in same.get((image.record.pid, image.size), ()):
+    def camera(image: ScannedImage) -> int:
+        record = image.record
+        if record.camid < NO_CAMERA:
+            return camera_number.get(record.camera, record.camid + camid)
+        for row in same.get((person(record), image.size), ()):
             if sha256(dataset.read(index, row)) == image.sha256:
                 return int(index.camid[row])
-        return image.record.camid + more
+        return record.camid + more
 
     return [
-        replace(
-            image, record=replace(image.record, pid=image.record.pid + pid, camid=number(image))
-        )
-        for image in images
+        replace(i, record=replace(i.record, pid=person(i.record), camid=camera(i))) for i in images
     ]
 
 

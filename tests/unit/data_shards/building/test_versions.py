@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from version_files import PEOPLE, SMALL, images_of, is_whole, write_csv
 
 from data_shards.building import versions
 from data_shards.building.build import build
@@ -20,33 +19,8 @@ from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, StorageError
 from data_shards.index import Index
 from data_shards.manifest import Manifest
-from data_shards.records import SPLITS
 from data_shards.storage import LocalStorage, open_storage
 from data_shards.storage.s3 import S3Storage
-from data_shards.verify import verify
-
-SMALL = {"shard_bytes": 6_000, "jobs": 1}
-
-
-def write_csv(
-    folder: Path, pids: dict[int, str], *, first: int = 0, cameras: bool = True, seed: int = 0
-) -> Path:
-    """Three images of each person, who is in a split; one in three is a query."""
-    folder.mkdir(exist_ok=True)
-    lines = ["path,pid,camid,split"]
-    for pid, split in pids.items():
-        for n in range(first, first + 3):
-            file, rng = io.BytesIO(), np.random.default_rng([seed, pid, n])
-            Image.fromarray(rng.integers(0, 255, (20, 10, 3), np.uint8)).save(file, "JPEG")
-            (folder / f"{pid}-{n}.jpg").write_bytes(file.getvalue())
-            part = "train" if split == "train" else "query" if n == first else "gallery"
-            lines.append(f"{pid}-{n}.jpg,{pid},{n % 2 if cameras else ''},{part}")
-    (folder / "people.csv").write_text("\n".join(lines))
-    return folder / "people.csv"
-
-
-PEOPLE = {1: "train", 3: "train", 5: "train", 7: "test", 9: "test"}
-
 
 BOTH = pytest.mark.parametrize("place", ["folder", "s3"], indirect=True)
 
@@ -80,21 +54,6 @@ def copied(built: Path, out: str) -> str:
 
 def keys(url: str) -> set[str]:
     return {key for key, _ in open_storage(url).list()}
-
-
-def images_of(dataset: Dataset) -> dict[tuple[str, int, int, str], bytes]:
-    """Every image by its split, pid, camid and path."""
-    found = {}
-    for split in SPLITS:
-        index = dataset.index(split)
-        for row in range(len(index)):
-            who = split, int(index.pid[row]), int(index.camid[row]), str(index.path[row])
-            found[who] = dataset.read(index, row)
-    return found
-
-
-def is_whole(url: str) -> bool:
-    return verify(url, decode_images=True, jobs=1)[1] == []
 
 
 @BOTH
@@ -148,14 +107,6 @@ def test_new_people_and_cameras_get_the_next_numbers(url, tmp_path):
     assert is_whole(url)
 
 
-def test_names_cannot_be_those_of_the_dataset(url, tmp_path):
-    table = write_csv(tmp_path / "more", {1: "train"})
-    table.write_text(table.read_text().replace(",1,", ",anna,"))
-    with pytest.raises(ConfigError, match=r"has names, not numbers.*--ids new"):
-        add(url, "csv", table, **SMALL)
-    add(url, "csv", table, ids="new", **SMALL)
-
-
 def test_image_without_a_camera_that_is_there_already_is_the_same_image(tmp_path):
     url, images = str(tmp_path / "people"), tmp_path / "images"
     build("csv", write_csv(images, PEOPLE, cameras=False), url, **SMALL)
@@ -171,51 +122,6 @@ def test_image_without_a_camera_that_is_there_already_is_the_same_image(tmp_path
 
 class Killed(Exception):
     pass
-
-
-def named(folder: Path, people: str, seed: int) -> Path:
-    """A table of people who have one letter as name, each seen at a door and in a hall."""
-    pids = {ord(letter): "test" if letter.isupper() else "train" for letter in people}
-    table = write_csv(folder, pids, seed=seed)
-    head, *lines = table.read_text().splitlines()
-    cells = [line.split(",") for line in lines]
-    rows = [(path, chr(int(pid)), ("door", "hall")[int(c)], split) for path, pid, c, split in cells]
-    table.write_text("\n".join([head, *map(",".join, rows)]))
-    return table
-
-
-def shown_names(url: str) -> set[tuple[str, str, str]]:
-    """The split of each image, and the names of its person and camera."""
-    dataset = Dataset.open(url)
-    names = dataset.manifest.names
-    assert names is not None
-    return {
-        (split, names.people[pid], names.cameras[camid])
-        for split, pid, camid, _ in images_of(dataset)
-    }
-
-
-def test_names_are_kept_through_all_changes_and_go_with_removed_people(tmp_path):
-    first, both = str(tmp_path / "first"), str(tmp_path / "both")
-    build("csv", named(tmp_path / "a", "abA", 0), first, **SMALL)
-    add(first, "csv", named(tmp_path / "b", "cC", 1), ids="new", **SMALL)
-    numbers = str(tmp_path / "numbers")
-    build("csv", write_csv(tmp_path / "c", PEOPLE), numbers, name="numbers", **SMALL)
-    assert Dataset.open(numbers).manifest.names is None
-    merge([numbers, first], both)
-    expected = {
-        (split, person, camera)
-        for person in "abcAC"
-        for split in (["query", "gallery"] if person.isupper() else ["train"])
-        for camera in (("door",) if split == "query" else ("door", "hall"))
-    }
-    assert shown_names(first) == expected
-    names = Dataset.open(both).manifest.names
-    assert sorted(names.people.values()) == sorted("abcAC")
-    assert min(names.people) == max(PEOPLE) + 1
-    pid = next(pid for pid, name in names.people.items() if name == "C")
-    remove(both, [pid])
-    assert sorted(Dataset.open(both).manifest.names.people.values()) == sorted("abcA")
 
 
 def killed_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
