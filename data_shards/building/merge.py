@@ -6,8 +6,9 @@ from pathlib import Path
 
 from data_shards.building import state
 from data_shards.building.build import work_folder
+from data_shards.building.numbering import next_number
 from data_shards.building.reading import check_name, sanitized
-from data_shards.building.versions import Change, commit, moved, next_number, shifted
+from data_shards.building.versions import Change, commit, moved, shifted
 from data_shards.dataset import Dataset
 from data_shards.errors import ConfigError, DataError, StorageError
 from data_shards.index import Index

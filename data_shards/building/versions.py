@@ -16,12 +16,13 @@ import numpy as np
 
 from data_shards.building import state
 from data_shards.building.build import content_digest, work_folder, write_once, write_shards
+from data_shards.building.numbering import pids_of, renumbered
 from data_shards.building.parallel import Cluster, cores, parallel_map
 from data_shards.building.reading import read_images
 from data_shards.building.scan import ScannedImage
 from data_shards.building.writer import ShardImage, ShardPlan, index_of, plan_shards
 from data_shards.dataset import Dataset
-from data_shards.errors import ConfigError, DataError, ObjectMissing, StorageError
+from data_shards.errors import DataError, ObjectMissing, StorageError
 from data_shards.index import Index, count_splits, split_of_rows
 from data_shards.manifest import (
     INDEX_NAME,
@@ -37,7 +38,7 @@ from data_shards.manifest import (
     version_key,
 )
 from data_shards.progress import Progress, silent
-from data_shards.records import NO_CAMERA, SHARD_BYTES, SPLITS, ImageRecord
+from data_shards.records import SHARD_BYTES, SPLITS, ImageRecord
 from data_shards.storage import LocalStorage, Storage
 from data_shards.storage.object_path import ObjectPath, Place
 
@@ -99,7 +100,7 @@ def add(
         if state.is_claimed(dataset.storage, digest):
             state.remove_notes(dataset.storage)
         return Change(old, len(images), already_made=True)
-    images, storage = _renumbered(images, dataset, ids), dataset.storage
+    images, storage = renumbered(images, dataset, ids), dataset.storage
     pids = {image.record.pid for image in images if image.record.split == "train"}
     pids.update(dataset.identities.tolist())
     plans = plan_shards(images, shard_bytes, version=_version(old, digest), pids=pids)
@@ -145,7 +146,7 @@ def remove(
     dataset = Dataset.open(url)
     old, storage, index = dataset.manifest, dataset.storage, dataset.whole
     earlier_ones = _versions(storage)
-    pids = _pids_of(people, [old, *earlier_ones], url)
+    pids = pids_of(people, [old, *earlier_ones], url)
     token, gone = json_digest(["remove", sorted(set(pids))]), np.isin(index.pid, pids)
     found, having, manifest = set(index.pid[gone].tolist()), list[Manifest](), old
     for earlier in earlier_ones:
@@ -222,10 +223,6 @@ def _index(storage: Storage, manifest: Manifest) -> Index:
     return Index.from_parquet(storage.read(info.name, sha256=info.sha256), manifest)
 
 
-def next_number(numbers: np.ndarray) -> int:
-    return int(numbers.max(initial=-1)) + 1
-
-
 def moved(manifest: Manifest, shard: ShardInfo, pid: int = 0, camid: int = 0) -> ShardInfo:
     """A shard as another version or dataset lists it, with larger pids and camids."""
     was = shard.origin or Origin(dataset=manifest.name, pid=0, camid=0)
@@ -237,85 +234,6 @@ def shifted(index: Index, first: int, pid: int = 0, camid: int = 0) -> Index:
     """An index whose shards start at `first`."""
     columns = {"shard": index.shard + np.int32(first), "pid": index.pid + pid}
     return replace(index, **columns, camid=index.camid + np.int32(camid))
-
-
-def _pids_of(people: Sequence[int | str], versions: Sequence[Manifest], url: str) -> list[int]:
-    """The pids of people who are given by pid or by name."""
-    known = dict[str, set[int]]()
-    for names in [manifest.names for manifest in versions if manifest.names is not None]:
-        for pid, name in names.people.items():
-            known.setdefault(name, set()).add(pid)
-    pids = list[int]()
-    for person in people:
-        meant = known.get(str(person), set())
-        if str(person).isdecimal():
-            meant = meant | {int(person)}
-        if not meant:
-            raise DataError(f"{url} has nobody named {person}: nothing was changed")
-        if len(meant) > 1:
-            several = ", ".join(map(str, sorted(meant)))
-            raise DataError(f"{person} may be pid {several} of {url}: give pids")
-        pids += meant
-    return pids
-
-
-def _numbers(names: set[str], known: Mapping[int, str], free: int, what: str) -> dict[str, int]:
-    """The number of each name: the dataset's, or the next free one."""
-    if not names:
-        return {}
-    if not known:
-        raise ConfigError(
-            f"these images have names of {what}, and the dataset has numbers: give its numbers, or"
-            f" --ids new if all of them are other people"
-        )
-    number = {name: n for n, name in known.items()}
-    if len(number) < len(known):
-        raise ConfigError(
-            f"two {what} of the dataset have one name: give numbers, or --ids new if all of these"
-            " are other people"
-        )
-    return number | {name: free + n for n, name in enumerate(sorted(names - number.keys()))}
-
-
-def _renumbered(
-    images: Sequence[ScannedImage], dataset: Dataset, ids: Literal["same", "new"]
-) -> list[ScannedImage]:
-    """Images to add, with the pids and camids that they get in the dataset.
-
-    An image without a camera that is there already, byte for byte, keeps its camera's number.
-    """
-    index, known = dataset.whole, dataset.manifest.names or Names()
-    unknown = index.camid >= NO_CAMERA
-    free, free_camera = next_number(index.pid), next_number(index.camid & (NO_CAMERA - 1))
-    pid, camid = (free, free_camera) if ids == "new" else (0, 0)
-    more = camid or next_number(index.camid[unknown] - NO_CAMERA)
-    person_number, camera_number = dict[str, int](), dict[str, int]()
-    if ids == "same":
-        people = {image.record.person for image in images} - {""}
-        cameras = {image.record.camera for image in images} - {""}
-        person_number = _numbers(people, known.people, free, "people")
-        camera_number = _numbers(cameras, known.cameras, free_camera, "cameras")
-
-    def person(record: ImageRecord) -> int:
-        return person_number.get(record.person, record.pid + pid)
-
-    same = dict[tuple[int, int], list[int]]()
-    if ids == "same":
-        for row in np.flatnonzero(unknown & np.isin(index.pid, [person(i.record) for i in images])):
-            same.setdefault((int(index.pid[row]), int(index.size[row])), []).append(int(row))
-
-    def camera(image: ScannedImage) -> int:
-        record = image.record
-        if record.camid < NO_CAMERA:
-            return camera_number.get(record.camera, record.camid + camid)
-        for row in same.get((person(record), image.size), ()):
-            if sha256(dataset.read(index, row)) == image.sha256:
-                return int(index.camid[row])
-        return record.camid + more
-
-    return [
-        replace(i, record=replace(i.record, pid=person(i.record), camid=camera(i))) for i in images
-    ]
 
 
 def _without(
