@@ -123,7 +123,8 @@ class Stage:
         counts, left = f"{self.done:,} of {self.total:,} {self.unit}", self.left(now)
         if left is None:
             return f"{counts}, {duration(now - self.began)}"  # a clock, until there is a pace
-        return f"{counts}{_rate(self.per_second())}, {duration(left)} left"
+        beside = f" ({duration(self.later)} to evaluate)" if self.later >= 1 else ""
+        return f"{counts}{_rate(self.per_second())}, {duration(left)} left{beside}"
 
     @property
     def lines(self) -> str:
@@ -183,6 +184,12 @@ class Display:
             elif shown.unit and now - shown.lined >= LINE_EVERY and shown.seen == now:
                 shown.lined = now
                 self.print(f"{stage}: {shown}{shown.note and f', {shown.note}'}")
+
+    def remove(self, *stages: str) -> None:
+        """Take stages off the screen that ended, or were left, before their total."""
+        with self._lock:
+            for stage in stages:
+                self._remove(stage)
 
     def print(self, text: str) -> None:
         """Print a line that stays, above the bars."""

@@ -114,7 +114,6 @@ class Follower:
         self._shown: State = {}
         self._newest: State = {}
         self._started = False
-        self._began: float | None = None
         self._evaluation_seconds = 0.0
         display("starting the workers", 0, 1)
 
@@ -123,17 +122,17 @@ class Follower:
         if not self._started and (state or stages):
             self._started = True
             self._display("starting the workers", 1, 1)
+        new = {stage for stage in stages if self._stages.get(stage) != stages[stage]}
+        for stage in sorted(new):
+            self._display(stage, *stages[stage])
+        self._stages = stages
         passed = [e for e in evaluations if state and e["epoch"] <= state["epoch"]]
         self._print(passed)
         if state and state != self._shown:
+            self._display.remove(*stages.keys() - new)  # a worker was lost within an evaluation
             self._shown = state
             self._newest |= state  # at the start of a phase there is no loss
             self._step(self._newest)
-        for stage, (done, total) in stages.items():
-            if self._stages.get(stage) != (done, total):
-                self._began = self._began or time.monotonic()
-                self._display(stage, done, total)
-        self._stages = stages
         self._print(evaluations[len(passed) :])
 
     def _step(self, state: State) -> None:
@@ -148,8 +147,8 @@ class Follower:
     def _print(self, evaluations: list[State]) -> None:
         for evaluation in evaluations:
             self.evaluated += 1
-            if self._began is not None:
-                self._evaluation_seconds, self._began = time.monotonic() - self._began, None
+            self._evaluation_seconds = evaluation["seconds"]
+            self._display.remove(*self._stages)
             metrics = evaluation["metrics"]
             shown = ("mAP", "rank-1", "mINP")
             figures = ", ".join(f"{name} {100 * metrics[name]:.2f} %" for name in shown)

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
@@ -303,6 +304,7 @@ class TrainLoop:
 
     def evaluate(self) -> Validation:
         """Measure the model now; the metrics go to the history and the tracker."""
+        began = time.monotonic()
         if (group := self.context.host_group) is not None:
             if self.config.model.batch_norm == "local":
                 # It leaves each rank its own statistics; rank 0's are saved.
@@ -319,8 +321,8 @@ class TrainLoop:
             self.history.add_evaluation(self.progress.epoch, result.metrics, step)
             split = self.history.split
             self.context.log(tracked(result.metrics, split), step)
-            shown = {"epoch": self.progress.epoch, "metrics": result.metrics, "split": split}
-            self.context.show(shown)
+            shown: dict[str, object] = {"epoch": self.progress.epoch, "metrics": result.metrics}
+            self.context.show(shown | {"split": split, "seconds": time.monotonic() - began})
         self.step_rows.restart_clock()
         return result
 

@@ -150,6 +150,7 @@ def _counted(
         yield batch
         done = min(done + len(batch.row) * context.world, total)
         report(stage, done, total)
+    report(stage, total, total)  # rank 0 may have an image fewer than others
 
 
 @contextmanager

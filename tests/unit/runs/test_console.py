@@ -79,7 +79,7 @@ def state(epoch: int, step: int) -> dict:
 
 def evaluation(epoch: int, mean_average_precision: float) -> dict:
     metrics = {"mAP": mean_average_precision, "rank-1": 0.5, "mINP": 0.25}
-    return {"epoch": epoch, "metrics": metrics}
+    return {"epoch": epoch, "metrics": metrics, "seconds": 21.0}
 
 
 def test_each_line_is_new_and_the_time_left_does_not_jump(clock):
@@ -111,7 +111,8 @@ def test_each_line_is_new_and_the_time_left_does_not_jump(clock):
         "starting the workers",
         "embedding gallery: 200 images in 0:00:20, 10/s",
         "untrained: mAP 10.00 %, rank-1 50.00 %, mINP 25.00 %",
-        "training: 31 of 200 steps, 1/s, 0:03:31 left, epoch 1 of 4, loss 7.000, 64 images/s",
+        "training: 31 of 200 steps, 1/s, 0:03:31 left (0:00:42 to evaluate), "
+        "epoch 1 of 4, loss 7.000, 64 images/s",
     ]
     assert said[-3:] == [
         "training: 199 of 200 steps in 0:03:41, 0.9/s",
@@ -123,6 +124,56 @@ def test_each_line_is_new_and_the_time_left_does_not_jump(clock):
     truth = [31, 61, 91, 101, 131, 161, 191]
     truth = [200 - step + 21 * (1 + (step <= 100)) for step in truth]
     assert left == pytest.approx(truth, abs=6)
+
+
+def terminal() -> tuple[Console, Display]:
+    made = Console(file=io.StringIO(), force_terminal=True, width=80)
+    return made, Display(made, UNITS, "images")
+
+
+def shown_stages(display: Display) -> set[str]:
+    return {task.description for task in display._bars.tasks}
+
+
+def test_a_stage_that_never_reports_its_total_goes_with_its_evaluation(clock):
+    _, shown = terminal()
+    follower = console.Follower(shown, every=2)
+    follower.look(state(1, 50), {"embedding gallery": (0, 21)}, [])
+    assert shown_stages(shown) == {"training", "embedding gallery"}
+    follower.look(state(1, 50), {"embedding gallery": (20, 21)}, [evaluation(2, 0.5)])
+    assert shown_stages(shown) == {"training"}
+
+
+def test_a_stage_of_the_last_evaluation_goes_when_training_ended(clock):
+    _, shown = terminal()
+    follower = console.Follower(shown, every=2)
+    follower.look(state(3, 50), {"embedding gallery": (0, 21)}, [])
+    follower.look(state(3, 50), {"embedding gallery": (20, 21)}, [evaluation(4, 0.5)])
+    assert shown_stages(shown) == set()
+
+
+def test_a_stage_goes_when_training_resumes_from_a_checkpoint(clock):
+    _, shown = terminal()
+    follower = console.Follower(shown, every=2)
+    follower.look(state(1, 50), {"embedding gallery": (20, 200)}, [])
+    follower.look(state(0, 10), {"embedding gallery": (20, 200)}, [])
+    assert shown_stages(shown) == {"training"}
+
+
+def test_a_late_look_at_an_evaluation_does_not_lengthen_the_time_left(clock):
+    made, shown = log()
+    follower = console.Follower(shown, every=1)
+    follower.look({}, {"ranking": (0, 1)}, [])
+    follower.look(state(0, 0), {"ranking": (1, 1)}, [evaluation(0, 0.1)])
+    for step in range(1, 51):
+        clock[0] += 1.0
+        follower.look(state(0, step), {"ranking": (1, 1)}, [])
+    follower.look(state(0, 50), {"ranking": (1, 1)}, [evaluation(1, 0.2)])
+    clock[0] += 1.0
+    follower.look(state(1, 1), {"ranking": (1, 1)}, [])
+    clock[0] += 30.0
+    follower.look(state(1, 31), {"ranking": (1, 1)}, [])
+    assert "81 of 200 steps, 1/s, 0:03:02 left (0:01:03 to evaluate)" in lines(made)[-1]
 
 
 def test_the_loss_stays_when_a_state_has_none(clock):

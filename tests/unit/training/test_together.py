@@ -6,6 +6,7 @@ import time
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torchvision.models import resnet
 
 from data_shards.dataset import Dataset
 from data_shards.errors import ReidError
+from data_shards.progress import silent
 from reid_train.evaluation.extract import gather_rows
 from reid_train.model.collectives import require_equal
 from reid_train.model.pretrained import build_model
@@ -57,6 +59,17 @@ def _gathered(rank: int, worker: WorkerContext) -> list[torch.Tensor]:
     return found
 
 
+def _reports(total: int, worker: WorkerContext) -> list[tuple[str, int, int]]:
+    """What is reported while the ranks embed a split."""
+    reports: list[tuple[str, int, int]] = []
+    worker.progress = lambda *report: reports.append(report)
+    own = len(range(total * worker.rank // WORLD, total * (worker.rank + 1) // WORLD))
+    batches = [SimpleNamespace(row=range(own))]
+    list(validation._counted(batches, "embedding", total, worker))  # type: ignore[arg-type]
+    worker.progress = silent
+    return reports
+
+
 def _slow_ranking(dataset: Dataset, worker: WorkerContext) -> dict[str, float]:
     """Metrics of an evaluation with a slow ranking, and then an exchange that may not take long."""
     settings, rank_gallery = config(loader__workers=0), validation.rank_gallery
@@ -84,6 +97,7 @@ def _worker(rank: int, url: str, scratch: str) -> dict[str, object]:
     return {
         "drift": _drift(rank, worker),
         "gathered": _gathered(rank, worker),
+        "reports": _reports(21, worker),
         "metrics": _slow_ranking(dataset, worker),
     }
 
@@ -102,6 +116,12 @@ def test_drift_is_an_error_that_names_ranks_and_tensor(workers):
 def test_rows_of_all_ranks_are_gathered_in_order(workers):
     for rows in workers[0]["gathered"]:
         assert rows[:, 0].tolist() == list(range(len(rows)))
+
+
+def test_the_last_report_of_a_stage_is_its_total_although_rank_0_has_fewer_images(workers):
+    assert workers[0]["reports"][0] == ("embedding", 0, 21)
+    assert workers[0]["reports"][-1] == ("embedding", 21, 21)
+    assert workers[1]["reports"] == []
 
 
 def test_others_wait_for_a_ranking_longer_than_an_exchange_may_take(workers):
