@@ -33,8 +33,10 @@ def submit(arguments: list[str]) -> int:
     from cluster.submit import Submit, submit
 
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    parsed = parse(Submit, arguments[:end], f"{PROGRAM} submit [OPTIONS] -- …")
-    return submit(arguments[end + 1 :], parsed)
+    words = arguments[:end]
+    if end == len(arguments) and not {"-h", "--help"} & set(words):
+        words = []  # what is missing is the --, before a command or after the options
+    return submit(arguments[end + 1 :], parse(Submit, words, f"{PROGRAM} submit"))
 
 
 def plan(arguments: list[str]) -> None:

@@ -72,7 +72,9 @@ class Submit:
 def submit(command: Sequence[str], options: Submit) -> int:
     """Run a command as a job; follow its log; return its exit code."""
     if not command:
-        raise ConfigError("no command: python -m cluster submit -- python -m reid_train train …")
+        raise ConfigError(
+            "no command after --: python -m cluster submit -- python -m reid_train train …"
+        )
     console = make_console(stderr=True)
     address = _address(options.address)
     client = _connect(address)
@@ -93,8 +95,10 @@ def submit(command: Sequence[str], options: Submit) -> int:
     if options.detach:
         console.print(f"follow it: {how}\nstop it:   ray job stop {job} {at}")
         return 0
+    here = local.running(local.FOLDER.absolute())
+    log = _Log(job, how, here=here is not None and here.dashboard == address)
     try:
-        details = asyncio.run(_follow(client, job, how))
+        details = asyncio.run(_follow(client, log))
     except KeyboardInterrupt:
         answer = ""  # without a terminal the job continues
         with suppress(EOFError, KeyboardInterrupt):
@@ -105,15 +109,18 @@ def submit(command: Sequence[str], options: Submit) -> int:
             return 130
         client.stop_job(job)
         console.print("stopping the job; a training first writes a checkpoint: up to minutes")
-        details = asyncio.run(_follow(client, job, how, quiet=True))
+        details = asyncio.run(_follow(client, log))
     if details.status == "SUCCEEDED":
         console.print("the job succeeded")
         return 0
     if details.status == "STOPPED":
         console.print("the job was stopped")
         return 130
-    console.print(f"the job failed: {_line(details.message or '', 400)}")
-    return details.driver_exit_code or 1
+    code = details.driver_exit_code
+    # Ray's message is the end of the log once more, which has been shown.
+    why = f"exit code {code}" if code and log.shown else _line(details.message or "", 400)
+    console.print(f"the job failed: {why}")
+    return code or 1
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
@@ -187,26 +194,37 @@ def _line(error: object, most: int = 300) -> str:
     return " ".join(str(error).split())[:most]
 
 
-async def _follow(
-    client: JobSubmissionClient, job: str, how: str, *, quiet: bool = False
-) -> JobDetails:
-    """Print a job's log, or nothing if `quiet`, until the job ends; connect again when needed."""
+@dataclass
+class _Log:
+    """The log of a job, and how much of it has been shown."""
+
+    job: str
+    how: str  # the command that follows it
+    here: bool = False  # whether it runs on the local stack
+    shown: int = 0  # characters
+
+
+async def _follow(client: JobSubmissionClient, log: _Log) -> JobDetails:
+    """Print a job's log until the job ends; connect again when needed."""
     from aiohttp import ClientError  # Ray's client does not catch it
 
-    shown, silent_since, complaint = 0, None, ""
+    job, silent_since, complaint = log.job, None, ""
     while True:
         seen = 0
         try:
             async for text in client.tail_job_logs(job):
-                fresh = text[max(shown - seen, 0) :]
+                fresh = text[max(log.shown - seen, 0) :]
                 seen += len(text)
-                if not quiet:
-                    print(SETTING_UP.sub("", fresh), end="", flush=True)
-                shown, complaint = max(shown, seen), ""
+                print(SETTING_UP.sub("", fresh), end="", flush=True)
+                log.shown, complaint = max(log.shown, seen), ""
         except (ClientError, RuntimeError, OSError) as error:
+            if log.here and local.running(local.FOLDER.absolute()) is None:
+                raise ReidError(f"the local stack was stopped, and job {job} with it") from None
             if str(error) != complaint:  # once, if it stays the same
                 complaint = str(error)
-                print(f"the connection to the log ended ({complaint}); retrying", file=sys.stderr)
+                minutes = f"for up to {GIVE_UP_SECONDS / 60:.0f} minutes"
+                text = f"the connection to the log ended ({complaint}); retrying {minutes}"
+                print(text, file=sys.stderr)
         try:
             details = client.get_job_info(job)
             if details.status.is_terminal():
@@ -217,6 +235,6 @@ async def _follow(
             if time.monotonic() - silent_since > GIVE_UP_SECONDS:
                 raise ReidError(
                     f"the job server was silent about {job} for {GIVE_UP_SECONDS / 60:.0f} minutes "
-                    f"({_line(error)}). The job continues if its cluster does; follow it: {how}"
+                    f"({_line(error)}). The job continues if its cluster does; follow it: {log.how}"
                 ) from None
         await asyncio.sleep(PAUSE_SECONDS)

@@ -73,7 +73,9 @@ def test_installation_needs_a_project(tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        (["submit"], 2, "no command"),
+        (["submit"], 2, "no command after --"),
+        (["submit", "python", "-m", "reid_train", "train"], 2, "no command after --"),
+        (["submit", "--adress", "x", "--", "true"], 2, "Did you mean --address?"),
         (["submit", "--", "true"], 2, "no cluster: give --address"),
         (
             ["submit", "--address", "http://127.0.0.1:9", "--", "true"],
@@ -119,9 +121,10 @@ class Server:
 HANDSHAKE = aiohttp.WSServerHandshakeError(SimpleNamespace(real_url="ws://head"), (), status=502)
 
 
-def follow(server: Server, monkeypatch, **options: bool) -> SimpleNamespace:
+def follow(server: Server, monkeypatch, here: bool = False) -> SimpleNamespace:
     monkeypatch.setattr(cluster.submit, "PAUSE_SECONDS", 0.001)
-    return asyncio.run(cluster.submit._follow(server, "job", "ray job logs job", **options))
+    log = cluster.submit._Log("job", "ray job logs job", here)
+    return asyncio.run(cluster.submit._follow(server, log))
 
 
 def test_job_is_followed_over_dropped_connections(monkeypatch, capsys):
@@ -148,6 +151,43 @@ def test_server_that_is_gone_for_long_is_given_up_in_one_line(monkeypatch):
         follow(server, monkeypatch)
     assert raised.value.exit_code == 1
     assert "\n" not in str(raised.value)
+
+
+def test_a_local_stack_that_was_stopped_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(local, "running", lambda folder: None)
+    server = Server([["step 1"], [OSError("refused")]], [JobStatus.RUNNING])
+    with pytest.raises(ReidError, match="the local stack was stopped, and job job with it"):
+        follow(server, monkeypatch, here=True)
+
+
+def test_log_of_a_job_that_is_stopped_is_shown_to_its_end(monkeypatch, capsys):
+    log = cluster.submit._Log("job", "how")
+    for logs in (["step 1\n"], ["step 1\n", "continue with …\n"]):
+        server = Server([logs], [JobStatus.STOPPED])
+        asyncio.run(cluster.submit._follow(server, log))
+    assert capsys.readouterr().out == "step 1\ncontinue with …\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "logs", "expected"),
+    [
+        (7, ["step 1\n"], "the job failed: exit code 7\n"),
+        (None, [], "the job failed: no worker could start\n"),
+    ],
+)
+def test_a_failed_job_does_not_print_its_log_again(monkeypatch, capsys, code, logs, expected):
+    class Client(Server):
+        def submit_job(self, **options: object) -> str:
+            return "job"
+
+        def get_job_info(self, job: str) -> SimpleNamespace:
+            found = {"message": "no worker could start", "driver_exit_code": code}
+            return SimpleNamespace(status=JobStatus.FAILED, **found)
+
+    monkeypatch.setattr(cluster.submit, "_connect", lambda address: Client([logs], []))
+    options = cluster.submit.Submit(address="http://head:8265")
+    assert cluster.submit.submit(["true"], options) == (code or 1)
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_missing_log_is_reported_once_and_the_job_is_followed(monkeypatch, capsys):
