@@ -34,8 +34,8 @@ def submit(arguments: list[str]) -> int:
 
     end = arguments.index("--") if "--" in arguments else len(arguments)
     words = arguments[:end]
-    if end == len(arguments) and not {"-h", "--help"} & set(words):
-        words = []  # what is missing is the --, before a command or after the options
+    if "--" not in arguments and not "".join(words[:1]).startswith("-"):
+        words = []  # a command without the -- before it
     return submit(arguments[end + 1 :], parse(Submit, words, f"{PROGRAM} submit"))
 
 

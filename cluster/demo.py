@@ -42,8 +42,9 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         build_command("synthetic", data, root=str(folder / "people"), shard_bytes=1 << 20)
         console.rule(f"training with {workers} Ray workers")
         config = recipe("demo").replace(data=data, output=output, workers=workers)
-        summary = run(config.replace(loader__cache=folder / "cache"), console=console)
-        # The servers stop now: keep the report beside their data.
+        config = config.replace(loader__cache=folder / "cache")
+        # The servers stop now: their addresses are of no use, and the report is kept beside them.
+        summary = run(config, console=console, where=False)
         page = fetch_report(f"{output}/{summary.name}", folder / "reports" / summary.name)
         import ray
 

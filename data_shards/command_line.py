@@ -58,14 +58,14 @@ def run_one_of(
     The help, with `prog` before the names, shows the first line of each command's docstring.
     """
     name, *arguments = (sys.argv[1:] if words is None else words) or [""]
-    if name in ("", "-h", "--help"):
-        first = {key: (run.__doc__ or "").partition("\n")[0] for key, run in commands.items()}
-        lines = [f"  {key:9}  {line.rstrip('.')}" for key, line in first.items()]
-        print(f"usage: {prog} COMMAND [options]\n", *lines, sep="\n")
-        print(f"\nOptions of a command: {prog} COMMAND --help")
-        return 0 if name else 2
 
     def run() -> int | None:
+        if name in ("", "-h", "--help"):
+            first = {key: (run.__doc__ or "").partition("\n")[0] for key, run in commands.items()}
+            lines = [f"  {key:9}  {line.rstrip('.')}" for key, line in first.items()]
+            print(f"usage: {prog} COMMAND [options]\n", *lines, sep="\n")
+            print(f"\nOptions of a command: {prog} COMMAND --help", flush=True)
+            return 0 if name else 2
         if name not in commands:
             hint, there = did_you_mean(name, commands), ", ".join(commands)
             raise ConfigError(f"no command {name!r}.{hint} There are: {there}.")

@@ -84,9 +84,11 @@ def _read_rows(path: Place) -> dict[int, dict[str, str]]:
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             found = [column for column in COLUMNS if column in reader.fieldnames]
             if missing := [c for c in COLUMNS if c not in (*found, OPTIONAL)]:
+                only = reader.fieldnames[0] if len(reader.fieldnames) == 1 else ""
+                mark = next((f" with commas, not {mark!r}" for mark in ";\t|" if mark in only), "")
                 raise DataError(
                     f"{path} has no column {', '.join(missing)}: its first line must be"
-                    f" {','.join(COLUMNS)}"
+                    f" {','.join(COLUMNS)}{mark}"
                 )
             for row in reader:
                 if any(row[column] is None for column in found):

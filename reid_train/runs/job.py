@@ -39,13 +39,20 @@ if TYPE_CHECKING:
 UNITS = {"training": "steps", "ranking": "pairs"}  # all other stages count images
 
 
-def run(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> Summary:
+def run(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    where: bool = True,
+) -> Summary:
     """Train, measure, draw, track and register.
 
     Args:
         config: what to do; `data` and `output` are needed.
         resume: continue the run `config.name` from its newest checkpoint.
         console: where progress and the table are shown.
+        where: show where the report, the model and MLflow are, too.
 
     Raises:
         ReidError: anything that the person can mend. What was stored before is kept.
@@ -78,9 +85,11 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
             shown.print(f"run {config.name} has finished; nothing to do")
             return summary
         with phase(shown, "loading PyTorch and Ray"):
-            from reid_train.runs.publish import show
+            from reid_train.runs.publish import show, show_metrics
         tracker, summary, rows = _train(config, dataset, saved, shown)
-    show(summary, rows, config, tracker, console)
+    show_metrics(summary, rows, console)
+    if where:
+        show(summary, config, tracker, console)
     return summary
 
 

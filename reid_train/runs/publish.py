@@ -90,11 +90,13 @@ def publish(
     return summary, rows
 
 
-def show(
-    summary: Summary, rows: list[Row], config: TrainConfig, tracker: Tracker, console: Console
-) -> None:
-    """Print the table, and where the report, the model and MLflow are."""
+def show_metrics(summary: Summary, rows: list[Row], console: Console) -> None:
+    """Print what was measured before and after training."""
     print_summary(console, rows, title=f"{summary.name}: before and after training")
+
+
+def show(summary: Summary, config: TrainConfig, tracker: Tracker, console: Console) -> None:
+    """Print where the report, the model and MLflow are."""
     folder = f"{config.output.rstrip('/')}/{summary.name}"
     lines = [f"report     {summary.report}"]
     if summary.selected_on == "validation":

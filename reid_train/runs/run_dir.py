@@ -60,7 +60,7 @@ class Run:
             versions = dict(values.get("versions", {}))
             return cls(config, values["manifest_digest"], values["mlflow_run_id"], versions)
         except ObjectMissing as error:
-            raise ConfigError(f"no run to resume: {where} is not there") from error
+            raise ConfigError(f"there is no run {name}: {where} is missing") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{where} is damaged: {error}. Restore it, or start a new run under another --name"
@@ -184,6 +184,6 @@ def write(run: Run, *, new: bool = False) -> None:
 def taken(config: TrainConfig) -> ConfigError:
     """The error if a new run has the name of one that exists."""
     return ConfigError(
-        f"run {config.name} exists in {config.output}: continue it with --resume, or give another "
-        "--name"
+        f"run {config.name} exists in {config.output}: continue it with --resume (and with a "
+        "larger --optimizer.epochs, if it has finished), or give another --name"
     )

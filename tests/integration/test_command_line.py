@@ -73,7 +73,7 @@ def test_models_without_a_registry_says_how_to_name_one(say, monkeypatch, tmp_pa
 def test_run_that_is_not_there_cannot_be_resumed(say, tmp_path):
     code, said = train(say, "--resume", "--name", "none", "--output", tmp_path)
     assert code == 2
-    assert f"no run to resume: {tmp_path}/none/run.json is not there" in error_line(said)
+    assert f"there is no run none: {tmp_path}/none/run.json is missing" in error_line(said)
 
 
 # --- what a training needs --------------------------------------------------------------------
@@ -156,5 +156,5 @@ def test_name_that_is_taken_is_refused(say, dataset, tmp_path):
     arguments = ("--data", dataset, "--output", tmp_path / "runs", "--name", "one")
     code, said = train(say, *arguments)
     assert code == 2
-    assert "continue it with --resume, or give another --name" in error_line(said)
+    assert "if it has finished), or give" in error_line(said)
     assert (tmp_path / "runs" / "one" / "run.json").read_text() == "{}"

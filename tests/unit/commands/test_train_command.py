@@ -73,6 +73,6 @@ def test_resuming_needs_a_name(given, flag):
 
 
 def test_resuming_what_is_not_there_is_refused(given, tmp_path):
-    with pytest.raises(ConfigError, match="no run to resume"):
+    with pytest.raises(ConfigError, match="there is no run"):
         train(command(tmp_path, "--resume"))
     assert not given

@@ -29,7 +29,7 @@ def told(model: str | None, **more: Any) -> str:
         **more,
     )
     screen = io.StringIO()
-    show(summary, [], RUN, Tracker(None, None), Console(file=screen, width=60))
+    show(summary, RUN, Tracker(None, None), Console(file=screen, width=60))
     return screen.getvalue()
 
 

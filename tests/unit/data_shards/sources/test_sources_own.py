@@ -65,6 +65,13 @@ def test_csv_missing_column_is_named(tmp_path):
         read("csv", csv(tmp_path, "a.jpg,5,train", header="path,camid,split"))
 
 
+@pytest.mark.parametrize(("mark", "shown"), [(";", "';'"), ("\t", r"'\\t'")])
+def test_columns_that_are_not_separated_by_commas_are_named(tmp_path, mark, shown):
+    table = csv(tmp_path, mark.join("a51t"), header=mark.join(("path", "pid", "camid", "split")))
+    with pytest.raises(DataError, match=f"must be path,pid,camid,split with commas, not {shown}"):
+        read("csv", table)
+
+
 def test_csv_may_have_no_cameras(tmp_path):
     wanted = [("a.jpg", 5, NO_CAMERA, "train"), ("b/c.png", 7, NO_CAMERA, "query")]
     without = csv(tmp_path, "a.jpg,5,train", "b/c.png,7,query", header="path,pid,split")

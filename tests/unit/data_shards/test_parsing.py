@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 
@@ -23,6 +24,17 @@ class Settings:
 
     optimizer: Optimizer = field(default_factory=Optimizer)
     decode: bool = False
+
+
+def test_a_reader_of_the_help_may_leave_early(monkeypatch):
+    def leave(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    reader, writer = os.pipe()
+    monkeypatch.setattr("builtins.print", leave)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    assert run_one_of({"build": lambda words: None}, "prog", ["--help"]) == 141
+    os.close(reader)
 
 
 def test_known_options_are_parsed():
