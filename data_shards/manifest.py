@@ -75,6 +75,21 @@ class Names(_Model):
                 cameras |= part.cameras
         return cls(people=people, cameras=cameras) if people or cameras else None
 
+    def number(self, what: Literal["person", "camera"], given: int | str) -> int:
+        """The number that a name stands for. A number stands for itself.
+
+        Raises:
+            DataError: nobody, or more than one, has this name.
+        """
+        if str(given).isdecimal():
+            return int(given)
+        known = self.people if what == "person" else self.cameras
+        found = [number for number, name in known.items() if name == given]
+        if len(found) != 1:
+            several = f"numbers {', '.join(map(str, found))} are" if found else f"no {what} is"
+            raise DataError(f"{several} named {str(given)[:60]!r}: give a number")
+        return found[0]
+
     def shifted(self, pid: int, camid: int) -> Self:
         """The names with larger pids and camids."""
         return type(self)(

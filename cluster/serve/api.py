@@ -32,7 +32,9 @@ Rate = Annotated[
     float | None,
     Form(description="Decide at this false accept rate; by default at 0.001, if it was measured."),
 ]
-Cameras = Annotated[list[int] | None, Form(description="Only images of these cameras.")]
+Cameras = Annotated[
+    list[str] | None, Form(description="Only images of these cameras: numbers or names.")
+]
 Since = Annotated[datetime | None, Form(description="Only images from this time on.")]
 Until = Annotated[datetime | None, Form(description="Only images up to this time.")]
 
@@ -137,7 +139,9 @@ def make_app(ask: Ask, settings: Settings, token: str | None) -> FastAPI:
         ] = None,
         top: Annotated[int, Form(ge=1, le=LONGEST, description="How many images to find.")] = 20,
         false_accept_rate: Rate = None,
-        query_camera: Annotated[int | None, Form(description="The camera of the photo.")] = None,
+        query_camera: Annotated[
+            str | None, Form(description="The camera of the photo: its number or name.")
+        ] = None,
         camera: Cameras = None,
         since: Since = None,
         until: Until = None,
@@ -173,8 +177,12 @@ def make_app(ask: Ask, settings: Settings, token: str | None) -> FastAPI:
     @app.post("/gallery", status_code=201)
     async def enrol(
         photo: Photo,
-        pid: Annotated[int | None, Form(description="The person's number.")] = None,
-        camera: Annotated[int | None, Form(description="The camera's number.")] = None,
+        pid: Annotated[
+            str | None, Form(description="The person's number, or a name that is known.")
+        ] = None,
+        camera: Annotated[
+            str | None, Form(description="The camera's number, or a name that is known.")
+        ] = None,
         time: Annotated[datetime | None, Form(description="When it was taken.")] = None,
     ) -> GalleryImage:
         """Add an image to the gallery. It is stored before this is answered."""
@@ -187,10 +195,10 @@ def make_app(ask: Ask, settings: Settings, token: str | None) -> FastAPI:
     async def gallery(
         offset: Annotated[int, Query(ge=0)] = 0,
         limit: Annotated[int, Query(ge=1, le=LONGEST)] = 60,
-        camera: Annotated[list[int] | None, Query()] = None,
+        camera: Annotated[list[str] | None, Query()] = None,
         since: datetime | None = None,
         until: datetime | None = None,
-        pid: int | None = None,
+        pid: str | None = None,
     ) -> Listing:
         """List images of the gallery."""
         when = {"since": _seconds(since), "until": _seconds(until)}

@@ -147,8 +147,8 @@ def start(settings: Settings, token: str | None, host: str, port: int) -> None:
     if (free := ray.available_resources().get("CPU", 0)) < cpus:
         logger.warning("the service needs %d cores, and the Ray cluster has %g free", cpus, free)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    serve.start("HeadOnly", HTTPOptions(host=host, port=port), logging_config=quiet)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start("HeadOnly", HTTPOptions(host=host, port=port), logging_config=quiet)
     try:
         serve.run(build_app(settings, token), name=NAME, logging_config=quiet)
     except RuntimeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -59,13 +59,18 @@ class Generation:
         if (row := self.row.pop(name, None)) is not None:
             self.index.remove(row)
 
+    def number(self, what: Literal["person", "camera"], given: int | str | None) -> int | None:
+        """The number of a person or camera that is given by number or by name."""
+        return None if given is None else self.names.number(what, given)
+
     def wanted(
-        self, cameras: Sequence[int], since: float | None, until: float | None
+        self, cameras: Sequence[int | str], since: float | None, until: float | None
     ) -> np.ndarray | None:
         """The rows that filters leave, (count,) bool; None for all. Unknown times match none."""
         if not cameras and since is None and until is None:
             return None
-        mask = np.isin(self.camera, cameras) if cameras else np.ones(len(self.camera), bool)
+        numbers = [self.names.number("camera", camera) for camera in cameras]
+        mask = np.isin(self.camera, numbers) if cameras else np.ones(len(self.camera), bool)
         if since is not None:
             mask &= self.time >= since
         return mask if until is None else mask & (self.time <= until)

@@ -226,8 +226,8 @@ class Searcher:
         *,
         top: int,
         rate: float | None = None,
-        query_camera: int | None = None,
-        cameras: Sequence[int] = (),
+        query_camera: int | str | None = None,
+        cameras: Sequence[int | str] = (),
         since: float | None = None,
         until: float | None = None,
     ) -> dict[str, Any]:
@@ -236,6 +236,7 @@ class Searcher:
         The whole answer is of one generation, also if another takes over meanwhile.
         """
         made = await self.up_to_date()
+        query_camera = made.number("camera", query_camera)
         row = None if name is None else made.find(name)
         if row is not None and query_camera is None:
             query_camera = made.images[row].camera
@@ -282,18 +283,19 @@ class Searcher:
         return {"model": model, "embedding": row.tolist()}
 
     async def enrol(
-        self, data: bytes, pid: int | None, camera: int | None, time: int | None
+        self, data: bytes, pid: int | str | None, camera: int | str | None, time: int | None
     ) -> dict[str, Any]:
         """Add an image. It is written before this returns."""
         await self.start()
         while True:
             made = self._generation
+            facts = made.number("person", pid), made.number("camera", camera), time
             # Before anything is written: this refuses what is no image.
             row = await call(self.embedder.embed_photo, made.model, data)
             async with self.writing:
                 if made is not self._generation:
                     continue  # another model took over: embed with that one
-                image = await asyncio.to_thread(self.store.enrol, data, pid, camera, time)
+                image = await asyncio.to_thread(self.store.enrol, data, *facts)
                 made.add([image], row[None])
                 await asyncio.to_thread(self.store.keep_vector, image, made.facts.weights, row)
             await self._tell()
@@ -321,14 +323,14 @@ class Searcher:
         *,
         offset: int,
         limit: int,
-        cameras: Sequence[int] = (),
+        cameras: Sequence[int | str] = (),
         since: float | None = None,
         until: float | None = None,
-        pid: int | None = None,
+        pid: int | str | None = None,
     ) -> dict[str, Any]:
         """Some images of the gallery, and its cameras."""
         made = await self.up_to_date()
-
+        person = made.number("person", pid)
         wanted = made.wanted(cameras, since, until)
         count, known = len(made.time), made.names.cameras
 
@@ -336,8 +338,8 @@ class Searcher:
             there, images = made.index.kept[:count].copy(), made.images
             camera, time = made.camera[:count], made.time[:count]
             rows = np.flatnonzero(there if wanted is None else there & wanted)
-            if pid is not None:
-                rows = [row for row in rows if images[row].pid == pid]
+            if person is not None:
+                rows = [row for row in rows if images[row].pid == person]
             numbers = np.unique(camera[there & (camera >= 0)]).tolist()
             return {
                 "total": len(rows),

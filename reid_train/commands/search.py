@@ -211,8 +211,8 @@ def _decider(runtime: Runtime, settings: Search | Compare) -> tuple[Decider | No
     known = known_thresholds(settings.model, settings.tracking_uri, runtime.facts)
     if known is None:
         without = (
-            f"{settings.model} has no thresholds, and only a registered version gets some: "
-            "`evaluate --model models:/… --data … --thresholds`"
+            f"{settings.model} has no thresholds. Those of a registered version are measured by "
+            "`evaluate --model models:/… --data … --thresholds`, and go with what is exported later"
         )
         if rate is not None:
             raise ConfigError(without)
@@ -220,9 +220,9 @@ def _decider(runtime: Runtime, settings: Search | Compare) -> tuple[Decider | No
     rate = known.usual_rate if rate is None else rate
     if rate is None:
         return None, (
-            f"no decision on same person or not: the data that {settings.model} was measured on "
-            "have too few pairs of different people for a threshold. Measure it on more: `evaluate "
-            "--model models:/… --data … --thresholds`"
+            f"no decision on same person or not: {settings.model} was measured on too few pairs of "
+            "different people, as with a dozen of them. On more: `evaluate --model models:/… "
+            "--data … --thresholds`"
         )
     known.find(rate)  # raises if it was not measured
     return partial(known.find, rate), ""

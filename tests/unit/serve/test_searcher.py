@@ -328,7 +328,16 @@ def test_answers_have_the_names_of_people_and_cameras(people):
         listed = await searcher.list(offset=0, limit=1, cameras=[2])
         assert listed["camera_names"] == {0: "x", 1: "y", 2: "z"}
         assert (listed["total"], listed["images"][0]["camera_name"]) == (4, "z")
-        image = await searcher.enrol(picture(50), 1, 0, None)
-        assert (image["person"], image["camera_name"]) == ("b", "x")
+        assert listed == await searcher.list(offset=0, limit=1, cameras=["z"])
+        only = await searcher.search(picture(4), None, top=12, query_camera="x", cameras=["y", "2"])
+        assert {match["camera_name"] for match in only["matches"]} == {"y", "z"}
+        for pid, camera in ((1, 0), ("b", "x"), ("1", "0")):
+            image = await searcher.enrol(picture(50), pid, camera, None)
+            assert (image["person"], image["camera_name"]) == ("b", "x")
+        assert (await searcher.list(offset=0, limit=9, pid="b"))["total"] == 7
+        with pytest.raises(DataError, match="no camera is named 'w': give a number"):
+            await searcher.list(offset=0, limit=1, cameras=["w"])
+        with pytest.raises(DataError, match="no person is named 'c': give a number"):
+            await searcher.enrol(picture(51), "c", "x", None)
 
     asyncio.run(scenario())
