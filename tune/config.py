@@ -34,10 +34,12 @@ class Sweep(Section):
     constant_factors: tuple[NonNegative, ...] = (5e-5, 5e-4, 2.5e-3)
     """λ of the constant baselines; 2.5e-3 is where the published adaptive λ starts."""
     seeds: Count = 1
-    """Trainings with fresh seeds of each survivor and baseline, and of the best with λ held where
-    it starts, which shows what adaptation adds; 1 repeats nothing."""
+    """More trainings, with fresh seeds, of each survivor, the paper's configuration, the best
+    constant L2 and no L2, and of the best adaptive one with λ held where it starts, which shows
+    what adaptation adds. The ranking takes their mean, without the search's own training. 1 repeats
+    nothing."""
     survivors: Count = 2
-    """How many of the best adaptive configurations are repeated."""
+    """How many of the best adaptive configurations are repeated; the paper's is in any case."""
     grace: Count | None = None
     """Epochs before a trial may be stopped; None is the first evaluation after the frozen phase and
     the warm-up that follows it (earlier in a short run, but not while the backbone is frozen)."""

@@ -64,11 +64,18 @@ class Paces:
 
 @contextlib.contextmanager
 def watch(
-    controller: Controller, board: Any, console: Console, total: int, slots: int, stop: Stop
+    controller: Controller,
+    board: Any,
+    console: Console,
+    total: int,
+    slots: int,
+    stop: Stop,
+    later: int = 0,
 ) -> Iterator[None]:
     """Show a controller's trials until the block ends: `total` in all, `slots` at a time.
 
-    Say so when `stop` has a signal: the trials need seconds to end.
+    Up to `later` repeats may follow; they count for the time left. When `stop` has a signal, say
+    so: the trials need seconds to end.
     """
     ended = threading.Event()
 
@@ -88,7 +95,7 @@ def watch(
                     states = ray.get(board.states.remote(), timeout=5)
                 trials = list(controller.trials)
                 paces.update(trials, states, time.monotonic())
-                note = summary(trials, paces, total, slots)
+                note = summary(trials, paces, total, slots, later)
                 new = [t for t in trials if t.state in ENDED and t.number not in printed]
                 printed |= {trial.number for trial in new}
                 lines = [f"{ending(trial, trials)}; {note}" for trial in new]
@@ -96,7 +103,7 @@ def watch(
                     told = True
                     lines.append("stopping: the same command resumes the running trials")
                 if console.is_terminal:
-                    live.update(Group(table(trials, paces), Text(note, "dim")), refresh=True)
+                    live.update(screen(trials, paces, note, console.height), refresh=True)
                 elif not lines and note != last_note and time.monotonic() - last_line > LINE_EVERY:
                     lines = [note]
                 if lines:
@@ -114,43 +121,59 @@ def watch(
         thread.join(timeout=10)
 
 
-def table(trials: Sequence[Trial], paces: Paces) -> Table:
-    """The running trials and the best of the ended ones."""
-    made = Table(box=box.SIMPLE_HEAD, header_style="dim")
+def screen(trials: Sequence[Trial], paces: Paces, note: str, height: int) -> Group:
+    """The line on the whole sweep, which may wrap once, and as many trials as fit below it."""
+    rows = max(1, min(MOST_ROWS, height - 5))
+    return Group(Text(note, "dim"), table(trials, paces, rows))
+
+
+def table(trials: Sequence[Trial], paces: Paces, rows: int = MOST_ROWS) -> Table:
+    """The running trials and the best of the ended ones, each on one line."""
+    made = Table(
+        box=box.SIMPLE_HEAD,
+        header_style="dim",
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     made.add_column("trial", no_wrap=True)
-    made.add_column("settings", overflow="fold", max_width=60)  # the columns that give way
-    for name in ("epoch", "mAP", "images/s", "time left"):
+    made.add_column("settings", max_width=60)  # the column that gives way
+    for name in ("epoch", "mAP", "img/s", "left"):
         made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("state", overflow="fold", max_width=44)
-    running = [trial for trial in trials if trial.state not in ENDED]
-    for trial in [*running, *_ranked(trials)][:MOST_ROWS]:
+    made.add_column("state", no_wrap=True)
+    going = [trial for trial in trials if trial.state not in ENDED]
+    going.sort(key=lambda trial: trial.state != "running")
+    for trial in [*going, *_ranked(trials)][:rows]:
+        settings = trial.label or describe(trial.values, digits=2)
         state, speed = paces.states.get(trial.number), trial.images_per_second
         made.add_row(
             trial.name,
-            trial.label or describe(trial.values),
+            Text(settings, no_wrap=True, overflow="ellipsis"),
             f"{state['epoch'] + 1 if state else trial.epoch}",
             percent(trial),
             f"{speed:,.0f}" if speed else "–",
             "–" if trial.state in ENDED else duration(paces.left(trial.number)),
-            Text(f"{trial.state} {trial.reason}".strip(), _COLOURS.get(trial.state, "dim")),
+            Text(trial.state, _COLOURS.get(trial.state, "dim")),
         )
     return made
 
 
-def summary(trials: Sequence[Trial], paces: Paces, total: int, slots: int) -> str:
-    """One line on the whole sweep."""
+def summary(trials: Sequence[Trial], paces: Paces, total: int, slots: int, later: int = 0) -> str:
+    """One line on the whole sweep: `total` trials, and up to `later` repeats after them."""
     counts = Counter(trial.state for trial in trials)
     running, ended = counts["running"], sum(counts[state] for state in ENDED)
     states = ", ".join(f"{counts[state]} {state}" for state in ENDED if counts[state])
     # Without what goes without saying, the line fits 80 columns.
     beside = f" ({states})" if ended > counts["finished"] else ""
-    parts = [f"{ended} of {total} trials ended{beside}"]
-    parts.append(f"{running} running")
+    count = f"up to {total + later}" if later else f"{total}"
+    parts = [f"{ended} of {count} trials ended{beside}", f"{running} running"]
     best = max((t for t in trials if t.evaluations), key=lambda t: t.score, default=None)
     if best is not None:
         parts.append(f"best mAP {percent(best)} ({best.name})")
-    took = [t.ended - t.began for t in trials if t.state in ENDED and t.ended > t.began]
-    took = took or paces.whole()
+    timed = [t for t in trials if t.state in ENDED and t.ended > t.began]
+    took = [t.ended - t.began for t in timed] or paces.whole()
+    # No scheduler stops a repeat.
+    whole = [t.ended - t.began for t in timed if t.state == "finished"] or took
     left = None
     if took:
         mean = sum(took) / len(took)
@@ -159,8 +182,11 @@ def summary(trials: Sequence[Trial], paces: Paces, total: int, slots: int) -> st
             seconds = paces.left(trial.number)  # not known before some steps
             passed = now - trial.began if trial.began else 0
             known.append(max(mean - passed, 0) if seconds is None else seconds)
-        ahead = max(total - ended - running, 0) * mean
+        repeats = sum(t.state == "queued" and t.repeats is not None for t in trials)
+        ahead = max(total - ended - running - repeats, 0) * mean
+        ahead += (repeats + later) * sum(whole) / len(whole)
         left = max((ahead + sum(known)) / slots, *known, 0.0)
+        left = None if running and left < 1 else left  # it takes longer than the others did
     return f"{', '.join(parts)}; {duration(left)} left"
 
 
@@ -185,10 +211,12 @@ def percent(trial: Trial) -> str:
     return f"{100 * trial.score:.1f}" if trial.evaluations else "–"
 
 
-def describe(values: dict[str, Value]) -> str:
+def describe(values: dict[str, Value], digits: int = 6) -> str:
     """`A 0.01, lr 0.0003`."""
     parts = []
     for field, value in values.items():
         name = SHORT.get(field, field.rpartition(".")[2])
-        parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+        parts.append(
+            f"{name} {value:.{digits}g}" if isinstance(value, float) else f"{name} {value}"
+        )
     return ", ".join(parts)

@@ -26,6 +26,16 @@ class Plan:
     first: list[Trial]  # of the first points: the paper's configuration and the baselines
     searcher: Searcher  # proposes the other trials
 
+    @property
+    def repeats(self) -> int:
+        """The most trainings with fresh seeds that may follow the search."""
+        settings = self.settings
+        if settings.seeds == 1:
+            return 0
+        adaptive = min(settings.survivors, settings.trials - len(self.first)) + 1  # the paper's
+        others = bool(settings.constant_factors) + 2  # no L2, and λ held
+        return settings.seeds * (adaptive + others)
+
 
 def make_plan(settings: Sweep, config: TrainConfig) -> Plan:
     """Check a sweep's settings; without a name, `config` gets one from them."""

@@ -21,7 +21,7 @@ MODES = {
 FEW = 3  # with no more searched configurations than this, none is called the best
 # Not on the command line: what is given anyway, and what does not change what is learnt.
 LEFT_OUT = ("recipe", "data", "output", "name", "loader", "tracking", "checkpoint", "device")
-HEADER = ("", "trial", "mAP (%)", "trainings", "settings")  # columns of the ranking
+HEADER = ("", "trial", "mAP (%)", "fresh seeds", "settings")  # columns of the ranking
 
 
 @dataclass(frozen=True)
@@ -100,40 +100,58 @@ def held(trials: Sequence[Trial], base: TrainConfig) -> list[Trial]:
     return [Trial(0, t.values | {THETA_MULTIPLIER: 0.0}, HELD, repeats=t.number) for t in best]
 
 
+def too_few(entries: Sequence[Entry]) -> bool:
+    """Whether too few searched configurations were trained to the end to call one the best."""
+    return _searched(entries) <= FEW
+
+
+def _searched(entries: Sequence[Entry]) -> int:
+    return sum(not e.trial.label for e in entries)
+
+
 def verdict(entries: Sequence[Entry]) -> list[str]:
     """Sentences: the best adaptive configuration against the paper's, and with less adaptation."""
+    lines = []
+    if any(e.repeats for e in entries) and not all(e.repeats for e in entries):
+        lines.append(
+            "Configurations repeated with fresh seeds rank first, by the mean of these; those "
+            "trained once follow."
+        )
+    if too_few(entries):
+        count = _searched(entries)
+        some = f"{count} searched configuration{'s' if count > 1 else ''}"
+        some = f"Only {some}" if count else "No searched configuration"
+        lines.append(f"{some} ended: too few to call one the best. Give more --trials.")
     adaptive = [e for e in entries if e.mode == "adaptive"]
     if not adaptive:
-        return ["No adaptive configuration was trained to the end."]
+        return ["No adaptive configuration was trained to the end.", *lines]
     best = adaptive[0]
     tied = [e for e in adaptive if e.measured() == best.measured()]
-    searched = sum(not e.trial.label for e in adaptive)
     rivals = [e for e in entries if e.trial.label == "paper" and e is not best][:1]
     for mode in ("held", "constant", "none"):
         rivals += [e for e in entries if e.mode == mode][:1]
-    name, lines = "The best adaptive configuration", []
+    rank = "highest-ranked" if too_few(entries) else "best"
+    name = f"The {rank} adaptive configuration"
     if len(tied) > 1:
         names = ", ".join(e.trial.name for e in tied)
         lines.append(f"{len(tied)} adaptive configurations are tied at {best.measured()}: {names}.")
         name = "The first of the tied"
-    elif searched <= FEW:
-        count = f"{searched} searched configuration{'s' if searched != 1 else ''}"
-        lines.append(f"Only {count} ended: too few to call one the best. Give more --trials.")
-        name = "The highest of few"
     compared = [_compared(name, best, rival) for rival in rivals]
     return lines + (compared or ["There is no baseline to compare with."])
 
 
 def _compared(first: str, best: Entry, rival: Entry) -> str:
     gain = best.mean - rival.mean
-    name = "the paper's setting" if rival.trial.label == "paper" else MODES[rival.mode]
+    paper = "the paper's setting"
+    name = paper if rival.trial.label == "paper" else MODES[rival.mode]
+    own = f"{paper}, " if best.trial.label == "paper" else ""
     signed = f"{100 * gain:+.1f}".replace("-", "−")
     start = (
-        f"{first} ({best.trial.name}, mAP {best.measured()}) "
+        f"{first} ({best.trial.name}, {own}mAP {best.measured()}) "
         f"against {name} ({rival.trial.name}, {rival.measured()}): {signed}"
     )
     if best.spread is None or rival.spread is None:
-        return f"{start}; one training each shows nothing of the spread (see --seeds)."
+        return f"{start}; one training shows nothing of the spread (see --seeds)."
     spread = math.hypot(best.spread, rival.spread)
     relation = "within" if abs(gain) <= spread else "beyond"
     return f"{start}, {relation} the spread of the difference (± {100 * spread:.1f})."
@@ -157,7 +175,13 @@ def command(config: TrainConfig, output: str) -> str:
 def rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     """The ranking as cells under `HEADER`."""
     return [
-        (str(place), entry.trial.name, entry.measured(), str(len(entry.scores)), entry.title)
+        (
+            str(place),
+            entry.trial.name,
+            entry.measured(),
+            f"{len(entry.repeats) or '–'}",
+            entry.title,
+        )
         for place, entry in enumerate(entries, 1)
     ]
 

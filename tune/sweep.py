@@ -20,6 +20,7 @@ from data_shards.progress import display, make_console, phase
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
+from reid_train.runs.checkpoint_store import delete_checkpoints
 from reid_train.runs.console import Board, beside_driver
 from reid_train.runs.cores import with_cores
 from reid_train.runs.init_from import fetch_initial, keep, read_kept
@@ -43,6 +44,7 @@ from tune.store import Store, Trial
 logger = logging.getLogger(__name__)
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+AGAIN = "Train the first of the ranking again:"
 _NOT_METRICS = ("epoch", "step", "time")
 
 
@@ -54,7 +56,7 @@ class Outcome:
     trials: list[Trial]
     entries: list[results.Entry]
     verdict: list[str]
-    command: str
+    command: str  # trains the first of the ranking again; "" if too few were searched
     report: str
     model: str | None
     champion: bool
@@ -98,10 +100,13 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
         output=f"{config.output.rstrip('/')}/{config.name}", evaluation__initial=False
     )
     labels, searched = [trial.label for trial in plan.first], settings.trials - len(plan.first)
-    few = f": too few to name a best one, so give more --trials than {settings.trials}"
+    repeats = f", then up to {plan.repeats} repeats with fresh seeds" if plan.repeats else ""
+    enough = len(labels) + results.FEW + 1
+    few = f". Too few are searched to name a best one: give --trials {enough} or more"
     console.print(
         f"{config.name}: {settings.trials} trials, {at_a_time} at a time: {len(labels)} baselines "
-        f"({', '.join(labels)}) and {searched} searched{few if searched <= results.FEW else ''}"
+        f"({', '.join(labels)}) and {searched} searched{repeats}"
+        f"{few if searched <= results.FEW else ''}"
     )
     with (
         run_lock.held(store.storage, str(config.name)),
@@ -118,11 +123,11 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
         parent.set_tags({"kind": "sweep", "dataset": dataset.url, "commit": code_commit()})
         stages = _Stages(plan, config, base, dataset, store, parent, console, at_a_time)
         trials = store.trials()
-        trials = stages.run(trials + plan.first[len(trials) :], plan.searcher, settings.trials)
+        trials = stages.search(trials + plan.first[len(trials) :])
         if settings.seeds > 1:
             chosen = results.survivors(trials, base, settings.survivors)
             again = [Trial(0, t.values, t.label, repeats=t.number) for t in chosen]
-            trials = stages.repeat(again, trials)
+            trials = stages.repeat(again, trials, later=settings.seeds)
             trials = stages.repeat(results.held(trials, base), trials)
         outcome = stages.conclude(trials)
     _show(outcome, parent, console)
@@ -147,8 +152,16 @@ class _Stages:
         """What trials are measured on: "validation" or "test"."""
         return self.dataset.choose_split(self.base.evaluation.split)
 
-    def run(self, trials: list[Trial], searcher: Searcher, total: int) -> list[Trial]:
-        """Run what is queued, what had begun, and what is proposed; return all trials."""
+    def search(self, trials: list[Trial]) -> list[Trial]:
+        """Run the first points and what is proposed, and what had begun; return all trials."""
+        made = sum(trial.repeats is not None for trial in trials)
+        total, later = max(self.plan.settings.trials, len(trials) - made), self.plan.repeats
+        if len(trials) - made == total:  # a search that is extended may have other repeats
+            later = max(later - made, 0)
+        return self._run(trials, self.plan.searcher, total + made, later)
+
+    def _run(self, trials: list[Trial], searcher: Searcher, total: int, later: int) -> list[Trial]:
+        """Run `total` trials, of which some have ended; up to `later` repeats follow."""
         controller = Controller(self.store, self.base, trials, searcher, self._begin, self._end)
         if controller.over:
             return controller.trials
@@ -160,9 +173,12 @@ class _Stages:
         try:
             with (
                 stop_signals() as stop,
-                watch(controller, board, self.console, total, self.at_a_time, stop),
+                watch(controller, board, self.console, total, self.at_a_time, stop, later),
             ):
                 runner.run(controller, board, self.at_a_time, stopping, stop)
+            for trial in controller.trials:
+                if trial.state == "stopped":  # now its workers have ended, too
+                    free(trial, self.base.output)
         except ReidError:
             # MLflow shows what was cut short as killed; continuing opens the runs again.
             for trial in controller.trials:
@@ -171,14 +187,14 @@ class _Stages:
             raise
         return controller.trials
 
-    def repeat(self, wanted: Sequence[Trial], trials: list[Trial]) -> list[Trial]:
+    def repeat(self, wanted: Sequence[Trial], trials: list[Trial], later: int = 0) -> list[Trial]:
         """Run each of the wanted with every seed that is still missing; return all trials."""
         known = {(t.repeats, t.label, t.seed) for t in trials}
         seeds = range(self.base.seed + 1, self.base.seed + 1 + self.plan.settings.seeds)
         seeded = [replace(trial, seed=seed) for trial in wanted for seed in seeds]
         new = [t for t in seeded if (t.repeats, t.label, t.seed) not in known]
         trials = trials + [replace(t, number=number) for number, t in enumerate(new, len(trials))]
-        return self.run(trials, Searcher(), len(trials))
+        return self._run(trials, Searcher(), len(trials), later)
 
     def _begin(self, trial: Trial) -> None:
         """Give a trial its MLflow run, or reopen it; it is trained even if MLflow fails."""
@@ -215,6 +231,8 @@ class _Stages:
             tracker.log(tracked(metrics, self.split), int(evaluation["step"]))
         tracker.set_tags({"state": trial.state, "reason": trial.reason or None})
         tracker.finish(_STATUS[trial.state])
+        if trial.state == "finished":
+            free(trial, self.base.output)
         if trial.evaluations:
             self.parent.log(tracked({"trial/mAP": trial.score}, self.split), trial.number)
 
@@ -237,17 +255,21 @@ class _Stages:
             if summary["test"]:
                 mean = summary["test"]["mAP"]
                 sentences.append(f"On test, {best.name} was measured once: mAP {100 * mean:.1f}.")
-        if len(best.changes) > 1:
+        again = ""
+        if not results.too_few(entries):
+            again = results.command(best.best_config(base), self.config.output)
+        if again and len(best.changes) > 1:
             sentences.append(
                 f"{best.name} changed its settings while it trained (see its `changes`); the "
                 "command below trains with the last ones from the start."
             )
-        again = results.command(best.best_config(base), self.config.output)
         with tempfile.TemporaryDirectory(prefix="reid-sweep-") as temporary:
             folder = Path(temporary)
             sentences += plots.draw(folder, trials, entries, base, self.plan.space, storage)
-            text = "\n".join(sentences) + f"\n\n{results.markdown(entries, trials)}\n"
-            (folder / "ranking.md").write_text(f"{text}Train the best again:\n\n    {again}\n")
+            text = "\n".join(sentences) + f"\n\n{results.markdown(entries, trials)}"
+            if again:
+                text += f"\n{AGAIN}\n\n    {again}\n"
+            (folder / "ranking.md").write_text(text)
             for path in sorted(folder.iterdir()):
                 storage.upload(f"{REPORT}/{path.name}", path)
             self.parent.log_artifacts(folder, REPORT)
@@ -271,6 +293,17 @@ class _Stages:
         return noted
 
 
+def free(trial: Trial, folder: str) -> None:
+    """Delete the checkpoints of an ended trial that its sweep in `folder` no longer needs.
+
+    One that finished may still rank first, and its last checkpoint has the history of its λ. One
+    that was stopped is neither ranked nor resumed.
+    """
+    needed = [trial.best, trial.evaluations[-1]] if trial.state == "finished" else []
+    names = {evaluation["checkpoint"] for evaluation in needed if evaluation}
+    delete_checkpoints(f"{folder}/{trial.run_name}", names)
+
+
 def common_cause(trials: Sequence[Trial]) -> str:
     """One line on trials of which none was trained to its end."""
     failed = [trial for trial in trials if trial.state == "failed"]
@@ -291,10 +324,13 @@ def _show(outcome: Outcome, parent: Tracker, console: Console) -> None:
     for name in results.HEADER[:-1]:
         table.add_column(name, justify="left" if name == "trial" else "right", no_wrap=True)
     table.add_column(results.HEADER[-1], overflow="fold")
-    for row in results.rows(outcome.entries):
-        table.add_row(*row)
+    repeated = sum(bool(entry.repeats) for entry in outcome.entries)
+    for number, row in enumerate(results.rows(outcome.entries), 1):
+        table.add_row(*row, end_section=number == repeated)
     console.print(table)
-    lines = [*outcome.verdict, "", "Train the best again:", f"  {outcome.command}", ""]
+    lines = [*outcome.verdict, ""]
+    if outcome.command:
+        lines += [AGAIN, f"  {outcome.command}", ""]
     lines.append(f"pictures   {outcome.report}")
     if "://" in outcome.report:
         lines.append(f"           {report_command(outcome.report.removesuffix(f'/{REPORT}'))}")

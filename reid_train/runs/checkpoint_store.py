@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -186,7 +186,12 @@ def kept_checkpoints(stored: list[Stored], scores: Mapping[int, float]) -> list[
 
 def delete_stale_checkpoints(run: str, scores: Mapping[int, float]) -> None:
     """Delete the checkpoints that a run which has ended does not keep, and parts of uploads."""
-    kept = {entry.name for entry in kept_checkpoints(stored_checkpoints(run), scores)}
+    kept = kept_checkpoints(stored_checkpoints(run), scores)
+    delete_checkpoints(run, {entry.name for entry in kept})
+
+
+def delete_checkpoints(run: str, kept: Set[str]) -> None:
+    """Delete the checkpoints of a run that has ended, except for those named."""
     storage = open_storage(run)
     names = {key.partition("/")[0] for key, _ in storage.list("checkpoint_") if "/" in key}
     if isinstance(storage, LocalStorage):  # a copy that was killed is not listed

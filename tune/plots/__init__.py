@@ -42,8 +42,8 @@ def draw(
 ) -> list[str]:
     """Draw PNG files in `folder`; return a sentence for each that has too little to show."""
     folder.mkdir(parents=True, exist_ok=True)
-    missing = optuna_plots(folder, trials, base, space)
-    if not landscape(folder / "landscape.png", trials, base, space):
+    missing = optuna_plots(folder, trials, entries, base, space)
+    if not landscape(folder / "landscape.png", trials, entries, base, space):
         missing.append("No landscape.png: it needs two ranges of numbers.")
     constant = next((e for e in entries if e.mode == "constant"), None)
     factor = None if constant is None else constant.trial.config(base).regularization.factor
@@ -76,7 +76,9 @@ def _draw_factors(path: Path, curves: Sequence[Curve], constant: float | None) -
     """Draw the spread of λ over all tensors, for each trial; the best constant λ as a line."""
     note = "Bands: median (line), quartiles (dark), minimum to maximum (pale); log scale"
     width = 3.0 + 2.4 * len(curves)
-    figure = style.new_figure(max(width, 7.5), 4.4, "λ of the best trials over time", note)
+    figure = style.new_figure(
+        max(width, 7.5), 4.4, "λ of the highest-ranked trials over time", note
+    )
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     positive = np.concatenate([values[values > 0] for _, _, values in curves])
     top = max(positive.max() if len(positive) else 1.0, constant or 0.0)

@@ -1,6 +1,6 @@
 """mAP over amplitude and learning rate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from reid_train.config import TrainConfig
 from reid_train.report import style
+from tune.results import Entry, too_few
 from tune.space import AMPLITUDE, LEARNING_RATE, Space, inside
 from tune.store import Trial
 
@@ -35,7 +36,18 @@ def name(field: str) -> str:
     return NAMES.get(field, field.rpartition(".")[2].replace("_", " "))
 
 
-def landscape(path: Path, trials: Sequence[Trial], base: TrainConfig, space: Space) -> bool:
+def percents(entries: Sequence[Entry]) -> dict[int, float]:
+    """mAP in percent by a trial's number, as the ranking has it: a mean where it was repeated."""
+    return {e.trial.number: 100 * e.mean for e in entries if e.mode != "held"}
+
+
+def landscape(
+    path: Path,
+    trials: Sequence[Trial],
+    entries: Sequence[Entry],
+    base: TrainConfig,
+    space: Space,
+) -> bool:
     """Draw every adaptive trial at its learning rate and amplitude, coloured by its mAP.
 
     Other ranges are taken where these are not searched. A baseline without a place in the picture
@@ -50,49 +62,53 @@ def landscape(path: Path, trials: Sequence[Trial], base: TrainConfig, space: Spa
     searched = [trial for trial in trials if trial.repeats is None]
     configs = {trial.number: trial.config(base) for trial in searched}
     shown = [t for t in searched if configs[t.number].regularization.mode == "adaptive"]
-    finished = [trial for trial in searched if trial.state == "finished"]
+    scores = percents(entries)
     states = [trial.state for trial in shown]
     note = (
         f"{style.count(states.count('finished'), 'adaptive trial')} trained to the end, "
         f"{states.count('stopped')} stopped early, {states.count('failed')} failed"
     )
+    if any(entry.repeats for entry in entries):
+        note += "; repeated ones by the mean of their fresh seeds"
     figure = style.new_figure(8.4, 6, f"mAP over {name(up)} and {name(across)}", note)
     axes = figure.subplots()
     style.panel(axes, "", x=name(across), y=name(up))
     axes.grid(axis="both", color=style.GRID, linewidth=0.8)
     axes.spines["bottom"].set_visible(False)
-    scores = [100 * trial.score for trial in finished] or [0.0, 100.0]
-    room = max(0.0, 0.2 - (max(scores) - min(scores))) / 2
-    norm = Normalize(min(scores) - room, max(scores) + room)
+    low, high = (min(scores.values()), max(scores.values())) if scores else (0.0, 100.0)
+    room = max(0.0, 0.2 - (high - low)) / 2
+    norm = Normalize(low - room, high + room)
     places: dict[int, tuple[float, float]] = {}
     for trial in shown:
         values: dict[str, Any] = configs[trial.number].flat()
         if inside(values[across], space[across]) and inside(values[up], space[up]):
             places[trial.number] = values[across], values[up]
-            _dot(axes, *places[trial.number], trial, norm)
+            _dot(axes, *places[trial.number], trial.state, scores.get(trial.number), norm)
     _fit(axes.xaxis, space[across])
     _fit(axes.yaxis, space[up])
-    placed = [trial for trial in finished if trial.number in places]
-    best = max(placed, key=lambda t: t.score, default=None)
-    if best is not None:
-        _point_out(axes, *places[best.number], f"best {100 * best.score:.1f}%", style.INK, 1)
+    placed = [entry.trial for entry in entries if entry.trial.number in places]
     for trial in placed:
-        if trial.label and trial is not best:
-            text = f"{trial.label} {100 * trial.score:.1f}%"
-            _point_out(axes, *places[trial.number], text, style.ORANGE, -1)
-    _colour_bar(figure, axes, norm, [t for t in finished if t.label and t.number not in places])
+        first = trial is placed[0]
+        text = trial.label or trial.name
+        if trial is entries[0].trial and not too_few(entries):
+            text = "best"
+        if first or trial.label:
+            colour, side = (style.INK, 1) if first else (style.ORANGE, -1)
+            text = f"{text} {scores[trial.number]:.1f}%"
+            _point_out(axes, *places[trial.number], text, colour, side)
+    others = [t for t in searched if t.label and t.number in scores and t.number not in places]
+    _colour_bar(figure, axes, norm, {t.label: scores[t.number] for t in others})
     legend = "Large dots: trained to the end. Rings: stopped early. Crosses: failed."
     figure.supxlabel(legend, x=0.014, ha="left", size=style.SMALL, color=style.MUTED)
     style.save(figure, path)
     return True
 
 
-def _dot(axes: Axes, x: float, y: float, trial: Trial, norm: Normalize) -> None:
-    if trial.state == "finished":
-        colour = COLOURS(norm(100 * trial.score))
-        # The best on top.
-        axes.scatter(*(x, y), s=130, color=[colour], edgecolor=style.PAPER, zorder=4 + trial.score)
-    elif trial.state == "stopped":
+def _dot(axes: Axes, x: float, y: float, state: str, score: float | None, norm: Normalize) -> None:
+    if score is not None:
+        colour, above = COLOURS(norm(score)), 4 + score / 100  # the best on top
+        axes.scatter(*(x, y), s=130, color=[colour], edgecolor=style.PAPER, zorder=above)
+    elif state == "stopped":
         axes.scatter(x, y, s=38, facecolor=style.PAPER, edgecolor=style.FAINT, zorder=3)
     else:
         axes.scatter(x, y, s=38, marker="x", color=style.RED, zorder=3)
@@ -107,7 +123,9 @@ def _point_out(axes: Axes, x: float, y: float, text: str, colour: str, side: int
     axes.annotate(text, (x, y), va=va, zorder=6, **place, **look)
 
 
-def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, baselines: Sequence[Trial]) -> None:
+def _colour_bar(
+    figure: Figure, axes: Axes, norm: Normalize, baselines: Mapping[str, float]
+) -> None:
     """A bar of mAP beside the axes, with the baselines' scores marked on it."""
     beside = axes.inset_axes((1.035, 0, 0.03, 1))
     ticks = {"ticks": MaxNLocator(6, steps=style.ROUND), "format": FuncFormatter(style.plain)}
@@ -115,14 +133,14 @@ def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, baselines: Sequence
     bar.outline.set_visible(False)  # type: ignore[operator]
     beside.tick_params(length=0, labelsize=style.SMALL, labelcolor=style.MUTED)
     beside.set_title("mAP (%)", loc="left", size=style.TEXT, color=style.MUTED, pad=8)
-    heights = [float(norm(100 * trial.score)) for trial in baselines]
+    heights = [float(norm(score)) for score in baselines.values()]
     line = {"transform": axes.transAxes, "color": style.ORANGE, "clip_on": False}
     places = style.spread(heights, 0.05, 0, 1)
-    for trial, height, place in zip(baselines, heights, places, strict=True):
+    for label, height, place in zip(baselines, heights, places, strict=True):
         axes.plot([1.035, 1.065], [height, height], linewidth=1.6, **line)
         axes.plot([1.12, 1.135, 1.15], [height, place, place], linewidth=0.8, **line)
         text = {"transform": axes.transAxes, "color": style.ORANGE, "va": "center"}
-        axes.text(1.155, place, trial.label, size=style.SMALL, **text)
+        axes.text(1.155, place, label, size=style.SMALL, **text)
 
 
 def _fit(axis: XAxis | YAxis, dimension: Any) -> None:

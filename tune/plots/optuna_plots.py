@@ -14,47 +14,56 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from reid_train.config import TrainConfig
 from reid_train.report import style
-from tune.plots.landscape import COLOURS, name
+from tune.plots.landscape import COLOURS, name, percents
+from tune.results import Entry
 from tune.searchers import as_optuna, new_study
 from tune.space import Space
 from tune.store import ENDED, Trial
 
 _STATES = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
-LEAST = 4  # different results that fANOVA needs
+LEAST = 4  # different results that fANOVA needs; parallel coordinates of fewer show nothing
 
 
 def optuna_plots(
-    folder: Path, trials: Sequence[Trial], base: TrainConfig, space: Space
+    folder: Path,
+    trials: Sequence[Trial],
+    entries: Sequence[Entry],
+    base: TrainConfig,
+    space: Space,
 ) -> list[str]:
     """Draw importance, slices, parallel coordinates and the timeline; see `plots.draw`."""
     from optuna.visualization import matplotlib as draw
 
     finished, ended = new_study(), new_study()
+    scores = percents(entries)
     for trial in trials:
         if trial.state in ENDED:
             ended.add_trial(_timed(trial))
         made = as_optuna(trial, space, base)
-        if made is not None and trial.state == "finished" and trial.repeats is None:
+        if made is not None and trial.number in scores:
             made.params = {name(field): value for field, value in made.params.items()}
             made.distributions = {name(field): d for field, d in space.items()}
-            made.value = 100 * trial.score
+            made.value = scores[trial.number]
             finished.add_trial(made)
-    scores = {trial.value for trial in finished.trials}
+    different = len({trial.value for trial in finished.trials})
     missing = []
-    if len(scores) < LEAST:
-        missing.append(f"No importance.png: it needs {LEAST} finished trials that differ in mAP.")
+    if different < LEAST:
+        missing.append(
+            f"No importance.png and parallel.png: they need {LEAST} finished trials that differ in "
+            "mAP and have a value of each setting."
+        )
     else:
         title = f"Share of each setting in the variance of mAP ({len(finished.trials)} trials)"
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         plot = partial(draw.plot_param_importances, finished, evaluator=evaluator)
         _save(folder / "importance.png", plot, title)
-    if len(scores) < 2:
-        missing.append("No slice.png and parallel.png: fewer than two trials differ in mAP.")
+        plot = partial(draw.plot_parallel_coordinate, finished, target_name="mAP (%)")
+        _save(folder / "parallel.png", plot, "From settings to mAP")
+    if different < 2:
+        missing.append("No slice.png: it needs two such trials.")
     else:
         plot = partial(draw.plot_slice, finished, target_name="mAP (%)")
         _save(folder / "slice.png", plot, "mAP over each setting", width=3.2 * len(space))
-        plot = partial(draw.plot_parallel_coordinate, finished, target_name="mAP (%)")
-        _save(folder / "parallel.png", plot, "From settings to mAP")
     title = "When each trial was trained"
     _save(folder / "timeline.png", partial(draw.plot_timeline, ended), title)
     return missing

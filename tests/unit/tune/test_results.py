@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import shlex
 import signal
@@ -24,11 +25,23 @@ from reid_train.recipes import recipe
 from reid_train.runs.process import Stop
 from reid_train.training.history import History
 from tune import plots
-from tune.console import Paces, describe, ending, summary, table, watch
-from tune.results import command, held, markdown, ranking, survivors, verdict
+from tune.config import Sweep
+from tune.console import Paces, describe, ending, screen, summary, table, watch
+from tune.plan import make_plan
+from tune.results import (
+    HEADER,
+    command,
+    held,
+    markdown,
+    ranking,
+    rows,
+    survivors,
+    too_few,
+    verdict,
+)
 from tune.space import AMPLITUDE, MODE, THETA_MULTIPLIER, build, default, draw, first_points
 from tune.store import HELD, Trial
-from tune.sweep import common_cause
+from tune.sweep import _Stages, common_cause, free
 
 BASE = recipe("demo").replace(data="s3://b/data", output="o", name="s", optimizer__epochs=4)
 
@@ -104,7 +117,35 @@ def test_without_repeats_the_verdict_says_that_nothing_is_known_of_the_spread():
 def test_of_few_searched_configurations_none_is_called_the_best():
     lines = verdict(ranking(swept(), BASE))
     assert lines[0].startswith("Only 2 searched configurations ended: too few to call one the best")
-    assert lines[1].startswith("The highest of few (trial-005, mAP 64.0) against the paper's")
+    who = "The highest-ranked adaptive configuration (trial-005, mAP 64.0)"
+    assert lines[1].startswith(f"{who} against the paper's")
+
+
+def test_a_baseline_that_ranks_highest_is_not_called_searched_or_best():
+    trials = swept({0: [0.82, 0.83], 2: [0.83, 0.84], 5: [0.53, 0.54]})
+    entries = ranking([t for t in trials if t.number != 6], BASE)  # one searched
+    assert too_few(entries)
+    lines = verdict(entries)
+    assert "repeated with fresh seeds rank first" in lines[0]
+    assert lines[1].startswith("Only 1 searched configuration ended: too few to call one the best")
+    who = "The highest-ranked adaptive configuration (trial-000, the paper's setting, mAP 82.5"
+    assert all(line.startswith(who) for line in lines[2:])
+    assert "constant L2 (trial-002, 83.5 ± 0.7): −1.0" in lines[2]
+
+
+def test_few_and_tied_are_both_told():
+    trials = swept()
+    trials[6].evaluations[-1]["mAP"] = 0.6401
+    lines = verdict(ranking(trials, BASE))
+    assert lines[0].startswith("Only 2 searched")
+    assert lines[1].startswith("2 adaptive configurations are tied at 64.0")
+
+
+def test_the_ranking_tells_repeated_configurations_from_those_trained_once():
+    assert not too_few(ranking(searched_more(), BASE))
+    assert "rank first" not in verdict(ranking(searched_more(), BASE))[0]
+    found = rows(ranking(swept({5: [0.60, 0.58]}), BASE))
+    assert [cells[HEADER.index("fresh seeds")] for cells in found] == ["2", *"–" * 6]
 
 
 def test_a_tie_is_called_a_tie():
@@ -190,6 +231,23 @@ def test_trials_that_all_failed_are_one_line_with_the_common_cause():
     assert "memory" not in text
 
 
+@pytest.mark.parametrize(("state", "kept"), [("finished", {"c2", "c4"}), ("stopped", set())])
+def test_an_ended_trial_keeps_the_checkpoints_that_its_sweep_needs(tmp_path: Path, state, kept):
+    trial = trained(0, 0.5)
+    trial.state, trial.evaluations[0]["mAP"] = state, 0.6
+    names = {name: f"checkpoint_{name}" for name in ("c2", "c3", "c4")}
+    for evaluation in trial.evaluations:
+        evaluation["checkpoint"] = names[evaluation["checkpoint"]]
+    for run in ("trial-000", "trial-001"):
+        for name in names.values():
+            open_storage(str(tmp_path / run)).write(f"{name}/model.safetensors", b"x")
+    open_storage(str(tmp_path / "trial-000")).write("run.json", b"{}")
+    free(trial, str(tmp_path))
+    left = {path.name for path in (tmp_path / "trial-000").iterdir()}
+    assert left == {"run.json"} | {names[name] for name in kept}
+    assert len(list((tmp_path / "trial-001").iterdir())) == 3
+
+
 def test_tables_name_every_trial():
     trials = swept()
     trials.append(Trial(7, {AMPLITUDE: 0.5}, state="failed", reason="the loss is not finite"))
@@ -226,6 +284,70 @@ def test_the_summary_estimates_the_time_left_before_a_trial_has_ended():
     assert summary(trials, paces, 4, 1) == "0 of 4 trials ended, 1 running; 0:05:00 left"
     assert summary(trials, paces, 4, 2).endswith("0:02:30 left")
     assert summary(trials, paces, 4, 9).endswith("0:01:00 left")
+
+
+def test_the_summary_counts_the_repeats_that_may_follow():
+    trials = [trained(0, 0.5), trained(1, 0.4)]
+    trials[1].state = "stopped"
+    for trial, seconds in zip(trials, (100, 40), strict=True):
+        trial.began, trial.ended = 1000.0, 1000.0 + seconds
+    line = summary(trials, Paces(), 3, 2, later=4)
+    assert line.startswith("2 of up to 7 trials ended (")
+    # One of 70 s, and four that no scheduler stops of 100 s, two at a time.
+    assert line.endswith("; 0:03:55 left")
+    again = [Trial(2 + i, {}, repeats=0, seed=i) for i in range(4)]
+    assert summary([*trials, *again], Paces(), 6, 2).endswith("; 0:03:20 left")
+
+
+@pytest.mark.parametrize(
+    ("given", "repeats"),
+    [
+        ({"trials": 20}, 0),
+        ({"trials": 6, "seeds": 2}, 10),  # one is searched
+        ({"trials": 20, "seeds": 3}, 18),
+        ({"trials": 20, "seeds": 3, "constant_factors": ()}, 15),
+    ],
+)
+def test_as_many_repeats_are_announced_as_may_follow(given, repeats):
+    assert make_plan(Sweep(**given), BASE).repeats == repeats
+
+
+@pytest.mark.parametrize(
+    ("searched", "made", "total", "later"),
+    [(0, 0, 6, 10), (6, 0, 6, 10), (6, 4, 10, 6), (5, 4, 10, 10), (6, 12, 18, 0)],
+)
+def test_a_search_that_continues_counts_the_repeats_that_are_there(
+    monkeypatch, searched, made, total, later
+):
+    plan: Any = SimpleNamespace(settings=Sweep(trials=6, seeds=2), repeats=10, searcher=None)
+    stages = _Stages(plan, *(None,) * 7)  # type: ignore[arg-type]
+    monkeypatch.setattr(_Stages, "_run", lambda self, trials, searcher, *counts: counts)
+    trials = [trained(i, 0.5) for i in range(searched)]
+    trials += [trained(searched + i, 0.5, repeats=0, seed=i) for i in range(made)]
+    assert stages.search(trials) == (total, later)
+
+
+def test_no_time_is_left_only_when_nothing_runs():
+    trials = [trained(0, 0.5), Trial(1, {}, state="running", began=time.time() - 600)]
+    trials[0].began, trials[0].ended = 1000.0, 1060.0
+    assert summary(trials, Paces(), 2, 1).endswith("; ? left")
+    assert summary(trials[:1], Paces(), 1, 1).endswith("; 0:00:00 left")
+
+
+def test_the_live_table_fits_the_terminal():
+    values = {AMPLITUDE: 0.001417, "optimizer.learning_rate": 0.0001606, THETA_MULTIPLIER: 0.1862}
+    trials = [trained(number, 0.5, values) for number in range(30)]
+    trials[0].state, trials[0].reason = "failed", "the loss is not finite at step 12"
+    trials += [Trial(30, values), Trial(31, values, state="running", images_per_second=1234.0)]
+    console = Console(width=80, height=24, record=True, file=io.StringIO())
+    console.print(screen(trials, Paces(), "7 of 30 trials ended", console.height))
+    lines = console.export_text().splitlines()
+    assert len(lines) <= 23
+    assert lines[0] == "7 of 30 trials ended"
+    rows = [line for line in lines if "trial-" in line]
+    assert len(rows) > 14
+    assert rows[0].startswith("trial-031"), "running ones are always seen"
+    assert "A 0.0014, lr 0.00016, θ× 0.19" in rows[0]
 
 
 def test_the_time_left_falls_while_the_pace_of_a_trial_is_not_known():
@@ -311,3 +433,29 @@ def test_a_sweep_of_any_size_is_drawn(tmp_path: Path, count: int):
         height, width, _ = imread(path).shape
         assert width > 900
         assert height > 200
+
+
+def test_the_landscape_names_what_the_ranking_names(tmp_path: Path, monkeypatch):
+    base = TrainConfig().replace(**{"optimizer__epochs": 4, "optimizer__frozen_epochs": 0})
+    space, said = build(default(base), base), []
+
+    def note(axes, x, y, text, colour, side):
+        said.append(text)
+
+    module = importlib.import_module("tune.plots.landscape")  # `plots` has the function there
+    monkeypatch.setattr(module, "_point_out", note)
+    few, more = swept({0: [0.82, 0.83], 5: [0.53, 0.54]}), searched_more()
+    for trials in (few, more):
+        entries = ranking(trials, base)
+        module.landscape(tmp_path / "a.png", trials, entries, base, space)
+    assert said == ["paper 82.5%", "best 64.0%", "paper 60.0%"]
+
+
+def test_a_few_points_have_no_parallel_coordinates(tmp_path: Path):
+    base = TrainConfig().replace(**{"optimizer__epochs": 4, "optimizer__frozen_epochs": 0})
+    trials, space = swept(), build(default(base), base)
+    storage = open_storage(str(tmp_path / "sweep"))
+    missing = plots.draw(tmp_path / "r", trials, ranking(trials, base), base, space, storage)
+    assert "No importance.png and parallel.png: they need 4 finished trials" in missing[0]
+    assert (tmp_path / "r" / "slice.png").exists()
+    assert not (tmp_path / "r" / "parallel.png").exists()
