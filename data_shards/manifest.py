@@ -17,7 +17,7 @@ import pydantic
 from pydantic import AfterValidator, Field, JsonValue
 
 from data_shards.errors import DataError
-from data_shards.records import EVALUATED, ImageRecord
+from data_shards.records import EVALUATED, NO_CAMERA, ImageRecord
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.parquet"
@@ -89,6 +89,14 @@ class Names(_Model):
             several = f"numbers {', '.join(map(str, found))} are" if found else f"no {what} is"
             raise DataError(f"{several} named {str(given)[:60]!r}: give a number")
         return found[0]
+
+    def person(self, pid: int) -> str:
+        """A person's name, or `pid 7`."""
+        return self.people.get(pid) or f"pid {pid}"
+
+    def camera(self, camid: int) -> str:
+        """A camera's name, or `cam 2`; empty if the camera is not known."""
+        return self.cameras.get(camid) or (f"cam {camid}" if camid < NO_CAMERA else "")
 
     def shifted(self, pid: int, camid: int) -> Self:
         """The names with larger pids and camids."""

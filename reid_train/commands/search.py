@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -21,10 +22,12 @@ from reid_train.config import LoaderConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from data_shards.manifest import Names
     from reid_train.commands.gallery import Gallery
     from reid_train.commands.runtime import Runtime
     from reid_train.evaluation.neighbours import Neighbours
     from reid_train.evaluation.thresholds import Threshold
+    from reid_train.report.ranks import Label
 
     Decider = Callable[[tuple[int, int] | None], Threshold]  # for two cameras, or for any
 
@@ -57,7 +60,7 @@ class Search:
     camera: str | None = None
     """The photos' camera, by name or number: decide by thresholds for it and that of each image."""
     picture: str | None = None
-    """Where to draw the rank list, a PNG file; by default reports/search-PHOTO.png; "off": none."""
+    """Where to draw the rank list, a PNG file; by default one in reports/; "off": none."""
     output: str | None = None
     """Also write the ranks as JSON to this file, a path or s3://…"""
     runtime: Literal["torch", "onnx"] | None = None
@@ -304,21 +307,46 @@ def _draw(
         where = f"not at {settings.images}" if settings.images else "not known: give --images"
         say(console, f"no picture of the rank list: where the gallery's images are is {where}")
         return
-    name = f"reports/search-{PurePosixPath(settings.photos[0]).stem}.png"
-    path = Path(settings.picture or name)
+    path = Path(settings.picture or _picture_name(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
+    depth = _depth(settings.photos)
+    ends = [PurePosixPath(photo).parts[-depth:] for photo in settings.photos]
+    by_file = any(match.pid is None for ranked in shown for match in ranked)
+    depth = _depth(gallery.path) if by_file else 1
     draw_rank_list(
         path,
         photos,
         [[image for image in row if image is not None] for row in images],
         None if shown[0][0].same is None else [[bool(m.same) for m in row] for row in shown],
-        gallery_camid=[[int(gallery.camid[match.row]) for match in row] for row in shown],
-        query_names=[PurePosixPath(photo).name for photo in settings.photos],
-        camera_names=gallery.names.cameras,
+        query_labels=[(end[-1], "/".join(end[:-1])) for end in ends],
+        gallery_labels=[[_label(match, gallery.names, depth) for match in row] for row in shown],
         similarity=[[match.similarity for match in row] for row in shown],
         meaning=PERSON,
     )
     say(console, f"rank list  {path}")
+
+
+def _picture_name(settings: Search) -> str:
+    """A name of its own for each search: many photos have the same name, in other folders."""
+    searched = settings.photos, settings.model, settings.gallery, settings.split
+    digest = hashlib.sha256(json.dumps(searched).encode()).hexdigest()
+    return f"reports/search-{PurePosixPath(settings.photos[0]).stem}-{digest[:8]}.png"
+
+
+def _depth(paths: Iterable[str]) -> int:
+    """How many of its last parts tell each path apart from the others."""
+    parts = {PurePosixPath(path).parts for path in paths}
+    deepest = max(map(len, parts))
+    return next(
+        (n for n in range(1, deepest) if len({p[-n:] for p in parts}) == len(parts)), deepest
+    )
+
+
+def _label(match: Match, names: Names, depth: int) -> Label:
+    """Who is on a gallery image, or if that is not known its file; and the camera."""
+    file = "/".join(PurePosixPath(match.path).parts[-depth:])
+    who = file if match.pid is None else names.person(match.pid)
+    return who, "" if match.camera is None else names.camera(match.camera)
 
 
 def _write(url: str, settings: Search, matches: Sequence[Sequence[Match]]) -> None:

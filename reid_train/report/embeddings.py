@@ -6,7 +6,9 @@ import cv2
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 
+from data_shards.manifest import Names
 from data_shards.records import NO_CAMERA
 from reid_train.report import style
 
@@ -32,23 +34,24 @@ def project(embedding: np.ndarray) -> np.ndarray:
 
 
 def draw_embedding_map(
-    path: Path, embedding: np.ndarray, pid: np.ndarray, camid: np.ndarray
+    path: Path, embedding: np.ndarray, pid: np.ndarray, camid: np.ndarray, names: Names
 ) -> None:
     """Draw one point for each image, coloured by identity on the left and by camera on the right.
 
     Args:
         embedding: (N, D), of unit length for the cosine.
         pid, camid: (N,) identities and cameras; from `NO_CAMERA` up a camera is not known.
+        names: of those that have names.
     """
     people = style.count(len(np.unique(pid)), "person").replace("persons", "people")
     note = f"{style.count(len(pid), 'image')} of {people}, placed by t-SNE: neighbours are similar"
     figure = style.new_figure(10, 5.2, "Embeddings", note)
     left, right = figure.subplots(1, 2)
     places = project(embedding)
-    _scatter(left, "By identity", places, [f"pid {p}" for p in pid], pid)
-    known = np.where(camid < NO_CAMERA, camid, -1)
-    names = ["not known" if c < 0 else f"camera {c}" for c in known]
-    _scatter(right, "By camera", places, names, known)
+    _scatter(left, "By identity", places, [names.person(p) for p in pid], pid)
+    known = np.minimum(camid, NO_CAMERA)
+    cameras = [names.camera(c) or "not known" for c in known]
+    _scatter(right, "By camera", places, cameras, known)
     style.save(figure, path)
 
 
@@ -56,22 +59,28 @@ def _scatter(
     axes: Axes, title: str, places: np.ndarray, names: list[str], kind: np.ndarray
 ) -> None:
     style.panel(axes, title)
+    labels = dict[PathCollection, str]()
     for number, value in enumerate(np.unique(kind)):
         rows = np.flatnonzero(kind == value)
         # Twenty colours; after them, another shape.
         marker = "osD^v"[number // len(COLOURS) % 5]
-        axes.scatter(
+        points = axes.scatter(
             *places[rows].T, s=16, color=COLOURS[number % len(COLOURS)], marker=marker,
-            linewidths=0, alpha=0.85, label=names[rows[0]],
+            linewidths=0, alpha=0.85,
         )  # fmt: skip
+        labels[points] = names[rows[0]]
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines["bottom"].set_visible(False)
-    axes.legend(
+    legend = axes.legend(
+        list(labels), [""] * len(labels),
         frameon=False, fontsize=style.SMALL - 1, labelcolor=style.MUTED, ncols=5,
         loc="upper center", bbox_to_anchor=(0.5, 0.0), handletextpad=0.1, columnspacing=0.8,
     )  # fmt: skip
+    for text, name in zip(legend.get_texts(), labels.values(), strict=True):
+        text.set_parse_math(False)  # a name is no formula, and may begin with _
+        text.set_text(style.shorten(name))
 
 
 def overlay(image: np.ndarray, activation: np.ndarray) -> np.ndarray:

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from data_shards.dataset import Dataset
+from data_shards.index import Index
 from data_shards.loading.decode import decode
+from data_shards.manifest import Names
 from reid_train.model.embedder import Embedder
 from reid_train.report.embeddings import draw_embedding_map, overlay
 from reid_train.report.page import Picture
-from reid_train.report.ranks import draw_rank_list
+from reid_train.report.ranks import Label, draw_rank_list
 
 FEWEST = 3  # people on a map: fewer show nothing
 
@@ -31,6 +33,12 @@ def draw_examples(
         embedder: the model, for its activations; None leaves them out.
     """
     query, gallery = dataset.evaluated(split)
+    names = dataset.manifest.names or Names()
+
+    def labels(index: Index, rows: np.ndarray) -> list[Label]:
+        found = zip(index.pid[rows], index.camid[rows], strict=True)
+        return [(names.person(pid), names.camera(camid)) for pid, camid in found]
+
     pictures = []
     if "query" in chosen:
         rows, matches = chosen["query"], chosen["gallery"]
@@ -39,9 +47,8 @@ def draw_examples(
         draw = partial(
             draw_rank_list,
             correct=gallery.pid[matches] == query.pid[rows][:, None],
-            query_pid=query.pid[rows],
-            query_camid=query.camid[rows],
-            gallery_camid=gallery.camid[matches],
+            query_labels=labels(query, rows),
+            gallery_labels=[labels(gallery, row) for row in matches],
             similarity=chosen["similarity"],
         )
         path = folder / "rank_list.png"
@@ -59,7 +66,7 @@ def draw_examples(
     if len(np.unique(gallery.pid[rows])) >= FEWEST:
         path = folder / "embedding_map.png"
         pid, camid = gallery.pid[rows], gallery.camid[rows]
-        draw_embedding_map(path, chosen["map_embedding"], pid, camid)
+        draw_embedding_map(path, chosen["map_embedding"], pid, camid, names)
         caption = f"Embeddings of some people of the {split} split, by identity and by camera."
         pictures.append(Picture(path, caption))
     return pictures

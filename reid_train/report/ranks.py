@@ -3,10 +3,9 @@
 The grid is composed in pixels and drawn without scaling, so photographs are resampled only once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.path import Path as Outline
 from PIL import Image, ImageOps
 
-from data_shards.records import NO_CAMERA
 from reid_train.report import style
 
 RIGHT, WRONG = style.GREEN, style.RED
 FRAME = 4  # pixels
-_MARGIN, _HEADER, _LABELS, _GAP, _CAPTION, _QUERY_GAP = 36, 128, 112, 14, 40, 44  # pixels
-LONGEST_NAME = 10  # letters of a name: the similarity or the edge is beside it
+_MARGIN, _HEADER, _LABELS, _GAP, _CAPTION, _QUERY_GAP = 36, 128, 112, 14, 54, 44  # pixels
+_LETTER, _SCORE = 7, 38  # pixels of a letter and of a similarity, below an image
 _TICK = Outline(np.array([(-0.45, 0.0), (-0.12, -0.35), (0.5, 0.4)]), [1, 2, 2])
 _CROSS = Outline(np.array([(-0.4, -0.4), (0.4, 0.4), (-0.4, 0.4), (0.4, -0.4)]), [1, 2, 1, 2])
 _BADGES = {True: (RIGHT, _TICK), False: (WRONG, _CROSS)}
+Label = tuple[str, str]  # who or which file, and which camera or folder; empty if not known
 IDENTITY, PERSON = ("same identity", "another identity"), ("same person", "another person")
 
 
@@ -67,12 +66,9 @@ def draw_rank_list(
     gallery_images: Sequence[Sequence[np.ndarray]],
     correct: Sequence[Sequence[bool]] | np.ndarray | None,
     *,
-    query_pid: Sequence[int] | np.ndarray | None = None,
-    query_camid: Sequence[int] | np.ndarray | None = None,
-    gallery_camid: Sequence[Sequence[int]] | np.ndarray,
+    query_labels: Sequence[Label],
+    gallery_labels: Sequence[Sequence[Label]],
     similarity: Sequence[Sequence[float]] | np.ndarray,
-    query_names: Sequence[str] = (),
-    camera_names: Mapping[int, str] = MappingProxyType({}),
     meaning: tuple[str, str] = IDENTITY,
     title: str = "Rank lists",
 ) -> None:
@@ -84,11 +80,8 @@ def draw_rank_list(
         query_images: Q images, (H, W, 3) uint8 RGB; sizes may differ.
         gallery_images: Q rows of images, most similar first, without junk; rows may be short.
         correct: whether each gallery image shows the query's identity; None if not known.
-        query_pid, query_camid: None for photos of people who are not known; these have
-            `query_names` instead.
-        gallery_camid: cameras; from `NO_CAMERA` up they are not known.
+        query_labels, gallery_labels: what stands beside each query and below each gallery image.
         similarity: cosine similarity of each gallery image to its query.
-        camera_names: of the cameras that have names.
         meaning: what a tick and a cross mean, for the legend.
     """
     grid = layout(query_images, gallery_images)
@@ -97,16 +90,14 @@ def draw_rank_list(
     canvas = Image.new("RGB", grid.size, style.PAPER)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
-    queries = "1 query" if grid.rows == 1 else f"{grid.rows} queries"
-    note = f"{queries}, each with the gallery images that are most similar to it"
+    queries = "1 query," if grid.rows == 1 else f"{grid.rows} queries, each"
+    note = f"{queries} with the gallery images that are most similar to it"
     style.heading(figure, title, note, left=_MARGIN / style.DPI, top=0.17)
     _legend(axes, grid, meaning if correct is not None else ())
     corners: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for row, query in enumerate(query_images):
         _paste(canvas, grid, row, 0, query, style.INK)
-        name = _short(query_names[row]) if query_pid is None else f"pid {int(query_pid[row])}"
-        camera = "" if query_camid is None else _camera(query_camid[row], camera_names)
-        _label_row(axes, grid, row, name, camera)
+        _label_row(axes, grid, row, *query_labels[row])
         for column, image in enumerate(gallery_images[row]):
             left, top = grid.cell(row, column + 1)
             frame = style.FAINT
@@ -115,11 +106,14 @@ def draw_rank_list(
                 frame = _BADGES[right][0]
                 corners[right].append((left + grid.width - 2, top + 2))
             _paste(canvas, grid, row, column + 1, image, frame)
-            below: dict[str, Any] = {"y": top + grid.height + FRAME + 6, "size": 5.8, "va": "top"}
-            camera = _camera(gallery_camid[row][column], camera_names)
-            score = float(similarity[row][column])
-            axes.text(left, s=camera, color=style.MUTED, ha="left", **below)
-            axes.text(left + grid.width, s=f"{score:.3f}", color=style.INK, ha="right", **below)
+            below: dict[str, Any] = {"size": 5.8, "va": "top", "parse_math": False}
+            y, (name, camera) = top + grid.height + FRAME + 5, gallery_labels[row][column]
+            room, score = grid.width / _LETTER, float(similarity[row][column])
+            axes.text(left, y, style.shorten(name, room), color=style.INK, **below)
+            camera = style.shorten(camera, room - _SCORE / _LETTER)
+            axes.text(left, y + 15, camera, color=style.MUTED, **below)
+            below["ha"] = "right"
+            axes.text(left + grid.width, y + 15, f"{score:.3f}", color=style.INK, **below)
     for right, centres in corners.items():
         _badges(axes, centres, *_BADGES[right])
     figure.figimage(np.asarray(canvas), zorder=-1)  # below the text
@@ -134,16 +128,6 @@ def _paste(
     whole = ImageOps.pad(Image.fromarray(image), size, filtering, color=style.GRID)
     left, top = grid.cell(row, column)
     canvas.paste(ImageOps.expand(whole, FRAME, colour), (left - FRAME, top - FRAME))
-
-
-def _camera(camera: int, names: Mapping[int, str]) -> str:
-    if name := names.get(int(camera)):
-        return _short(name)
-    return f"cam {camera}" if camera < NO_CAMERA else ""
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _legend(axes: Axes, grid: Layout, meaning: Sequence[str]) -> None:
@@ -163,7 +147,8 @@ def _legend(axes: Axes, grid: Layout, meaning: Sequence[str]) -> None:
 def _label_row(axes: Axes, grid: Layout, row: int, name: str, camera: str) -> None:
     left, top = grid.cell(row, 0)
     x, middle = left - 18, top + grid.height / 2
-    text: dict[str, Any] = {"ha": "right", "va": "center"}
+    text: dict[str, Any] = {"ha": "right", "va": "center", "parse_math": False}
+    name, camera = style.shorten(name), style.shorten(camera)
     axes.text(x, middle - 14, name, size=style.TEXT, weight="bold", color=style.INK, **text)
     axes.text(x, middle + 14, camera, size=style.SMALL, color=style.MUTED, **text)
 

@@ -32,6 +32,7 @@ RED = "#cf3f4d"
 ROUND = (1, 2, 2.5, 5, 10)  # ticks fall on these
 
 TITLE, PANEL, TEXT, SMALL = 13.0, 9.5, 8.0, 7.0  # points
+LONGEST_NAME = 12  # letters of a person, camera or file, where there is no room for more
 
 
 def new_figure(width: float, height: float, title: str, note: str) -> Figure:
@@ -50,6 +51,14 @@ def heading(figure: Figure, title: str, note: str, left: float, top: float) -> N
     x, y = left / width, 1 - top / height
     figure.text(x, y, title, va="top", size=TITLE, weight="bold", color=INK)
     figure.text(x, y - 0.27 / height, note, va="top", size=TEXT + 0.5, color=MUTED)
+
+
+def shorten(name: str, most: float = LONGEST_NAME) -> str:
+    """Cut letters out of the middle: the ends tell files, people and cameras apart."""
+    if len(name) <= most:
+        return name
+    kept = int(most) - 1
+    return f"{name[: kept // 2]}…{name[-(kept - kept // 2) :]}"
 
 
 def panel(axes: Axes, title: str, note: str = "", x: str = "", y: str = "") -> None:

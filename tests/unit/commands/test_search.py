@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 from tiny import build_dataset, narrow_resnet18
@@ -30,6 +31,7 @@ from reid_train.commands.search import Compare, Match, Search, compare, search
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.embedding_store import EmbeddingTable, part_key, write_part
 from reid_train.evaluation.thresholds import Threshold, Thresholds
+from reid_train.report import style
 
 
 @pytest.fixture(autouse=True)
@@ -282,7 +284,7 @@ def test_a_rate_that_was_not_measured_is_refused(tmp_path, deciding, model, data
         run(tmp_path, (photo,), model, data[1], false_accept_rate=1e-3)
 
 
-def test_search_shows_the_names_of_people_and_cameras(tmp_path, model):
+def test_search_shows_the_names_of_people_and_cameras(tmp_path, model, monkeypatch):
     lines = ["path,pid,camid,split"]
     for person in ("anna", "ben"):
         for camera in ("door", "hall"):
@@ -291,13 +293,57 @@ def test_search_shows_the_names_of_people_and_cameras(tmp_path, model):
     (tmp_path / "people.csv").write_text("\n".join(lines))
     url = str(tmp_path / "shards")
     build("csv", tmp_path / "people.csv", url, jobs=1)
+    drawn = texts(monkeypatch)
     (ranked,), text = run(tmp_path, (tmp_path / "ben-door.png",), model, url)
+    assert {"anna", "ben", "door", "hall", "ben-door.png"} <= set(drawn[0])
     assert (ranked[0].person, ranked[0].camera_name) == ("ben", "door")
     assert re.search(r"1 +ben-door.png +ben +door +1\.0000", text)
     (same,), _ = run(tmp_path, (tmp_path / "ben-door.png",), model, url, camera="door")
     assert same == ranked
     with pytest.raises(ConfigError, match=r"--camera dor is no .*: give one of door, hall"):
         run(tmp_path, (tmp_path / "ben-door.png",), model, url, camera="dor")
+
+
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Fill a list with the texts of each picture that is drawn from now on."""
+    found: list[list[str]] = []
+
+    def save(figure, path):
+        found.append([text.get_text() for text in figure.findobj(Text) if text.get_text()])
+
+    monkeypatch.setattr(style, "save", save)
+    return found
+
+
+def test_the_picture_labels_photos_and_files_by_what_tells_them_apart(tmp_path, model, monkeypatch):
+    for person in ("ida", "leo"):
+        folder = tmp_path / "photos" / person
+        folder.mkdir(parents=True)
+        for number in (1, 2):
+            save(folder / f"door_{number}.png", seed=10 * number + len(person) + ord(person[0]))
+    photos = [tmp_path / "photos" / person / "door_1.png" for person in ("ida", "leo")]
+    drawn = texts(monkeypatch)
+    run(tmp_path, photos, model, tmp_path / "photos")
+    run(tmp_path, photos[:1], model, tmp_path / "photos" / "ida")
+    both, one = drawn
+    assert {"ida", "leo"} <= set(both)  # beside door_1.png
+    assert both.count("door_1.png") == 2
+    assert both.count("ida/door_2.png") == both.count("leo/door_2.png") == 2
+    assert "2 queries, each with the gallery images that are most similar to it" in both
+    assert "1 query, with the gallery images that are most similar to it" in one
+    assert one.count("door_2.png") == 1
+
+
+def test_searches_for_photos_of_one_name_have_pictures_of_their_own(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for person in ("ida", "leo"):
+        Path(person).mkdir()
+        save(Path(person, "door_1.png"))
+    for person in ("ida", "leo", "ida"):  # the last draws the first again
+        _, text = run(tmp_path, (f"{person}/door_1.png",), model, "ida", picture=None)
+        (path,) = re.findall(r"rank list +(reports/search-door_1-\w+\.png)", text)
+        assert Path(path).exists()
+    assert len(list(Path("reports").iterdir())) == 2
 
 
 def test_compare_says_why_it_makes_no_decision(tmp_path, model):

@@ -15,9 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 
+from data_shards.building.build import build
+from data_shards.dataset import Dataset
+from data_shards.manifest import Names
 from data_shards.records import NO_CAMERA
 from data_shards.storage import atomic
 from reid_train.evaluation.thresholds import Threshold, Thresholds
@@ -26,6 +30,7 @@ from reid_train.report.curves import draw_curves
 from reid_train.report.embeddings import draw_embedding_map, overlay, project
 from reid_train.report.factors import draw_factors, groups, save_factors, without_movement
 from reid_train.report.page import Picture, Row, print_summary, write_page
+from reid_train.report.pictures import draw_examples
 from reid_train.report.ranks import FRAME, RIGHT, WRONG, draw_rank_list, layout
 from reid_train.report.roc import draw_thresholds
 
@@ -56,9 +61,8 @@ def draw_ranks(path: Path, shape: tuple[int, int], correct: list[list[bool]]) ->
         [image] * len(correct),
         [[image] * len(row) for row in correct],
         correct,
-        query_pid=range(len(correct)),
-        query_camid=[1] * len(correct),
-        gallery_camid=[[2] * len(row) for row in correct],
+        query_labels=[("pid 7", "cam 1")] * len(correct),
+        gallery_labels=[[("pid 8", "cam 2")] * len(row) for row in correct],
         similarity=[[0.5] * len(row) for row in correct],
     )
 
@@ -107,14 +111,37 @@ def test_image_of_another_shape_is_shown_whole(tmp_path):
     wide = np.full((20, 40, 3), 200, np.uint8)
     wide[:, 0] = wide[:, -1] = (255, 0, 0)
     tall = np.zeros((80, 40, 3), np.uint8)
-    scores = {"gallery_camid": [[1]], "similarity": [[0.1]]}
+    labels = {"query_labels": [("", "")], "gallery_labels": [[("", "")]], "similarity": [[0.1]]}
     path = tmp_path / "ranks.png"
-    draw_rank_list(path, [tall], [[wide]], [[True]], query_pid=[1], query_camid=[1], **scores)
+    draw_rank_list(path, [tall], [[wide]], [[True]], **labels)
     grid = layout([tall], [[wide]])
     left, top = grid.cell(0, 1)
     middle = pixels(path)[top + grid.height // 2].astype(int)
     for x in (left, left + grid.width - 1):
         assert middle[x, 0] > middle[x, 1] + 50
+
+
+def test_pictures_of_a_dataset_with_names_have_names(tmp_path, monkeypatch):
+    lines, people = ["path,pid,camid,split"], ("anna", "ben", "cleo")
+    for split, camera in (("query", "door"), ("gallery", "a long corridor")):
+        for number, person in enumerate(people):
+            image = np.full((24, 12, 3), 60 * number, np.uint8)
+            Image.fromarray(image).save(tmp_path / f"{split}-{person}.png")
+            lines.append(f"{split}-{person}.png,{person},{camera},{split}")
+    (tmp_path / "people.csv").write_text("\n".join(lines))
+    build("csv", tmp_path / "people.csv", str(tmp_path / "shards"), jobs=1)
+    rows = np.arange(3)
+    chosen = {
+        "query": rows, "gallery": np.stack([rows, rows[::-1]], axis=1)[rows],
+        "similarity": np.zeros((3, 2)), "map_row": rows, "map_embedding": np.eye(3),
+    }  # fmt: skip
+    drawn = {}
+    monkeypatch.setattr(style, "save", lambda figure, path: drawn.update({path.name: figure}))
+    draw_examples(tmp_path, Dataset.open(str(tmp_path / "shards")), "test", chosen, None)
+    words = {name: {text.get_text() for text in drawn[name].findobj(Text)} for name in drawn}
+    assert {"anna", "ben", "cleo", "door", "a lo…idor"} - words["rank_list.png"] == set()
+    assert {"anna", "ben", "cleo", "a lon…rridor"} - words["embedding_map.png"] == set()
+    assert not any("pid" in word or "cam " in word for names in words.values() for word in names)
 
 
 def test_rows_may_be_short_and_queries_absent(tmp_path):
@@ -409,5 +436,6 @@ def test_same_embeddings_are_placed_alike_and_people_apart():
 def test_map_of_few_or_many_images_is_drawn(tmp_path, count):
     embedding = np.random.default_rng(0).standard_normal((count, 6))
     pid, camid = np.arange(count), np.where(np.arange(count) % 2, 3, NO_CAMERA + 1)
-    draw_embedding_map(tmp_path / "map.png", embedding, pid, camid)
+    names = Names(people={0: "_$a$", 3: "$x^$"})  # names, and no formulas
+    draw_embedding_map(tmp_path / "map.png", embedding, pid, camid, names)
     assert len(np.unique(pixels(tmp_path / "map.png"))) > 20
