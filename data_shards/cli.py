@@ -10,7 +10,7 @@ import tyro
 
 from data_shards.command_line import Command, command, program, run_one_of
 from data_shards.errors import ConfigError, DataError
-from data_shards.progress import display, make_console
+from data_shards.progress import display, make_console, say
 from data_shards.records import SHARD_BYTES, SPLITS
 from data_shards.storage import expand_home
 
@@ -151,7 +151,8 @@ def build_command(
         print(f"already built: {out} holds the same images")
     _show(out, result.manifest)
     if wide := result.wide:
-        make_console().print(
+        say(
+            make_console(),
             f"images wider than tall: {len(wide):,}, such as {wide[0]} (are they crops of people?)",
             style="yellow",
         )

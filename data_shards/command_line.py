@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.errors import ConfigError, Interrupted, ReidError
+from data_shards.progress import wrap
 
 # Takes the words after its name; returns an exit code, or None for 0.
 Command = Callable[[list[str]], int | None]
@@ -36,10 +37,8 @@ def run_command(main: Callable[[], int | None]) -> int:
     except ReidError as error:
         kind = "" if isinstance(error, Interrupted) else "error: "
         text = f"{kind}{error}"
-        if sys.stderr.isatty() and "`" not in text:  # a command in it stays whole, to be copied
-            width = shutil.get_terminal_size().columns
-            wrapper = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False)
-            text = "\n".join(wrapper.fill(line) for line in text.splitlines())
+        if sys.stderr.isatty():
+            text = wrap(text, shutil.get_terminal_size().columns)
         print(text, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

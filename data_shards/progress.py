@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import sys
 import termios
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +49,20 @@ def make_console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a note as it is, broken between words on a terminal; in a log a line stays whole."""
+    if console.is_terminal:
+        text = wrap(text, console.width)
+    console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+
+
+def wrap(text: str, width: int) -> str:
+    """Break lines between words; a command in backticks stays whole, to be copied."""
+    whole = re.sub("`[^`\n]*`", lambda found: found[0].replace(" ", "\0"), text)
+    wrapper = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False)
+    return "\n".join(map(wrapper.fill, whole.splitlines())).replace("\0", " ")
 
 
 def print_table(console: Console, table: Table) -> None:
@@ -193,7 +209,7 @@ class Display:
 
     def print(self, text: str) -> None:
         """Print a line that stays, above the bars."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def _begin(self, stage: Stage) -> None:
         if self._bars is not None:

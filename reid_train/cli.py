@@ -10,7 +10,7 @@ import tyro
 
 from data_shards.command_line import Command, command, parse, peek, program, run_one_of
 from data_shards.errors import ConfigError
-from data_shards.progress import display, make_console, phase, print_table
+from data_shards.progress import display, make_console, phase, print_table, say
 from reid_train.config import TrainConfig
 from reid_train.recipes import PURPOSES, RECIPES, parse_with_recipe
 
@@ -103,7 +103,7 @@ def embed(arguments: list[str]) -> None:
 
     settings, console = parse(commands.Embed, arguments, f"{PROGRAM} embed"), make_console()
     images = commands.embed(settings, console)
-    commands.say(console, f"{images:,} embeddings at {settings.out}")
+    say(console, f"{images:,} embeddings at {settings.out}")
 
 
 def search(arguments: list[str]) -> None:

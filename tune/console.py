@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from data_shards.progress import LINE_EVERY, Stage, duration, no_key_echo
+from data_shards.progress import LINE_EVERY, Stage, duration, no_key_echo, say
 from reid_train.runs.process import Stop
 from tune.controller import Controller
 from tune.space import AMPLITUDE, LEARNING_RATE, THETA_MULTIPLIER, Value
@@ -107,7 +107,7 @@ def watch(
                 elif not lines and note != last_note and time.monotonic() - last_line > LINE_EVERY:
                     lines = [note]
                 if lines:
-                    console.print("\n".join(lines))
+                    say(console, "\n".join(lines))
                     last_note, last_line = note, time.monotonic()
                 if finished:
                     return

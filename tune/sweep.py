@@ -16,7 +16,7 @@ from rich.table import Table
 
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ReidError, StorageError
-from data_shards.progress import display, make_console, phase
+from data_shards.progress import display, make_console, phase, say
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
@@ -103,10 +103,11 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     repeats = f", then up to {plan.repeats} repeats with fresh seeds" if plan.repeats else ""
     enough = len(labels) + results.FEW + 1
     few = f". Too few are searched to name a best one: give --trials {enough} or more"
-    console.print(
+    say(
+        console,
         f"{config.name}: {settings.trials} trials, {at_a_time} at a time: {len(labels)} baselines "
         f"({', '.join(labels)}) and {searched} searched{repeats}"
-        f"{few if searched <= results.FEW else ''}"
+        f"{few if searched <= results.FEW else ''}",
     )
     with (
         run_lock.held(store.storage, str(config.name)),
@@ -328,7 +329,8 @@ def _show(outcome: Outcome, parent: Tracker, console: Console) -> None:
     for number, row in enumerate(results.rows(outcome.entries), 1):
         table.add_row(*row, end_section=number == repeated)
     console.print(table)
-    lines = [*outcome.verdict, ""]
+    say(console, "\n".join(outcome.verdict))
+    lines = [""]
     if outcome.command:
         lines += [AGAIN, f"  {outcome.command}", ""]
     lines.append(f"pictures   {outcome.report}")

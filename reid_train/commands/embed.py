@@ -52,11 +52,6 @@ def check_counts(**numbers: int | None) -> None:
             raise ConfigError(f"--{flag} must be at least 1, not {number}")
 
 
-def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a line as it is: brackets in names are no markup, and addresses are not broken."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
-
-
 def embed(settings: Embed, console: Console) -> int:
     """Run the command; return the number of images."""
     cpus = settings.cpus_per_worker

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from data_shards.errors import ConfigError
-from data_shards.progress import display, phase
+from data_shards.progress import display, phase, say
 from data_shards.records import EVALUATED
-from reid_train.commands.embed import Embed, check_counts, connect_ray, say
+from reid_train.commands.embed import Embed, check_counts, connect_ray
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.measures import Measures
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from data_shards.errors import ConfigError, DataError
-from data_shards.progress import Progress, display, phase
-from reid_train.commands.embed import say
+from data_shards.progress import Progress, display, phase, say
 from reid_train.config import LoaderConfig
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from reid_train.commands.embed import say
+from data_shards.progress import say
 from reid_train.evaluation import neighbours, ranking, verification
 from reid_train.evaluation.embedding_store import ROWS
 from reid_train.evaluation.measures import Measures

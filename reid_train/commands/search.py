@@ -14,9 +14,8 @@ import numpy as np
 import tyro
 
 from data_shards.errors import ConfigError
-from data_shards.progress import display, phase, print_table
+from data_shards.progress import display, phase, print_table, say
 from data_shards.records import NO_CAMERA
-from reid_train.commands.embed import say
 from reid_train.config import LoaderConfig
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data_shards.errors import ConfigError
-from data_shards.progress import display, phase
+from data_shards.progress import display, phase, say
 from data_shards.records import EVALUATED
-from reid_train.commands.embed import say
 from reid_train.config import LoaderConfig
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_shards import progress
+from data_shards.command_line import run_command
+from data_shards.errors import ReidError
 from data_shards.progress import display, duration, phase, silent
 
 
@@ -233,6 +235,58 @@ def test_square_brackets_are_text_and_lines_stay_whole():
     line = "model r50[bf16] [/b] [red] at :smile: " + "x" * 80
     console.print(line)
     assert lines(console) == [line]
+
+
+NOTE = "models:/reid-people@champion was measured on few: give `a --b c` more, or nothing at all"
+
+
+def test_a_note_breaks_between_words_on_a_terminal_and_commands_stay_whole():
+    console = Console(file=io.StringIO(), force_terminal=True, width=36)
+    progress.say(console, f"{NOTE}\n\n  x")
+    said = lines(console)
+    assert said == [
+        "models:/reid-people@champion was",
+        "measured on few: give `a --b c`",
+        "more, or nothing at all",
+        "",
+        "  x",
+    ]
+    made = Console(file=io.StringIO(), force_terminal=True, width=8)
+    progress.say(made, "see `a --b c` s3://long/address")
+    assert lines(made) == ["see", "`a --b c`", "s3://long/address"]
+
+
+def test_a_note_is_one_line_in_a_log():
+    console = log()
+    progress.say(console, NOTE)
+    with display(console) as report:
+        report.print(NOTE)
+    assert lines(console) == [NOTE, NOTE]
+
+
+def test_an_error_breaks_like_a_note(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def fail() -> None:
+        raise ReidError(NOTE)
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("COLUMNS", "36")
+    assert run_command(fail) == ReidError.exit_code
+    assert shown.getvalue().splitlines()[:2] == [
+        "error: models:/reid-people@champion",
+        "was measured on few: give `a --b c`",
+    ]
+
+
+def test_a_line_above_the_bars_breaks_between_words():
+    console = Console(file=io.StringIO(), force_terminal=True, width=36)
+    with display(console) as report:
+        report.print(NOTE)
+    assert lines(console)[0] == "models:/reid-people@champion was"
 
 
 def test_a_table_never_shortens_or_wraps_a_name():
