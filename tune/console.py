@@ -21,7 +21,6 @@ from tune.controller import Controller
 from tune.space import AMPLITUDE, LEARNING_RATE, THETA_MULTIPLIER, Value
 from tune.store import ENDED, Trial
 
-MOST_ROWS = 16  # rows of the live table; of the ended trials the best are shown
 SHORT = {AMPLITUDE: "A", LEARNING_RATE: "lr", THETA_MULTIPLIER: "θ×"}  # names that fit a table
 _COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red", "running": "bold"}
 
@@ -123,19 +122,13 @@ def watch(
 
 def screen(trials: Sequence[Trial], paces: Paces, note: str, height: int) -> Group:
     """The line on the whole sweep, which may wrap once, and as many trials as fit below it."""
-    rows = max(1, min(MOST_ROWS, height - 5))
-    return Group(Text(note, "dim"), table(trials, paces, rows))
+    return Group(Text(note, "dim"), table(trials, paces, max(height - 5, 1)))
 
 
-def table(trials: Sequence[Trial], paces: Paces, rows: int = MOST_ROWS) -> Table:
+def table(trials: Sequence[Trial], paces: Paces, rows: int) -> Table:
     """The running trials and the best of the ended ones, each on one line."""
-    made = Table(
-        box=box.SIMPLE_HEAD,
-        header_style="dim",
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    made = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0))
+    made.show_edge = made.pad_edge = False
     made.add_column("trial", no_wrap=True)
     made.add_column("settings", max_width=60)  # the column that gives way
     for name in ("epoch", "mAP", "img/s", "left"):
@@ -216,7 +209,6 @@ def describe(values: dict[str, Value], digits: int = 6) -> str:
     parts = []
     for field, value in values.items():
         name = SHORT.get(field, field.rpartition(".")[2])
-        parts.append(
-            f"{name} {value:.{digits}g}" if isinstance(value, float) else f"{name} {value}"
-        )
+        text = f"{value:.{digits}g}" if isinstance(value, float) else value
+        parts.append(f"{name} {text}")
     return ", ".join(parts)

@@ -118,10 +118,10 @@ def verdict(entries: Sequence[Entry]) -> list[str]:
             "trained once follow."
         )
     if too_few(entries):
-        count = _searched(entries)
-        some = f"{count} searched configuration{'s' if count > 1 else ''}"
-        some = f"Only {some}" if count else "No searched configuration"
-        lines.append(f"{some} ended: too few to call one the best. Give more --trials.")
+        lines.append(
+            f"Searched configurations that ended: {_searched(entries)}, too few to call one the "
+            "best. Give more --trials."
+        )
     adaptive = [e for e in entries if e.mode == "adaptive"]
     if not adaptive:
         return ["No adaptive configuration was trained to the end.", *lines]
@@ -175,14 +175,8 @@ def command(config: TrainConfig, output: str) -> str:
 def rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     """The ranking as cells under `HEADER`."""
     return [
-        (
-            str(place),
-            entry.trial.name,
-            entry.measured(),
-            f"{len(entry.repeats) or '–'}",
-            entry.title,
-        )
-        for place, entry in enumerate(entries, 1)
+        (str(place), e.trial.name, e.measured(), f"{len(e.repeats) or '–'}", e.title)
+        for place, e in enumerate(entries, 1)
     ]
 
 

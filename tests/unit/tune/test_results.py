@@ -116,7 +116,9 @@ def test_without_repeats_the_verdict_says_that_nothing_is_known_of_the_spread():
 
 def test_of_few_searched_configurations_none_is_called_the_best():
     lines = verdict(ranking(swept(), BASE))
-    assert lines[0].startswith("Only 2 searched configurations ended: too few to call one the best")
+    assert lines[0].startswith(
+        "Searched configurations that ended: 2, too few to call one the best"
+    )
     who = "The highest-ranked adaptive configuration (trial-005, mAP 64.0)"
     assert lines[1].startswith(f"{who} against the paper's")
 
@@ -127,7 +129,9 @@ def test_a_baseline_that_ranks_highest_is_not_called_searched_or_best():
     assert too_few(entries)
     lines = verdict(entries)
     assert "repeated with fresh seeds rank first" in lines[0]
-    assert lines[1].startswith("Only 1 searched configuration ended: too few to call one the best")
+    assert lines[1].startswith(
+        "Searched configurations that ended: 1, too few to call one the best"
+    )
     who = "The highest-ranked adaptive configuration (trial-000, the paper's setting, mAP 82.5"
     assert all(line.startswith(who) for line in lines[2:])
     assert "constant L2 (trial-002, 83.5 ± 0.7): −1.0" in lines[2]
@@ -137,7 +141,7 @@ def test_few_and_tied_are_both_told():
     trials = swept()
     trials[6].evaluations[-1]["mAP"] = 0.6401
     lines = verdict(ranking(trials, BASE))
-    assert lines[0].startswith("Only 2 searched")
+    assert lines[0].startswith("Searched configurations that ended: 2")
     assert lines[1].startswith("2 adaptive configurations are tied at 64.0")
 
 
@@ -268,7 +272,7 @@ def test_the_live_table_shows_speed_and_time_left():
     paces.update(trials, {"trial-000": progress(0, 10)}, now=110.0)
     assert paces.left(0) == pytest.approx(60.0)
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(table(trials, paces))
+    console.print(table(trials, paces, rows=2))
     text = console.export_text()
     assert "123" in text
     assert "0:01:00" in text
