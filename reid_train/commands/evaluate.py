@@ -171,12 +171,14 @@ def _measure_model(
         with display(console) as progress:
             embed_dataset(Embed(out=out, **shared), progress)
         found = _measure(out, settings, console, of_folder=isinstance(dataset, ImageFolder))
+        names = None
         if not isinstance(dataset, ImageFolder):
+            names = dataset.manifest.names
             origin = dataset.origin(EVALUATED[settings.split][0])
             each = of_each_dataset(found.result, dataset.merged, origin)
             found = replace(found, datasets=each)
         if count == 1:
-            show(found, console)
+            show(found, console, names and names.cameras)
         _log(settings, found, pair, tracker)
         if registered and found.thresholds:
             _attach(model, found.thresholds, settings)
@@ -306,10 +308,14 @@ def steps_of(found: Measurement) -> str:
     return ", ".join(steps)
 
 
-def show(found: Measurement, console: Console) -> None:
-    """Print a measurement as a table, and another one of camera pairs if there are any."""
+def show(found: Measurement, console: Console, cameras: Mapping[int, str] | None = None) -> None:
+    """Print a measurement as a table, and another one of camera pairs if there are any.
+
+    `cameras` are the names of those that have names.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Column, Table
+    from rich.text import Text
 
     result = found.result
     say(console, steps_of(found))
@@ -341,7 +347,8 @@ def show(found: Measurement, console: Console) -> None:
             pairs.add_column(name, justify="right")
         for (a, b), part in found.pairs.items():
             values = [f"{100 * value:.2f}" for value in part.summary().values()]
-            pairs.add_row(str(a), str(b), f"{part.valid:,}", *values)
+            named = [Text((cameras or {}).get(camera) or str(camera)) for camera in (a, b)]
+            pairs.add_row(*named, f"{part.valid:,}", *values)
         console.print(pairs)
     if found.thresholds is not None:
         _show_thresholds(found.thresholds, console)

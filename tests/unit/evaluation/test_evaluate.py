@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from data_shards.errors import ConfigError, DataError
-from reid_train.commands.evaluate import Evaluate, evaluate
+from reid_train.commands.evaluate import Evaluate, evaluate, show
 from reid_train.commands.memory import memory_needed, say_needed
 from reid_train.evaluation.measures import Measures
 
@@ -59,6 +60,15 @@ def test_the_measurement_is_written_as_json(tmp_path):
     assert "TAR@FAR=0.01" in written["metrics"]
     assert written["measures"]["expand"] == 3
     assert {pair["query"] != pair["gallery"] for pair in written["camera_pairs"]} == {True}
+
+
+def test_camera_pairs_have_the_names_of_cameras():
+    found, printed = evaluated(Measures(camera_pairs=True))
+    (a, b), console = next(iter(found.pairs)), Console(file=io.StringIO(), width=200)
+    assert re.search(rf"^ *{a} +{b} ", printed, re.MULTILINE)
+    show(found, console, {b: "hall [west]"})
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(rf"^ *{a} +hall \[west\] ", printed, re.MULTILINE)
 
 
 def test_reranking_shows_and_writes_the_plain_ranking_beside_it(tmp_path):
