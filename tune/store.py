@@ -69,8 +69,8 @@ class Trial:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation with the highest mAP: its checkpoint is kept."""
-        return max(self.evaluations, key=lambda e: e["mAP"], default=None)
+        """The evaluation with the highest mAP, of equal ones the newest: its checkpoint is kept."""
+        return max(reversed(self.evaluations), key=lambda e: e["mAP"], default=None)
 
     @property
     def score(self) -> float:
@@ -78,9 +78,14 @@ class Trial:
         return self.best["mAP"] if self.best else float("nan")
 
     def add(self, evaluation: dict[str, Any]) -> bool:
-        """Take an evaluation of this part; whether it is new. One of the same epoch is replaced."""
+        """Take an evaluation of this part; whether it is new. One of the same epoch is replaced.
+
+        One whose checkpoint is gone may be of an earlier part, and replaces none.
+        """
         known = {e["epoch"]: e for e in self.evaluations}
         before = known.get(evaluation["epoch"], {})
+        if before and not evaluation["checkpoint"]:
+            return False
         came = {"run": self.run_name, "time": before.get("time", time.time())}
         known[evaluation["epoch"]] = evaluation | came
         self.evaluations = [known[epoch] for epoch in sorted(known)]

@@ -119,16 +119,20 @@ def download(place: str, folder: Path) -> None:
 
 
 def stored_evaluations(run: str) -> list[dict[str, Any]]:
-    """Return the metrics of a run's measured checkpoints, with `epoch`, `step` and `checkpoint`."""
+    """Return the metrics of all of a run's evaluations, with `epoch`, `step` and `checkpoint`.
+
+    `checkpoint` is empty for those that were deleted since.
+    """
     with newest_whole(run) as newest:
         if newest is None:
             return []
         history = newest.history()
-    rows = dict(zip(history.evaluation_steps, history.evaluation_rows(), strict=False))
+    names = {entry.step: entry.name for entry in stored_checkpoints(run)}
+    epochs = map(int, history.evaluations.get("epoch", ()))
+    rows = zip(history.evaluation_steps, epochs, history.evaluation_rows(), strict=False)
     return [
-        rows[entry.step] | {"epoch": entry.epoch, "step": entry.step, "checkpoint": entry.name}
-        for entry in stored_checkpoints(run)
-        if entry.step in rows
+        row | {"epoch": epoch, "step": step, "checkpoint": names.get(step, "")}
+        for step, epoch, row in rows
     ]
 
 

@@ -21,6 +21,7 @@ from reid_train.runs.checkpoint_store import (
     newest_whole,
     opened,
     stored_checkpoints,
+    stored_evaluations,
     upload,
 )
 from reid_train.runs.run_lock import held
@@ -70,6 +71,13 @@ def test_newest_is_the_one_that_came_furthest(original, run):
     at_step(original[0], run / "checkpoint_0_made_later", 3)
     assert newest(run) == "checkpoint_0_made_later"
     assert [stored.step for stored in stored_checkpoints(str(run))] == [3, 2, 1]
+
+
+def test_an_evaluation_is_known_when_its_checkpoint_has_been_deleted(run):
+    expected = {"mAP": 0.25, "epoch": 1, "step": 1}
+    assert stored_evaluations(str(run)) == [expected | {"checkpoint": "checkpoint_1"}]
+    shutil.rmtree(run / "checkpoint_1")
+    assert stored_evaluations(str(run)) == [expected | {"checkpoint": ""}]
 
 
 def test_run_without_checkpoints_starts_at_the_beginning(tmp_path):

@@ -252,6 +252,21 @@ def test_an_ended_trial_keeps_the_checkpoints_that_its_sweep_needs(tmp_path: Pat
     assert len(list((tmp_path / "trial-001").iterdir())) == 3
 
 
+def test_of_equal_evaluations_the_newest_is_the_best_as_its_checkpoint_is_kept():
+    trial = trained(0, 0.5)
+    for evaluation in trial.evaluations:
+        evaluation["mAP"] = 0.7
+    assert trial.best is trial.evaluations[-1]
+
+
+def test_an_evaluation_without_its_checkpoint_replaces_none():
+    trial = Trial(0, {}, state="running")
+    assert trial.add({"epoch": 2, "step": 4, "mAP": 0.5, "checkpoint": "c2"})
+    assert not trial.add({"epoch": 2, "step": 4, "mAP": 0.5, "checkpoint": ""})
+    assert trial.add({"epoch": 1, "step": 2, "mAP": 0.4, "checkpoint": ""})
+    assert [e["checkpoint"] for e in trial.evaluations] == ["", "c2"]
+
+
 def test_tables_name_every_trial():
     trials = swept()
     trials.append(Trial(7, {AMPLITUDE: 0.5}, state="failed", reason="the loss is not finite"))
