@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done, and the total. The stage ends when `done` reaches
-`total`. A stage with nothing to count has a total of 1: see `phase`."""
+`total`. A stage with nothing to count has a total of 1: see `phase`. A total of -1 is not known."""
 
 LINE_EVERY = 30.0  # seconds between two lines of a stage in a log
 LONG = 10.0  # seconds from which a stage is long: its end gets a line
@@ -94,7 +94,7 @@ class Stage:
 
     name: str
     unit: str  # what is counted, such as "images"; empty for a phase
-    total: int
+    total: int  # -1: not known yet
     began: float  # `time.monotonic()` of the first report
     done: int = 0
     note: str = ""  # what is shown after the figures
@@ -136,7 +136,10 @@ class Stage:
         now = time.monotonic()
         if not self.unit:
             return duration(now - self.began)
-        counts, left = f"{self.done:,} of {self.total:,} {self.unit}", self.left(now)
+        of = f" of {self.total:,}" if self.total >= 0 else ""
+        counts, left = f"{self.done:,}{of} {self.unit}", self.left(now)
+        if self.total < 0 and left is not None:
+            return f"{counts}{_rate(self.per_second())}"
         if left is None:
             return f"{counts}, {duration(now - self.began)}"  # a clock, until there is a pace
         beside = f" ({duration(self.later)} to evaluate)" if self.later >= 1 else ""
@@ -182,7 +185,7 @@ class Display:
             shown = self._stages.get(stage)
             if shown is None or done < shown.done:
                 self._remove(stage)
-                unit = self._units.get(stage, self._unit) if total > 1 else ""
+                unit = self._units.get(stage, self._unit) if total not in (0, 1) else ""
                 shown = self._stages[stage] = Stage(stage, unit, total, now, done)
                 self._begin(shown)
             shown.note, shown.later = note, later
@@ -191,12 +194,13 @@ class Display:
                 if outer.began < shown.began:
                     outer.seen += now - shown.reported
             shown.update(done, total, now)
-            if done >= total:
+            if 0 <= total <= done:
                 self._remove(stage)
                 if now - shown.began >= LONG:
                     self.print(f"{stage}: {shown.ending(now - shown.began)}")
             elif self._bars is not None:
-                self._bars.update(self._tasks[stage], completed=done, total=total)
+                known = total if total >= 0 else None
+                self._bars.update(self._tasks[stage], completed=done, total=known)
             elif shown.unit and now - shown.lined >= LINE_EVERY and shown.seen == now:
                 shown.lined = now
                 self.print(f"{stage}: {shown}{shown.note and f', {shown.note}'}")
@@ -213,7 +217,7 @@ class Display:
 
     def _begin(self, stage: Stage) -> None:
         if self._bars is not None:
-            total = stage.total if stage.unit else None
+            total = stage.total if stage.unit and stage.total >= 0 else None
             self._bars.start()  # not before there is something to show: it leaves an empty line
             self._tasks[stage.name] = self._bars.add_task(stage.name, total=total, stage=stage)
         elif not stage.unit and stage.done < stage.total:

@@ -107,7 +107,7 @@ def open_place(
         url: a path, `file:///…` or `s3://bucket/prefix`; a place is returned as it is.
         file: it is an object, not a folder of them.
         listed: list everything below it now, page by page; only then can folders be looked into.
-        progress: called with the stage "listing" and the number of keys so far.
+        progress: called with the stage "listing", the number of keys so far, and -1 as total.
 
     Raises:
         StorageError: the storage cannot be reached, or denies listing.
@@ -139,7 +139,7 @@ def _tree(
     tree, odd, number = {}, list[str](), 0
     for number, (key, _) in enumerate(objects, 1):
         if number % _LISTED == 0:
-            progress("listing", number, number + _LISTED)  # how many there are is not known
+            progress("listing", number, -1)  # how many there are is not known
         parts = key.split("/")
         if parts[-1] == "":  # a folder, as some programs write it
             continue

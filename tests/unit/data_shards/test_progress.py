@@ -68,6 +68,21 @@ def test_a_long_stage_has_a_line_every_half_minute_and_one_at_its_end(clock):
     ]
 
 
+def test_no_time_left_is_made_up_where_the_total_is_not_known(clock):
+    console = log()
+    with display(console, units={"listing": "keys"}) as report:
+        for done in range(0, 100_000, 1000):
+            report("listing", done, -1)
+            clock.now += 1.0
+        report("listing", 99_500, 99_500)
+    assert lines(console) == [
+        "listing: 30,000 keys, 1,000/s",
+        "listing: 60,000 keys, 1,000/s",
+        "listing: 90,000 keys, 1,000/s",
+        "listing: 99,500 keys in 0:01:40, 995/s",
+    ]
+
+
 def test_the_end_of_a_resumed_stage_counts_what_was_done_since(clock):
     console = log()
     run(clock, console, list(range(110, 201)), 200, 1.0)
