@@ -218,5 +218,5 @@ def test_measure_refuses_what_is_no_run(tmp_path, capsys):
     assert (
         main(["measure", str(tmp_path / "nothing"), "--gpu-type", "X1", "--table", str(own)]) == 2
     )
-    assert "run.json is not there" in capsys.readouterr().err
+    assert "nothing/run.json is missing" in capsys.readouterr().err
     assert not own.exists()
