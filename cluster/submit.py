@@ -176,6 +176,8 @@ def _connect(address: str) -> JobSubmissionClient:
             f"no Ray job server answers at {address} ({_line(error)}): start the cluster, or give "
             "its --address"
         ) from None
+    # For Ray's client this variable, and RAY_ADDRESS, come before the address that it is given.
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
     # Ray reads the local stack's variables when it is imported.
     from ray.job_submission import JobSubmissionClient
 

@@ -43,12 +43,11 @@ def submit(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return run("cluster", "submit", "--", "python", "-m", *words)
 
 
-def job_client(address: str | None = None) -> JobSubmissionClient:
+def job_client() -> JobSubmissionClient:
     """Ray's own client; it was imported before the stack's variables were set."""
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
     headers = {"Authorization": f"Bearer {token}"}
-    address = address or os.environ["RAY_API_SERVER_ADDRESS"]
-    return JobSubmissionClient(address, headers=headers)
+    return JobSubmissionClient(os.environ["RAY_API_SERVER_ADDRESS"], headers=headers)
 
 
 def marked(folder: Path) -> list[psutil.Process]:
@@ -266,11 +265,12 @@ def test_up_says_where_rays_token_is_and_does_not_print_it(folder):
     assert (folder / "ray-token").read_text() not in up.stdout + up.stderr
 
 
-def test_down_leaves_nothing_running_and_the_data_where_it_was(trained, folder):
+def test_down_leaves_nothing_running_and_the_data_where_it_was(trained, folder, monkeypatch):
     stack = psutil.Process(int((folder / "lock").read_text()))
     started_again = local.running(folder)
     assert started_again is not None
-    job_client(started_again.dashboard).submit_job(entrypoint="sleep 600")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", started_again.dashboard)
+    job_client().submit_job(entrypoint="sleep 600")
     processes = stack.children(recursive=True)  # Ray's agents hide the mark
     down = run("cluster", "local", "down", "--folder", folder)
     assert down.returncode == 0, down.stderr

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import aiohttp
 import pytest
+import requests
 from ray.dashboard.modules.job.job_manager import JobManager
 from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 from ray.job_submission import JobStatus
@@ -188,6 +189,24 @@ def test_a_failed_job_does_not_print_its_log_again(monkeypatch, capsys, code, lo
     options = cluster.submit.Submit(address="http://head:8265")
     assert cluster.submit.submit(["true"], options) == (code or 1)
     assert capsys.readouterr().err.endswith(expected)
+
+
+def test_the_given_address_comes_before_those_of_the_environment(monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://other:1")
+    monkeypatch.setenv("RAY_ADDRESS", "http://other:2")
+    monkeypatch.setattr(cluster.submit.urllib.request, "urlopen", Mock())
+    asked = []
+
+    def refuse(url: str, **_: object) -> None:
+        asked.append(url)
+        raise requests.exceptions.ConnectionError
+
+    monkeypatch.setattr(requests, "get", refuse)
+    monkeypatch.setattr(requests, "request", lambda method, url, **options: refuse(url))
+    with pytest.raises(ReidError, match="http://mine:3 is no Ray job server for you"):
+        cluster.submit._connect("http://mine:3")
+    assert asked
+    assert all(url.startswith("http://mine:3/") for url in asked)
 
 
 def test_missing_log_is_reported_once_and_the_job_is_followed(monkeypatch, capsys):
