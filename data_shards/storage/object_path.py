@@ -138,6 +138,8 @@ def _tree(
     """The names in each folder, in order, and whether each is a folder."""
     tree, odd, number = {}, list[str](), 0
     for number, (key, _) in enumerate(objects, 1):
+        if number == _LISTED:
+            progress("listing", 0, -1)  # else the first report would count as done before
         if number % _LISTED == 0:
             progress("listing", number, -1)  # how many there are is not known
         parts = key.split("/")
