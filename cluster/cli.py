@@ -34,7 +34,7 @@ def submit(arguments: list[str]) -> int:
 
     end = arguments.index("--") if "--" in arguments else len(arguments)
     words = arguments[:end]
-    if "--" not in arguments and not "".join(words[:1]).startswith("-"):
+    if words and "--" not in arguments and not words[0].startswith("-"):
         words = []  # a command without the -- before it
     return submit(arguments[end + 1 :], parse(Submit, words, f"{PROGRAM} submit"))
 

@@ -1,5 +1,6 @@
 """The pids and camids of what is added to a dataset, or removed from it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -44,14 +45,15 @@ def _numbers(names: set[str], known: Mapping[int, str], free: int, what: str) ->
     if not known:
         raise ConfigError(
             f"these images have names of {what}, and the dataset has numbers: give its numbers, or"
-            f" --ids new if all of them are other people"
+            " --ids new if all of them are other people"
+        )
+    times = Counter(known.values())
+    if twice := sorted(name for name in names if times[name] > 1):
+        raise ConfigError(
+            f"several {what} of the dataset are named {twice[0]}: give numbers, or --ids new if all"
+            " of these are other people"
         )
     number = {name: n for n, name in known.items()}
-    if len(number) < len(known):
-        raise ConfigError(
-            f"two {what} of the dataset have one name: give numbers, or --ids new if all of these"
-            " are other people"
-        )
     return number | {name: free + n for n, name in enumerate(sorted(names - number.keys()))}
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import socket
 import sys
 from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -223,6 +226,32 @@ def test_job_server_that_accepts_and_never_answers_is_given_up(monkeypatch):
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ReidError, match="no Ray job server answers"):
             cluster.submit.submit(["true"], cluster.submit.Submit(address=address))
+
+
+def test_running_jobs_are_asked_for_without_a_proxy_which_would_see_the_token(
+    tmp_path, monkeypatch
+):
+    asked = []
+
+    class Jobs(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["Authorization"]))
+            jobs = [{"entrypoint": s.lower(), "status": s} for s in ("RUNNING", "FAILED")]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(jobs).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    (tmp_path / "ray-token").write_text("secret")
+    with HTTPServer(("127.0.0.1", 0), Jobs) as server:
+        Thread(target=server.handle_request).start()
+        address = SimpleNamespace(dashboard=f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(local, "running", lambda folder: address)
+        assert local._running_jobs(tmp_path) == ["running"]
+    assert asked == [("/api/jobs/", "Bearer secret")]
 
 
 def test_down_where_nothing_runs_is_no_error(tmp_path, capsys):

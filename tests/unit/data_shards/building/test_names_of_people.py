@@ -98,7 +98,7 @@ def test_a_name_of_two_people_is_no_answer(url, tmp_path):
     other, both = str(tmp_path / "other"), str(tmp_path / "both")
     build("csv", named(tmp_path / "others", "abcAB", 1), other, name="q", **SMALL)
     merge([url, other], both)
-    with pytest.raises(ConfigError, match="two people of the dataset have one name"):
+    with pytest.raises(ConfigError, match="several people of the dataset are named b"):
         add(both, "csv", named(tmp_path / "more", "b", 2), **SMALL)
     with pytest.raises(DataError, match=r"a may be pid \d, \d of .*both: give pids"):
         remove(both, ["a"])
