@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from data_shards.errors import ConfigError, DataError
-from reid_train.commands.evaluate import Evaluate, evaluate, show
+from reid_train.commands.evaluate import Evaluate, evaluate, show, show_all
 from reid_train.commands.memory import memory_needed, say_needed
 from reid_train.evaluation.measures import Measures
 
@@ -89,6 +89,20 @@ def test_square_brackets_in_names_are_printed_as_they_are(name, tmp_path):
     console = Console(file=io.StringIO(), width=200, force_terminal=False)
     evaluate(Evaluate(embeddings=str(place), output=f"{place}.json"), console)
     assert f"written to {place}.json" in console.file.getvalue()
+
+
+def test_several_models_have_a_row_each_with_all_datasets_and_the_mean():
+    console = Console(file=io.StringIO(), width=200)
+    found = [evaluated(Measures(metric=m))[0] for m in ("cosine", "euclidean")]
+    # Of the models a and b on the datasets left and right.
+    show_all(["a", "b"], ["left", "right"], [found[0], found[1], found[1], found[1]], console)
+    rows = {line.split()[0]: line for line in console.file.getvalue().splitlines() if "%" in line}  # type: ignore[attr-defined]
+    (cosine, _), (euclidean, first) = ((100 * f.result.mAP, 100 * f.result.cmc[0]) for f in found)
+    mean = (cosine + euclidean) / 2
+    assert re.findall(r"[\d.]+(?= %)", rows["a"])[::2] == [
+        f"{value:.2f}" for value in (cosine, euclidean, mean)
+    ]
+    assert re.findall(r"[\d.]+(?= %)", rows["b"]) == 3 * [f"{euclidean:.2f}", f"{first:.2f}"]
 
 
 def test_reranking_is_not_broken_down():
