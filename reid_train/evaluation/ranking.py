@@ -1,10 +1,11 @@
 """Rank the gallery for every query without sorting: count who comes before each positive, exactly.
 
 The order of a query's gallery is that of scores in float64, then of the gallery index, as a stable
-sort gives it. But few of these scores are computed. A float32 matrix product settles nearly all
-comparisons. The few pairs that lie within its error of a positive are scored again in float64,
-always summed in the same order. So ranks do not depend on the device, on chunks, or on the tasks
-among which the gallery is divided: the counts of blocks add up.
+sort gives it. But few of these scores are computed. A matrix product, in float32 on the host and in
+float64 on a GPU, settles nearly all comparisons. The few pairs that lie within its error of a
+positive are scored again on the host in float64, always summed in the same order. So ranks do not
+depend on the device, on chunks, or on the tasks among which the gallery is divided: the counts of
+blocks add up.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,16 +36,18 @@ class _Way(NamedTuple):
     """How one kind of device counts."""
 
     count: Callable[..., None]
+    dtype: torch.dtype  # of the product
     block: int  # gallery images in a product
     chunk: int  # most queries in one
     threads: int | None  # that count chunks at the same time; None: as many as products use
 
 
 # With more queries, threads would wait longer for a block's last chunk.
-HOST = _Way(rank_counts.count_block, BLOCK, 256, None)
-# Larger, because each chunk waits for its results a few times; about 0.5 GB each. While one thread
-# scores close pairs on the host, the device computes for the others.
-DEVICE = _Way(rank_counts.count_on_device, 8 * BLOCK, 1024, 3)
+HOST = _Way(rank_counts.count_block, torch.float32, BLOCK, 256, None)
+# Larger, because each chunk waits for its results a few times; about 1 GB each. While one thread
+# waits, the device computes for the others. GPUs of data centres multiply in float64 as fast as in
+# true float32, and only ties are left to the host.
+DEVICE = _Way(rank_counts.count_on_device, torch.float64, 8 * BLOCK, 1024, 3)
 
 
 def choose_way(device: torch.device) -> _Way:
@@ -69,7 +72,7 @@ def rank(
         labels: identities and cameras.
         metric: "cosine" or "euclidean".
         max_rank: length of the CMC.
-        device: where the product and the counting run.
+        device: where the product and the counting run; a GPU needs about 3 GB.
         progress: called with "matches", then "ranking", and gallery images.
 
     Raises:
@@ -139,6 +142,7 @@ def count_before(
     quick_keys = scores - query.norm[row] ** 2 if metric == EUCLIDEAN else scores
     key, key_row, exact = quick_keys[order], row[order], (scores[order], truth.index[order])
     before, way = np.zeros(len(order), np.int64), choose_way(target)
+    scalar = np.float32 if way.dtype == torch.float32 else np.float64
     # Of the sizes that give each thread as many chunks, the greatest up to the way's.
     threads = way.threads or torch.get_num_threads()
     rounds = -(-len(query) // (way.chunk * threads))
@@ -146,15 +150,16 @@ def count_before(
     chunks = [query[part.start : part.stop] for part in ranges(len(query), chunk)]
 
     def window(slack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Quick scores outside of it surely compare as exact ones do: (P,) float32 each."""
+        """Quick scores outside of it surely compare as exact ones do: (P,) of their dtype each."""
         slack = similarity.tolerance_at(key, slack[key_row], metric)
-        return (key - slack).astype(np.float32), (key + slack).astype(np.float32)
+        return (key - slack).astype(scalar), (key + slack).astype(scalar)
 
     def prepare(numbered: tuple[int, Features]) -> _Block:
         first, block = numbered
-        slack, own = similarity.tolerance(query, block, metric), truth.within(first, len(block))
+        slack = similarity.tolerance(query, block, metric, dtype=way.dtype)
+        own = truth.within(first, len(block))
         ends = np.searchsorted(row[own], range(0, len(query) + chunk, chunk))
-        operand = similarity.right_operand(block, metric, target)
+        operand = similarity.right_operand(block, metric, target, way.dtype)
         return _Block(first, block, operand, slack, *window(slack), own, ends)
 
     def compare(i: int, block: _Block) -> None:
@@ -168,7 +173,7 @@ def count_before(
         low, high = block.low, block.high
         expected = similarity.tolerance_at(known, block.slack[checked + first], metric)
         if not np.all(error <= expected / 2):  # also if it is NaN
-            slack = similarity.tolerance(query, features, metric, certain=True)
+            slack = similarity.tolerance(query, features, metric, certain=True, dtype=way.dtype)
             low, high = window(slack)
             _require(error, slack[checked + first])
         # Images of the query's own identity are not counted.
@@ -179,7 +184,7 @@ def count_before(
 
     pools = similarity.single_threaded_pool() if way is HOST else ThreadPoolExecutor(threads)
     with similarity.full_precision(), pools as pool:
-        lefts = [similarity.left_operand(part, metric, target) for part in chunks]
+        lefts = [similarity.left_operand(part, metric, target, way.dtype) for part in chunks]
         for block in _one_ahead(map(prepare, blocks or gallery_blocks(source, own, way.block))):
             list(pool.map(partial(compare, block=block), range(len(chunks))))
             images(len(block.features))

@@ -1,4 +1,4 @@
-"""Similarity of embeddings: quick scores from a float32 product, exact ones in float64.
+"""Similarity of embeddings: quick scores from a matrix product, exact ones from the host's loops.
 
 A score orders the gallery of a query; smaller is closer. Cosine: −q·g / ‖q‖‖g‖. Euclidean: the
 squared distance. The product gives the cosine's score, and ‖g‖² − 2 q·g for the Euclidean one: the
@@ -23,7 +23,7 @@ from reid_train.evaluation.measures import COSINE, EUCLIDEAN
 
 SHORTEST, LONGEST = 1e-30, 1e18  # lengths that float32 can invert and square
 CPU = torch.device("cpu")
-_UNIT = float(np.finfo(np.float32).eps) / 2
+_UNIT, _UNIT64 = (float(np.finfo(dtype).eps) / 2 for dtype in (np.float32, np.float64))
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -135,26 +135,31 @@ def check_features(
     return features
 
 
-def left_operand(query: Features, metric: int, device: torch.device = CPU) -> torch.Tensor:
+def left_operand(
+    query: Features, metric: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Queries as `quick_scores` takes them: −q/‖q‖ for the cosine, −2q for Euclidean."""
     factor = -query.scale if metric == COSINE else np.full(len(query), -2.0)
-    return _operand(query.embedding, factor, device)
+    return _operand(query.embedding, factor, device, dtype)
 
 
-def right_operand(block: Features, metric: int, device: torch.device = CPU) -> torch.Tensor:
+def right_operand(
+    block: Features, metric: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """A block of the gallery as `quick_scores` takes it: g/‖g‖ for the cosine, else g."""
-    return _operand(block.embedding, block.scale if metric == COSINE else None, device)
+    return _operand(block.embedding, block.scale if metric == COSINE else None, device, dtype)
 
 
 def _operand(
-    embedding: np.ndarray, factor: np.ndarray | None, device: torch.device
+    embedding: np.ndarray, factor: np.ndarray | None, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        operand = torch.from_numpy(embedding).to(device)
+        operand = torch.from_numpy(embedding).to(device).to(dtype)
     if factor is not None:
-        operand = operand * torch.from_numpy(factor)[:, None].to(device).float()
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        operand = operand * torch.from_numpy(factor)[:, None].to(device, dtype)
+    on_host = device.type == "cpu" and dtype == torch.float32
+    if on_host and torch.backends.mkldnn.is_available():
         # oneDNN's product is 2 to 3 times MKL's on AMD, and on a par with it on Intel.
         return operand.to_mkldnn()
     return operand
@@ -163,18 +168,23 @@ def _operand(
 def quick_scores(
     left: torch.Tensor, right: torch.Tensor, block: Features, metric: int
 ) -> torch.Tensor:
-    """Scores (B, W) float32, of operands made from (B, D) queries and this (W, D) block."""
+    """Scores (B, W), of operands made from (B, D) queries and this (W, D) block, of their dtype."""
     if left.is_mkldnn:
         scores = torch.nn.functional.linear(left, right).to_dense()
     else:
         scores = torch.mm(left, right.T)
     if metric == EUCLIDEAN:
-        scores += torch.from_numpy(block.norm**2).float().to(scores.device)
+        scores += torch.from_numpy(block.norm**2).to(scores)
     return scores
 
 
 def tolerance(
-    query: Features, block: Features, metric: int, *, certain: bool = False
+    query: Features,
+    block: Features,
+    metric: int,
+    *,
+    certain: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
     """How far a quick score may be from the exact one, for each query: (B,) float64.
 
@@ -185,9 +195,15 @@ def tolerance(
     tolerance only means that more pairs are scored again.
 
     Embeddings that are nearly one constant, as of a network that has just begun to learn, add equal
-    terms with equal roundings: `certain` gives D u ‖q‖‖g‖, which always holds.
+    terms with equal roundings: `certain` gives D u ‖q‖‖g‖, which always holds. So does the bound
+    for float64, where the product's error and that of the exact score are alike, and both tiny.
     """
     dimension = query.embedding.shape[1]
+    if dtype == torch.float64:
+        # Twice the sum of the two errors. Of the Euclidean terms none is above (‖q‖ + ‖g‖)².
+        both = 4 * (dimension + 8) * _UNIT64
+        longest = block.norm.max(initial=0.0)
+        return both * (np.ones(len(query)) if metric == COSINE else (query.norm + longest) ** 2)
     product = ((dimension if certain else 4 * np.sqrt(dimension)) + 8) * _UNIT
     if metric == COSINE:
         return np.full(len(query), product)

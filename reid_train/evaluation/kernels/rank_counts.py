@@ -1,6 +1,6 @@
 """Count the gallery items before each positive: compiled loops over one block of scores.
 
-A block holds the scores of a few queries with a block of the gallery: float32, from a matrix
+A block holds the scores of a few queries with a block of the gallery, from a matrix
 product, smaller is closer. If a score differs from a positive's by more than the product's error,
 comparing the two is enough. The few other pairs are scored again in float64.
 """
@@ -35,8 +35,8 @@ class Positives(NamedTuple):
     start: np.ndarray  # (B + 1,) where each query's positives begin in the (P,) arrays
     score: np.ndarray  # (P,) float64, exact
     index: np.ndarray  # (P,) int64 gallery indices
-    low: np.ndarray  # (P,) float32; an item with a lower score surely comes before the positive
-    high: np.ndarray  # (P,) float32; one with a higher score surely comes after it
+    low: np.ndarray  # (P,) as the scores; an item with a lower one surely comes before the positive
+    high: np.ndarray  # (P,) as the scores; one with a higher one surely comes after it
 
 
 @njit(nogil=True, cache=True, fastmath=_SUM)
@@ -222,7 +222,7 @@ def count_on_device(
     if width == 0:
         return
     filled = np.arange(width) < count[:, None]
-    limits = np.full((2, len(count), width), np.inf, np.float32)
+    limits = np.full((2, len(count), width), np.inf, positives.low.dtype)
     limits[0][filled], limits[1][filled] = positives.low[own], positives.high[own]
     lows, highs = torch.from_numpy(limits).to(device)
     certain = torch.searchsorted(lows, scores, right=True, out_int32=True)

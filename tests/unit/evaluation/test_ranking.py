@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from data_shards.errors import ConfigError, DataError
 from reid_train.evaluation import ranking, similarity
 from reid_train.evaluation.evaluate import evaluate
 from reid_train.evaluation.ground_truth import Labels
+from reid_train.evaluation.kernels import rank_counts
 from reid_train.evaluation.measures import Measures
 from reid_train.evaluation.metrics import MEAN, by_name, of_each_dataset
 from reid_train.evaluation.ranking import rank, top_matches
@@ -170,17 +172,52 @@ def test_zero_embeddings_are_as_far_as_orthogonal_ones():
     assert result.average_precision[0] == pytest.approx((1 / 1 + 2 / 3) / 2)
 
 
+@pytest.fixture
+def accelerator(monkeypatch) -> list[int]:
+    """Count as on an accelerator, which works on any device that torch has.
+
+    Returns how many pairs the host scored again, chunk by chunk.
+    """
+    way, score, again = ranking.DEVICE._replace(block=64, chunk=8), rank_counts.score_pairs, []
+    monkeypatch.setattr(ranking, "choose_way", lambda device: way)
+
+    def counted(*arguments) -> None:
+        if sys._getframe(1).f_code is rank_counts.count_on_device.__code__:
+            again.append(len(arguments[3]))
+        score(*arguments)
+
+    monkeypatch.setattr(rank_counts, "score_pairs", counted)
+    return again
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("values", [2, 3])
-def test_counts_on_an_accelerator_are_those_of_the_cpu(monkeypatch, metric, values):
+def test_counts_on_an_accelerator_are_those_of_the_cpu(accelerator, metric, values):
     query, base, labels = problem(7, 40, 500, 6, 3, values)
-    monkeypatch.setattr(ranking, "HOST", ranking.HOST._replace(chunk=16))
-    expected = rank(query, base, labels, metric=metric)
-    # The accelerator's way works on any device that torch has.
-    way = ranking.DEVICE._replace(block=64, chunk=8)
-    monkeypatch.setattr(ranking, "choose_way", lambda device: way)
     result = rank(query, base, labels, metric=metric)
+    assert sum(accelerator) > 0  # ties
+    expected = evaluate(query, base, labels, Measures(metric=metric)).result
     np.testing.assert_array_equal(result.average_precision, expected.average_precision)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_accelerator_leaves_few_pairs_to_the_host_beside_ties(accelerator, metric):
+    # As of an untrained network: differences are far below what float32 products can tell.
+    draw = np.random.default_rng(0)
+    center = 10 * draw.standard_normal(256)
+    query, base = (
+        (center + scale * draw.standard_normal((n, 256))).astype(np.float32)
+        for n, scale in ((20, 1e-3), (3000, 1e-2))
+    )
+    labels = Labels(
+        draw.integers(0, 40, 20), np.zeros(20, int), draw.integers(0, 40, 3000), np.ones(3000, int)
+    )
+    result = rank(query, base, labels, metric=metric)
+    assert sum(accelerator) < 20 * 3000 / 1000
+    distance = ((query[:, None].astype(np.float64) - base[None]) ** 2).sum(-1)
+    if metric == "cosine":
+        distance = dense_scores(query, base, metric)
+    assert_same(result, sorted_metrics(distance, labels, 50))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
@@ -213,12 +250,14 @@ def test_products_are_float32_where_training_is_allowed_less():
         torch.set_float32_matmul_precision(before)
 
 
-def test_a_product_less_precise_than_float32_is_noticed(monkeypatch):
-    product = similarity.quick_scores
+@pytest.mark.parametrize(("way", "less"), [("HOST", torch.bfloat16), ("DEVICE", torch.float32)])
+def test_a_product_less_precise_than_it_should_be_is_noticed(monkeypatch, way, less):
+    product, chosen = similarity.quick_scores, getattr(ranking, way)
 
     def rounded(*operands) -> torch.Tensor:
-        return product(*operands).bfloat16().float()
+        return product(*operands).to(less).to(chosen.dtype)
 
+    monkeypatch.setattr(ranking, "choose_way", lambda device: chosen)
     monkeypatch.setattr(similarity, "quick_scores", rounded)
     threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="is a lower precision forced on it"):
