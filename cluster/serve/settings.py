@@ -58,7 +58,8 @@ class Settings:
 
     def check(self) -> None:
         """Raise `ConfigError` for what is out of range."""
-        for name in ("replicas", "search_replicas", "ingress_replicas", "max_upload_bytes"):
+        least = "replicas", "search_replicas", "ingress_replicas", "cpus_per_replica", "search_cpus"
+        for name in (*least, "max_upload_bytes", "max_pixels"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be at least 1, not {getattr(self, name)}")

@@ -263,3 +263,9 @@ def test_beyond_loopback_a_token_is_needed(monkeypatch, tmp_path: Path, host, ex
         token_digest(None, host)
     with pytest.raises(ConfigError, match="cannot read the token"):
         token_digest(tmp_path / "absent", host)
+
+
+@pytest.mark.parametrize("name", ["replicas", "search_cpus", "cpus_per_replica", "max_pixels"])
+def test_a_service_of_nothing_is_refused(name):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be at least 1, not 0"):
+        Settings("model", "gallery", **{name: 0}).check()
