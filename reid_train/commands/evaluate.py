@@ -266,6 +266,12 @@ def show_all(
     from rich.table import Table
 
     say(console, steps_of(found[0]))
+    # A folder that all models are in is printed once: their names would fold in a narrow column.
+    folder = models[0].rpartition("/")[0] + "/"
+    if len(models) > 1 and folder != "models:/" and all(m.startswith(folder) for m in models):
+        say(console, f"models in {folder}")
+    else:
+        folder = ""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("dataset" if len(models) == 1 else "model", overflow="fold")
 
@@ -293,7 +299,8 @@ def show_all(
         for model in models:
             summaries = [next(results).result.summary() for _ in datasets]
             shown = [[one] for one in summaries] + ([summaries] if len(datasets) > 1 else [])
-            table.add_row(model, *(c for group in shown for c in cells(group, ("mAP", "rank-1"))))
+            name = model[len(folder) :]
+            table.add_row(name, *(c for group in shown for c in cells(group, ("mAP", "rank-1"))))
     console.print(table)
 
 

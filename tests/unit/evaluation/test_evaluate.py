@@ -95,7 +95,9 @@ def test_several_models_have_a_row_each_with_all_datasets_and_the_mean():
     console = Console(file=io.StringIO(), width=200)
     found = [evaluated(Measures(metric=m))[0] for m in ("cosine", "euclidean")]
     # Of the models a and b on the datasets left and right.
-    show_all(["a", "b"], ["left", "right"], [found[0], found[1], found[1], found[1]], console)
+    models = ["s3://bucket/runs/a", "s3://bucket/runs/b"]
+    show_all(models, ["left", "right"], [found[0], found[1], found[1], found[1]], console)
+    assert "models in s3://bucket/runs/\n" in console.file.getvalue()  # type: ignore[attr-defined]
     rows = {line.split()[0]: line for line in console.file.getvalue().splitlines() if "%" in line}  # type: ignore[attr-defined]
     (cosine, _), (euclidean, first) = ((100 * f.result.mAP, 100 * f.result.cmc[0]) for f in found)
     mean = (cosine + euclidean) / 2
