@@ -6,12 +6,14 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from scipy.io import savemat
 from source_files import brief, read, touch
 
+from data_shards.cli import SourceName
 from data_shards.errors import DataError
 from data_shards.sources import SOURCES
 from data_shards.sources.layout import Counts, Source, count, difference
@@ -164,6 +166,10 @@ def test_wrong_folder_is_an_error(tmp_path, name, root):
 
 
 # Counts
+
+
+def test_command_line_takes_every_source():
+    assert list(get_args(SourceName)) == list(SOURCES)
 
 
 def test_published_counts():
