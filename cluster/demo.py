@@ -5,13 +5,12 @@ Ray Train workers. Metrics go to MLflow and the model into its registry. Everyth
 folder.
 """
 
-import os
 from pathlib import Path
 
 from cluster.local import servers as local
 from cluster.local.stack import BUCKET
 from data_shards.cli import build_command
-from data_shards.progress import display, make_console, phase
+from data_shards.progress import make_console
 from data_shards.ray_utils import prepare_ray
 from reid_train.recipes import recipe
 
@@ -25,10 +24,8 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
     """
     folder = folder.absolute()
     console = make_console()
-    try:
-        console.rule("S3, MLflow and Ray, on loopback")
-        addresses = local.start(folder, console=console)
-        os.environ |= local.environment(folder)
+    console.rule("S3, MLflow and Ray, on loopback")
+    with local.used(folder, console) as addresses:
         prepare_ray()
         # Ray reads these variables as it is imported.
         from reid_train.runs.job import run
@@ -49,9 +46,6 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
         import ray
 
         ray.shutdown()  # before its head stops
-    finally:
-        with display(console) as progress, phase(progress, "stopping the servers"):
-            local.stop(folder)
     console.rule("to look at")
     console.print(f"report   {page}")
     again = f"python -m cluster local up --folder {folder}"

@@ -132,8 +132,16 @@ def read_table(path: Path) -> list[Measurement]:
 
 
 def add_to_table(path: Path, entry: Measurement) -> None:
-    """Add a measurement to a file, created if need be; it replaces an older one of the same run."""
-    kept = [old for old in read_table(path) if (old.source, old.phase) != (entry.source, "all")]
+    """Add a measurement to a file, created if need be.
+
+    It replaces an older one of the same run: of its name, on that device, with these settings.
+    """
+    measured = {"images_per_second", "gigaflops", "date"}
+
+    def run(one: Measurement) -> dict[str, Any]:
+        return one.model_dump(exclude=measured)
+
+    kept = [old for old in read_table(path) if run(old) != run(entry)]
     write_json(path, {"measurements": [one.model_dump() for one in (*kept, entry)]})
 
 

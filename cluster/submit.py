@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from cluster.local import servers as local
 from data_shards.errors import ConfigError, ReidError
 from data_shards.progress import make_console
+from data_shards.storage.retry import bypass_proxy
 from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.uris import redact
 
@@ -107,7 +108,10 @@ def submit(command: Sequence[str], options: Submit) -> int:
         if answer.strip() != "s":
             console.print(f"the job continues; follow it: {how}")
             return 130
-        client.stop_job(job)
+        try:
+            client.stop_job(job)
+        except (RuntimeError, OSError) as error:
+            raise ReidError(f"{address} does not stop the job: {_line(error)}; {how}") from None
         console.print("stopping the job; a training first writes a checkpoint: up to minutes")
         details = asyncio.run(_follow(client, log))
     if details.status == "SUCCEEDED":
@@ -167,6 +171,7 @@ def _address(given: str | None) -> str:
 
 
 def _connect(address: str) -> JobSubmissionClient:
+    bypass_proxy(address)  # which would see the local stack's token
     try:  # Ray's client would wait without a limit
         urllib.request.urlopen(f"{address}/api/version", timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:

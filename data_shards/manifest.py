@@ -87,7 +87,10 @@ class Names(_Model):
         found = [number for number, name in known.items() if name == given]
         if len(found) != 1:
             several = f"numbers {', '.join(map(str, found))} are" if found else f"no {what} is"
-            raise DataError(f"{several} named {str(given)[:60]!r}: give a number")
+            hint = "a number"
+            if what == "camera" and known:
+                hint += f", or one of {', '.join(sorted(set(known.values())))}"[:200]
+            raise DataError(f"{several} named {str(given)[:60]!r}: give {hint}")
         return found[0]
 
     def person(self, pid: int) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Annotated
@@ -86,7 +87,8 @@ def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None
                     f"{port}: stop it first with {_command('down', folder)}"
                 )
         return found
-    stop(folder)  # what a killed stack may have left
+    if not _locked(folder):
+        stop(folder)  # what a killed stack may have left
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / ".gitignore").write_text("*\n")  # keeps the keys out of the packages of jobs
     with open(folder / "logs" / "stack.log", "wb") as log:
@@ -103,8 +105,26 @@ def start(folder: Path, ports: Ports = ANY_PORTS, console: Console | None = None
         with display(console) as progress, phase(progress, "starting S3, MLflow and Ray"):
             return _wait(folder, process)
     except BaseException:
-        stop(folder)
+        if process.poll() is None or not _locked(folder):  # else another `up` was first
+            stop(folder)
         raise
+
+
+@contextlib.contextmanager
+def used(folder: Path, console: Console) -> Iterator[Addresses]:
+    """Use the stack on a folder: started if none runs, and then stopped at the end.
+
+    The environment gets the variables by which clients find it.
+    """
+    was_running = running(folder) is not None
+    addresses = start(folder, console=console)
+    os.environ |= environment(folder)
+    try:
+        yield addresses
+    finally:
+        if not was_running:
+            with display(console) as progress, phase(progress, "stopping the servers"):
+                stop(folder)
 
 
 def _wait(folder: Path, process: subprocess.Popen[bytes]) -> Addresses:

@@ -8,14 +8,12 @@ import os
 import re
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from cluster.local import servers as local
 from cluster.serve.settings import Settings, token_digest
@@ -52,7 +50,14 @@ def serve(settings: Serve) -> None:
     settings.service.check()
     token = token_digest(settings.token_file, settings.host)
     console = make_console()
-    with local_stack(settings.folder, console):
+    folder = settings.folder
+    if (
+        folder is None
+        and "RAY_ADDRESS" not in os.environ
+        and local.running(local.FOLDER.absolute())
+    ):
+        folder = local.FOLDER
+    with nullcontext() if folder is None else local.used(folder.absolute(), console):
         prepare_ray()
         with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
             from reid_train.runs.process import stop_signals
@@ -74,26 +79,6 @@ def serve(settings: Serve) -> None:
                 with display(console) as progress, phase(progress, "stopping the service"):
                     end()
     raise Interrupted("the service was stopped", stop.signal)
-
-
-@contextmanager
-def local_stack(folder: Path | None, console: Console) -> Iterator[None]:
-    """Use the local stack on a folder, started if need be; without a folder a running one."""
-    default = local.FOLDER.absolute()
-    if folder is None and "RAY_ADDRESS" not in os.environ and local.running(default):
-        folder = default
-    if folder is None:
-        yield
-        return
-    folder = folder.absolute()
-    was_running = local.running(folder) is not None
-    local.start(folder, console=console)
-    os.environ |= local.environment(folder)
-    try:
-        yield
-    finally:
-        if not was_running:
-            local.stop(folder)
 
 
 def checked(settings: Settings) -> Settings:
@@ -151,11 +136,17 @@ def start(settings: Settings, token: str | None, host: str, port: int) -> None:
     serve.start("HeadOnly", HTTPOptions(host=host, port=port), logging_config=quiet)
     try:
         serve.run(build_app(settings, token), name=NAME, logging_config=quiet)
+        _wait_for_answer(f"http://{host}:{port}/healthz")
     except RuntimeError as error:
         end()
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ReidError(f"the service does not start: {lines[-1]}; see Ray's logs") from None
-    url = f"http://{host}:{port}/healthz"
+    except BaseException:  # a second Ctrl-C, too: Ray would keep what has started
+        end()
+        raise
+
+
+def _wait_for_answer(url: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
@@ -164,7 +155,6 @@ def start(settings: Settings, token: str | None, host: str, port: int) -> None:
                 return
         except OSError as error:
             if time.monotonic() > deadline:
-                end()
                 raise ReidError(
                     f"the service does not answer at {url} ({error}): if Ray Serve was running "
                     "before with another --host or --port, stop it with `serve shutdown`"

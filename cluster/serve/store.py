@@ -28,7 +28,7 @@ from data_shards.manifest import Names
 from data_shards.storage import open_storage
 from reid_train.evaluation.embedding_store import ROWS, EmbeddingFiles, EmbeddingTable, write_part
 
-_NAME = re.compile(r"enrolled/(?P<id>[0-9a-f]{24})_p(\d*)_c(\d*)_t(\d*)\.img")
+_NAME = re.compile(r"enrolled/(?P<id>[0-9a-f]{24})_p(\d*)_c(\d*)_t(|-?\d+)\.img")
 LARGEST = 2**31  # of identities and cameras
 
 

@@ -73,7 +73,9 @@ def export(settings: Export, console: Console) -> Parity:
     with display(console) as progress, phase(progress, "loading PyTorch"):
         from data_shards.dataset import Dataset
         from data_shards.storage import open_file
+        from reid_train.commands.measurable import labels_of
         from reid_train.commands.runtime import known_thresholds, weights_digest
+        from reid_train.evaluation.ground_truth import find_ground_truth
         from reid_train.model import exported
         from reid_train.model.embedder import Embedder
         from reid_train.registry.attached import attach
@@ -83,6 +85,7 @@ def export(settings: Export, console: Console) -> Parity:
     dataset = None
     if settings.data:
         dataset = Dataset.open(settings.data, cache=settings.loader.node_cache)
+        find_ground_truth(labels_of(dataset, "test"))  # raises if there is none, before the work
     storage, key = open_file(settings.out)
     with tempfile.TemporaryDirectory(prefix="reid-export-") as temporary, display(console) as shown:
         path = Path(temporary) / f"reid-{settings.precision}{SUFFIX[settings.format]}"
@@ -203,15 +206,14 @@ def _mean_average_precision(
     runtime: Runtime, dataset: Dataset, loader: LoaderConfig, progress: Progress
 ) -> float:
     from reid_train.commands.gallery import blocks, open_gallery
+    from reid_train.commands.measurable import labels_of
     from reid_train.evaluation.evaluate import evaluate
-    from reid_train.evaluation.ground_truth import Labels
     from reid_train.evaluation.measures import Measures
 
     def embedded(split: str) -> np.ndarray:
         parts = blocks(open_gallery(dataset.url, split), runtime, loader, progress)
         return np.concatenate([part.embedding for part in parts])
 
-    query, gallery = dataset.evaluated("test")
-    labels = Labels(query.pid, query.camid, gallery.pid, gallery.camid)
+    labels = labels_of(dataset, "test")
     found = evaluate(embedded("query"), embedded("gallery"), labels, Measures())
     return found.result.mAP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 LONGEST = 200  # of a rank list
 DRAWN = 10  # ranks in the picture
 SHAPE = (1.2, 5.0)  # height over width of a crop of one person
+
+
+def require_local(flag: str, place: str | None) -> None:
+    """Raise `ConfigError` if pictures would be drawn anywhere but on this machine's disk."""
+    if place and "://" in place:
+        raise ConfigError(f"{flag} draws on this machine's disk: give a path, not {place}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Search:
             raise ConfigError(f"--top must lie between 1 and {LONGEST}, not {self.top}")
         if self.picture not in (None, "off") and not str(self.picture).lower().endswith(".png"):
             raise ConfigError(f"--picture takes the name of a PNG file, or off, not {self.picture}")
+        require_local("--picture", self.picture)
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,9 @@ def search(settings: Search, console: Console) -> list[list[Match]]:
         from reid_train.evaluation.measures import COSINE
         from reid_train.evaluation.neighbours import nearest_in_gallery
     gallery = open_gallery(settings.gallery, settings.split, settings.images)
-    camera = _camera(settings.camera, gallery.names.cameras)
+    camera = None
+    if settings.camera is not None:
+        camera = gallery.names.number("camera", settings.camera)
     with display(console) as progress:
         with phase(progress, "loading the model"):
             given = settings.device, settings.tracking_uri, settings.runtime
@@ -145,19 +154,6 @@ def search(settings: Search, console: Console) -> list[list[Match]]:
         _write(settings.output, settings, matches)
         say(console, f"written to {settings.output}")
     return matches
-
-
-def _camera(given: str | None, names: Mapping[int, str]) -> int | None:
-    """The number of a camera that is given by its name, or by the number itself."""
-    numbers = {name: number for number, name in names.items()}
-    if given is None:
-        return None
-    if given in numbers:
-        return numbers[given]
-    if not given.isdecimal():
-        known = f": give one of {', '.join(sorted(numbers))}" if numbers else ": give its number"
-        raise ConfigError(f"--camera {given} is no camera of the gallery{known}")
-    return int(given)
 
 
 def compare(settings: Compare, console: Console) -> float:

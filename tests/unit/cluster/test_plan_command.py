@@ -153,10 +153,14 @@ def test_compiled_run_is_planned_from_an_eager_one_only_if_there_is_no_other():
 
 def test_own_table_comes_first_and_a_run_replaces_itself(tmp_path):
     path = tmp_path / "folder" / "own.json"
-    for one in (entry(), entry(source="other"), entry(images_per_second=400.0)):
+    another = entry(device="X2")  # a run of the same name on another device
+    for one in (entry(), entry(source="other"), another, entry(images_per_second=400.0)):
         add_to_table(path, one)
     table = read_table(path)
-    assert [(e.source, e.images_per_second) for e in table] == [("other", 100.0), ("run", 400.0)]
+    assert [(e.source, e.images_per_second) for e in table] == [
+        ("other", 100.0), ("run", 100.0), ("run", 400.0),
+    ]  # fmt: skip
+    assert table[1] == another
     assert read_table(tmp_path / "none.json") == []
 
 

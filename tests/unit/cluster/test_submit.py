@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -252,6 +253,53 @@ def test_running_jobs_are_asked_for_without_a_proxy_which_would_see_the_token(
         monkeypatch.setattr(local, "running", lambda folder: address)
         assert local._running_jobs(tmp_path) == ["running"]
     assert asked == [("/api/jobs/", "Bearer secret")]
+
+
+def test_job_server_on_this_machine_is_asked_without_a_proxy_which_would_see_the_token(
+    monkeypatch,
+):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    asked = []
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # set by what is called
+        with pytest.raises(ReidError, match="is no Ray job server for you"):
+            cluster.submit._connect(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert len(asked) > 1  # by this project and by Ray's client
+    assert os.environ["no_proxy"].endswith("127.0.0.1")
+
+
+def test_stack_that_another_command_is_starting_is_waited_for(tmp_path, monkeypatch):
+    """The second of two starts ends at once; interrupting it stops nothing of the first's."""
+    stopped: list[Path] = []
+    monkeypatch.setattr(local, "_locked", lambda folder: True)
+    monkeypatch.setattr(local, "stop", stopped.append)
+    ended = SimpleNamespace(poll=lambda: 0)
+    monkeypatch.setattr(local.subprocess, "Popen", lambda *_, **__: ended)
+    addresses = iter([None, None, "addresses"])
+    monkeypatch.setattr(local, "running", lambda folder: next(addresses))
+    assert local.start(tmp_path) == "addresses"
+
+    def interrupted(folder: Path, process: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local, "running", lambda folder: None)
+    monkeypatch.setattr(local, "_wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        local.start(tmp_path)
+    assert stopped == []
 
 
 def test_down_where_nothing_runs_is_no_error(tmp_path, capsys):

@@ -232,6 +232,12 @@ def test_the_map_of_the_file_is_measured_and_must_be_that_of_pytorch(tmp_path, m
     assert not (tmp_path / "other.onnx").exists()
 
 
+def test_data_without_a_gallery_is_refused_before_the_work(tmp_path, model):
+    data = build_dataset(tmp_path / "raw", ("train",))
+    with pytest.raises(DataError, match="the query is empty"):
+        run(model, tmp_path / "reid.onnx", data=data)
+
+
 def test_the_missing_package_is_named(tmp_path, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=r"onnxscript: pip install -e '.\[export\]'"):

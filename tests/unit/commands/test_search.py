@@ -199,6 +199,7 @@ def test_what_is_no_photo_is_refused_in_one_line(tmp_path, model, data):
     [
         ({"top": 0}, "--top must lie between 1 and 200"),
         ({"picture": "ranks.jpg"}, "the name of a PNG file"),
+        ({"picture": "s3://b/ranks.png"}, "--picture draws on this machine's disk: give a path"),
         ({"images": "photos"}, "--images goes with a gallery of embeddings"),
         ({"photos": ()}, "give the photos to search for"),
     ],
@@ -300,7 +301,9 @@ def test_search_shows_the_names_of_people_and_cameras(tmp_path, model, monkeypat
     assert re.search(r"1 +ben-door.png +ben +door +1\.0000", text)
     (same,), _ = run(tmp_path, (tmp_path / "ben-door.png",), model, url, camera="door")
     assert same == ranked
-    with pytest.raises(ConfigError, match=r"--camera dor is no .*: give one of door, hall"):
+    with pytest.raises(
+        DataError, match=r"no camera is named 'dor': give a number, or one of door, hall"
+    ):
         run(tmp_path, (tmp_path / "ben-door.png",), model, url, camera="dor")
 
 

@@ -63,3 +63,9 @@ def test_activation_is_strong_where_the_image_is_not_blank(original):  # noqa: F
 def test_onnx_file_has_no_maps_to_look_at(tmp_path):
     with pytest.raises(ConfigError, match="give the model that it was exported from"):
         run(tmp_path, tmp_path / "model.onnx", "nowhere")
+
+
+def test_the_page_cannot_be_drawn_on_s3():
+    settings = Visualize("model", "data", to="s3://bucket/page")
+    with pytest.raises(ConfigError, match="--to draws on this machine's disk: give a path, not s3"):
+        visualize(settings, Console(quiet=True))

@@ -26,6 +26,8 @@ def test_an_enrolled_image_is_there_with_all_its_facts(store, tmp_path):
     again = Store(str(tmp_path))
     assert again.enrolled() == {image.id: image}
     assert again.read(image) == b"pixels"
+    before_1970 = store.enrol(b"pixels", 7, 2, -3600)
+    assert again.enrolled()[before_1970.id] == before_1970
     unknown = store.enrol(b"pixels", None, None, None)
     assert unknown.id != image.id
     assert again.enrolled()[unknown.id].public(Names())["time"] is None
