@@ -3,11 +3,12 @@
 All members train for an interval of epochs; the first round lasts at least until mAP depends on
 what is searched. Then each of the worst quarter takes a checkpoint of the best quarter, with its
 settings changed a little. What follows a round is a pure function of its results, so a sweep that
-was killed continues exactly.
+was killed continues exactly, also in the middle of a round.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,35 +52,46 @@ class Population(Searcher):
             changes = [{"epoch": 0, "values": values, "from": None}]
             return Trial(number, values, "", self.base.seed, until=self._until(0), changes=changes)
         alive = [member for member in members if member.state != "failed"]
-        queued = [member for member in alive if member.state == "queued"]
-        if not queued and alive and all(member.state == "waiting" for member in alive):
-            self._next_round(alive)
-            queued = alive
-        return queued[0] if queued else None
+        part = min((member.part for member in alive), default=0)
+        # A part is stored when it begins: after a kill, some members may be a part behind others.
+        behind = [member for member in alive if member.part == part]
+        if behind and all(member.state == "waiting" for member in behind):
+            self._next_round(members, part, behind[0].epoch)
+        return next((member for member in alive if member.state == "queued"), None)
 
     def exhausted(self, trials: Sequence[Trial]) -> bool:
         """Whether every member has come to its end."""
         members = list(trials[self._first :])
         return len(members) == self.size and all(m.state in ("finished", "failed") for m in members)
 
-    def _next_round(self, members: Sequence[Trial]) -> None:
-        done = members[0].epoch
+    def _next_round(self, members: Sequence[Trial], part: int, done: int) -> None:
+        """Queue what follows `part`, which ended at epoch `done`, for each that has not begun it."""
         rng = np.random.default_rng((self.base.seed, done))
-        ends = {m.number: (m.run_name, m.evaluations[-1], m.values) for m in members}
-        donors = exchange(members, rng)
-        for member in members:
+        trained = [member for member in members if member.state != "failed" or member.part > part]
+        ends = {member.number: _at_the_end(member, part, done) for member in trained}
+        donors = exchange(list(ends.values()), rng)
+        for member in trained:
             donor = donors.get(member.number)
-            run, last, values = ends[member.number if donor is None else donor]
-            if donor is not None:
-                values = explore(values, self.space, rng)
+            end = ends[member.number if donor is None else donor]
+            values = end.values if donor is None else explore(end.values, self.space, rng)
+            if member.part > part:
+                continue
             member.state, member.part = "queued", member.part + 1
-            member.start = f"{run}/{last['checkpoint']}"
+            member.start = f"{end.run_name}/{end.evaluations[-1]['checkpoint']}"
             member.values, member.until = values, self._until(done)
             member.changes.append({"epoch": done, "values": values, "from": donor})
 
     def _until(self, done: int) -> int | None:
         until = max(done + self.interval, self._start)
         return until if until < self.base.total_epochs else None
+
+
+def _at_the_end(member: Trial, part: int, done: int) -> Trial:
+    """A member as it was after a part, which ended at epoch `done`."""
+    evaluations = [e for e in member.evaluations if e["epoch"] <= done]
+    return replace(
+        member, part=part, values=member.changes[part]["values"], evaluations=evaluations
+    )
 
 
 def exchange(members: Sequence[Trial], rng: np.random.Generator) -> dict[int, int]:

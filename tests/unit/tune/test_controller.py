@@ -299,6 +299,63 @@ def test_a_member_continues_from_its_own_or_its_donors_checkpoint(store):
     assert {t.until for t in controller.trials} == {4}
 
 
+class Cut(Exception):
+    """In place of a kill."""
+
+
+class Kept(Store):
+    """A store in memory, whose driver is killed in place of write number `cut`, or after it."""
+
+    def __init__(self, cut: int = -1, *, after: bool = False) -> None:
+        object.__setattr__(self, "saved", {})
+        object.__setattr__(self, "left", [cut, after])
+
+    def save(self, trial: Trial) -> None:
+        self.left[0] -= 1
+        if self.left[0] != 0 or self.left[1]:
+            self.saved[trial.number] = json.dumps(asdict(trial))
+        if self.left[0] == 0:
+            raise Cut
+
+    def trials(self) -> list[Trial]:
+        return [Trial(**json.loads(self.saved[number])) for number in sorted(self.saved)]
+
+
+def evolve(store: Store, trials: list[Trial], slots: int = 2) -> list[Trial]:
+    """A population of five with two slots: who began first ends first."""
+    controller = Controller(store, BASE, trials, Population(5, 2, SPACE, BASE, 0))
+    running: list[Trial] = []
+    while not controller.over:
+        while len(running) < slots and (trial := controller.next()):
+            running.append(trial)
+        assert running, "the sweep waits for ever"
+        trial = running.pop(0)
+        for epoch in range(trial.epoch + 1, (trial.until or BASE.total_epochs) + 1):
+            controller.result(trial.number, [report(epoch, quality(trial) * (1 - 0.5**epoch))])
+        if trial.number == 3 and trial.part == 1:
+            controller.fail(trial.number, "the loss is not finite")
+        controller.finish(trial.number)
+    return controller.trials
+
+
+def story(trials: list[Trial]) -> list[tuple]:
+    return [(t.state, t.part, t.start, t.until, t.values, t.changes, t.epoch) for t in trials]
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_population_that_is_cut_at_any_write_ends_as_if_it_was_not(after):
+    whole = Kept()
+    expected = story(evolve(whole, []))
+    writes = -1 - whole.left[0]
+    assert [state for state, *_ in expected].count("failed") == 1
+    assert writes > 4 * 4 * 4  # members, parts, writes of each
+    for cut in range(1, writes + 1):
+        store = Kept(cut, after=after)
+        with pytest.raises(Cut):
+            evolve(store, [])
+        assert story(evolve(store, store.trials())) == expected, cut
+
+
 # --- the store ---------------------------------------------------------------------------------
 
 
