@@ -143,7 +143,8 @@ def new_study() -> optuna.Study:
 
 def as_optuna(trial: Trial, space: Space, base: TrainConfig) -> FrozenTrial | None:
     """An ended trial as Optuna has it; None if it lies outside the space."""
-    place = coordinates(space, trial.config(base))
+    # Not `trial.config`: the values of a trial that failed may not be a valid configuration.
+    place = coordinates(space, base.flat() | trial.values)
     if place is None:
         return None
     return create_trial(

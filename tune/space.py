@@ -209,10 +209,9 @@ def grid(space: Space, points: int) -> list[dict[str, Value]]:
     return [dict(zip(space, point, strict=True)) for point in itertools.product(*axes)]
 
 
-def coordinates(space: Space, config: TrainConfig) -> dict[str, Value] | None:
-    """A configuration's values of what is searched; None if one is outside its range."""
-    flat: dict[str, Any] = config.flat()
-    if MODE not in space and config.regularization.mode != "adaptive":
+def coordinates(space: Space, values: Mapping[str, Any]) -> dict[str, Value] | None:
+    """Of the values of all fields those that are searched; None if one is outside its range."""
+    if MODE not in space and values[MODE] != "adaptive":
         return None
-    found = {name: flat[name] for name in space}
+    found = {name: values[name] for name in space}
     return found if all(inside(found[name], d) for name, d in space.items()) else None

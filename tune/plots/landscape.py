@@ -16,7 +16,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from reid_train.config import TrainConfig
 from reid_train.report import style
 from tune.results import Entry, too_few
-from tune.space import AMPLITUDE, LEARNING_RATE, Space, inside
+from tune.space import AMPLITUDE, LEARNING_RATE, MODE, Space, inside
 from tune.store import Trial
 
 # Dark where mAP is high: the best stand out on white paper.
@@ -60,8 +60,9 @@ def landscape(
         return False
     across, up = wanted[:2]
     searched = [trial for trial in trials if trial.repeats is None]
-    configs = {trial.number: trial.config(base) for trial in searched}
-    shown = [t for t in searched if configs[t.number].regularization.mode == "adaptive"]
+    # Not `trial.config`: the values of a trial that failed may not be a valid configuration.
+    values: dict[int, dict[str, Any]] = {t.number: base.flat() | t.values for t in searched}
+    shown = [trial for trial in searched if values[trial.number][MODE] == "adaptive"]
     scores = percents(entries)
     states = [trial.state for trial in shown]
     note = (
@@ -80,9 +81,9 @@ def landscape(
     norm = Normalize(low - room, high + room)
     places: dict[int, tuple[float, float]] = {}
     for trial in shown:
-        values: dict[str, Any] = configs[trial.number].flat()
-        if inside(values[across], space[across]) and inside(values[up], space[up]):
-            places[trial.number] = values[across], values[up]
+        x, y = values[trial.number][across], values[trial.number][up]
+        if inside(x, space[across]) and inside(y, space[up]):
+            places[trial.number] = x, y
             _dot(axes, *places[trial.number], trial.state, scores.get(trial.number), norm)
     _fit(axes.xaxis, space[across])
     _fit(axes.yaxis, space[up])

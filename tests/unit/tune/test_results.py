@@ -18,6 +18,7 @@ import tyro
 from matplotlib.image import imread
 from rich.console import Console
 
+from data_shards.errors import ConfigError
 from data_shards.storage import open_storage
 from reid_train.cli import Train
 from reid_train.config import TrainConfig
@@ -441,6 +442,10 @@ def test_a_sweep_of_any_size_is_drawn(tmp_path: Path, count: int):
     if count > 1:
         trials[-1].state, trials[-1].reason = "stopped", "behind others"
         trials[-2].state, trials[-2].reason = "failed", "the loss is not finite"
+        trials[-3].state, trials[-3].reason = "failed", "is not a valid configuration"
+        trials[-3].values |= {"optimizer.learning_rate": 1e-9}
+        with pytest.raises(ConfigError):
+            trials[-3].config(base)
     out = tmp_path / "report"
     missing = plots.draw(out, trials, ranking(trials, base), base, space, storage)
     names = {"landscape", "parallel", "slice", "importance", "timeline", "factors"}

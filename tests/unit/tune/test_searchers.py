@@ -12,8 +12,8 @@ from data_shards.errors import ConfigError
 from reid_train.recipes import recipe
 from tune.config import Sweep
 from tune.population import Population
-from tune.searchers import GridSearcher, OptunaSearcher, Searcher
-from tune.space import AMPLITUDE, LEARNING_RATE, MODE, Space, coordinates
+from tune.searchers import GridSearcher, OptunaSearcher, Searcher, as_optuna
+from tune.space import AMPLITUDE, LEARNING_RATE, MODE, Space, Value, coordinates
 from tune.store import Trial
 
 BASE = recipe("demo").replace(data="d", output="o", name="s")
@@ -84,7 +84,7 @@ def test_no_point_leaves_its_range_when_it_is_rounded(name):
         "batch.images": CategoricalDistribution((2, 4)),
     }
     trials = proposed(of(name, space), FIRST)[1:]
-    assert all(coordinates(space, trial.config(BASE)) is not None for trial in trials)
+    assert all(coordinates(space, trial.config(BASE).flat()) is not None for trial in trials)
 
 
 def test_tpe_leaves_the_values_of_a_list_as_they_are():
@@ -137,3 +137,22 @@ def test_a_searcher_looks_where_it_was_good(name, count):
     scores = [trial.score for trial in trials]
     quarter = count // 4
     assert np.mean(scores[-quarter:]) > np.mean(scores[:quarter]) + 0.03
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "random"])
+def test_a_new_driver_learns_from_a_trial_whose_values_are_no_valid_configuration(name):
+    minimum = "optimizer.minimum_learning_rate"
+    space: Space = {
+        minimum: FloatDistribution(1e-6, 2e-4, log=True),
+        LEARNING_RATE: FloatDistribution(5e-5, 1e-3, log=True),
+    }
+    values: dict[str, Value] = {minimum: 1e-4, LEARNING_RATE: 6e-5}
+    invalid = Trial(0, values, state="failed", reason="above the learning rate")
+    with pytest.raises(ConfigError):
+        invalid.config(BASE)
+    known = as_optuna(invalid, space, BASE)
+    assert known is not None
+    assert (known.params, known.value) == (values, 0.0)
+    searcher = of(name, space)
+    searcher.learn(invalid)
+    assert searcher.propose([invalid]) is not None
