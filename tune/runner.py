@@ -19,7 +19,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from data_shards.dataset import Dataset
-from data_shards.errors import ConfigError, Interrupted
+from data_shards.errors import ConfigError, Interrupted, StorageError
 from data_shards.progress import silent
 from data_shards.ray_utils import start_ray
 from reid_train.config import TrainConfig
@@ -75,7 +75,8 @@ def run(
 
     Raises:
         Interrupted: SIGTERM or SIGINT ended it; the sweep can be continued from its store.
-        ReidError: the store cannot be written, or another error that a person can mend.
+        StorageError: the store, or the storage of a trial, fails; it can be continued, too.
+        ReidError: another error that a person can mend.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -122,8 +123,8 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
     """Train, and report each evaluation to Ray Tune.
 
     The `task` is what `_NextTrial.suggest` returns. A failure that the configuration causes is
-    reported as a result named `failure`. A lost machine raises, and the trial is run again: it
-    resumes from the last checkpoint of its run.
+    reported as a result named `failure`, one of storage or of a node's disk as `storage`. A lost
+    machine raises, and the trial is run again: it resumes from the last checkpoint of its run.
     """
     config = TrainConfig.from_json(task["config"])
     # The sweep's board as a run uses its own: states are shown under the trial's name.
@@ -139,12 +140,15 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
             initial=config.output,
             until=task["until"],
         )
+        # A driver that was killed may have missed a report: the checkpoints that are kept have it.
+        result: dict[str, Any] = {"kept": stored_evaluations(f"{config.output}/{config.name}")}
+    except StorageError as error:
+        result = {"storage": str(error)}
     except TrainingFailedError as error:
         # Only its sweep continues a trial, so no advice on how to do it.
-        tune.report({"failure": str(explained(error, config, advise=False))})
-        return
-    # A driver that was killed may have missed a report: the checkpoints that are kept have it.
-    tune.report({"kept": stored_evaluations(f"{config.output}/{config.name}")})
+        cause = explained(error, config, advise=False)
+        result = {"storage" if isinstance(cause, StorageError) else "failure": str(cause)}
+    tune.report(result)
 
 
 class _EvaluationReport(TuneReportCallback):
@@ -239,6 +243,11 @@ class _Results(_Unsaved, FIFOScheduler):
         number, stopping, stops = trial.config["number"], self._stopping, False
         lags = partial(stopping.lags, tune_controller, number) if stopping else lambda _: False
         with self._ending.guard():
+            if "storage" in result:  # other trials would fail for the same reason
+                raise StorageError(
+                    f"{self._controller.trials[number].name}: {result['storage']}. The same "
+                    "command continues the sweep"
+                )
             if "failure" in result:
                 self._controller.fail(number, result["failure"])
             else:
@@ -257,8 +266,9 @@ class _Results(_Unsaved, FIFOScheduler):
         file = Path(trial.error_file or os.devnull)
         text = re.sub(r"\x1b\[[0-9;]*m", "", file.read_text()) if file.exists() else ""
         last = text.strip().rpartition("\n")[2].strip()
-        controller.lost(number, out_of_memory(text) or last or "its process was lost")
-        release(f"{controller.base.output}/{controller.trials[number].run_name}")
+        with self._ending.guard():
+            controller.lost(number, out_of_memory(text) or last or "its process was lost")
+            release(f"{controller.base.output}/{controller.trials[number].run_name}")
 
 
 def _name(trial) -> str:

@@ -283,10 +283,18 @@ class _Stages:
         return Outcome(name, trials, entries, sentences, again, report, model, champion)
 
     def _publish(self, best: Trial) -> dict:
-        """The best trial's report and registered model; once, however often a sweep continues."""
-        noted = self.store.noted("published")
+        """The best trial's report and registered model; once, however often a sweep continues.
+
+        A model that was not registered, because MLflow was away, is registered now.
+        """
+        noted, with_mlflow = self.store.noted("published"), self.parent.run_id is not None
+        registers = with_mlflow and self.config.tracking.model_name != "off"
         assert best.best is not None
-        if noted.get("run") != best.best["run"]:
+        if noted.get("run") != best.best["run"] or (registers and noted["model"] is None):
+            if with_mlflow and best.mlflow_run_id is None:  # MLflow was away when it began
+                self._begin(best)
+                self._end(best)
+                self.store.save(best)
             with self._reopened(best) as tracker, display(self.console, units=UNITS) as shown:
                 summary, _ = publish(best.best_config(self.base), self.dataset, tracker, shown)
             noted = json.loads(json.dumps(vars(summary))) | {"run": best.best["run"]}

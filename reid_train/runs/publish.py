@@ -66,7 +66,7 @@ def publish(
         with phase(progress, "registering the model"):
             registered = _register(config, dataset, best, after, test, tracker)
             if registered and (page / THRESHOLDS_FILE).exists():
-                _attach(registered, page / THRESHOLDS_FILE, split, tracker)
+                _attach(registered, page / THRESHOLDS_FILE, dataset, split, tracker)
         summary = Summary(
             name=str(config.name),
             metrics=after,
@@ -207,13 +207,23 @@ def _register(
             tracking_uri=uri,
         )
     except StorageError as error:
-        logger.warning("model not registered: %s. Register it with --resume", error)
+        logger.warning(
+            "model not registered: %s. Continue to register it: a run with --resume, a sweep with "
+            "the same command",
+            error,
+        )
         return None
 
 
-def _attach(registered: Registered, path: Path, split: str, tracker: Tracker) -> None:
+def _attach(
+    registered: Registered, path: Path, dataset: Dataset, split: str, tracker: Tracker
+) -> None:
     """Log the thresholds beside the registered version."""
     try:
         attach(registered.uri, path, THRESHOLDS, {"split": split}, tracker.uri)
     except StorageError as error:
-        logger.warning("thresholds not registered: %s. Register them with --resume", error)
+        logger.warning(
+            "thresholds not registered: %s. Register them with python -m reid_train evaluate "
+            "--model %s --data %s --split %s",
+            *(error, registered.uri, dataset.url, split),
+        )

@@ -155,7 +155,7 @@ def _require_dead(storage: Storage, name: str, number: int, data: bytes, silent:
     if alive:
         raise ConfigError(
             f"run {name} is being trained by {owner or 'another driver'}: wait for it, or stop it "
-            "first and then --resume"
+            "first and then continue: a run with --resume, a sweep with the same command"
         )
 
 
@@ -171,7 +171,8 @@ def _rewrite(
             if newest > lock.number or not lock.is_held():
                 logger.error(
                     "run %s was taken by another driver, or its lock %s/%s was deleted: this driver"
-                    " stops. If no other driver has the run, continue it with --resume",
+                    " stops. If no other driver has it, continue: a run with --resume, a sweep with"
+                    " the same command",
                     *(name, storage.url, key),
                 )
                 lost()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 
+from data_shards.errors import StorageError
 from reid_train.recipes import recipe
+from reid_train.registry.registry import Registered
 from reid_train.runs import publish
 from reid_train.runs.publish import show
 from reid_train.runs.run_dir import Summary
@@ -51,3 +55,22 @@ def test_summary_says_that_validation_chose():
 def test_without_tracking_nothing_is_registered():
     nothing: Any = None
     assert publish._register(RUN, nothing, nothing, {}, {}, Tracker(None, None)) is None
+
+
+def test_what_was_not_registered_says_how_a_run_and_a_sweep_register_it(monkeypatch, caplog):
+    def away(*_: object, **__: object) -> None:
+        raise StorageError("MLflow does not answer")
+
+    monkeypatch.setattr(publish, "registered_version", away)
+    monkeypatch.setattr(publish, "attach", away)
+    dataset: Any = SimpleNamespace(
+        choose_split=lambda split: "test", url="s3://b/data", manifest=SimpleNamespace(name="d")
+    )
+    best: Any = SimpleNamespace(origin=SimpleNamespace(evaluation_digest="0"))
+    tracker: Any = SimpleNamespace(uri="sqlite:///x.db", run_id="1")
+    config = RUN.replace(tracking__uri="sqlite:///x.db", tracking__model_name="m")
+    assert publish._register(config, dataset, best, {}, {}, tracker) is None
+    assert "Continue to register it: a run with --resume, a sweep with the same" in caplog.text
+    publish._attach(Registered("m", 3, True, ""), Path("x"), dataset, "validation", tracker)
+    command = "evaluate --model models:/m/3 --data s3://b/data --split validation"
+    assert f"Register them with python -m reid_train {command}" in caplog.text
