@@ -58,9 +58,14 @@ class Trial:
         return f"trial-{self.number:03d}"
 
     @property
+    def runs(self) -> list[str]:
+        """Folders of the runs of all parts so far."""
+        return [self.name, *(f"{self.name}-{part}" for part in range(1, self.part + 1))]
+
+    @property
     def run_name(self) -> str:
         """Folder of this part's run."""
-        return f"{self.name}-{self.part}" if self.part else self.name
+        return self.runs[-1]
 
     @property
     def epoch(self) -> int:
@@ -98,8 +103,7 @@ class Trial:
     def best_config(self, base: TrainConfig) -> TrainConfig:
         """The configuration of the part that the best evaluation belongs to."""
         run = self.best["run"] if self.best else self.run_name
-        part = int(run.removeprefix(self.name).lstrip("-") or 0)
-        values = self.changes[part]["values"] if self.changes else self.values
+        values = self.changes[self.runs.index(run)]["values"] if self.changes else self.values
         return apply(values, base).replace(name=run, seed=self.seed)
 
 

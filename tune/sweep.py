@@ -39,7 +39,7 @@ from tune.controller import Controller
 from tune.plan import Plan
 from tune.schedulers import STOPPING, EarlyStopping
 from tune.searchers import Searcher
-from tune.store import Store, Trial
+from tune.store import ENDED, Store, Trial
 
 logger = logging.getLogger(__name__)
 
@@ -164,11 +164,20 @@ class _Stages:
     def _run(self, trials: list[Trial], searcher: Searcher, total: int, later: int) -> list[Trial]:
         """Run `total` trials, of which some have ended; up to `later` repeats follow."""
         controller = Controller(self.store, self.base, trials, searcher, self._begin, self._end)
-        if controller.over:
-            return controller.trials
+        if not controller.over:
+            self._train(controller, total, later)
+        # Not before: now all workers have ended, and no member of a population starts from the
+        # checkpoint of another. Also of trials that ended before: their driver may have been killed.
+        for trial in controller.trials:
+            if trial.state in ENDED:
+                free(trial, self.base.output)
+        return controller.trials
+
+    def _train(self, controller: Controller, total: int, later: int) -> None:
+        """Run a controller's trials until all have ended."""
         stopping = None
         if self.plan.settings.scheduler in STOPPING:
-            originals = [trial for trial in trials if trial.repeats is None]
+            originals = [trial for trial in controller.trials if trial.repeats is None]
             stopping = EarlyStopping(self.plan.settings, self.base, originals)
         board = beside_driver(Board).remote()
         try:
@@ -177,16 +186,12 @@ class _Stages:
                 watch(controller, board, self.console, total, self.at_a_time, stop, later),
             ):
                 runner.run(controller, board, self.at_a_time, stopping, stop)
-            for trial in controller.trials:
-                if trial.state == "stopped":  # now its workers have ended, too
-                    free(trial, self.base.output)
         except ReidError:
             # MLflow shows what was cut short as killed; continuing opens the runs again.
             for trial in controller.trials:
                 if trial.state == "running":
                     self._reopened(trial).finish("KILLED")
             raise
-        return controller.trials
 
     def repeat(self, wanted: Sequence[Trial], trials: list[Trial], later: int = 0) -> list[Trial]:
         """Run each of the wanted with every seed that is still missing; return all trials."""
@@ -232,7 +237,7 @@ class _Stages:
             tracker.log(tracked(metrics, self.split), int(evaluation["step"]))
         tracker.set_tags({"state": trial.state, "reason": trial.reason or None})
         tracker.finish(_STATUS[trial.state])
-        if trial.state == "finished":
+        if trial.state == "finished" and not trial.changes:
             free(trial, self.base.output)
         if trial.evaluations:
             self.parent.log(tracked({"trial/mAP": trial.score}, self.split), trial.number)
@@ -306,11 +311,12 @@ def free(trial: Trial, folder: str) -> None:
     """Delete the checkpoints of an ended trial that its sweep in `folder` no longer needs.
 
     One that finished may still rank first, and its last checkpoint has the history of its λ. One
-    that was stopped is neither ranked nor resumed.
+    that was stopped or failed is neither ranked nor resumed.
     """
     needed = [trial.best, trial.evaluations[-1]] if trial.state == "finished" else []
-    names = {evaluation["checkpoint"] for evaluation in needed if evaluation}
-    delete_checkpoints(f"{folder}/{trial.run_name}", names)
+    for run in trial.runs:
+        names = {e["checkpoint"] for e in needed if e and e["run"] == run}
+        delete_checkpoints(f"{folder}/{run}", names)
 
 
 def common_cause(trials: Sequence[Trial]) -> str:
