@@ -65,7 +65,7 @@ class Population(Searcher):
         return len(members) == self.size and all(m.state in ("finished", "failed") for m in members)
 
     def _next_round(self, members: Sequence[Trial], part: int, done: int) -> None:
-        """Queue what follows `part`, which ended at epoch `done`, for each that has not begun it."""
+        """Queue what follows `part`, which ended at epoch `done`, where it has not begun."""
         rng = np.random.default_rng((self.base.seed, done))
         trained = [member for member in members if member.state != "failed" or member.part > part]
         ends = {member.number: _at_the_end(member, part, done) for member in trained}

@@ -128,7 +128,9 @@ def verdict(entries: Sequence[Entry]) -> list[str]:
     best = adaptive[0]
     tied = [e for e in adaptive if e.measured() == best.measured()]
     rivals = [e for e in entries if e.trial.label == "paper" and e is not best][:1]
-    for mode in ("held", "constant", "none"):
+    # A sweep that was extended may have held λ of another configuration, which was the best then.
+    rivals += [e for e in entries if e.mode == "held" and e.trial.repeats == best.trial.number]
+    for mode in ("constant", "none"):
         rivals += [e for e in entries if e.mode == mode][:1]
     rank = "highest-ranked" if too_few(entries) else "best"
     name = f"The {rank} adaptive configuration"

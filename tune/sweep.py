@@ -166,8 +166,8 @@ class _Stages:
         controller = Controller(self.store, self.base, trials, searcher, self._begin, self._end)
         if not controller.over:
             self._train(controller, total, later)
-        # Not before: now all workers have ended, and no member of a population starts from the
-        # checkpoint of another. Also of trials that ended before: their driver may have been killed.
+        # Not earlier: workers may still write, and members start from the checkpoints of others.
+        # Trials that ended before are included, because their driver may have been killed.
         for trial in controller.trials:
             if trial.state in ENDED:
                 free(trial, self.base.output)

@@ -192,6 +192,18 @@ def test_the_best_adaptive_configuration_is_compared_with_itself_with_no_factor_
     assert [t.number for t in survivors(trials, BASE, 1)] == chosen
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_best_is_not_compared_with_held_factors_of_another_configuration(own):
+    """The sweep was extended: first trial 5 was the best, now it is trial 6."""
+    trials = swept({6: [0.64, 0.66], 5: [0.63, 0.63]})
+    for number, score in ((5, 0.635), (6, 0.60))[: 1 + own]:
+        values = trials[number].values | {THETA_MULTIPLIER: 0.0}
+        trials.append(trained(len(trials), score, values, HELD, repeats=number, seed=1))
+    said = [line for line in verdict(ranking(trials, BASE)) if "λ held" in line]
+    assert len(said) == own
+    assert all("(trial-012, 60.0): +5.0" in line for line in said)
+
+
 def test_a_sweep_without_baselines_has_no_verdict():
     assert verdict(ranking([trained(0, 0.5)], BASE))[-1] == "There is no baseline to compare with."
     assert "No adaptive" in verdict(ranking([trained(0, 0.5, {MODE: "none"})], BASE))[0]

@@ -36,8 +36,8 @@ def member(state: State) -> Trial:
     for part, epoch in enumerate(EPOCHS):
         trial.part = part
         trial.changes.append({"epoch": epoch - 2, "values": {}, "from": None})
-        score = 0.6 if part == 1 else 0.5
-        trial.add({"epoch": epoch, "step": epoch, "mAP": score, "checkpoint": f"checkpoint_{epoch}"})
+        score, name = 0.6 if part == 1 else 0.5, f"checkpoint_{epoch}"
+        trial.add({"epoch": epoch, "step": epoch, "mAP": score, "checkpoint": name})
     return trial
 
 
