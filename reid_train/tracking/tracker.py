@@ -161,8 +161,8 @@ class Tracker:
         self._thread = None
         if self._buffer:
             logger.warning(
-                "MLflow: %d values of run %s were not sent. The run's checkpoints have them: it "
-                "sends them if it is resumed",
+                "MLflow: %d values of run %s were not sent. The run's checkpoints have them: "
+                "--resume sends them",
                 *(len(self._buffer), self.run_id),
             )
 
