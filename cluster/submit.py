@@ -27,7 +27,6 @@ from urllib.parse import urlsplit
 from cluster.local import servers as local
 from data_shards.errors import ConfigError, ReidError
 from data_shards.progress import make_console
-from data_shards.storage.retry import bypass_proxy
 from reid_train.tracking.provenance import code_commit
 from reid_train.tracking.uris import redact
 
@@ -171,6 +170,8 @@ def _address(given: str | None) -> str:
 
 
 def _connect(address: str) -> JobSubmissionClient:
+    from data_shards.storage.retry import bypass_proxy
+
     bypass_proxy(address)  # which would see the local stack's token
     try:  # Ray's client would wait without a limit
         urllib.request.urlopen(f"{address}/api/version", timeout=ANSWER_SECONDS).close()

@@ -154,7 +154,11 @@ def peek(words: Sequence[str], *options: str, flags: Sequence[str] = ()) -> argp
         first.add_argument(f"--{option}")
     for flag in flags:
         first.add_argument(f"--{flag}", action="store_true")
-    return first.parse_known_args(words)[0]
+    dashed = []  # as tyro takes them, too
+    for word in words:
+        name, equals, value = word.partition("=")
+        dashed.append(f"{name.replace('_', '-')}{equals}{value}" if name[:2] == "--" else word)
+    return first.parse_known_args(dashed)[0]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -44,7 +44,8 @@ def train(arguments: list[str]) -> None:
         resume = resume or Run.exists(known.output, known.name)
         base = Run.read(known.output, known.name).config if resume else None
         if base and known.workers not in (None, str(base.workers)):
-            base = base.replace(cpus_per_worker=None)  # other workers share the cores anew
+            # Other workers share the cores anew.
+            base = base.replace(cpus_per_worker=None, loader__workers=None)
     parsed = parse_with_recipe(Train, arguments, f"{PROGRAM} train", base)
     from reid_train.runs.job import run
 

@@ -296,6 +296,10 @@ class TrainConfig(Section):
                 f"a global batch of {self.batch.identities} × {self.batch.images} = {size} images "
                 f"cannot be shared equally by {self.workers} workers: change --workers or --batch"
             )
+        if self.model.batch_norm == "local" and size == self.workers > 1:
+            raise ValueError(
+                "--model.batch-norm local needs 2 images or more a worker: lower --workers"
+            )
         if (self.min_workers or 1) > self.workers:
             raise ValueError(f"--min-workers {self.min_workers} is above --workers {self.workers}")
         if self.batch.identities < 2:

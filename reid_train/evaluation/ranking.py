@@ -251,8 +251,8 @@ def _require(error: np.ndarray, slack: np.ndarray) -> None:
     """Raise if the product is worse than any float32 product can be."""
     if len(wrong := np.flatnonzero(~(error <= slack))):
         raise RuntimeError(
-            f"the matrix product is off by {error[wrong[0]]:.1e}, but float32 allows only "
-            f"{slack[wrong[0]]:.1e}: is a lower precision forced on it?"
+            f"the matrix product is off by {error[wrong[0]]:.1e}, but its precision allows only "
+            f"{slack[wrong[0]]:.1e}: is a lower one forced on it?"
         )
 
 

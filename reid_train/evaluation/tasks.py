@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.errors import ReidError
 from data_shards.progress import Progress, phase, silent
 from reid_train.evaluation.embedding_store import EmbeddingFiles
 from reid_train.evaluation.similarity import Features
+from reid_train.out_of_memory import out_of_memory
 
 TASKS = 4  # of a worker, one after another: progress is seen, and a slow worker gets fewer
 Count = Callable[[int], object]  # called with how much more is done
@@ -119,7 +121,7 @@ class Pool:
             yield function(*given, blocks, count)
             return
         import ray
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         task, running = _task(function), {}
         left = deque(divided(blocks, self.workers * TASKS, size))
@@ -133,6 +135,9 @@ class Pool:
                     yield ray.get(reference)
                 except RayTaskError as error:  # raise the task's own error, as in one process
                     raise error.cause from None
+                except RayError as error:
+                    reason = out_of_memory(str(error)) or str(error).strip().splitlines()[0]
+                    raise ReidError(f"a worker was lost while {stage}: {reason}") from error
                 count(running.pop(reference))
 
 

@@ -5,8 +5,8 @@ and timm for a backbone of timm.
 `registry.py` records their versions in each registered model.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -95,7 +95,8 @@ class Embedder:
         for start in range(0, len(images), evaluation.batch):
             rows = slice(start, start + evaluation.batch)
             part = torch.from_numpy(resize(images[rows], image.height, image.width))
-            found = embed(self.network, part.to(self.device), mirror=evaluation.mirror)
+            with _true_float32():
+                found = embed(self.network, part.to(self.device), mirror=evaluation.mirror)
             embeddings[rows] = found.cpu().numpy()
         return embeddings
 
@@ -105,11 +106,20 @@ class Embedder:
         size = self.config.image
         sized = np.concatenate([resize(image[None], size.height, size.width) for image in images])
         pixels = torch.from_numpy(sized).to(self.device)
-        return (
-            self.network.activation(transforms.normalize(pixels, pixels=self.network.pixels))
-            .cpu()
-            .numpy()
-        )
+        normal = transforms.normalize(pixels, pixels=self.network.pixels)
+        with _true_float32():
+            return self.network.activation(normal).cpu().numpy()
+
+
+@contextmanager
+def _true_float32() -> Iterator[None]:
+    """Have convolutions compute in float32 on GPUs, where cuDNN's default is TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.errors import ObjectMissing, StorageError
-from reid_train.tracking.server import accepted, connect, explain
+from reid_train.tracking.server import accepted, connect, explain, unless_there
 from reid_train.tracking.uris import redact, registry_uri
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,8 @@ def register(
         client = connect(uri)
         model = log_model(client, Path(folder), name, run_id, tags)
         if not all_pages(client.search_registered_models, f"name = '{name}'"):
-            client.create_registered_model(name)
+            with unless_there():  # another training ended at the same time
+                client.create_registered_model(name)
         made = client.create_model_version(
             name, model.artifact_location, run_id, tags, model_id=model.model_id
         )

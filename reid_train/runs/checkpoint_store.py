@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -127,7 +127,7 @@ def stored_evaluations(run: str) -> list[dict[str, Any]]:
         if newest is None:
             return []
         history = newest.history()
-    names = {entry.step: entry.name for entry in stored_checkpoints(run)}
+    names = {step: entry.name for step, entry in newest_by_step(stored_checkpoints(run)).items()}
     epochs = map(int, history.evaluations.get("epoch", ()))
     rows = zip(history.evaluation_steps, epochs, history.evaluation_rows(), strict=False)
     return [
@@ -141,9 +141,14 @@ def measured(history: "History") -> dict[int, float]:
     return dict(zip(history.evaluation_steps, history.evaluations.get("mAP", []), strict=False))
 
 
+def newest_by_step(stored: Iterable[Stored]) -> dict[int, Stored]:
+    """Return each step's newest checkpoint: one saved before the evaluation is not measured."""
+    return {entry.step: entry for entry in sorted(stored)}
+
+
 def by_score(stored: list[Stored], scores: Mapping[int, float]) -> list[Stored]:
     """Return the checkpoints with a mAP in `scores`, the best first; of equal ones the newer."""
-    known = [entry for entry in stored if entry.step in scores]
+    known = [entry for step, entry in newest_by_step(stored).items() if step in scores]
     return sorted(known, key=lambda entry: (scores[entry.step], entry), reverse=True)
 
 

@@ -4,7 +4,7 @@ import json
 from contextlib import nullcontext
 from typing import Any
 
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from data_shards.dataset import Dataset
@@ -39,7 +39,7 @@ def final_test(
     try:
         with shown or nullcontext():
             run_workers(config, dataset, None, board=board, test=checkpoint)
-    except (TrainingFailedError, OutOfMemoryError) as error:
+    except (TrainingFailedError, RayError) as error:
         reason = explained(error, config, advise=False)
         raise ReidError(
             f"{run} is trained, but {checkpoint} was not measured on the test split: {reason}. "

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.exceptions import OutOfMemoryError, RayError
+from ray.exceptions import RayError
 from ray.train import ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, get_device
@@ -56,7 +57,7 @@ def fit(
         try:
             kept = f"{config.output}/{config.name}"
             run_workers(config, dataset, run_id, lock=lock, board=board, initial=kept)
-        except (TrainingFailedError, OutOfMemoryError) as error:
+        except (TrainingFailedError, RayError) as error:
             raise explained(error, config) from error
     if stop.signal is not None:
         stored = checkpoint_store.stored_checkpoints(f"{config.output}/{config.name}")
@@ -65,7 +66,7 @@ def fit(
             saved = f" with a checkpoint after step {newest.step}" if newest else ""
             raise Interrupted(
                 f"stopped by {stop.signal.name}{saved}. Continue with python -m reid_train train "
-                f"--resume --name {config.name} --output {config.output}",
+                f"{_resuming(config)}",
                 stop.signal,
             )
 
@@ -309,13 +310,19 @@ def _stop_requests(board: Any, rank: int, lock: RunLock | None) -> Callable[[], 
     return ask
 
 
+def _resuming(config: TrainConfig) -> str:
+    """The options that continue a run."""
+    name, output = (shlex.quote(str(value)) for value in (config.name, config.output))
+    return f"--resume --name {name} --output {output}"
+
+
 def explained(
-    error: TrainingFailedError | OutOfMemoryError, config: TrainConfig, *, advise: bool = True
+    error: TrainingFailedError | RayError, config: TrainConfig, *, advise: bool = True
 ) -> ReidError:
     """Return a failed training's cause in one line; with `advise`, also how to continue the run."""
     if cause := on_purpose(error):
         return cause
-    resume = f"with --resume --name {config.name} --output {config.output}"
+    resume = f"with {_resuming(config)}"
     if reason := out_of_memory(str(error)):
         advice = (
             "Continue on more --workers, each with a smaller share of the batch, or with a smaller "

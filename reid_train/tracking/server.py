@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING
 
@@ -210,6 +212,16 @@ def explain(error: Exception, uri: str) -> str:
 def is_final(error: Exception) -> bool:
     """Whether MLflow refused the request itself, so that it is no use to repeat it soon."""
     return 400 <= status(error) < 500 and status(error) not in (408, 429)
+
+
+@contextmanager
+def unless_there() -> Iterator[None]:
+    """Accept that what the block creates is there: another process made it at the same time."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def status(error: Exception) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from data_shards.errors import Interrupted, StorageError
-from reid_train.tracking.server import connect, explain, is_final, status
+from reid_train.tracking.server import connect, explain, is_final, status, unless_there
 from reid_train.tracking.uris import artifacts_beside, redact
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Tracker:
         if self._buffer:
             logger.warning(
                 "MLflow: %d values of run %s were not sent. The run's checkpoints have them: "
-                "--resume sends them",
+                "it sends them if it is resumed",
                 *(len(self._buffer), self.run_id),
             )
 
@@ -267,9 +267,14 @@ def _open_run(uri: str, experiment: str, run_name: str | None, run_id: str | Non
             with contextlib.suppress(Exception):  # another user's experiment may refuse tags
                 client.set_experiment_tag(identifier, KIND, TRAINING)
     else:
-        identifier = client.create_experiment(
-            experiment, artifact_location=artifacts_beside(uri), tags={KIND: TRAINING}
-        )
+        place = {"artifact_location": artifacts_beside(uri), "tags": {KIND: TRAINING}}
+        identifier = None
+        with unless_there():
+            identifier = client.create_experiment(experiment, **place)
+        if identifier is None:  # another training made it at the same time
+            found = client.get_experiment_by_name(experiment)
+            assert found is not None
+            identifier = found.experiment_id
     return client.create_run(identifier, run_name=run_name).info.run_id
 
 

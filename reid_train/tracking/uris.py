@@ -9,6 +9,9 @@ from data_shards.storage import LocalStorage, open_storage
 
 _SQLITE = "sqlite:///"
 _USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
+# A password in a database's address may have slashes, or be a parameter.
+_DATABASE = re.compile(r"\b((?:postgres\w*|mysql|mariadb|mssql|oracle)(?:\+\w+)?://)\S*@")
+_PARAMETER = re.compile(r"(?<=[?&])(user|password)=[^&\s]*")
 
 
 def training_uri(given: str | None, output: str) -> str:
@@ -66,4 +69,4 @@ def without_password(uri: str) -> str:
 
 def redact(text: str) -> str:
     """Remove the user and the password from URLs in a text."""
-    return _USER_INFO.sub("", text)
+    return _PARAMETER.sub(r"\1=", _USER_INFO.sub("", _DATABASE.sub(r"\1", text)))

@@ -55,8 +55,8 @@ class NonFiniteFilter:
     def step(self, optimizer: torch.optim.Adam, norm: Tensor) -> Tensor:
         """Step fused Adam, or leave weights, moments and running statistics as they were.
 
-        Given the norm of the whole gradient, return whether it is not finite at a scale of 1: a
-        scalar bool tensor.
+        Given the norm of the whole gradient, return 1 if it is not finite at a scale of 1, −1 if it
+        is not finite and the scale is lowered, else 0: a scalar tensor.
         """
         not_finite = ~torch.isfinite(norm)
         bad = not_finite & (self.loss_scaler.scale(torch.ones_like(norm)) <= 1.0)
@@ -73,7 +73,7 @@ class NonFiniteFilter:
         self.loss_scaler.update()
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(skip, before, buffer))
-        return bad
+        return bad.int() - (not_finite & ~bad).int()
 
     def check(
         self,
@@ -88,20 +88,22 @@ class NonFiniteFilter:
         """Count skipped steps, and raise a `DataError` at the first that may not be skipped.
 
         `rows` (n, m) holds the losses of recent steps from the global step `first` on, named by
-        `names` (m - 1), and in its last column 1 where the gradient was not finite. `images`
+        `names` (m - 1), and in its last column what `step` returned. In float16 a loss that is not
+        finite counts as well at a scale above 1: no lower scale mends the forward pass. `images`
         returns the names of a step's images; `saved_step` is that of the last checkpoint.
         """
-        for step, (*losses, bad) in enumerate(rows.tolist(), first):
+        for step, (*losses, mark) in enumerate(rows.tolist(), first):
             finite = math.isfinite(sum(losses))
-            if finite and not bad:
+            if finite and mark < 1:
                 continue
+            skipped = mark != 0  # and else the weights took a step in spite of the loss
             values = [f"{name} {loss:.4g}" for name, loss in zip(names, losses, strict=True)]
             found = (
                 f"the {'gradient' if finite else 'loss'} is not finite at step {step} "
                 f"({', '.join(values)}; images {', '.join(images(step))})"
             )
-            self.skipped += bool(bad)
-            if bad and self.skipped <= self.allowed:
+            self.skipped += skipped
+            if skipped and self.skipped <= self.allowed:
                 if log:
                     logger.warning(
                         "%s: skipped, %d of at most %d", found, self.skipped, self.allowed

@@ -56,6 +56,7 @@ def test_workers_must_share_the_batch_equally(workers):
     [
         ({"batch__identities": 1}, "no anchor has a negative"),
         ({"batch__images": 1}, "greater than or equal to 2"),
+        ({"model__batch_norm": "local", "workers": 32}, "needs 2 images or more a worker"),
         ({"name": "../elsewhere"}, "usable as a folder's name"),
         ({"optimizer__learning_rate": 1e-7}, "above the learning rate"),
         ({"regularization__amplitude": -1.0}, "greater than or equal to 0"),

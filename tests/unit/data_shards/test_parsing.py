@@ -104,6 +104,8 @@ def test_options_are_read_before_the_others():
     assert known.recipe == "demo"
     assert known.resume
     assert peek(["--recipe=demo"], "recipe", "name").name is None
+    known = peek(["--resume_or_start", "--a_b=c_d"], "a-b", flags=("resume-or-start",))
+    assert (known.resume_or_start, known.a_b) == (True, "c_d")
 
 
 def fails(words: list[str]) -> None:

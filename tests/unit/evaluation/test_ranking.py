@@ -260,7 +260,7 @@ def test_a_product_less_precise_than_it_should_be_is_noticed(monkeypatch, way, l
     monkeypatch.setattr(ranking, "choose_way", lambda device: chosen)
     monkeypatch.setattr(similarity, "quick_scores", rounded)
     threads = torch.get_num_threads()
-    with pytest.raises(RuntimeError, match="is a lower precision forced on it"):
+    with pytest.raises(RuntimeError, match="is a lower one forced on it"):
         golden_rank()
     assert torch.get_num_threads() == threads
 

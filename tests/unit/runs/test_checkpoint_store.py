@@ -16,6 +16,7 @@ from reid_train.runs import checkpoint_store
 from reid_train.runs.checkpoint_store import (
     Keeper,
     Stored,
+    by_score,
     delete_stale_checkpoints,
     kept_checkpoints,
     newest_whole,
@@ -163,6 +164,14 @@ def test_of_equal_scores_the_newer_is_better():
     stored = [Stored(step, f"checkpoint_{step}", step) for step in range(1, 5)]
     kept = kept_checkpoints(stored, dict.fromkeys(range(1, 4), 0.5))
     assert [entry.step for entry in kept] == [4, 3, 2]
+
+
+def test_checkpoint_that_was_saved_before_its_step_was_measured_is_none_of_the_best():
+    early, late = Stored(3, "checkpoint_3", 1), Stored(3, "checkpoint_3_measured", 2)
+    stored = [early, late, Stored(1, "checkpoint_1", 1), Stored(4, "checkpoint_4", 3)]
+    scores = {1: 0.5, 3: 0.9}
+    assert by_score(stored, scores) == [late, stored[2]]
+    assert early not in kept_checkpoints(stored, scores)
 
 
 def test_superseded_checkpoints_are_deleted_once_the_next_is_stored(original, run, tmp_path):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import (
     ENDPOINT_NOT_FOUND,
@@ -20,6 +21,7 @@ from mlflow.protos.databricks_pb2 import (
 from data_shards.errors import ConfigError, StorageError
 from reid_train.tracking import tracker as tracking
 from reid_train.tracking.provenance import code_commit
+from reid_train.tracking.server import connect
 from reid_train.tracking.tracker import KIND, Tracker
 from reid_train.tracking.uris import local_tracking, redact, without_password
 
@@ -323,6 +325,37 @@ def test_a_password_in_the_tracking_uri_is_refused_without_showing_it():
     assert "p@ss" not in str(caught.value)
     assert "https://mlflow:5000" in str(caught.value)
     assert without_password("sqlite:////a@b/mlflow.db") == "sqlite:////a@b/mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://u:pa/ss@db/mlflow", "postgresql://db/mlflow"),
+        ("mysql+pymysql://u:p@ss/w@db:3306/mlflow", "mysql+pymysql://db:3306/mlflow"),
+        ("postgresql://db/mlflow?user=u&password=pw", "postgresql://db/mlflow?user=&password="),
+    ],
+)
+def test_a_password_of_a_database_is_refused_and_not_shown(uri, shown):
+    with pytest.raises(ConfigError, match=r"user and password out of the tracking URI") as caught:
+        without_password(uri)
+    assert f"({shown})" in str(caught.value)
+
+
+def test_two_that_make_an_experiment_at_once_share_it(tmp_path, monkeypatch):
+    uri = local_tracking(tmp_path)
+    first = connect(uri).create_experiment("reid")
+    real, missed = MlflowClient.get_experiment_by_name, []
+
+    def late(self, name):
+        """Not there yet when it is looked up first."""
+        found = real(self, name) if missed else None
+        missed.append(name)
+        return found
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
+    run = Tracker.start(uri, "reid")
+    run.close()
+    assert connect(uri).get_run(run.run_id).info.experiment_id == first
 
 
 def test_redaction_leaves_nothing_of_a_password_with_an_at_sign():

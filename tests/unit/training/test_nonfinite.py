@@ -100,6 +100,17 @@ def test_last_good_checkpoint_continues_when_skipping_is_allowed(
         assert torch.isfinite(tensor).all(), name
 
 
+def test_loss_that_overflows_in_float16_is_skipped_and_counted(tiny_dataset, tmp_path, monkeypatch):
+    # At any scale of the loss above 1, where a gradient that overflows is not counted.
+    spoil(monkeypatch, BAD, forward=True)
+    half = SETTINGS.replace(precision="fp16", optimizer__skip_nonfinite=1)
+    end = Checkpoint.open(run(tiny_dataset, half, tmp_path).checkpoints[-1])
+    assert end.progress.skipped == 1
+    worker, _ = make_worker(tiny_dataset, tmp_path)
+    with pytest.raises(DataError, match=rf"the loss is not finite at step {BAD} "):
+        train(SETTINGS.replace(precision="fp16"), tiny_dataset, worker)
+
+
 def test_skipping_is_bounded(tiny_dataset, tmp_path, monkeypatch):
     spoil(monkeypatch, BAD, BAD + 1)
     worker, recorded = make_worker(tiny_dataset, tmp_path)
