@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class ImageFolder:
         """List the images at `url`; no image is read.
 
         Raises:
-            DataError: there is no such folder, or no image in it.
+            DataError: there is no such folder, no image in it, or a name that is not UTF-8.
         """
         storage, paths, ignored, others = open_storage(url), [], [], 0
         digest = hashlib.sha256()
@@ -54,7 +55,12 @@ class ImageFolder:
                 ignored.append(key)
             else:
                 paths.append(key)
-                digest.update(f"{key}\0{size}\n".encode())
+                try:
+                    digest.update(f"{key}\0{size}\n".encode())
+                except UnicodeEncodeError:
+                    raise DataError(
+                        f"{key!r} under {url}: rename this file; its name is not UTF-8"
+                    ) from None
         if not paths:
             if isinstance(storage, LocalStorage) and not storage.root.is_dir():
                 raise DataError(f"no dataset at {url}: there is no such folder")
@@ -157,7 +163,7 @@ def read_photo(url: str) -> np.ndarray:
     from data_shards.loading.decode import decode
 
     storage, key = open_file(url)
-    if not key or ("://" not in url and expand_home(Path(url)).is_dir()):
+    if not key or ("://" not in url and os.path.isdir(expand_home(Path(url)))):
         raise DataError(f"{url} is a folder: give one image file")
     try:
         return decode(storage.read(key))

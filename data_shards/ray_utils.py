@@ -37,16 +37,22 @@ def prepare_ray() -> None:
         os.environ["HOME"] = tempfile.gettempdir()
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "|".join(NOISE))
-    if not os.environ.get("RAY_ADDRESS"):
+    if not _address():
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # Ray's default for a new cluster, which it otherwise prints a notice about.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+def _address() -> str:
+    """The cluster's address, or "" to start Ray on this machine, which Ray also calls "local"."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
 def require_ray_cluster() -> None:
     """Check that the cluster at RAY_ADDRESS answers, if it is set; Ray would wait for minutes."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "auto", "local"):
+    address = _address()
+    if address in ("", "auto"):
         return
     parts = urlsplit(address if "://" in address else f"//{address}")
     if parts.scheme in ("http", "https"):
@@ -94,13 +100,13 @@ def start_ray(cpus: int, *, logs: bool = True) -> None:
         return
     require_ray_cluster()
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": logs}
-    if not os.environ.get("RAY_ADDRESS"):
+    if not _address():
         options |= {"address": "local", "num_cpus": max(cpus, cores())}
     try:
         ray.init(**options)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        if not (address := os.environ.get("RAY_ADDRESS")):
+        if not (address := _address()):
             raise ReidError(f"Ray does not start on this machine: {reason}") from error
         raise ReidError(
             f"the Ray cluster at {address} does not let this program join: {reason}. If its logs "

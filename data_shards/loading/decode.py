@@ -105,6 +105,8 @@ def _decode_jpeg(data: bytes) -> np.ndarray | str:
         height, width = map(int, size)
         _check_pixels(width, height)
         if colorspace not in ("YCbCr", "Gray", "RGB"):
+            # OpenCV converts CMYK to RGB, but ignores warnings.
+            simplejpeg.decode_jpeg(data, colorspace="CMYK")
             return _decode_with_opencv(data)
         # Reuse memory: fresh pages cost a third of a decode.
         buffer = getattr(_scratch, "buffer", None)
@@ -148,7 +150,7 @@ def _check_pixels(width: int, height: int) -> None:
 
 def _without_quirks(data: bytes) -> bytes:
     """Correct a JPEG's headers and remove stray bytes between them; it may be truncated."""
-    out, position, sequential, components = bytearray(data[:2]), 2, True, 3
+    out, position, sequential, components, adobe = bytearray(data[:2]), 2, True, 3, 0
     while True:
         position = data.find(b"\xff", position)  # what is before a marker is stray
         if position < 0 or position + 4 > len(data):
@@ -166,10 +168,13 @@ def _without_quirks(data: bytes) -> bytes:
         elif code == _APP0 and segment[4:9] == b"JFIF\0" and len(segment) > 9:
             segment[9] = 1  # the major revision
         elif code == _APP14 and segment[4:9] == b"Adobe" and len(segment) > 15:
-            known, default = ((0, 1), 1) if components == 3 else ((0, 2), 2)
-            segment[15] = segment[15] if segment[15] in known else default  # the colour transform
-        elif code == _SOS and sequential:
-            segment[-3:] = b"\x00\x3f\x00"  # the spectral range and the bit position
+            adobe = len(out) + 15  # the colour transform; the number of components may follow
+        elif code == _SOS:
+            transforms = (0, 1) if components == 3 else (0, 2)
+            if adobe and out[adobe] not in transforms:
+                out[adobe] = transforms[1]
+            if sequential:
+                segment[-3:] = b"\x00\x3f\x00"  # the spectral range and the bit position
         out += segment
         if code == _SOS:
             match = _MARKER_AFTER_SCAN.search(data, position)

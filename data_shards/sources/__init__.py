@@ -2,7 +2,7 @@
 
 from data_shards.sources import csv, folders, msmt17, webdataset
 from data_shards.sources.cuhk03 import DETECTED, LABELED
-from data_shards.sources.layout import Source
+from data_shards.sources.layout import Source, with_disk_errors
 from data_shards.sources.market1501 import DUKEMTMC, MARKET1501, VERI776
 from data_shards.sources.synthetic import render as synthetic
 
@@ -18,3 +18,6 @@ SOURCES: dict[str, Source] = {
     "webdataset": Source("WebDataset", webdataset.read, streamed=True),
     "synthetic": Source("Synthetic people", synthetic.read),
 }
+for name, source in SOURCES.items():
+    if not source.streamed:  # those read through a storage
+        SOURCES[name] = source._replace(read=with_disk_errors(source.read))

@@ -33,7 +33,7 @@ def read(root: Place, *, images: Place | None = None) -> list[ImageRecord]:
             that is listed twice; the message has the number of the line.
     """
     if not root.is_file():
-        there = "a folder" if root.is_dir() else "not there"
+        there = "a folder" if isinstance(root, Path) and root.is_dir() else "not there"
         raise DataError(
             f"the CSV file {root} is {there}: give a file whose first line is {','.join(COLUMNS)} "
             "with --root, or photos in a folder for each person with --source folders"

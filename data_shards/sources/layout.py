@@ -1,11 +1,14 @@
 """What the parsers share: finding a dataset's folder, checking paths, counting."""
 
+import functools
 import posixpath
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_shards.errors import DataError
 from data_shards.records import ImageRecord
+from data_shards.storage.atomic import disk_errors
 from data_shards.storage.object_path import Place
 
 
@@ -29,6 +32,20 @@ class Source(NamedTuple):
     read: Callable[..., Any]
     counts: Counts | None = None
     streamed: bool = False
+
+
+def with_disk_errors(read: Callable[..., Any]) -> Callable[..., Any]:
+    """The same parser, which raises a `StorageError` for what the disk refuses."""
+
+    @functools.wraps(read)
+    def checked(root: Place, **options: Any) -> Any:
+        try:
+            return read(root, **options)
+        except OSError as error:
+            with disk_errors(Path(error.filename or str(root))):
+                raise
+
+    return checked
 
 
 def count(records: Sequence[ImageRecord]) -> Counts:

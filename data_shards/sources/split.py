@@ -48,7 +48,8 @@ def split_off(
     _require(flag, fraction, count, len(fit), len(images))
 
     def order(value: object) -> bytes:
-        return hashlib.sha256(f"{seed} {value}".encode()).digest()
+        # A name that is not UTF-8 is refused later, with a message.
+        return hashlib.sha256(f"{seed} {value}".encode(errors="surrogatepass")).digest()
 
     query, gallery = EVALUATED[into]
     chosen = set(sorted(fit, key=order)[:count])

@@ -75,7 +75,8 @@ def read(
         raise ConfigError("samples have a field for their split: leave out --test")
     urls = list(braceexpand.braceexpand(root))
     folders = [posixpath.dirname(url.partition("?")[0]) for url in urls]
-    base = posixpath.commonpath(folders) if len(set(folders)) > 1 else folders[0]
+    # Not `commonpath`, which makes s3:/bucket of s3://bucket.
+    base = "/".join(posixpath.commonprefix([folder.split("/") for folder in folders]))
     names = [url.partition("?")[0].removeprefix(base).strip("/") for url in urls]
     scan, report = partial(_scan_tar, where), partial(progress, STAGE)
     tasks = list(zip(urls, names, strict=True))

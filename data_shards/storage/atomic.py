@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -12,6 +13,7 @@ from typing import IO
 from data_shards.errors import DataError, ObjectExists, ObjectMissing, StorageError
 
 TEMPORARY = ".tmp-"
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # of a file system without hard links
 
 
 @contextlib.contextmanager
@@ -43,7 +45,7 @@ def atomic_write(path: Path, *, create_once: bool = False) -> Iterator[IO[bytes]
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         if create_once:
-            os.link(name, path)  # unlike a rename, fails if the target exists
+            _rename_new(name, path)
         else:
             os.replace(name, path)
     except FileExistsError:
@@ -51,6 +53,24 @@ def atomic_write(path: Path, *, create_once: bool = False) -> Iterator[IO[bytes]
     finally:
         with contextlib.suppress(FileNotFoundError):  # it was renamed
             os.unlink(name)
+
+
+def _rename_new(name: str, path: Path) -> None:
+    """Give a file its name, or raise `FileExistsError` if there is a file of that name."""
+    try:
+        os.link(name, path)  # unlike a rename, fails if the target exists
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            # Keeps out other processes of this machine; nobody sees a file that is not whole.
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if os.path.lexists(path):
+                raise FileExistsError from None
+            os.replace(name, path)
+        finally:
+            os.close(folder)
 
 
 def file_sha256(path: Path) -> str:

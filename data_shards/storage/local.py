@@ -2,14 +2,17 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from data_shards.errors import StorageError
+from data_shards.errors import ObjectMissing, StorageError
 from data_shards.storage.atomic import TEMPORARY, atomic_write, disk_errors, require_sha256
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ class LocalStorage:
 
     def exists(self, key: str) -> bool:
         """Whether the object exists."""
-        return self._path(key).is_file()
+        path = self._path(key)
+        with disk_errors(path):
+            return path.is_file()
 
     def size(self, key: str) -> int:
         """Bytes of the object. Raises `ObjectMissing`."""
@@ -73,13 +78,13 @@ class LocalStorage:
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """Key and bytes of all objects whose key starts with `prefix`, by ascending key."""
         found = []
-        for folder, _, names in os.walk(self.root):
+        for folder, _, names in os.walk(self.root, onerror=_warn):
             for name in names:
                 path = Path(folder, name)
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not name.startswith(TEMPORARY):
-                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                        found.append((key, path.stat().st_size))
+                    with disk_errors(path), contextlib.suppress(FileNotFoundError):
+                        found.append((key, path.stat().st_size))  # else it was deleted meanwhile
         yield from sorted(found)
 
     def delete(self, key: str) -> None:
@@ -99,14 +104,14 @@ class LocalStorage:
         """Copy an object without reading it: by a link, or by the server; False if impossible."""
         if not isinstance(other, LocalStorage):
             return False
-        path = self._path(key)
+        source, path = other._path(other_key), self._path(key)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
             try:
-                os.link(other._path(other_key), path)
+                os.link(source, path)
             except FileNotFoundError:
-                raise
+                raise ObjectMissing(f"{source} does not exist") from None
             except OSError:  # another disk, or one without links
                 return False
         return True
@@ -114,6 +119,12 @@ class LocalStorage:
     def child(self, key: str) -> Self:
         """The storage rooted at `key` below this one."""
         return type(self)(self._path(key))
+
+
+def _warn(error: OSError) -> None:
+    """Warn of a folder that cannot be listed, unless it is not there."""
+    if not isinstance(error, FileNotFoundError):
+        log.warning("%s is left out: %s", error.filename, error.strerror)
 
 
 def _copy(source: Path, target: Path, sha256: str | None = None) -> None:

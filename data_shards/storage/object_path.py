@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from data_shards.errors import ConfigError
+from data_shards.errors import ConfigError, ObjectMissing
 from data_shards.progress import Progress, silent
 from data_shards.storage import LocalStorage, open_storage
 
@@ -24,7 +24,6 @@ class Readable(Protocol):
     def url(self) -> str: ...
     def read(self, key: str) -> bytes: ...
     def read_range(self, key: str, start: int, length: int) -> bytes: ...
-    def exists(self, key: str) -> bool: ...
     def size(self, key: str) -> int: ...
 
 
@@ -78,7 +77,11 @@ class ObjectPath:
 
     def is_file(self) -> bool:
         if self.listing is None:
-            return self.storage.exists(self.key)
+            try:
+                self.storage.size(self.key)
+            except ObjectMissing:
+                return False
+            return True
         folder, _, name = self.key.rpartition("/")
         return self.listing.get(folder, {}).get(name) is False
 

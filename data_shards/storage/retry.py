@@ -32,11 +32,16 @@ def code_of(error: Exception) -> str:
     return type(error).__name__
 
 
+def is_transient_status(status: int) -> bool:
+    """Whether a request that was answered with this HTTP status may succeed later."""
+    return status == 429 or (status >= 500 and status != 501)  # 501 is Not Implemented
+
+
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     if isinstance(error, boto.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status == 429 or code_of(error) in _BUSY
+        return is_transient_status(status) or code_of(error) in _BUSY
     return isinstance(error, CONNECTION_ERRORS)
 
 

@@ -25,7 +25,14 @@ from botocore.config import Config
 from data_shards.errors import ConfigError, DataError, ObjectExists, ObjectMissing, StorageError
 from data_shards.storage import multipart
 from data_shards.storage.atomic import atomic_write, disk_errors, require_sha256
-from data_shards.storage.retry import CONNECTION_ERRORS, FAILURES, Retry, bypass_proxy, code_of
+from data_shards.storage.retry import (
+    CONNECTION_ERRORS,
+    FAILURES,
+    Retry,
+    bypass_proxy,
+    code_of,
+    is_transient,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +47,7 @@ _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 _DENIED |= {"InvalidToken", "401", "403"}
 _WRONG_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "301"}
 _MISSING = {"NoSuchKey", "NotFound", "404"}
+_LACKING = {"NotImplemented", "501"}
 
 
 @lru_cache(maxsize=8)
@@ -95,7 +103,7 @@ class S3Storage:
     def _explained(self, key: str, error: Exception) -> StorageError:
         """What went wrong, and what to do, as one line."""
         code, where, server = code_of(error), f"{self.url}/{key}", _endpoint()
-        listing = getattr(error, "operation_name", "") == "ListObjectsV2"
+        operation = getattr(error, "operation_name", "")
         if code in _MISSING:
             return ObjectMissing(f"{where} does not exist")
         region, ours = _region_in(error), _client().meta.region_name
@@ -107,7 +115,7 @@ class S3Storage:
             )
         elif code == "NoSuchBucket":
             text = f"no bucket {self.bucket!r} on {server}: create it, or check the name"
-        elif code in _WRONG_REGION or region not in (None, ours):
+        elif code in _WRONG_REGION or (code == "400" and region not in (None, ours)):
             expected = f"expects {region or 'another region'} for {where}, not {ours}"
             text = f"{server} {expected}: set AWS_DEFAULT_REGION={region or ''}".rstrip("=")
         elif code in _EXPIRED:
@@ -121,8 +129,10 @@ class S3Storage:
             text = (
                 f"{server} denies access to {where} ({code}): check AWS_ACCESS_KEY_ID,"
                 " AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and the bucket's permissions"
-                f"{' (listing needs s3:ListBucket)' if listing else ''}"
+                f"{' (listing needs s3:ListBucket)' if operation == 'ListObjectsV2' else ''}"
             )
+        elif code in _LACKING:
+            text = f"{server} does not support {operation}, needed for {where}"
         elif code == "ProxyConnectionError":
             text = f"cannot reach {server} by the proxy of HTTP_PROXY or HTTPS_PROXY; see NO_PROXY"
         elif isinstance(error, CONNECTION_ERRORS):
@@ -227,6 +237,11 @@ class S3Storage:
             try:
                 client.put_object(Body=data, **where)
             except boto.ClientError as error:
+                if create_once and code_of(error) in _LACKING:
+                    raise StorageError(
+                        f"{_endpoint()} does not support conditional writes (If-None-Match), which"
+                        f" keep {self.url}/{key} from being written twice: use a server that does"
+                    ) from None
                 if code_of(error) not in ("PreconditionFailed", "412"):
                     raise
                 # Our earlier attempt may have been stored although its answer was lost.
@@ -285,7 +300,7 @@ class S3Storage:
             try:
                 found = client.list_object_versions(Bucket=self.bucket, Prefix=where["Key"])
             except boto.ClientError as error:
-                if code_of(error) in ("NotImplemented", "MethodNotAllowed"):
+                if code_of(error) in (*_LACKING, "MethodNotAllowed"):
                     return []
                 raise
             entries = [*found.get("Versions", ()), *found.get("DeleteMarkers", ())]
@@ -300,7 +315,16 @@ class S3Storage:
         if not isinstance(other, S3Storage):
             return False
         source, where = other._where(other_key), self._where(key)
-        self._try(key, lambda client, _: client.copy(source, where["Bucket"], where["Key"]))
+
+        def copy(client: Any, _: bool) -> None:
+            try:
+                client.copy(source, where["Bucket"], where["Key"])
+            except boto.ClientError as error:
+                if not is_transient(error):
+                    other.size(other_key)  # explains the error if it is the source's
+                raise
+
+        self._try(key, copy)
         return True
 
     def child(self, key: str) -> Self:

@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from data_shards.ray_utils import NOISE, prepare_ray
+from data_shards.ray_utils import NOISE, connect, prepare_ray
 
 SHOWN = """
 import json, os, sys
@@ -35,6 +36,23 @@ def test_only_lines_without_a_cause_here_are_left_out():
     command = [sys.executable, "-c", SHOWN, json.dumps(LINES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == LINES[-1:]
+
+
+@pytest.mark.parametrize("before", [None, "head:6379"])
+def test_ray_that_is_started_here_stays_on_loopback(monkeypatch: pytest.MonkeyPatch, before):
+    for name in ("RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_ADDRESS"):
+        monkeypatch.setenv(name, before or "x")  # so that it is restored afterwards
+        if before is None or name != "RAY_ADDRESS":
+            monkeypatch.delenv(name)
+    started: list[dict] = []
+    monkeypatch.setitem(
+        sys.modules,
+        "ray",
+        SimpleNamespace(is_initialized=lambda: False, init=lambda **given: started.append(given)),
+    )
+    connect("local")
+    assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert started[0]["address"] == "local"
 
 
 def test_a_cluster_that_is_given_keeps_its_own_settings(monkeypatch: pytest.MonkeyPatch):

@@ -25,6 +25,8 @@ def jpeg(mode: str = "RGB", **options) -> bytes:
 PLAIN, GREY = jpeg(quality=90), jpeg("L")
 RESTARTS = jpeg(restart_marker_rows=1)
 PROGRESSIVE = jpeg(progressive=True)
+CMYK = jpeg("CMYK")
+YCCK = CMYK.replace(b"Adobe\0d\0\0\0\0\0", b"Adobe\0d\0\0\0\0\x02")  # the colour transform
 
 
 def insert(data: bytes, place: bytes, stray: bytes) -> bytes:
@@ -77,11 +79,17 @@ def test_odd_jpeg_is_read_as_pil_reads_it(data):
     assert np.array_equal(into, expected)
 
 
+@pytest.mark.parametrize("data", [CMYK, YCCK], ids=["CMYK", "YCCK"])
+def test_jpeg_in_the_colours_of_print_is_read(data):
+    assert decode(data).shape == (72, 40, 3)
+    assert np.array_equal(decode(insert(data, SOS, b"\x00\x01")), decode(data))
+
+
 @pytest.mark.parametrize("ending", [b"", b"\xff\xd9"], ids=["cut", "cut and ended"])
 @pytest.mark.parametrize(
     "data",
-    [PLAIN, GREY, RESTARTS, PROGRESSIVE, *ODD.values()],
-    ids=["plain", "grey", "restart markers", "progressive", *ODD],
+    [PLAIN, GREY, RESTARTS, PROGRESSIVE, CMYK, YCCK, *ODD.values()],
+    ids=["plain", "grey", "restart markers", "progressive", "CMYK", "YCCK", *ODD],
 )
 def test_truncated_jpeg_is_refused(data, ending):
     whole = data[: data.rindex(b"\xff\xd9")].removesuffix(b"\x12\x34")

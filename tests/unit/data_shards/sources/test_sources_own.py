@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from source_files import brief, read, touch
 
-from data_shards.errors import ConfigError, DataError
+from data_shards.errors import ConfigError, DataError, StorageError
 from data_shards.records import NO_CAMERA
+from data_shards.sources import webdataset
 from data_shards.sources.layout import Counts, count
+from data_shards.storage.object_path import open_place
 
 # CSV
 
@@ -91,6 +95,11 @@ def test_csv_missing_file_is_named(tmp_path):
         DataError, match=r"none\.csv is not there: give a file whose first line is path,pid"
     ):
         read("csv", tmp_path / "none.csv")
+
+
+def test_csv_object_that_is_not_there_is_not_called_a_folder(bucket):
+    with pytest.raises(DataError, match=r"people\.csv is not there: give a file"):
+        read("csv", open_place(f"s3://{bucket}/people.csv", file=True))
 
 
 def test_csv_header_may_have_spaces(tmp_path):
@@ -214,3 +223,66 @@ def test_folders_without_images_say_what_is_expected(tmp_path):
     touch(tmp_path, "1.jpg")
     with pytest.raises(DataError, match="a folder for each identity"):
         read("folders", tmp_path)
+
+
+def test_folders_with_names_that_are_not_utf_8_are_split_for_the_test(tmp_path):
+    for person in range(8):
+        touch(tmp_path / f"{person}", *(os.fsdecode(b"caf\xe9%d.jpg" % n) for n in range(4)))
+    records = read("folders", tmp_path, test=0.5)
+    assert {record.split for record in records} == {"train", "query", "gallery"}
+
+
+# What the disk refuses
+
+
+@pytest.mark.parametrize(
+    ("source", "method", "refused"),
+    [
+        ("csv", "is_file", "list.csv"),
+        ("csv", "read_bytes", "list.csv"),
+        ("folders", "is_dir", "2"),
+        ("folders", "iterdir", "2"),
+        ("market1501", "is_dir", "bounding_box_train"),
+        ("msmt17", "is_dir", "train"),
+    ],
+)
+def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch, source, method, refused):
+    csv(tmp_path, "a.jpg,5,1,train")
+    touch(tmp_path, "1/a.jpg", "2/a.jpg")
+    call = getattr(Path, method)
+
+    def refuse(path):
+        if path.name == refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return call(path)
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(StorageError, match=rf"{tmp_path}/{refused}: Permission denied"):
+        read(source, tmp_path / "list.csv" if source == "csv" else tmp_path)
+
+
+# Tars
+
+
+@pytest.mark.parametrize(
+    ("root", "names"),
+    [
+        ("s3://b/{x/0,y/0}.tar", ["x/0.tar", "y/0.tar"]),
+        ("s3://b/in/{x,y}.tar", ["x.tar", "y.tar"]),
+        ("https://host/{ab/0.tar?s=1,a/0.tar?s=2}", ["ab/0.tar", "a/0.tar"]),
+        ("/data/{x/0,y/0}.tar", ["x/0.tar", "y/0.tar"]),
+        ("{x/0,y/0}.tar", ["x/0.tar", "y/0.tar"]),
+        ("/data/0.tar", ["0.tar"]),
+    ],
+)
+def test_tars_are_named_below_their_common_folder(monkeypatch, root, names):
+    tasks = list[tuple[str, str]]()
+
+    def note(_, given, *rest):
+        tasks.extend(given)
+        return []
+
+    monkeypatch.setattr(webdataset, "parallel_map", note)
+    monkeypatch.setattr(webdataset, "_labelled", lambda *_: None)
+    read("webdataset", root, fields=["pid=cls"])
+    assert [name for _, name in tasks] == names

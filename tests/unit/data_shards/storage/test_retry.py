@@ -75,6 +75,7 @@ def test_every_pause_is_logged_with_the_reason(clock, caplog):
         ("502", 502, True),
         ("RequestTimeout", 400, True),
         ("TooManyRequests", 429, True),
+        ("NotImplemented", 501, False),
         ("XAmzContentSHA256Mismatch", 400, True),
         ("AccessDenied", 403, False),
         ("ExpiredToken", 403, False),

@@ -115,6 +115,14 @@ class TestBothKinds:
             storage.download("f", tmp_path / "cache" / "target")
         assert list((tmp_path / "cache").iterdir()) == []
 
+    def test_copy_of_what_is_missing_names_the_source(self, storage):
+        source, target = storage.child("from"), storage.child("to")
+        with pytest.raises(ObjectMissing, match=r"/from/k does not exist"):
+            target.copy_from(source, "k", "k")
+        source.write("k", b"there")
+        assert target.copy_from(source, "k", "k")
+        assert target.read("k") == b"there"
+
     @pytest.mark.parametrize("key", ["", "/etc/passwd", "../up", "a/../../up"])
     def test_keys_do_not_lead_out(self, storage, key):
         with pytest.raises(StorageError, match="not a key inside"):
@@ -202,10 +210,62 @@ def test_object_that_goes_while_it_is_listed_is_not_listed(tmp_path, monkeypatch
     for key in ("a", "b"):
         storage.write(key, b"x")
 
-    def walk_and_lose_one(root):
-        found = list(walk(root))
+    def walk_and_lose_one(root, **options):
+        found = list(walk(root, **options))
         (tmp_path / "a").unlink()
         return found
 
     monkeypatch.setattr(os, "walk", walk_and_lose_one)
     assert list(storage.list()) == [("b", 1)]
+
+
+class TestDiskWithoutHardLinks:
+    @pytest.fixture(autouse=True, params=[errno.EPERM, errno.ENOTSUP])
+    def no_links(self, request, monkeypatch):
+        def refuse(*_):
+            raise OSError(request.param, os.strerror(request.param))
+
+        monkeypatch.setattr(files.os, "link", refuse)
+
+    @pytest.fixture
+    def storage(self, tmp_path) -> Storage:
+        return open_storage(str(tmp_path))
+
+    test_one_wins = TestBothKinds.test_create_once_has_one_winner
+    test_what_was_there_stays = TestBothKinds.test_create_once_refuses_and_leaves_what_was_there
+
+    def test_nobody_sees_a_file_that_is_not_whole(self, storage, tmp_path, monkeypatch):
+        replace, seen = os.replace, list[bool]()
+
+        def look(name, path):
+            seen.append(path.exists())
+            replace(name, path)
+
+        monkeypatch.setattr(files.os, "replace", look)
+        storage.write("k", b"whole", create_once=True)
+        assert seen == [False]
+        assert [path.name for path in tmp_path.iterdir()] == ["k"]
+
+
+def test_folder_that_may_not_be_entered_is_one_line(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(StorageError, match=r"/k: Permission denied"):
+        open_storage(str(tmp_path)).exists("k")
+
+
+def test_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, caplog):
+    storage, scandir = open_storage(str(tmp_path)), os.scandir
+    for key in ("a/1", "b/1"):
+        storage.write(key, b"x")
+
+    def refuse(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert list(storage.list()) == [("b/1", 1)]
+    assert f"{tmp_path}/a is left out: Permission denied" in caplog.text

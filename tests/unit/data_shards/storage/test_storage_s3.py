@@ -133,6 +133,34 @@ def test_credentials_that_another_program_renewed_are_read_again(monkeypatch, tm
     assert storage.read("k") == b"found"
 
 
+def test_server_without_conditional_writes_is_named_at_once(monkeypatch):
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.5)
+    server = Refusing(monkeypatch, 501, "NotImplemented")
+    with pytest.raises(StorageError, match=r"does not support conditional writes \(If-None-Match"):
+        open_storage("s3://b/x").write("k", b"", create_once=True)
+    with pytest.raises(StorageError, match=r"does not support PutObject, needed for s3://b/x/k"):
+        open_storage("s3://b/x").write("k", b"")
+    assert len(server.seen) == 2
+
+
+@pytest.mark.parametrize(("code", "message"), [("AccessDenied", "denies"), ("Odd", "refuses")])
+def test_refusal_from_another_region_is_not_taken_for_a_wrong_region(monkeypatch, code, message):
+    class Elsewhere(Refusing):
+        def handle(self, request, body):
+            send_response = request.send_response
+
+            def with_region(status):
+                send_response(status)
+                request.send_header("x-amz-bucket-region", "eu-west-3")
+
+            request.send_response = with_region
+            super().handle(request, body)
+
+    Elsewhere(monkeypatch, 403, code)
+    with pytest.raises(StorageError, match=rf"{message} access to s3://b/x/k \({code}\)"):
+        open_storage("s3://b/x").read("k")
+
+
 def test_clock_that_is_wrong_is_named(monkeypatch):
     Refusing(monkeypatch, 403, "RequestTimeTooSkewed")
     with pytest.raises(StorageError, match=r"clock differs from the server's .* NTP"):
