@@ -18,8 +18,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
@@ -68,7 +67,6 @@ class ShardCache:
         self.storage = storage
         self.folder = Path(folder)
         self.max_bytes = max_bytes
-        self.stats = Counter[str]()  # how many "downloads", and of how many "bytes"
         self._mutex = threading.Lock()
         self._wanted: list[FileInfo] = []
         self._waiting: list[FileInfo] = []
@@ -181,11 +179,6 @@ class ShardCache:
                 " load ahead), or lower --batch.window"
             )
 
-    def count(self, stats: Mapping[str, int]) -> None:
-        """Add to `stats`, from any thread."""
-        with self._mutex:
-            self.stats.update(stats)
-
     def _work(self) -> None:
         while True:
             with self._mutex:
@@ -263,7 +256,6 @@ class ShardCache:
                     shutil.rmtree(part, ignore_errors=True)
                     os.ftruncate(lock, 0)
         log.debug("cached %s in %.1f s", file.what, time.monotonic() - began)
-        self.count({"downloads": 1, "bytes": file.bytes})
 
     def _reserve(self, file: _File, lock: int) -> None:
         """Reserve space for a file; remove the least recently used ones if necessary."""

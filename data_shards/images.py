@@ -89,7 +89,7 @@ class ImageFolder:
         """Yield the images of rows, in order, resized to (height, width).
 
         Unreadable images are in no batch; they are added to `left_out`. The next batch is read
-        while the consumer has one. Labels, identities and cameras are −1: not known.
+        while the consumer has one. Labels are −1: not known.
         """
         import torch
 
@@ -103,7 +103,7 @@ class ImageFolder:
                 return None
             unknown, row = torch.full((len(good),), -1), torch.tensor(list(good))
             images = torch.from_numpy(np.stack(list(good.values())))
-            return Batch(images, unknown, unknown, unknown, row)
+            return Batch(images, unknown, row)
 
         with ThreadPoolExecutor(THREADS) as pool:
             waiting = None

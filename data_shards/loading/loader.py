@@ -36,8 +36,6 @@ class Batch:
 
     image: torch.Tensor  # (B, H, W, 3) uint8, RGB
     label: torch.Tensor  # (B,) int64, training label, -1 outside train
-    pid: torch.Tensor  # (B,) int64, identity
-    camid: torch.Tensor  # (B,) int64, camera
     row: torch.Tensor  # (B,) int64, row in the split's index
 
 
@@ -140,11 +138,8 @@ def _batches(
                 raise DataError(f"{index.path[rows[position]]} {what}")
             if isinstance(result, ReidError):
                 raise result
-            if decoders.workers:
-                cache.count(result.stats)
-            columns = (index.label[rows], index.pid[rows], index.camid[rows], rows)
-            numbers = (torch.from_numpy(column.astype(np.int64)) for column in columns)
-            yield Batch(decoders.slots.lend(result.image, len(rows)), *numbers)
+            numbers = (torch.from_numpy(c.astype(np.int64)) for c in (index.label[rows], rows))
+            yield Batch(decoders.slots.lend(result, len(rows)), *numbers)
     finally:
         cache.prefetch(())
         del made
@@ -189,7 +184,7 @@ class Decoders:
             generator=torch.Generator(),  # the default one would advance the training's
         )
 
-    def start(self, images: Iterator[Index]) -> Iterator["_Made | ReidError"]:
+    def start(self, images: Iterator[Index]) -> Iterator[int | torch.Tensor | ReidError]:
         """Decode batches of images, in order; what an earlier iterator left over is dropped."""
         self._images = images
         return iter(self._loader)
@@ -282,22 +277,14 @@ class _Unreadable(DataError):
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A worker's answer: the slot that it filled, or a tensor if it was given no slot."""
-
-    image: int | torch.Tensor
-    stats: Counter[str]
-
-
-@dataclass(frozen=True)
 class _Decoder:
-    """Decodes batches; runs in the workers."""
+    """Decodes batches into slots, or into a tensor if it is given none; runs in the workers."""
 
     cache: ShardCache
     shards: tuple[ShardInfo, ...]
     memory: torch.Tensor
 
-    def __getitem__(self, job: tuple[Index, int | None]) -> _Made | ReidError:
+    def __getitem__(self, job: tuple[Index, int | None]) -> int | torch.Tensor | ReidError:
         images, slot = job
         cache = self.cache
         if self.memory.is_shared():  # in a worker process
@@ -313,7 +300,7 @@ class _Decoder:
         except ReidError as error:
             # Returned, because torch wraps what a worker raises in another message.
             return error
-        return _Made(out if slot is None else slot, cache.stats)
+        return out if slot is None else slot
 
     def _decode(self, images: Index, cache: ShardCache, pixels: np.ndarray) -> None:
         files = dict[int, int]()

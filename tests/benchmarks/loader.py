@@ -47,9 +47,13 @@ SHARD_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder that looks like a bucket: its shards have to be downloaded."""
+    """A folder that looks like a bucket: its shards have to be downloaded, which it notes."""
 
     root: Path
+
+    @property
+    def notes(self) -> Path:
+        return self.root / "downloads.txt"
 
     @property
     def url(self) -> str:
@@ -57,6 +61,8 @@ class RemoteFolder:
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
         LocalStorage(self.root).download(key, path, sha256=sha256)
+        with self.notes.open("a") as file:
+            file.write(f"{key}\n")
 
 
 def person(rng: np.random.Generator) -> np.ndarray:
@@ -162,7 +168,8 @@ def measure(folder: Path, images: int, workers: int, repeats: int) -> None:
         "csv", folder / "images" / "list.csv", str(folder / "data"), shard_bytes=SHARD_BYTES, jobs=1
     )
     local = Dataset.open(str(folder / "data"))
-    remote = replace(local, storage=RemoteFolder(folder / "data"))  # type: ignore[arg-type]
+    bucket = RemoteFolder(folder / "data")
+    remote = replace(local, storage=bucket)  # type: ignore[arg-type]
     options = {"identities": IDENTITIES, "images": IMAGES, "window": WINDOW}
     index = local.index("train")
     began = time.perf_counter()
@@ -185,6 +192,7 @@ def measure(folder: Path, images: int, workers: int, repeats: int) -> None:
     figures: dict[str, list[float]] = {}
     for _ in range(repeats):
         shutil.rmtree(folder / "cold", ignore_errors=True)
+        bucket.notes.unlink(missing_ok=True)
         cold = ShardCache(remote.storage, folder / "cold", two_windows)
         for name, figure in (
             ("limit", lambda: decode_limit(paths)),
@@ -195,11 +203,12 @@ def measure(folder: Path, images: int, workers: int, repeats: int) -> None:
         ):
             figures.setdefault(name, []).append(figure())
     show({name: max(values) for name, values in figures.items()}, workers)
+    downloads = len(bucket.notes.read_text().split())
     size = np.mean([path.stat().st_size for path in paths]) / 1000
     Console().print(
         f"{images:,} JPEGs of about 136 × 350, {size:.1f} kB each, in {len(shards)} shards;"
         f" {len(rows)} batches of {rows.shape[1]} at {HEIGHT} × {WIDTH}; {os.cpu_count()} cores."
-        f" Planned in {1000 * planned:.0f} ms. Cold: {cold.stats['downloads']} downloads,"
+        f" Planned in {1000 * planned:.0f} ms. Cold: {downloads} downloads,"
         f" a cache of {cold.max_bytes / sum(shards):.0%}.\n"
         "The plain loader delivers augmented float32, ours uint8 for the device to augment."
     )

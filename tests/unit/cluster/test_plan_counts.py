@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ class Remote:
     """A folder with shards that must be downloaded, as from a bucket."""
 
     root: Path
+    sizes: list[int] = field(default_factory=list)  # bytes of each download
 
     @property
     def url(self) -> str:
@@ -40,6 +41,7 @@ class Remote:
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
         LocalStorage(self.root).download(key, path, sha256=sha256)
+        self.sizes.append(path.stat().st_size)
 
 
 @pytest.fixture
@@ -55,9 +57,10 @@ def read(
     shutil.rmtree(folder, ignore_errors=True)
     size = {"height": config.image.height, "width": config.image.width, "workers": 0}
     nodes = [range(first, first + per_node) for first in range(0, workers, per_node)]
+    storages = [Remote(Path(dataset.url)) for _ in nodes]
     caches = [
-        ShardCache(dataset.storage, folder / str(ranks.start), config.loader.cache_bytes)
-        for ranks in nodes
+        ShardCache(storage, folder / str(ranks.start), config.loader.cache_bytes)
+        for ranks, storage in zip(nodes, storages, strict=True)
     ]
 
     def evaluate() -> None:
@@ -77,7 +80,7 @@ def read(
                 list(train_batches(dataset, cache, mine, **size))
         if (epoch + 1) % config.evaluation.every == 0 or epoch + 1 == config.total_epochs:
             evaluate()
-    return [(cache.stats["downloads"], cache.stats["bytes"]) for cache in caches]
+    return [(len(storage.sizes), sum(storage.sizes)) for storage in storages]
 
 
 def counted(

@@ -128,10 +128,8 @@ def test_a_batch_holds_the_planned_images(dataset, cache, rows):
     assert batch.image.shape == (16, 48, 16, 3)
     assert batch.image.dtype == torch.uint8
     assert batch.row.tolist() == rows[0].tolist()
-    assert batch.pid.tolist() == index.pid[rows[0]].tolist()
     assert batch.label.tolist() == index.label[rows[0]].tolist()
-    assert batch.camid.tolist() == index.camid[rows[0]].tolist()
-    assert {t.dtype for t in (batch.row, batch.pid, batch.label, batch.camid)} == {torch.int64}
+    assert {t.dtype for t in (batch.row, batch.label)} == {torch.int64}
     for row, image in zip(rows[0], batch.image, strict=True):
         shard = dataset.manifest.shards[index.shard[row]]
         data = dataset.storage.read_range(shard.name, index.offset[row], index.size[row])
@@ -213,7 +211,6 @@ def test_each_shard_is_downloaded_once_though_only_two_windows_fit(
     used = {remote.manifest.shards[i].name for i in remote.index("train").shard[rows].flat}
     assert len(used) > 2 * PLAN["window"]
     assert sorted(remote.storage.downloads) == sorted(used)
-    assert small.stats["downloads"] == len(used)
 
 
 def test_a_cache_that_cannot_hold_a_step_is_refused(remote, tmp_path, rows):

@@ -31,7 +31,7 @@ class Loader:
                 self.slots += 1
             image = free.pop().fill_(number)
             numbers = torch.full((2,), number)
-            batch = Batch(image, numbers, numbers, numbers, numbers)
+            batch = Batch(image, numbers, numbers)
             weakref.finalize(batch, free.append, image)
             yield batch
             del batch
@@ -83,7 +83,7 @@ def test_the_late_copy_notices_a_batch_that_is_given_back_too_early():
     def careless(batches, stream) -> Iterator[Batch]:
         for batch in batches:
             (image, label), _ = stream.copy((batch.image, batch.label))
-            yield Batch(image, label, label, label, label)
+            yield Batch(image, label, label)
 
     stream = LateStream()
     assert _seen(careless(Loader(12), stream), stream) != [(n, n) for n in range(12)]
