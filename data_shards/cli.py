@@ -214,6 +214,8 @@ def add_command(
             progress=progress,
         )
     print(f"{change.images:,} images {'are there already' if change.already_made else 'added'}")
+    if change.known:
+        print(f"{change.known:,} images were there already")
     _show(url, change.manifest)
 
 

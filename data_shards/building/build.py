@@ -20,14 +20,20 @@ from data_shards.building import state
 from data_shards.building.parallel import Cluster, cores, parallel_map
 from data_shards.building.reading import check_identities, check_name, read_images
 from data_shards.building.scan import ScannedImage
-from data_shards.building.writer import ShardPlan, index_of, plan_shards, write_shard
-from data_shards.errors import ConfigError, StorageError
+from data_shards.building.writer import (
+    ShardPlan,
+    SourceChanged,
+    index_of,
+    plan_shards,
+    write_shard,
+)
+from data_shards.errors import ConfigError, DataError, StorageError
 from data_shards.index import Index, count_splits
 from data_shards.manifest import INDEX_NAME, FileInfo, Manifest, Names, json_digest, sha256
 from data_shards.progress import Progress, silent
 from data_shards.records import SHARD_BYTES
-from data_shards.storage import LocalStorage, Storage, open_storage
-from data_shards.storage.atomic import disk_errors
+from data_shards.storage import LocalStorage, Storage, expand_home, open_storage
+from data_shards.storage.atomic import TEMPORARY, disk_errors
 from data_shards.storage.object_path import Place
 
 LOCK_NAME = "build.lock"  # in the work folder; locked until the build's process ends
@@ -110,7 +116,12 @@ def build(
             return BuildResult(manifest, True, wide)
         state.claim(storage, content)
         plans = plan_shards(found.images, shard_bytes)
-        notes = write_shards(storage, draft["name"], plans, folder, jobs, cluster, progress)
+        try:
+            notes = write_shards(storage, draft["name"], plans, folder, jobs, cluster, progress)
+        except SourceChanged as error:
+            raise DataError(
+                f"{error}: choose another --out, or delete what is in {storage.url}, and try again"
+            ) from None
         index, shards = (
             index_of(plans, [note.offsets for note in notes]),
             tuple(note.info for note in notes),
@@ -187,7 +198,7 @@ def work_folder(work: Path | None, build: str) -> Iterator[Path]:
     """Lock the folder for tars that are not uploaded yet; no other build uses it meanwhile."""
     # The same name for the same build, so that an interrupted upload finds its file again.
     name = f"data-shards-{os.getuid()}-{sha256(build.encode())[:16]}"
-    folder = work or Path(tempfile.gettempdir(), name)
+    folder = expand_home(work) if work else Path(tempfile.gettempdir(), name)
     with disk_errors(folder):
         while (lock := _try_lock(folder)) is None:
             pass
@@ -195,6 +206,9 @@ def work_folder(work: Path | None, build: str) -> Iterator[Path]:
         yield folder
     finally:
         with contextlib.suppress(OSError):  # the user's own folder may hold other files
+            if work is None:  # a download that was killed leaves images
+                for left in folder.glob(f"{TEMPORARY}*"):
+                    left.unlink()
             (folder / LOCK_NAME).unlink()
             folder.rmdir()
         os.close(lock)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_shards.building import state
 from data_shards.building.build import work_folder
-from data_shards.building.numbering import next_number
+from data_shards.building.numbering import next_numbers
 from data_shards.building.reading import check_name, sanitized
 from data_shards.building.versions import Change, commit, moved, shifted
 from data_shards.dataset import Dataset
@@ -53,7 +53,6 @@ def merge(
     with work_folder(None, f"{content} {storage.url}") as folder:
         if (found := state.find_finished(storage, content)) is not None:
             return Change(found, 0, already_made=True)
-        state.claim(storage, content)
         shards, indices, copies, kept, pid, camid = [], [], [], [], 0, 0
         for number, dataset in enumerate(datasets):
             for shard in dataset.manifest.shards:
@@ -65,12 +64,11 @@ def merge(
             indices.append(shifted(index, first, pid, camid))
             if dataset.manifest.names is not None:
                 kept.append(dataset.manifest.names.shifted(pid, camid))
-            pid, camid = (
-                pid + next_number(index.pid),
-                camid + next_number(index.camid & (NO_CAMERA - 1)),
-            )
+            more = next_numbers(dataset.manifest, [index])
+            pid, camid = pid + more[0], camid + more[1]
         if pid >= 1 << 62 or camid >= NO_CAMERA:
             raise DataError("the pids or camids of these datasets are too large to be joined")
+        state.claim(storage, content)
         _copy_all(copies, storage, folder, progress)
         manifest = commit(
             storage,
@@ -85,7 +83,6 @@ def merge(
             left_out=tuple(item for dataset in datasets for item in dataset.manifest.left_out),
             names=Names.joined(kept),
         )
-        state.remove_notes(storage)
     return Change(manifest, sum(info.images for info in manifest.splits.values()))
 
 

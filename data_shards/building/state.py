@@ -4,6 +4,7 @@
 finished. All of them are removed when the manifest is written.
 """
 
+import contextlib
 import json
 import logging
 from pathlib import PurePosixPath
@@ -42,7 +43,7 @@ def find_finished(storage: Storage, content: str) -> Manifest | None:
             f"{storage.url} holds another dataset ({manifest.name}, {images:,} images), or the same"
             " one with another --name or other options; it was not changed: choose another --out"
         )
-    remove_notes(storage)
+    remove_notes(storage, content)
     return manifest
 
 
@@ -51,16 +52,18 @@ def claim(storage: Storage, content: str, *, empty: bool = True) -> None:
 
     Unless it should be `empty`, it holds a dataset of which a new version is made.
     """
-    plan = json.dumps({"content": content}).encode()
+    plan = _plan(content)
     try:
         found = storage.read(PLAN)
+        log.info("found an unfinished build at %s", storage.url)
     except ObjectMissing:
         if empty and next(iter(storage.list("shards/")), None) is not None:
             raise DataError(
                 f"{storage.url}/shards is not empty: choose another --out, or delete what is there"
             ) from None
-        storage.write(PLAN, plan, create_once=True)
-        return
+        with contextlib.suppress(ObjectExists):  # another machine was first
+            storage.write(PLAN, plan, create_once=True)
+        found = storage.read(PLAN)  # some servers overwrite what is to be created once
     if found != plan:
         raise DataError(
             f"{storage.url} holds an unfinished build of another dataset: choose another --out, or"
@@ -69,7 +72,6 @@ def claim(storage: Storage, content: str, *, empty: bool = True) -> None:
             else f"{storage.url} is being changed by another add or remove: wait for it, or repeat"
             f" that command to finish it; delete {storage.url}/{PLAN} to give it up"
         )
-    log.info("resuming the build at %s", storage.url)
 
 
 def read_note(storage: Storage, plan: ShardPlan) -> ShardNote | None:
@@ -95,22 +97,28 @@ def finish(storage: Storage, manifest: Manifest, index: bytes) -> None:
         except ObjectExists:
             if storage.read(key) != data:  # the same bytes are of an earlier build
                 raise
-    remove_notes(storage)
+    remove_notes(storage, manifest.content)
 
 
 def is_claimed(storage: Storage, content: str) -> bool:
     """Whether this build or change was interrupted here, or is running."""
     try:
-        return storage.read(PLAN) == json.dumps({"content": content}).encode()
+        return storage.read(PLAN) == _plan(content)
     except ObjectMissing:
         return False
 
 
-def remove_notes(storage: Storage) -> None:
-    """Remove all notes; the plan last, because the others belong to it."""
+def remove_notes(storage: Storage, content: str) -> None:
+    """Remove the notes of this build or change; the plan last, because the others belong to it."""
+    if not is_claimed(storage, content):
+        return
     keys = [key for key, _ in storage.list(FOLDER)]
     for key in sorted(keys, key=lambda key: key == PLAN):
         storage.delete(key)
+
+
+def _plan(content: str) -> bytes:
+    return json.dumps({"content": content}).encode()
 
 
 def _note_key(shard: str) -> str:

@@ -6,6 +6,7 @@ The plan in `build/` keeps two changes from running at once, and lets the same c
 interrupted one.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,11 +17,17 @@ import numpy as np
 
 from data_shards.building import state
 from data_shards.building.build import content_digest, work_folder, write_once, write_shards
-from data_shards.building.numbering import pids_of, renumbered
+from data_shards.building.numbering import LEAST, next_numbers, not_in, pids_of, renumbered
 from data_shards.building.parallel import Cluster, cores, parallel_map
 from data_shards.building.reading import read_images
 from data_shards.building.scan import ScannedImage
-from data_shards.building.writer import ShardImage, ShardPlan, index_of, plan_shards
+from data_shards.building.writer import (
+    ShardImage,
+    ShardPlan,
+    SourceChanged,
+    index_of,
+    plan_shards,
+)
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ObjectMissing, StorageError
 from data_shards.index import Index, count_splits, split_of_rows
@@ -40,7 +47,11 @@ from data_shards.manifest import (
 from data_shards.progress import Progress, silent
 from data_shards.records import SHARD_BYTES, SPLITS, ImageRecord
 from data_shards.storage import LocalStorage, Storage
+from data_shards.storage.atomic import TEMPORARY
 from data_shards.storage.object_path import ObjectPath, Place
+
+Rewrite = tuple[int, str, ShardInfo, ShardPlan]
+"""A shard's position, the name of its dataset, the shard, and what is to be in the new one."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class Change:
     manifest: Manifest
     images: int
     already_made: bool = False
+    known: int = 0  # images of the source that the dataset had before
     deleted: int = 0  # objects of earlier versions
 
 
@@ -93,20 +105,27 @@ def add(
         cluster=cluster,
         progress=progress,
     )
-    images, before = found.images, old.options.get("added", [])
+    if not found.images:
+        raise DataError(f"no images under {root}: nothing was changed")
+    storage, before, images = dataset.storage, old.options.get("added", []), list[ScannedImage]()
     assert isinstance(before, list)
-    digest = content_digest({"ids": ids, "shard_bytes": shard_bytes}, images)
-    if digest in before:
-        if state.is_claimed(dataset.storage, digest):
-            state.remove_notes(dataset.storage)
-        return Change(old, len(images), already_made=True)
-    images, storage = renumbered(images, dataset, ids), dataset.storage
+    digest = content_digest({"ids": ids, "shard_bytes": shard_bytes}, found.images)
+    free = _free_numbers(dataset)
+    if digest not in before:
+        images = not_in(dataset, renumbered(found.images, dataset, ids, free))
+    if not images:
+        state.remove_notes(storage, digest)
+        return Change(old, len(found.images), already_made=True)
     pids = {image.record.pid for image in images if image.record.split == "train"}
     pids.update(dataset.identities.tolist())
     plans = plan_shards(images, shard_bytes, version=_version(old, digest), pids=pids)
     with work_folder(work, f"{digest} {storage.url}") as folder:
-        state.claim(storage, digest, empty=False)
-        notes = write_shards(storage, old.name, plans, folder, jobs, cluster, progress)
+        _claim(storage, digest, old)
+        try:
+            notes = write_shards(storage, old.name, plans, folder, jobs, cluster, progress)
+        except SourceChanged as error:
+            state.remove_notes(storage, digest)
+            raise DataError(f"{error}: run this again") from None
         added = index_of(plans, [note.offsets for note in notes])
         shards = [*(moved(old, shard) for shard in old.shards), *(note.info for note in notes)]
         manifest = commit(
@@ -114,12 +133,12 @@ def add(
             old,
             shards,
             Index.concatenated([dataset.whole, shifted(added, len(old.shards))]),
-            options=old.options | {"added": [*before, digest]},
-            left_out=(*old.left_out, *found.left_out),
+            options=_options(old, free) | {"added": [*before, digest]},
+            left_out=tuple(dict.fromkeys((*old.left_out, *found.left_out))),
             names=Names.joined([old.names, Names.of(image.record for image in images)]),
         )
-        state.remove_notes(storage)
-    return Change(manifest, len(images))
+        state.remove_notes(storage, digest)
+    return Change(manifest, len(images), known=len(found.images) - len(images))
 
 
 def remove(
@@ -146,30 +165,34 @@ def remove(
     dataset = Dataset.open(url)
     old, storage, index = dataset.manifest, dataset.storage, dataset.whole
     earlier_ones = _versions(storage)
-    pids = pids_of(people, [old, *earlier_ones], url)
-    token, gone = json_digest(["remove", sorted(set(pids))]), np.isin(index.pid, pids)
+    pids, *pids_before = pids_of(people, [old, *earlier_ones], url)
+    wanted, gone = {*pids}.union(*pids_before), np.isin(index.pid, pids)
+    token = json_digest(["remove", sorted(wanted)])
     found, having, manifest = set(index.pid[gone].tolist()), list[Manifest](), old
-    for earlier in earlier_ones:
+    for earlier, theirs in zip(earlier_ones, pids_before, strict=True):
         try:
             there = _index(storage, earlier).pid
         except ObjectMissing:  # an interrupted command was deleting this version
             having.append(earlier)
             continue
-        if (hit := np.isin(there, pids)).any():
+        if (hit := np.isin(there, theirs)).any():
             having.append(earlier)
             found.update(there[hit].tolist())
-    missing = sorted({*pids} - found)
+    missing = sorted(wanted - found)
     if missing and not state.is_claimed(storage, token):
         raise DataError(f"{url} has no pid {', '.join(map(str, missing))}: nothing was changed")
+    tasks = _rewrites(dataset, index, gone, _version(old, token)) if gone.any() else []
     with work_folder(work, f"{token} {storage.url}") as folder:
-        state.claim(storage, token, empty=False)
+        _claim(storage, token, old)
         if gone.any():
-            version, jobs = _version(old, token), jobs or cores()
-            shards, kept = _without(dataset, index, gone, version, folder, jobs, progress)
-            manifest = commit(storage, old, shards, kept)
+            shards, kept = _without(dataset, index, gone, tasks, folder, jobs or cores(), progress)
+            # Images of these people can be added again. Paths of unreadable ones may be of them.
+            options = _options(old, _free_numbers(dataset))
+            options.pop("added", None)
+            manifest = commit(storage, old, shards, kept, options=options, left_out=())
             having.append(old)
         deleted = _delete(storage, manifest, having) if delete_old else 0
-        state.remove_notes(storage)
+        state.remove_notes(storage, token)
     return Change(manifest, int(gone.sum()), already_made=not gone.any(), deleted=deleted)
 
 
@@ -201,12 +224,36 @@ def commit(
     if old is None:
         state.finish(storage, manifest, data)
         return manifest
-    if Manifest.from_json(storage.read(MANIFEST_NAME)).digest != old.digest:
-        raise DataError(f"{storage.url} was changed meanwhile by another command: run this again")
+    _require_newest(storage, old)
     storage.write(version_key(old.digest), old.to_json())
     storage.write(name, data)
     storage.write(MANIFEST_NAME, manifest.to_json())
     return manifest
+
+
+def _claim(storage: Storage, change: str, old: Manifest) -> None:
+    """Reserve the dataset for a change of this version, which must still be the newest."""
+    state.claim(storage, change, empty=False)
+    _require_newest(storage, old)
+
+
+def _require_newest(storage: Storage, old: Manifest) -> None:
+    if Manifest.from_json(storage.read(MANIFEST_NAME)).digest != old.digest:
+        raise DataError(f"{storage.url} was changed meanwhile by another command: run this again")
+
+
+def _free_numbers(dataset: Dataset) -> tuple[int, int]:
+    """The first pid and camid that nobody has had in any version."""
+    old, indices = dataset.manifest, [dataset.whole]
+    if LEAST[0] not in old.options:  # no version has recorded them
+        for earlier in _versions(dataset.storage):
+            with contextlib.suppress(ObjectMissing):
+                indices.append(_index(dataset.storage, earlier))
+    return next_numbers(old, indices)
+
+
+def _options(old: Manifest, free: tuple[int, int]) -> dict[str, Any]:
+    return old.options | dict(zip(LEAST, free, strict=True))
 
 
 def _version(old: Manifest, change: str) -> str:
@@ -236,21 +283,14 @@ def shifted(index: Index, first: int, pid: int = 0, camid: int = 0) -> Index:
     return replace(index, **columns, camid=index.camid + np.int32(camid))
 
 
-def _without(
-    dataset: Dataset,
-    index: Index,
-    gone: np.ndarray,
-    version: str,
-    folder: Path,
-    jobs: int,
-    progress: Progress,
-) -> tuple[list[ShardInfo], Index]:
-    """The shards and the index without some images; the shards that had them are written anew."""
+def _rewrites(dataset: Dataset, index: Index, gone: np.ndarray, version: str) -> list[Rewrite]:
+    """The shards to write anew because they have some of the images that go."""
     old, split = dataset.manifest, split_of_rows(index, dataset.manifest.shards)
     train = np.unique(index.pid[~gone & (split == SPLITS.index("train"))])
     if gone.all() or len(train) == 1:
         raise DataError(f"{dataset.url} would have too few people left: delete all of it instead")
-    label, tasks, numbers = {int(p): n for n, p in enumerate(train)}, [], dict[str, int]()
+    label, numbers = {int(p): n for n, p in enumerate(train)}, dict[str, int]()
+    tasks = list[Rewrite]()
     for position in np.unique(index.shard[gone]).tolist():
         shard, members = old.shards[position], list[ShardImage]()
         for row in np.flatnonzero((index.shard == position) & ~gone).tolist():
@@ -267,6 +307,20 @@ def _without(
             name = f"shards/{version}/{shard.split}-{position:06d}.tar"
             plan = ShardPlan(name, shard.split, tuple(members))
             tasks.append((position, old.dataset_of(shard), shard, plan))
+    return tasks
+
+
+def _without(
+    dataset: Dataset,
+    index: Index,
+    gone: np.ndarray,
+    tasks: Sequence[Rewrite],
+    folder: Path,
+    jobs: int,
+    progress: Progress,
+) -> tuple[list[ShardInfo], Index]:
+    """Write shards anew; return the shards and the index without the images that go."""
+    old = dataset.manifest
     rewrite, counts = partial(_rewrite, dataset.storage, folder), [len(t[3].images) for t in tasks]
     notes = parallel_map(rewrite, tasks, jobs, counts, partial(progress, "writing"))
     made = {task[0]: note for task, note in zip(tasks, notes, strict=True)}
@@ -286,22 +340,20 @@ def _without(
     return shards, replace(kept, shard=numbering[kept.shard], offset=offset)
 
 
-def _rewrite(
-    storage: Storage, folder: Path, task: tuple[int, str, ShardInfo, ShardPlan]
-) -> state.ShardNote:
+def _rewrite(storage: Storage, folder: Path, task: Rewrite) -> state.ShardNote:
     """Write one shard from the images of an older one, whose digest is checked."""
     _, dataset, old, plan = task
-    if (note := state.read_note(storage, plan)) is not None:
-        return note
     path = folder / f"old-{PurePosixPath(plan.name).name}"
-    storage.download(old.name, path, sha256=old.sha256)
-    local, members = LocalStorage(folder), list[ShardImage]()
-    for member in plan.images:
-        place = member.image.record.path
-        assert isinstance(place, ObjectPath)
-        record = replace(member.image.record, path=ObjectPath(local, path.name, place.span))
-        members.append(replace(member, image=replace(member.image, record=record)))
     try:
+        if (note := state.read_note(storage, plan)) is not None:
+            return note
+        storage.download(old.name, path, sha256=old.sha256)
+        local, members = LocalStorage(folder), list[ShardImage]()
+        for member in plan.images:
+            place = member.image.record.path
+            assert isinstance(place, ObjectPath)
+            record = replace(member.image.record, path=ObjectPath(local, path.name, place.span))
+            members.append(replace(member, image=replace(member.image, record=record)))
         return write_once(storage, dataset, folder, replace(plan, images=tuple(members)))
     finally:
         path.unlink(missing_ok=True)
@@ -323,6 +375,10 @@ def _delete(storage: Storage, newest: Manifest, having: Sequence[Manifest]) -> i
             if key.startswith(ours) or (key.startswith("index") and key.endswith(".parquet"))
         ]
 
+    if isinstance(storage, LocalStorage):  # a copy that was killed is not listed
+        for folder in ("", VERSIONS, "shards/**/"):
+            for path in list(storage.root.glob(f"{folder}{TEMPORARY}*")):
+                storage.erase(path.relative_to(storage.root).as_posix())
     keys = sorted(unneeded(), key=lambda key: key.startswith(VERSIONS))  # manifests last
     for key in keys:
         storage.erase(key)

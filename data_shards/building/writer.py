@@ -24,6 +24,10 @@ _BLOCK = tarfile.BLOCKSIZE
 _JSON_BYTES = 512  # of nearly every JSON member; an estimate is enough for the plan
 
 
+class SourceChanged(DataError):
+    """An image is not what it was when it was scanned."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardImage:
     """An image with its key in the dataset and its training label (-1 outside train)."""
@@ -79,7 +83,7 @@ def plan_shards(
 def write_shard(plan: ShardPlan, dataset: str, path: Path) -> tuple[ShardInfo, list[int]]:
     """Write one tar; return its entry in the manifest, and the offset of each image.
 
-    It is a `DataError` if an image has changed since it was scanned.
+    It is a `SourceChanged` if an image has changed since it was scanned.
     """
     from webdataset.writer import TarWriter  # imports torch
 
@@ -159,10 +163,10 @@ def _reread(image: ScannedImage) -> bytes:
     path = image.record.path
     try:
         data = path.read_bytes()
-    except ObjectMissing:
-        raise DataError(f"{path} changed during the build: it does not exist any more") from None
+    except (ObjectMissing, FileNotFoundError):
+        raise SourceChanged(f"{path} changed during the build (it is gone)") from None
     except OSError as error:
         raise DataError(f"{path} changed during the build: {error.strerror}") from None
     if image.sha256 and sha256(data) != image.sha256:
-        raise DataError(f"{path} changed during the build: run the build again")
+        raise SourceChanged(f"{path} changed during the build")
     return data

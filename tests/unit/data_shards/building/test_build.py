@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from pictures import SMALL, picture, tree
 from PIL import Image
 
 from data_shards.building import build as building
+from data_shards.building import state
 from data_shards.building.build import build
 from data_shards.dataset import Dataset
-from data_shards.errors import ConfigError, DataError, StorageError
+from data_shards.errors import ConfigError, DataError, ObjectExists, StorageError
 from data_shards.storage import LocalStorage
 from data_shards.verify import verify
 
@@ -149,6 +151,62 @@ def test_unfinished_build_of_another_dataset_is_kept(root, tmp_path, monkeypatch
     with pytest.raises(DataError, match="unfinished build of another dataset"):
         build("csv", root, str(out), **SMALL)
     assert tree(out) == before
+
+
+def test_image_that_changes_leads_to_advice_that_works(root, tmp_path, monkeypatch):
+    out, write = tmp_path / "out", building.write_shard
+
+    def change(plan, dataset, path):
+        picture(root.parent / "p0/0.jpg", 999)
+        return write(plan, dataset, path)
+
+    with monkeypatch.context() as context:
+        context.setattr(building, "write_shard", change)
+        with pytest.raises(DataError, match=f"changed .*--out, or delete what is in {out}, and"):
+            build("csv", root, str(out), **SMALL)
+    shutil.rmtree(out)
+    build("csv", root, str(out), **SMALL)
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_plan_of_another_build_that_comes_first_is_respected(tmp_path, monkeypatch, refuses):
+    """On a server that refuses the second plan, and on one that overwrites the first."""
+    storage, write = LocalStorage(tmp_path), LocalStorage.write
+
+    def late(self, key, data, **options):
+        write(self, key, b"another")
+        if refuses:
+            raise ObjectExists(key)
+
+    monkeypatch.setattr(LocalStorage, "write", late)
+    with pytest.raises(DataError, match="unfinished build of another dataset"):
+        state.claim(storage, "a")
+
+
+def test_machines_that_start_the_same_build_at_once_both_build(tmp_path, monkeypatch):
+    storage, write = LocalStorage(tmp_path), LocalStorage.write
+
+    def late(self, key, data, **options):
+        write(self, key, data)
+        write(self, key, data, **options)
+
+    monkeypatch.setattr(LocalStorage, "write", late)
+    state.claim(storage, "a")
+    assert state.is_claimed(storage, "a")
+
+
+def test_work_folder_may_be_below_the_home(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with building.work_folder(Path("~/tars"), "build") as folder:
+        assert folder == tmp_path / "home/tars"
+
+
+def test_part_of_a_killed_download_is_not_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with building.work_folder(None, "build") as folder:
+        (folder / ".tmp-abc").write_bytes(b"a part")
+    assert not folder.exists()
 
 
 def test_shards_of_unknown_origin_are_kept(root, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from version_files import PEOPLE, SMALL, images_of, is_whole, write_csv
 
+from data_shards.building import versions
 from data_shards.building.build import build
 from data_shards.building.merge import merge
 from data_shards.building.versions import add, remove
@@ -102,6 +103,31 @@ def test_a_name_of_two_people_is_no_answer(url, tmp_path):
         add(both, "csv", named(tmp_path / "more", "b", 2), **SMALL)
     with pytest.raises(DataError, match=r"a may be pid \d, \d of .*both: give pids"):
         remove(both, ["a"])
+
+
+def test_name_of_a_removed_person_is_never_that_of_a_later_one(url, tmp_path, monkeypatch):
+    remove(url, ["c"], jobs=1)
+    # As in an earlier release, d gets the number of c.
+    monkeypatch.setattr(versions, "_free_numbers", lambda dataset: (4, 2))
+    add(url, "csv", named(tmp_path / "more", "d", 1), **SMALL)
+    names = Dataset.open(url).manifest.names
+    assert names.people[4] == "d"
+    remove(url, ["c"], delete_old=True, jobs=1)
+    assert "d" in {person for _, person, _ in shown_names(url)}
+    assert is_whole(url)
+
+
+def test_camera_keeps_its_number_while_it_has_no_images(url, tmp_path):
+    table = named(tmp_path / "yard", "d", 1)
+    table.write_text(table.read_text().replace("hall", "yard"))
+    add(url, "csv", table, **SMALL)
+    remove(url, ["d"], jobs=1)
+    table = named(tmp_path / "more", "e", 2)
+    table.write_text(table.read_text().replace("door", "gate").replace("hall", "yard"))
+    add(url, "csv", table, **SMALL)
+    cameras = Dataset.open(url).manifest.names.cameras
+    assert sorted(cameras.values()) == ["door", "gate", "hall", "yard"]
+    assert {name for _, person, name in shown_names(url) if person == "e"} == {"gate", "yard"}
 
 
 def test_people_are_removed_by_name_from_all_versions(url, capsys):

@@ -97,29 +97,6 @@ def test_same_images_are_added_once(url, tmp_path):
         build("csv", build_again, url, **SMALL)
 
 
-def test_new_people_and_cameras_get_the_next_numbers(url, tmp_path):
-    more = write_csv(tmp_path / "more", {0: "train", 1: "test"})
-    add(url, "csv", more, ids="new", **SMALL)
-    dataset = Dataset.open(url)
-    assert dataset.identities.tolist() == [1, 3, 5, 10]
-    assert set(dataset.index("query").pid.tolist()) == {7, 9, 11}
-    assert sorted(set(dataset.index("train").camid.tolist())) == [0, 1, 2, 3]
-    assert is_whole(url)
-
-
-def test_image_without_a_camera_that_is_there_already_is_the_same_image(tmp_path):
-    url, images = str(tmp_path / "people"), tmp_path / "images"
-    build("csv", write_csv(images, PEOPLE, cameras=False), url, **SMALL)
-    known = Dataset.open(url).whole
-    table = write_csv(tmp_path / "more", {1: "train"}, first=2, cameras=False)
-    add(url, "csv", table, **SMALL)
-    train = Dataset.open(url).index("train")
-    twice = train.camid[train.path == "1-2.jpg"]
-    assert len(twice) == 2
-    assert twice[0] == twice[1]
-    assert train.camid[train.path == "1-3.jpg"] > known.camid.max()
-
-
 class Killed(Exception):
     pass
 
@@ -210,6 +187,62 @@ def test_change_that_another_machine_made_meanwhile_is_not_lost(url, tmp_path, m
     assert is_whole(url)
 
 
+def test_deletion_sees_the_version_that_another_machine_made_meanwhile(url, tmp_path, monkeypatch):
+    remove(url, [3], jobs=1)
+    others, claim = write_csv(tmp_path / "others", {13: "train"}), versions.state.claim
+
+    def late(storage, content, **options):
+        monkeypatch.setattr(versions.state, "claim", claim)
+        add(url, "csv", others, **SMALL)
+        claim(storage, content, **options)
+
+    monkeypatch.setattr(versions.state, "claim", late)
+    with pytest.raises(DataError, match="was changed meanwhile"):
+        remove(url, [3], delete_old=True, jobs=1)
+    remove(url, [3], delete_old=True, jobs=1)
+    assert 13 in Dataset.open(url).identities
+    assert is_whole(url)
+
+
+@pytest.mark.parametrize("what", ["no images", "no readable images"])
+def test_addition_of_nothing_is_refused_and_others_can_follow(url, tmp_path, what):
+    more = write_csv(tmp_path / "more", {11: "train"} if "readable" in what else {})
+    for image in more.parent.glob("*.jpg"):
+        image.write_bytes(b"")
+    with pytest.raises(DataError, match="no images under"):
+        add(url, "csv", more, skip_unreadable=True, **SMALL)
+    remove(url, [1], jobs=1)
+
+
+def test_addition_whose_images_change_can_be_repeated(url, tmp_path, monkeypatch):
+    more = write_csv(tmp_path / "more", {11: "train"})
+    other = (write_csv(tmp_path / "other", {11: "train"}, seed=1).parent / "11-0.jpg").read_bytes()
+    claim = versions.state.claim
+
+    def change(*arguments, **options):
+        claim(*arguments, **options)
+        (more.parent / "11-0.jpg").write_bytes(other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(versions.state, "claim", change)
+        with pytest.raises(DataError, match=r"11-0\.jpg changed during the build: run this again"):
+            add(url, "csv", more, **SMALL)
+    add(url, "csv", more, **SMALL)
+    assert is_whole(url)
+
+
+def test_build_again_leaves_an_unfinished_change_as_it_is(url, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(2, patch)
+        with pytest.raises(Killed):
+            remove(url, [3], jobs=1)
+    unfinished = {key for key in keys(url) if key.startswith("build/")}
+    images = write_csv(tmp_path / "images", PEOPLE)
+    assert build("csv", images, url, name="people", **SMALL).already_built
+    assert unfinished
+    assert unfinished <= keys(url)
+
+
 def test_removed_person_is_gone_and_all_others_stay(url):
     before = images_of(Dataset.open(url))
     change = remove(url, [3, 7], jobs=1)
@@ -249,6 +282,24 @@ def test_deleting_can_follow_later_and_finds_nothing_twice(url):
         remove(url, [3], delete_old=True, jobs=1)
 
 
+def test_deletion_leaves_no_part_of_a_killed_copy_and_no_path(url, tmp_path):
+    more = write_csv(tmp_path / "more", {11: "train"})
+    (more.parent / "11-0.jpg").write_bytes(b"")
+    add(url, "csv", more, skip_unreadable=True, **SMALL)
+    parts = [Path(url, folder, ".tmp-abc") for folder in (".", "shards", "shards/v1", "versions")]
+    for part in parts:
+        part.parent.mkdir(exist_ok=True)
+        part.write_bytes(b"a part")
+    other = Path(url, "other/.tmp-abc")
+    other.parent.mkdir()
+    other.write_bytes(b"of another program")
+    remove(url, [11], delete_old=True, jobs=1)
+    assert not [part for part in parts if part.exists()]
+    assert other.exists()
+    assert Dataset.open(url).manifest.left_out == ()
+    assert b"11-0.jpg" not in Path(url, "manifest.json").read_bytes()
+
+
 def test_object_that_cannot_be_deleted_is_named(url, monkeypatch):
     monkeypatch.setattr(LocalStorage, "erase", lambda self, key: None)
     with pytest.raises(StorageError, match="is still there after it was deleted"):
@@ -264,6 +315,7 @@ def test_removal_that_cannot_be_is_refused(url, pids, message):
     with pytest.raises(DataError, match=message):
         remove(url, pids, jobs=1)
     assert Dataset.open(url).digest == before
+    remove(url, [7], jobs=1)
 
 
 @BOTH
@@ -309,6 +361,9 @@ def test_commands_say_what_they_did(url, tmp_path, capsys):
     more = write_csv(tmp_path / "more", {11: "train"})
     assert main(["add", url, "--source", "csv", "--root", str(more), "--jobs", "1"]) == 0
     assert "3 images added" in capsys.readouterr().out
+    write_csv(tmp_path / "more", {11: "train", 13: "train"})
+    assert main(["add", url, "--source", "csv", "--root", str(more), "--jobs", "1"]) == 0
+    assert "3 images added\n3 images were there already" in capsys.readouterr().out
     assert main(["remove", url, "--pid", "11", "3", "--delete-old", "--jobs", "1"]) == 0
     assert "6 images removed" in capsys.readouterr().out
     assert main(["remove", url, "--pid", "11"]) == 3
