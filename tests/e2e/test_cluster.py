@@ -156,8 +156,8 @@ def test_evaluation_is_submitted_with_the_registered_model(trained):
 
 def test_sweep_is_submitted(trained, folder):
     space = ["--search", "regularization.theta_lr_multiplier=fixed"]
-    # The two baselines that are left: each trial takes half a minute.
-    sweep = ["--trials", "2", "--constant-factors", "--workers-per-trial", "1"]
+    # The two baselines that are left, and one point.
+    sweep = ["--trials", "3", "--constant-factors", "--workers-per-trial", "1"]
     done = submit("tune", *TINY, *sweep, *space, "--loader.cache", folder / "cache")
     assert done.returncode == 0, done.stdout[-3000:]
     assert ": ranking" in done.stdout

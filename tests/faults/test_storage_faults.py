@@ -237,7 +237,7 @@ def say(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
         ),
         ({"status": 403, "code": "AccessDenied"}, "check AWS_ACCESS_KEY_ID"),
         ({"status": 404, "code": "NoSuchBucket"}, "no bucket 'places'"),
-        ({"status": 501, "code": "NotImplemented"}, "(NotImplemented)"),
+        ({"status": 501, "code": "NotImplemented"}, "does not support GetObject, needed for s3:"),
     ],
 )
 def test_permanent_error_is_one_line(proxy, there, capsys, monkeypatch, fault, said):
