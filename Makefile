@@ -30,8 +30,7 @@ docs: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): PyTorch and Ray take a few minutes the first time."
 	$(PYTHON) -m venv $(VENV)
-	@# Python compiles what it imports, which is a part of what is installed.
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 clean:

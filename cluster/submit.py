@@ -110,7 +110,9 @@ def submit(command: Sequence[str], options: Submit) -> int:
         try:
             client.stop_job(job)
         except (RuntimeError, OSError) as error:
-            raise ReidError(f"{address} does not stop the job: {_line(error)}; {how}") from None
+            raise ReidError(
+                f"the job was not stopped ({_line(error)}). Try again: ray job stop {job} {at}"
+            ) from None
         console.print("stopping the job; a training first writes a checkpoint: up to minutes")
         details = asyncio.run(_follow(client, log))
     if details.status == "SUCCEEDED":

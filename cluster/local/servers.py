@@ -164,11 +164,10 @@ def _running_jobs(folder: Path) -> list[str]:
     """The commands that use the stack's Ray: submitted jobs, and programs that joined it."""
     if (addresses := running(folder)) is None:
         return []
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # none sees the token
     try:
         headers = {"Authorization": f"Bearer {(folder / stack.TOKEN).read_text().strip()}"}
         request = urllib.request.Request(f"{addresses.dashboard}/api/jobs/", headers=headers)
-        with opener.open(request, timeout=10) as answer:
+        with stack.open_directly(request, 10) as answer:
             jobs = json.load(answer)
     except (OSError, ValueError):  # a stack that does not answer is stopped as well
         return []

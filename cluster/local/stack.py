@@ -24,6 +24,7 @@ import time
 import urllib.request
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, astuple, dataclass
+from http.client import HTTPResponse
 from pathlib import Path
 
 from cluster.local import s3_server
@@ -184,11 +185,15 @@ def _wait_until_healthy(
         time.sleep(0.3)
 
 
-def _answers(url: str) -> bool:
-    # Without the environment's proxies: the services are on this machine.
+def open_directly(request: str | urllib.request.Request, seconds: float) -> HTTPResponse:
+    """Ask a server without the environment's proxies, which neither reach it nor see a token."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(request, timeout=seconds)
+
+
+def _answers(url: str) -> bool:
     try:
-        with opener.open(url, timeout=5) as answer:
+        with open_directly(url, 5) as answer:
             return answer.status == 200
     except OSError:
         return False

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import time
-import urllib.request
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from cluster.local import servers as local
+from cluster.local.stack import open_directly
 from cluster.serve.settings import Settings, token_digest
 from data_shards.errors import ConfigError, Interrupted, ReidError
 from data_shards.progress import display, make_console, phase
@@ -148,10 +148,9 @@ def start(settings: Settings, token: str | None, host: str, port: int) -> None:
 
 def _wait_for_answer(url: str) -> None:
     deadline = time.monotonic() + START_SECONDS
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
         try:
-            with opener.open(url, timeout=10):
+            with open_directly(url, 10):
                 return
         except OSError as error:
             if time.monotonic() > deadline:

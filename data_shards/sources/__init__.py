@@ -6,7 +6,7 @@ from data_shards.sources.layout import Source, with_disk_errors
 from data_shards.sources.market1501 import DUKEMTMC, MARKET1501, VERI776
 from data_shards.sources.synthetic import render as synthetic
 
-SOURCES: dict[str, Source] = {
+_PARSERS: dict[str, Source] = {
     "msmt17": Source("MSMT17", msmt17.read, msmt17.COUNTS),
     "market1501": MARKET1501,
     "dukemtmc": DUKEMTMC,
@@ -18,6 +18,8 @@ SOURCES: dict[str, Source] = {
     "webdataset": Source("WebDataset", webdataset.read, streamed=True),
     "synthetic": Source("Synthetic people", synthetic.read),
 }
-for name, source in SOURCES.items():
-    if not source.streamed:  # those read through a storage
-        SOURCES[name] = source._replace(read=with_disk_errors(source.read))
+# Streamed ones read through a storage, which explains what a disk refuses.
+SOURCES = {
+    name: source if source.streamed else source._replace(read=with_disk_errors(source.read))
+    for name, source in _PARSERS.items()
+}

@@ -208,7 +208,7 @@ def _register(
         )
     except StorageError as error:
         logger.warning(
-            "model not registered: %s. Continue to register it: a run with --resume, a sweep with "
+            "model not registered: %s. To register it, continue: a run with --resume, a sweep with "
             "the same command",
             error,
         )

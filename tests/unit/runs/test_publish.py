@@ -70,7 +70,7 @@ def test_what_was_not_registered_says_how_a_run_and_a_sweep_register_it(monkeypa
     tracker: Any = SimpleNamespace(uri="sqlite:///x.db", run_id="1")
     config = RUN.replace(tracking__uri="sqlite:///x.db", tracking__model_name="m")
     assert publish._register(config, dataset, best, {}, {}, tracker) is None
-    assert "Continue to register it: a run with --resume, a sweep with the same" in caplog.text
+    assert "To register it, continue: a run with --resume, a sweep with the same" in caplog.text
     publish._attach(Registered("m", 3, True, ""), Path("x"), dataset, "validation", tracker)
     command = "evaluate --model models:/m/3 --data s3://b/data --split validation"
     assert f"Register them with python -m reid_train {command}" in caplog.text

@@ -168,10 +168,8 @@ def test_change_is_refused_while_another_is_unfinished(url, tmp_path, monkeypatc
     remove(url, [1], jobs=1)
 
 
-def test_change_that_another_machine_made_meanwhile_is_not_lost(url, tmp_path, monkeypatch):
-    more, others = (
-        write_csv(tmp_path / name, {pid: "train"}) for name, pid in (("more", 11), ("others", 13))
-    )
+def added_before_the_claim(monkeypatch: pytest.MonkeyPatch, url: str, others: Path) -> None:
+    """Have another machine add images after the next command has read the manifest."""
     claim = versions.state.claim
 
     def late(storage, content, **options):
@@ -180,6 +178,13 @@ def test_change_that_another_machine_made_meanwhile_is_not_lost(url, tmp_path, m
         claim(storage, content, **options)
 
     monkeypatch.setattr(versions.state, "claim", late)
+
+
+def test_change_that_another_machine_made_meanwhile_is_not_lost(url, tmp_path, monkeypatch):
+    more, others = (
+        write_csv(tmp_path / name, {pid: "train"}) for name, pid in (("more", 11), ("others", 13))
+    )
+    added_before_the_claim(monkeypatch, url, others)
     with pytest.raises(DataError, match="was changed meanwhile"):
         add(url, "csv", more, **SMALL)
     add(url, "csv", more, **SMALL)
@@ -189,14 +194,8 @@ def test_change_that_another_machine_made_meanwhile_is_not_lost(url, tmp_path, m
 
 def test_deletion_sees_the_version_that_another_machine_made_meanwhile(url, tmp_path, monkeypatch):
     remove(url, [3], jobs=1)
-    others, claim = write_csv(tmp_path / "others", {13: "train"}), versions.state.claim
-
-    def late(storage, content, **options):
-        monkeypatch.setattr(versions.state, "claim", claim)
-        add(url, "csv", others, **SMALL)
-        claim(storage, content, **options)
-
-    monkeypatch.setattr(versions.state, "claim", late)
+    others = write_csv(tmp_path / "others", {13: "train"})
+    added_before_the_claim(monkeypatch, url, others)
     with pytest.raises(DataError, match="was changed meanwhile"):
         remove(url, [3], delete_old=True, jobs=1)
     remove(url, [3], delete_old=True, jobs=1)
