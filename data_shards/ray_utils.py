@@ -104,7 +104,9 @@ def start_ray(cpus: int, *, logs: bool = True) -> None:
         options |= {"address": "local", "num_cpus": max(cpus, cores())}
     try:
         ray.init(**options)
-    except (OSError, RuntimeError, ValueError) as error:
+    except ReidError:
+        raise
+    except Exception as error:  # Ray raises plain ones, such as when its node starts too slowly
         reason = " ".join(str(error).split())
         if not (address := _address()):
             raise ReidError(f"Ray does not start on this machine: {reason}") from error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from reid_train.report import style
 
@@ -51,7 +51,7 @@ def _losses(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
     if not ends:
         style.blank(axes, "no loss recorded")
         return
-    _log_axis(axes)
+    style.log_axis(axes.yaxis, *axes.get_ylim())
     style.time_axis(axes, data["step"])
     _label_ends(axes, ends)
 
@@ -88,7 +88,7 @@ def _learning_rate(axes: Axes, data: Mapping[str, np.ndarray]) -> None:
         style.blank(axes, "no learning rate recorded")
         return
     axes.plot(x, y, color=style.INK, linewidth=1.4, marker=_marker(x), drawstyle="steps-post")
-    _log_axis(axes)
+    style.log_axis(axes.yaxis, *axes.get_ylim())
     style.time_axis(axes, data["step"])
 
 
@@ -129,16 +129,6 @@ def _smooth_line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str) -> float
 
 def _marker(x: np.ndarray) -> str | None:
     return "o" if len(x) == 1 else None  # a line of one point cannot be seen
-
-
-def _log_axis(axes: Axes) -> None:
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    # Over few decades, powers of ten would give only one or two ticks.
-    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0, 3.0) if high / low < 3000 else (1.0,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:

@@ -9,9 +9,16 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    StrMethodFormatter,
+)
 from scipy.optimize import isotonic_regression
 
 from data_shards.storage.atomic import atomic_write
@@ -90,6 +97,16 @@ def value_axis(axes: Axes) -> None:
     """Give the y axis few round ticks with plain numbers."""
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
+
+
+def log_axis(axis: XAxis | YAxis, low: float, high: float) -> None:
+    """Make an axis logarithmic, with ticks for what is between `low` and `high`."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    # Over few decades, powers of ten would give only one or two ticks.
+    subs = (1.0, 2.0, 5.0) if high / low < 100 else (1.0, 3.0) if high / low < 1000 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
 def plain(value: float, _: int | None = None) -> str:

@@ -319,6 +319,34 @@ def test_the_page_searches_filters_and_tells_errors(service, tmp_path):
         browser.close()
 
 
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no chromium")
+def test_the_page_goes_back_from_a_photo_that_has_not_arrived(service):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE * 1000)
+        playwright.expect.set_options(timeout=PATIENCE * 1000)
+        held: list[Any] = []
+        page.route("**/image", held.append)
+        page.goto(service.url)
+        title, query = page.locator("#title"), page.locator("#query")
+        playwright.expect(title).to_contain_text("Gallery:")
+        page.locator("button.card").first.click()
+        playwright.expect(title).to_have_text("Searching…")
+        page.keyboard.press("Escape")
+        playwright.expect(title).to_contain_text("Gallery:")
+        page.unroute("**/image")
+        for route in held:
+            route.continue_()
+        playwright.expect(page.locator(".picture img").first).to_be_visible()
+        assert query.is_hidden()
+        assert query.get_attribute("src") is None
+        assert page.locator("#hint").is_visible()
+        playwright.expect(title).to_contain_text("Gallery:")
+        browser.close()
+
+
 def _shoot(page: Any, name: str) -> None:
     if SHOTS:
         page.screenshot(path=f"{SHOTS}/{name}.png")

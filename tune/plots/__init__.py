@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from data_shards.errors import ReidError
 from data_shards.storage import Storage
@@ -84,6 +83,7 @@ def _draw_factors(path: Path, curves: Sequence[Curve], constant: float | None) -
     top = max(positive.max() if len(positive) else 1.0, constant or 0.0)
     # Where θ reaches the end of its range λ is 0: no log scale has a place for that.
     floor = max(positive.min() if len(positive) else 0.0, top * 1e-3)
+    least = min(floor, constant or floor)
     for axes, (entry, steps, values) in zip(panels, curves, strict=True):
         score, label = f"{100 * entry.mean:.1f}%", "λ" if axes is panels[0] else ""
         style.panel(axes, entry.trial.name, score, x="step", y=label)
@@ -94,18 +94,13 @@ def _draw_factors(path: Path, curves: Sequence[Curve], constant: float | None) -
         axes.plot(steps, median, color=style.PURPLE, linewidth=1.8)
         if constant:
             axes.axhline(constant, color=style.ORANGE, linewidth=1.1, linestyle=(0, (4, 3)))
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        style.log_axis(axes.yaxis, least, top)
         style.time_axis(axes, steps, ticks=3)
         settings = {"s": entry.title.replace(", ", "\n"), "path_effects": HALO}
         small = {"size": style.SMALL, "color": style.MUTED, "va": "bottom"}
         axes.text(0.04, 0.04, transform=axes.transAxes, **settings, **small)
-    low = min(floor, constant or floor)
-    subs = (1.0, 2.0, 5.0) if top / low < 100 else (1.0,)
-    panels[0].yaxis.set_major_locator(LogLocator(subs=subs))
-    room = (top / low) ** 0.1
-    panels[0].set_ylim(low / room**3.2, top * room)
+    room = (top / least) ** 0.1
+    panels[0].set_ylim(least / room**3.2, top * room)
     if constant:
         text = {"va": "center", "size": style.SMALL, "color": style.ORANGE}
         place = panels[-1].get_yaxis_transform()

@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from reid_train.config import TrainConfig
@@ -149,14 +149,12 @@ def _fit(axis: XAxis | YAxis, dimension: Any) -> None:
     low, high = dimension.low, dimension.high
     if dimension.log:
         room = (high / low) ** 0.04
-        scale, limits = "log", (low / room, high * room)
-        subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0, 3.0) if high / low < 1000 else (1.0,)
-        locator: Locator = LogLocator(subs=subs, numticks=20)
+        limits = (low / room, high * room)
+        style.log_axis(axis, low, high)
     else:
         room = 0.04 * (high - low)
-        scale, limits = "linear", (low - room, high + room)
-        locator = MaxNLocator(5, steps=style.ROUND, integer=isinstance(dimension, IntDistribution))
-    axis.axes.set(**{f"{axis.axis_name}scale": scale, f"{axis.axis_name}lim": limits})
-    axis.set_major_locator(locator)
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
+        limits = (low - room, high + room)
+        integer = isinstance(dimension, IntDistribution)
+        axis.set_major_locator(MaxNLocator(5, steps=style.ROUND, integer=integer))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
+    axis.axes.set(**{f"{axis.axis_name}lim": limits})

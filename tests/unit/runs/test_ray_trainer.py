@@ -63,6 +63,16 @@ def test_node_without_a_folder_of_the_driver_names_it_and_the_flag(tmp_path):
     _require_shared_folders(elsewhere, lock)
 
 
+def test_ray_that_starts_too_slowly_is_one_line(monkeypatch):
+    def init(**_):
+        raise Exception("The current node timed out during startup.\nGCS overloaded")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(ReidError, match=r"does not start on this machine: .* startup\. GCS over"):
+        start_ray(1)
+
+
 def test_temporary_folder_too_long_for_ray_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("a" * 100)))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
