@@ -5,6 +5,9 @@ Ray Train workers. Metrics go to MLflow and the model into its registry. Everyth
 folder.
 """
 
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from cluster.local import servers as local
@@ -47,9 +50,20 @@ def demo(folder: Path = Path(".demo"), workers: int = 2) -> None:
 
         ray.shutdown()  # before its head stops
     console.rule("to look at")
-    console.print(f"report   {page}")
-    again = f"python -m cluster local up --folder {folder}"
-    console.print(f"servers  {again}  (MLflow, S3 and Ray, as they were)")
+    console.print(f"report   {local.from_here(page)}")
+    console.print("servers  MLflow, S3 and Ray, as they were; then a page to search these people:")
     model = f"{str(summary.model).rpartition('/')[0]}@champion"
-    search = f"python -m cluster serve --folder {folder} --model {model} --gallery {data}"
-    console.print(f"search   {search}  (a page to search these people)")
+    console.print(_look_around(local.from_here(folder), model, data))
+
+
+def _look_around(folder: Path, model: str, data: str) -> str:
+    """Commands that start the servers again and search the demo's people, as a shell takes them."""
+    where = f"--folder {shlex.quote(str(folder))}"
+    commands = [
+        f"python -m cluster local up {where}",
+        f"python -m cluster serve {where} \\\n        --model {model} --gallery {data}",
+    ]
+    ours = Path(sys.executable).parent
+    if Path(shutil.which("python") or "").parent != ours and (ours / "activate").exists():
+        commands.insert(0, f"source {shlex.quote(str(local.from_here(ours / 'activate')))}")
+    return "\n".join(f"    {command}" for command in commands)

@@ -322,7 +322,7 @@ def _show(url: str, manifest: Manifest) -> None:
     options = ", ".join(f"{key} {value}" for key, value in manifest.options.items())
     if manifest.options:
         options = f": {options}"
-    console.print(f"manifest {manifest.digest[:16]}, source {manifest.source}{options}")
+    say(console, f"manifest {manifest.digest[:16]}, source {manifest.source}{options}")
     if not manifest.complete:
         console.print("incomplete: the published counts are not met", style="yellow")
     if manifest.left_out:

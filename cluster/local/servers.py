@@ -41,9 +41,9 @@ def up(
     """
     folder = folder.resolve()
     _show(folder, start(folder, ports))
-    print(f"Ray's dashboard asks for a token: it is in {_from_here(folder) / stack.TOKEN}")
+    print(f"Ray's dashboard asks for a token: it is in {from_here(folder) / stack.TOKEN}")
     print("To use the servers in this shell, and to stop them:\n")
-    source = shlex.quote(str(_from_here(folder) / "environment"))
+    source = shlex.quote(str(from_here(folder) / "environment"))
     print(f"  source {source}\n  {_command('down', folder)}")
 
 
@@ -68,7 +68,7 @@ def down(folder: Path = FOLDER) -> None:
         folder: The stack's.
     """
     folder = folder.resolve()
-    here = _from_here(folder)
+    here = from_here(folder)
     for command in _running_jobs(folder):
         print(f"this job ends, too: {command}")
     with display() as progress, phase(progress, "stopping the servers"):
@@ -190,12 +190,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def _command(name: str, folder: Path) -> str:
-    here = _from_here(folder)
+    here = from_here(folder)
     option = "" if here == FOLDER else f" --folder {shlex.quote(str(here))}"
     return f"python -m cluster local {name}{option}"
 
 
-def _from_here(folder: Path) -> Path:
+def from_here(folder: Path) -> Path:
     """A path as short as it can be written in this folder, so that a terminal does not break it."""
     with contextlib.suppress(ValueError):
         return folder.relative_to(Path.cwd())
@@ -239,7 +239,7 @@ def _show(folder: Path, addresses: Addresses) -> list[str]:
             table.add_row("dashboard", addresses.dashboard, state, "")
     console = make_console()
     print_table(console, table)
-    console.print(f"data and logs in {_from_here(folder)}")
+    console.print(f"data and logs in {from_here(folder)}")
     return [name for name, answer in answers.items() if not answer]
 
 
