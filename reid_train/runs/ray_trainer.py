@@ -24,7 +24,7 @@ from ray.train.torch import TorchConfig, get_device
 
 from data_shards.cache import ShardCache
 from data_shards.dataset import Dataset
-from data_shards.errors import ConfigError, DataError, Interrupted, ReidError
+from data_shards.errors import DataError, Interrupted, ReidError, StorageError
 from data_shards.progress import Display
 from data_shards.storage import LocalStorage, open_file, open_storage
 from reid_train.config import TrainConfig
@@ -224,7 +224,7 @@ def _measure(config: TrainConfig, dataset: Dataset, context: WorkerContext, name
 
 
 def _require_shared_folders(config: TrainConfig, lock: RunLock | None) -> None:
-    """Raise `ConfigError` if this node lacks a file that the driver has in a local folder."""
+    """Raise `StorageError` if this node lacks a file that the driver has in a local folder."""
     files = {"--data": f"{config.data}/manifest.json"}
     if lock is not None:
         files["--output"] = f"{config.output}/{config.name}/run.json"
@@ -234,7 +234,7 @@ def _require_shared_folders(config: TrainConfig, lock: RunLock | None) -> None:
         storage, key = open_file(file)
         if isinstance(storage, LocalStorage) and not storage.exists(key):
             advice = "a server's address" if flag == "--tracking.uri" else "an s3:// URL"
-            raise ConfigError(
+            raise StorageError(
                 f"node {platform.node()} has no {file}: give {flag} {advice}, or a place that all "
                 "nodes share"
             )

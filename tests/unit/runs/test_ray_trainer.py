@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 
-from data_shards.errors import ConfigError, ReidError
+from data_shards.errors import ReidError, StorageError
 from data_shards.ray_utils import start_ray
 from data_shards.storage import LocalStorage
 from reid_train.recipes import recipe
@@ -52,7 +52,7 @@ def test_node_without_a_folder_of_the_driver_names_it_and_the_flag(tmp_path):
     files = data / "manifest.json", out / "r" / "run.json", tmp_path / "mlflow.db"
     with run_lock.held(LocalStorage(out / "r"), "r") as lock:
         for flag, file in zip(("--data", "--output", "--tracking.uri"), files, strict=True):
-            with pytest.raises(ConfigError, match=rf"node .* has no {file}: give {flag} .*share"):
+            with pytest.raises(StorageError, match=rf"node .* has no {file}: give {flag} .*share"):
                 _require_shared_folders(config, lock)
             file.parent.mkdir(exist_ok=True)
             file.touch()
