@@ -32,6 +32,7 @@ from reid_train.tracking.uris import redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
+    from rich.console import Console
 
 SETTINGS = (  # variables that a job gets: addresses, never keys
     "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION",
@@ -93,19 +94,18 @@ def submit(command: Sequence[str], options: Submit) -> int:
     how = f"ray job logs {job} --follow {at}"
     console.print(f"job {job} on {address}")
     if options.detach:
-        console.print(f"follow it: {how}\nstop it:   ray job stop {job} {at}")
+        console.print(f"follow it: ray job logs {job} --follow \\\n    {at}")
+        console.print(f"stop it:   ray job stop {job} \\\n    {at}")
         return 0
     here = local.running(local.FOLDER.absolute())
     log = _Log(job, how, here=here is not None and here.dashboard == address)
     try:
         details = asyncio.run(_follow(client, log))
     except KeyboardInterrupt:
-        answer = ""  # without a terminal the job continues
-        with suppress(EOFError, KeyboardInterrupt):
-            if sys.stdin.isatty():
-                answer = console.input("\nstop the job (s), or leave it running (l)? [l] ")
-        if answer.strip() != "s":
-            console.print(f"the job continues; follow it: {how}")
+        if not _asked_to_stop(console):
+            console.print(
+                f"the job continues; follow it:\nray job logs {job} --follow \\\n    {at}"
+            )
             return 130
         try:
             client.stop_job(job)
@@ -198,6 +198,18 @@ def _connect(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except Exception as error:  # of requests, of Ray's authentication, or RuntimeError
         raise ReidError(f"{address} is no Ray job server for you: {_line(error)}") from None
+
+
+def _asked_to_stop(console: Console) -> bool:
+    """Ask what becomes of the job: without a terminal, or after Ctrl-C once more, it continues."""
+    with suppress(EOFError, KeyboardInterrupt):
+        while sys.stdin.isatty():
+            answer = console.input("\nstop the job (s), or leave it running (l)? [l] ").strip()
+            if "leave".startswith(answer.lower()):
+                return False
+            if "stop".startswith(answer.lower()):
+                return True
+    return False
 
 
 def _line(error: object, most: int = 300) -> str:

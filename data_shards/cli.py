@@ -319,16 +319,23 @@ def _show(url: str, manifest: Manifest) -> None:
             counts = (info.images, info.identities, info.cameras, len(shards))
             table.add_row(split, *(f"{n:,}" for n in counts), f"{megabytes:,.2f}")
     console.print(table)
-    options = ", ".join(f"{key} {value}" for key, value in manifest.options.items())
-    if manifest.options:
-        options = f": {options}"
-    say(console, f"manifest {manifest.digest[:16]}, source {manifest.source}{options}")
+    told = [f"manifest {manifest.digest[:16]}", f"source {manifest.source}"]
+    for key, value in manifest.options.items():
+        if key == "added":
+            told.append(
+                f"images added {len(value)} times" if len(value) > 1 else "images added once"
+            )
+        elif isinstance(value, int | float | str) and key not in BOOKKEEPING:
+            told.append(f"{key.replace('_', ' ')} {value}")
+    say(console, ", ".join(told))
     if not manifest.complete:
         console.print("incomplete: the published counts are not met", style="yellow")
     if manifest.left_out:
         count = len(manifest.left_out)
         console.print(f"unreadable images left out: {count:,}", style="yellow")
 
+
+BOOKKEEPING = {"shard_bytes", "least_pid", "least_camid"}  # options that tell a reader nothing
 
 COMMANDS: dict[str, Command] = {
     "build": command(build_command, f"{PROGRAM} build"),

@@ -137,14 +137,24 @@ def reflowed(text: str, width: int) -> str:
         before = "".join(rows[-1]) if rows else ""
         if indent >= 8 and before[indent - 2 : indent] == "  " and before[indent:].strip():
             rows[-1] = before[:indent], f"{before[indent:]} {body}"
+        elif body.startswith("--") and before.lstrip().startswith("python "):
+            rows[-1] = rows[-1][0], f"{rows[-1][1]} {body}"  # an example continues
         else:
             rows.append((line[:indent], body))
-    lines: list[str] = []
-    for front, words in rows:
-        later = " " * len(front) + "    " * words.startswith(("usage:", "python"))
-        wrapper = textwrap.TextWrapper(width, front, later, break_on_hyphens=False)
-        lines += wrapper.wrap(words) or [""]
-    return "\n".join(lines)
+    return "\n".join(_wrapped(front, words, width) for front, words in rows)
+
+
+def _wrapped(front: str, words: str, width: int) -> str:
+    """A paragraph with `front` before it; an example can be pasted into a shell."""
+    later = " " * len(front)
+    if words.startswith("usage:"):
+        later += "    "
+    if not words.startswith("python "):
+        return textwrap.TextWrapper(width, front, later, break_on_hyphens=False).fill(words)
+    # Lines break before options only, and not inside quotes.
+    words = re.sub(r'"[^"]*"|--\S+ (?!-)', lambda found: found[0].replace(" ", "\0"), words)
+    wrapper = textwrap.TextWrapper(width - 2, front, f"{later}    ", break_on_hyphens=False)
+    return " \\\n".join(wrapper.wrap(words)).replace("\0", " ")
 
 
 def peek(words: Sequence[str], *options: str, flags: Sequence[str] = ()) -> argparse.Namespace:

@@ -141,6 +141,13 @@ def open_images(url: str, cache: NodeCache | None = None) -> Dataset | ImageFold
     return ImageFolder.open(url)
 
 
+def require_images(url: str) -> None:
+    """Raise what `open_images` raises if nothing is there; nothing large is read or listed."""
+    storage = open_storage(url)
+    if not storage.exists(MANIFEST_NAME) and next(iter(storage.list("")), None) is None:
+        ImageFolder.open(url)
+
+
 def warn_left_out(folder: ImageFolder, unreadable: Sequence[LeftOut]) -> None:
     """Name the files that are in no batch, in a warning."""
     reasons = [f"{image.path} ({image.reason})" for image in unreadable]

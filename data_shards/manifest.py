@@ -88,6 +88,8 @@ class Names(_Model):
         if len(found) != 1:
             several = f"numbers {', '.join(map(str, found))} are" if found else f"no {what} is"
             hint = "a number"
+            if what == "person" and known and not found:
+                hint += f"; those up to {max(known)} belong to people with names"
             if what == "camera" and known:
                 hint += f", or one of {', '.join(sorted(set(known.values())))}"[:200]
             raise DataError(f"{several} named {str(given)[:60]!r}: give {hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -52,10 +53,34 @@ def check_counts(**numbers: int | None) -> None:
             raise ConfigError(f"--{flag} must be at least 1, not {number}")
 
 
+def require_found(
+    console: Console,
+    models: Iterable[str],
+    images: Iterable[str] = (),
+    tracking_uri: str | None = None,
+) -> None:
+    """Look for models and images before PyTorch is loaded: a mistyped name is told at once.
+
+    Raises:
+        ReidError: one of them is not there. Files of embeddings and ONNX files are not looked for.
+    """
+    from data_shards.images import require_images
+    from reid_train.registry.load import require_model
+
+    with display(console) as progress, phase(progress, "looking for models and images"):
+        for url in images:
+            if not url.endswith((".parquet", ".npz")):
+                require_images(url)
+        for model in models:
+            if not model.endswith(".onnx"):
+                require_model(model, tracking_uri)
+
+
 def embed(settings: Embed, console: Console) -> int:
     """Run the command; return the number of images."""
     cpus = settings.cpus_per_worker
     check_counts(workers=settings.workers, cpus_per_worker=cpus, batch=settings.batch)
+    require_found(console, [settings.model], [settings.data], settings.tracking_uri)
     with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
         from reid_train.commands.embedding_job import embed_dataset
 

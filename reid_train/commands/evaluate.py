@@ -20,7 +20,7 @@ import tyro
 from data_shards.errors import ConfigError
 from data_shards.progress import display, phase, say
 from data_shards.records import EVALUATED
-from reid_train.commands.embed import Embed, check_counts, connect_ray
+from reid_train.commands.embed import Embed, check_counts, connect_ray, require_found
 from reid_train.config import LoaderConfig
 from reid_train.evaluation.measures import Measures
 
@@ -109,6 +109,7 @@ def evaluate(settings: Evaluate, console: Console) -> list[Measurement]:
         show(found, console)
         _write(settings, {"embeddings": settings.embeddings, **found.to_json()}, console)
         return [found]
+    require_found(console, settings.model, settings.data, settings.tracking_uri)
     with display(console) as progress, phase(progress, "loading PyTorch and Ray"):
         import reid_train.commands.embedding_job  # noqa: F401  what the rest needs
         from data_shards.images import open_images

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_shards.errors import ConfigError, DataError
 from data_shards.progress import Progress, display, phase, say
+from reid_train.commands.embed import require_found
 from reid_train.config import LoaderConfig
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class Parity(NamedTuple):
 def export(settings: Export, console: Console) -> Parity:
     """Run the command: export, compare, write, and log beside the registered version."""
     settings.check()
+    data = [settings.data] if settings.data else []
+    require_found(console, [settings.model], data, settings.tracking_uri)
     with display(console) as progress, phase(progress, "loading PyTorch"):
         from data_shards.dataset import Dataset
         from data_shards.storage import open_file

@@ -16,6 +16,7 @@ import tyro
 from data_shards.errors import ConfigError
 from data_shards.progress import display, phase, print_table, say
 from data_shards.records import NO_CAMERA
+from reid_train.commands.embed import require_found
 from reid_train.config import LoaderConfig
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def search(settings: Search, console: Console) -> list[list[Match]]:
     """Run the command; return the matches of each photo, most similar first."""
     settings.check()
     photos = read_photos(settings.photos, console)
+    require_found(console, [settings.model], [settings.gallery], settings.tracking_uri)
     with display(console) as progress, phase(progress, "loading PyTorch and Numba"):
         from reid_train.commands.gallery import blocks, open_gallery
         from reid_train.commands.runtime import open_runtime
@@ -159,6 +161,7 @@ def search(settings: Search, console: Console) -> list[list[Match]]:
 def compare(settings: Compare, console: Console) -> float:
     """Run the command; return the cosine similarity of the two photos."""
     photos = read_photos((settings.a, settings.b), console)
+    require_found(console, [settings.model], tracking_uri=settings.tracking_uri)
     with display(console) as progress, phase(progress, "loading PyTorch"):
         from reid_train.commands.runtime import open_runtime
         from reid_train.evaluation.similarity import check_features

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from data_shards.errors import ConfigError
 from data_shards.progress import display, phase, say
 from data_shards.records import EVALUATED
+from reid_train.commands.embed import require_found
 from reid_train.commands.search import require_local
 from reid_train.config import LoaderConfig
 
@@ -41,23 +42,24 @@ class Visualize:
 def visualize(settings: Visualize, console: Console) -> Path:
     """Run the command: embed query and gallery, rank, draw; return the page."""
     require_local("--to", settings.to)
+    if settings.model.endswith(".onnx"):
+        raise ConfigError(
+            f"{settings.model} is an ONNX file, whose maps cannot be seen: give the model that it "
+            "was exported from"
+        )
+    require_found(console, [settings.model], [settings.data], settings.tracking_uri)
     with display(console) as progress, phase(progress, "loading PyTorch and Numba"):
         import numpy as np
 
         from data_shards.dataset import Dataset
         from reid_train.commands.gallery import blocks, gallery_of
         from reid_train.commands.measurable import labels_of
-        from reid_train.commands.runtime import open_runtime, uses_onnx
+        from reid_train.commands.runtime import open_runtime
         from reid_train.evaluation.examples import choose_map, choose_rank_list
         from reid_train.evaluation.ground_truth import find_ground_truth
         from reid_train.evaluation.ranking import rank
         from reid_train.report.page import Row, write_page
         from reid_train.report.pictures import draw_examples
-    if uses_onnx(settings.model, None):
-        raise ConfigError(
-            f"{settings.model} is an ONNX file, whose maps cannot be seen: give the model that it "
-            "was exported from"
-        )
     dataset = Dataset.open(settings.data, cache=settings.loader.node_cache)
     split, labels = dataset.choose_split(settings.split), labels_of(dataset, settings.split)
     find_ground_truth(labels)  # raises if there is none, before the work

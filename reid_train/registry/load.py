@@ -13,6 +13,7 @@ from data_shards.storage import LocalStorage, open_storage
 from reid_train.registry.registry import MISSING, all_pages, mlflow_errors
 from reid_train.tracking.server import connect
 from reid_train.tracking.uris import redact, registry_uri
+from reid_train.training.checkpoint import CONFIG, MODEL
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +62,6 @@ def fetched(uri: str | Path, tracking_uri: str | None = None) -> Iterator[Path]:
 
 def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Path:
     """Fetch a model into `folder` if it is not on this machine; return the folder that has it."""
-    from reid_train.model.embedder import CONFIG, WEIGHTS
-
     location = str(uri)
     if location.startswith("models:/"):
         return _download(location, registry_uri(tracking_uri), folder)
@@ -70,14 +69,29 @@ def fetch(uri: str | Path, folder: Path, tracking_uri: str | None = None) -> Pat
     if isinstance(storage, LocalStorage):
         return storage.root
     try:
-        for file in (WEIGHTS, CONFIG):
+        for file in (MODEL, CONFIG):
             storage.download(file, folder / file)
     except ObjectMissing as error:
-        raise ObjectMissing(
-            f"{location} is not a model: {error}; give models:/name@champion, or the folder of a "
-            "finished run or of a checkpoint"
-        ) from None
+        raise _no_model(location, error) from None
     return folder
+
+
+def require_model(model: str, tracking_uri: str | None = None) -> None:
+    """Raise what `load` raises if there is no such model, before PyTorch is imported."""
+    if model.startswith("models:/"):
+        pinned(model, tracking_uri)
+        return
+    folder = open_storage(best_checkpoint(model))
+    for file in (MODEL, CONFIG):
+        if not folder.exists(file):
+            raise _no_model(model, f"it has no {file}")
+
+
+def _no_model(place: str, reason: object) -> ObjectMissing:
+    return ObjectMissing(
+        f"{place} is not a model: {reason}; give models:/name@champion, or the folder of a "
+        "finished run or of a checkpoint"
+    )
 
 
 def best_checkpoint(run: str) -> str:
@@ -85,8 +99,6 @@ def best_checkpoint(run: str) -> str:
 
     Raises `DataError` if the run was stopped, or its summary names no checkpoint.
     """
-    from reid_train.model.embedder import CONFIG, WEIGHTS
-
     folder = open_storage(run)
     if folder.exists(CONFIG):
         return run
@@ -94,7 +106,7 @@ def best_checkpoint(run: str) -> str:
         name = json.loads(folder.read(SUMMARY))["checkpoint"]
         return folder.child(PurePosixPath(name).name).url
     except ObjectMissing:
-        found = [key.rpartition("/")[0] for key, _ in folder.list() if key.endswith(f"/{WEIGHTS}")]
+        found = [key.rpartition("/")[0] for key, _ in folder.list() if key.endswith(f"/{MODEL}")]
         if not found and folder.exists("run.json"):
             raise DataError(f"{run} is a run that has no checkpoint yet: wait for it") from None
         if not found:
@@ -116,15 +128,13 @@ def _download(location: str, uri: str, folder: Path) -> Path:
     # MLflow's own functions for such addresses use the registry of the whole process.
     from mlflow.artifacts import download_artifacts
 
-    from reid_train.model.embedder import CONFIG, WEIGHTS
-
     with mlflow_errors(f"loading {location}", uri):
         client = connect(uri)
         version = find_version(client, location, uri)
         source = client.get_model_version_download_uri(version.name, version.version)
         place = f"{source}/artifacts"
         folder = Path(download_artifacts(place, dst_path=str(folder), tracking_uri=uri))
-    for file in (WEIGHTS, CONFIG):
+    for file in (MODEL, CONFIG):
         if not (folder / file).exists():
             raise DataError(
                 f"{location} at {redact(uri)} is not a model of this project: it has no {file}"

@@ -159,8 +159,15 @@ def default_name(
     with mlflow_errors(f"looking up {name}", uri):
         versions = all_pages(connect(uri).search_model_versions, f"name = '{name}'")
     measured = [_measured_on(version.tags) for version in versions]
-    is_free = not measured or (evaluation_digest, validation_digest) in measured
-    return name if is_free else f"{name}-{(validation_digest or evaluation_digest)[:8]}"
+    if not measured or (evaluation_digest, validation_digest) in measured:
+        return name
+    own = f"{name}-{(validation_digest or evaluation_digest)[:8]}"
+    logger.warning(
+        "the models called %s were measured on other query and gallery images and cannot be compared "
+        "with this one: it is called %s (--tracking.model-name gives it another name)",
+        *(name, own),
+    )
+    return own
 
 
 def registered_version(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import tempfile
 from pathlib import Path, PurePosixPath
 
@@ -109,7 +110,10 @@ def show(summary: Summary, config: TrainConfig, tracker: Tracker, console: Conso
     lines.append(f"model      {model}")
     if tracker.uri and tracker.run_id:
         lines.append(f"MLflow     {run_page(tracker.uri, tracker.run_id)}")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    for line in lines:
+        if console.is_terminal and len(line) > console.width:
+            line = re.sub(" {2,}", "\n", line)  # an address that is broken cannot be opened
+        console.print(line.lstrip("\n"), highlight=False, markup=False, soft_wrap=True)
 
 
 def _shown(metrics: dict[str, float]) -> list[str]:

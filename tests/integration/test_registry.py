@@ -338,12 +338,16 @@ def test_a_damaged_registered_model_is_named_by_its_address(registry, damage):
     assert "reid-model-" not in str(raised.value)
 
 
-def test_datasets_of_one_name_share_a_model_name_only_if_they_share_the_evaluation(registry):
+def test_datasets_of_one_name_share_a_model_name_only_if_they_share_the_evaluation(
+    registry, caplog
+):
     assert default_name("people_v1.0", "e" * 64, registry.uri) == "reid-people_v1-0"
     registry.register("reid-people_v1-0", 0.9)
     assert default_name("people_v1.0", "e" * 64, registry.uri) == "reid-people_v1-0"
+    assert caplog.messages == []
     other = default_name("people_v1.0", "f" * 64, registry.uri)
     assert other == "reid-people_v1-0-ffffffff"
+    assert f"it is called {other}" in caplog.messages[0]
     assert registry.register(other, 0.1, evaluation_digest="f" * 64).champion
     chosen = default_name("people_v1.0", "e" * 64, registry.uri, validation_digest="d" * 64)
     assert chosen == "reid-people_v1-0-dddddddd"

@@ -305,3 +305,30 @@ def test_stack_that_another_command_is_starting_is_waited_for(tmp_path, monkeypa
 def test_down_where_nothing_runs_is_no_error(tmp_path, capsys):
     local.down(tmp_path)
     assert "nothing runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("answers", "stops"),
+    [
+        (["s"], True),
+        (["Stop"], True),
+        (["yes", "stop"], True),
+        (["x", ""], False),
+        (["l"], False),
+        (["leave"], False),
+        ([EOFError], False),
+        ([KeyboardInterrupt], False),
+    ],
+)
+def test_a_job_is_stopped_only_by_an_answer_that_says_so(monkeypatch, answers, stops):
+    asked = Mock(side_effect=answers)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert cluster.submit._asked_to_stop(Mock(input=asked)) is stops
+    assert asked.call_count == len(answers)
+
+
+def test_without_a_terminal_nobody_is_asked_and_the_job_continues(monkeypatch):
+    asked = Mock()
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False)
+    assert cluster.submit._asked_to_stop(Mock(input=asked)) is False
+    asked.assert_not_called()

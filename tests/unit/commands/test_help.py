@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -87,6 +88,17 @@ def test_help_fits_80_columns_and_has_no_early_line_breaks(answers):
             indent = len(following) - len(following.lstrip())
             if indent >= 8 and row[:indent].endswith("  ") and row[indent:].strip():
                 assert len(f"{row} {following.split()[0]}") > 80, f"{line}: {row}"
+
+
+def test_examples_can_be_pasted_as_they_stand(answers):
+    for line, (_, _, text) in answers.items():
+        examples = re.findall(r"^ *(python -m (?:.*\\\n)*.*)$", text, re.MULTILINE)
+        for example in examples:
+            _, *later = example.split("\\\n")
+            assert all(row.startswith("    --") for row in later), line
+            assert shlex.split(example)[:2] == ["python", "-m"]
+        follows = re.findall(r"^ *python -m .*[^\\]\n *(\S+)", text, re.MULTILINE)
+        assert [word for word in follows if word.startswith("--")] == [], line
 
 
 def test_help_that_is_not_read_to_its_end_is_no_error():

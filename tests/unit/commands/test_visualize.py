@@ -43,10 +43,14 @@ def test_page_has_the_metrics_and_three_pictures(tmp_path, original):  # noqa: F
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100, name
 
 
-def test_dataset_without_a_query_is_an_error_before_the_model_is_loaded(tmp_path, original):  # noqa: F811
+def test_dataset_without_a_query_is_an_error_before_the_model_is_loaded(tmp_path):
     data = build_dataset(tmp_path / "raw", splits=("train",))
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in ("model.safetensors", "config.json"):
+        (damaged / file).touch()
     with pytest.raises(DataError, match="query is empty"):
-        run(tmp_path, tmp_path / "no model", data)
+        run(tmp_path, damaged, data)
 
 
 def test_activation_is_strong_where_the_image_is_not_blank(original):  # noqa: F811

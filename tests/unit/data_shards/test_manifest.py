@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_shards import cli
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError
 from data_shards.index import Index
@@ -240,3 +241,18 @@ def test_altered_index_is_found_on_opening(small, tmp_path):
     put(manifest, bytes(data), str(tmp_path))
     with pytest.raises(DataError, match="damaged"):
         Dataset.open(str(tmp_path))
+
+
+def test_info_tells_how_a_dataset_was_made_without_digests_and_bookkeeping(capsys, small):
+    options = {
+        "validation": 0.25,
+        "validation_seed": 0,
+        "shard_bytes": 1 << 28,
+        "least_pid": 12,
+        "added": ["a" * 64, "b" * 64],
+        "datasets": [["people", "c" * 64]],
+    }
+    cli._show("s3://b/people", small[0].model_copy(update={"options": options}))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "manifest" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith("validation 0.25, validation seed 0, images added 2 times")

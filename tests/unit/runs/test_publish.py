@@ -42,6 +42,17 @@ def test_summary_names_the_place_of_the_model():
     assert "model      s3://b/runs/r/checkpoint_2\n" in told(None)
 
 
+def test_an_address_too_long_for_a_terminal_has_a_line_of_its_own(monkeypatch):
+    page = "http://127.0.0.1:5000/#/experiments/1/runs/" + "0" * 32
+    monkeypatch.setattr(publish, "run_page", lambda *_: page)
+    tracker: Any = SimpleNamespace(uri="http://127.0.0.1:5000", run_id="0" * 32)
+    summary = Summary("r", {}, {}, 1.0, "report.html", "checkpoint_2", None, False)
+    for terminal, lines in ((True, ["MLflow", page]), (False, [f"MLflow     {page}"])):
+        screen = io.StringIO()
+        show(summary, RUN, tracker, Console(file=screen, width=80, force_terminal=terminal))
+        assert screen.getvalue().splitlines()[-len(lines) :] == lines
+
+
 def test_summary_has_the_command_that_opens_a_report_on_s3():
     assert "python -m reid_train report s3://b/runs/r\n" in told(None)
 

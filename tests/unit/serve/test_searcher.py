@@ -337,7 +337,7 @@ def test_answers_have_the_names_of_people_and_cameras(people):
         assert (await searcher.list(offset=0, limit=9, pid="b"))["total"] == 7
         with pytest.raises(DataError, match="no camera is named 'w': give a number"):
             await searcher.list(offset=0, limit=1, cameras=["w"])
-        with pytest.raises(DataError, match="no person is named 'c': give a number"):
+        with pytest.raises(DataError, match="no person is named 'c': give a number; those up to"):
             await searcher.enrol(picture(51), "c", "x", None)
 
     asyncio.run(scenario())
