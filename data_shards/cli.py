@@ -321,7 +321,7 @@ def _show(url: str, manifest: Manifest) -> None:
     console.print(table)
     told = [f"manifest {manifest.digest[:16]}", f"source {manifest.source}"]
     for key, value in manifest.options.items():
-        if key == "added":
+        if key == "added" and isinstance(value, list):
             told.append(
                 f"images added {len(value)} times" if len(value) > 1 else "images added once"
             )

@@ -163,8 +163,8 @@ def default_name(
         return name
     own = f"{name}-{(validation_digest or evaluation_digest)[:8]}"
     logger.warning(
-        "the models called %s were measured on other query and gallery images and cannot be compared "
-        "with this one: it is called %s (--tracking.model-name gives it another name)",
+        "the models called %s were measured on other query and gallery images, and cannot be "
+        "compared with this one: it is called %s (--tracking.model-name gives it another name)",
         *(name, own),
     )
     return own

@@ -110,7 +110,7 @@ def test_each_line_is_new_and_the_time_left_does_not_jump(clock):
     assert said[:4] == [
         "starting the workers",
         "embedding gallery: 200 images in 0:00:20, 10/s",
-        "untrained: mAP 10.00 %, rank-1 50.00 %, mINP 25.00 %",
+        "before training: mAP 10.00 %, rank-1 50.00 %, mINP 25.00 %",
         "training: 31 of 200 steps, 1/s, 0:03:31 left (0:00:42 to evaluate), "
         "epoch 1 of 4, loss 7.000, 64 images/s",
     ]
@@ -189,7 +189,9 @@ def test_an_evaluation_on_validation_is_called_so(clock):
     made, shown = log()
     follower = console.Follower(shown, every=1)
     follower.look(state(0, 1), {}, [evaluation(0, 0.2) | {"split": "validation"}])
-    assert "untrained, on validation: mAP 20.00 %, rank-1 50.00 %, mINP 25.00 %" in lines(made)
+    assert "before training, on validation: mAP 20.00 %, rank-1 50.00 %, mINP 25.00 %" in lines(
+        made
+    )
 
 
 def test_an_evaluation_comes_after_its_epochs_last_step_and_before_the_next(clock):
