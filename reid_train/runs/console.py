@@ -153,6 +153,6 @@ class Follower:
             shown = ("mAP", "rank-1", "mINP")
             figures = ", ".join(f"{name} {100 * metrics[name]:.2f} %" for name in shown)
             epoch = evaluation["epoch"]
-            when = f"after {epoch} epochs" if epoch else "before training"
+            when = f"after {epoch} epoch{'s' * (epoch > 1)}" if epoch else "before training"
             on = ", on validation" if evaluation.get("split") == "validation" else ""
             self._display.print(f"{when}{on}: {figures}")

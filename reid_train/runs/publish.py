@@ -15,6 +15,7 @@ from data_shards.errors import DataError, StorageError
 from data_shards.progress import Progress, phase, silent
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
+from reid_train.evaluation.metrics import MEAN
 from reid_train.model.embedder import Embedder
 from reid_train.registry.attached import THRESHOLDS, attach, in_rank_list
 from reid_train.registry.load import SUMMARY
@@ -118,7 +119,8 @@ def show(summary: Summary, config: TrainConfig, tracker: Tracker, console: Conso
 
 def _shown(metrics: dict[str, float]) -> list[str]:
     """The metrics of a table: the usual ones, and those of each dataset in a merged one."""
-    return [*MEASURES, *(name for name in metrics if "/" in name)] if metrics else []
+    each = [name for name in metrics if "/" in name]
+    return [*MEASURES, *sorted(each, key=lambda name: MEAN in name)] if metrics else []
 
 
 def _metrics(history: History, epoch: int) -> dict[str, float]:

@@ -200,7 +200,7 @@ def test_an_evaluation_comes_after_its_epochs_last_step_and_before_the_next(cloc
     follower.look(state(0, 1), {}, [])
     clock[0] += 40.0
     follower.look(state(1, 3), {}, [evaluation(1, 0.2)])
-    assert [line.partition(":")[0] for line in lines(made)[1:]] == ["after 1 epochs", "training"]
+    assert [line.partition(":")[0] for line in lines(made)[1:]] == ["after 1 epoch", "training"]
 
 
 def test_a_worker_reports_at_most_twice_a_second_but_the_ends_always(clock):

@@ -53,6 +53,12 @@ def test_an_address_too_long_for_a_terminal_has_a_line_of_its_own(monkeypatch):
         assert screen.getvalue().splitlines()[-len(lines) :] == lines
 
 
+def test_the_mean_of_datasets_comes_after_them():
+    names = ["mAP/fold", "mAP/mean of datasets", "mAP/people"]
+    shown = publish._shown(dict.fromkeys([*names, "mAP", "rank-1"], 0.5))
+    assert shown[-3:] == ["mAP/fold", "mAP/people", "mAP/mean of datasets"]
+
+
 def test_summary_has_the_command_that_opens_a_report_on_s3():
     assert "python -m reid_train report s3://b/runs/r\n" in told(None)
 
