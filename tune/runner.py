@@ -68,10 +68,12 @@ def run(
     at_a_time: int,
     stopping: EarlyStopping | None = None,
     stop: Stop | None = None,
+    manifest_digest: str | None = None,
 ) -> None:
     """Run trials, `at_a_time` of them together, until nothing is left to try.
 
     `board` is the sweep's `Board` actor, on which trials show their progress. `stop` asks to end.
+    All trials train on the version of the dataset with this digest, by default on the newest.
 
     Raises:
         Interrupted: SIGTERM or SIGINT ended it; the sweep can be continued from its store.
@@ -94,7 +96,7 @@ def run(
         tuner = tune.Tuner(
             task,
             tune_config=tune.TuneConfig(
-                search_alg=_NextTrial(controller, ending),
+                search_alg=_NextTrial(controller, ending, manifest_digest),
                 scheduler=_Results(controller, stopping, ending),
                 num_samples=-1,
                 max_concurrent_trials=at_a_time,
@@ -130,9 +132,13 @@ def run_trial(task: dict[str, Any], board: Any) -> None:
     # The sweep's board as a run uses its own: states are shown under the trial's name.
     show = SimpleNamespace(remote=partial(board.show.remote, trial=config.name or ""))
     try:
+        digest = task["manifest_digest"]
+        dataset = Dataset.open(config.data, digest, config.loader.node_cache)
+        if digest not in (None, dataset.digest):
+            raise StorageError(f"{config.data} no longer has the version that the sweep trains on")
         run_workers(
             config,
-            Dataset.open(config.data, cache=config.loader.node_cache),
+            dataset,
             task["run_id"],
             board=SimpleNamespace(show=show, progress=SimpleNamespace(remote=silent)),
             callbacks=[_EvaluationReport()],
@@ -196,9 +202,10 @@ class _Ending(_Unsaved, tune.Stopper):
 class _NextTrial(_Unsaved, Searcher):
     """Hands the controller's next trial to Ray Tune."""
 
-    def __init__(self, controller: Controller, ending: _Ending):
+    def __init__(self, controller: Controller, ending: _Ending, manifest_digest: str | None = None):
         super().__init__()
         self._controller, self._ending = controller, ending
+        self._manifest_digest = manifest_digest
 
     def suggest(self, trial_id: str) -> Any:
         controller, trial = self._controller, None
@@ -213,6 +220,7 @@ class _NextTrial(_Unsaved, Searcher):
             "number": trial.number,
             "part": trial.part,
             "config": trial.config(base).to_json(),
+            "manifest_digest": self._manifest_digest,
             "run_id": trial.mlflow_run_id,
             "start": start and f"{base.output}/{start}",
             "until": trial.until,

@@ -70,13 +70,15 @@ def sweep(plan: Plan, *, console: Console | None = None) -> Outcome:
     """
     console = console or make_console()
     settings, config = plan.settings, prepare(plan.config)
-    dataset = Dataset.open(config.data, cache=config.loader.node_cache)
+    folder = f"{config.output}/{config.name}"
+    sweep_file = Store(open_storage(folder)).noted("sweep")
+    begun, digest = sweep_file.get("config"), sweep_file.get("manifest_digest")
+    # A sweep that continues stays on the version of the dataset that it was begun with.
+    dataset = Dataset.open(config.data, digest, config.loader.node_cache)
     split = dataset.choose_split(config.evaluation.split)
     if not all(len(index) for index in dataset.evaluated(split)):
         raise DataError(f"{config.data} has no query or gallery: a sweep compares by mAP on them")
     config = config.replace(tracking__uri=training_uri(config.tracking.uri, config.output))
-    folder = f"{config.output}/{config.name}"
-    begun = Store(open_storage(folder)).noted("sweep").get("config")
     if begun is not None:  # what it was begun with
         config = config.replace(
             cpus_per_worker=config.cpus_per_worker or begun.get("cpus_per_worker", 1),
@@ -185,7 +187,8 @@ class _Stages:
                 stop_signals() as stop,
                 watch(controller, board, self.console, total, self.at_a_time, stop, later),
             ):
-                runner.run(controller, board, self.at_a_time, stopping, stop)
+                digest = self.dataset.manifest.digest
+                runner.run(controller, board, self.at_a_time, stopping, stop, digest)
         except ReidError:
             # MLflow shows what was cut short as killed; continuing opens the runs again.
             for trial in controller.trials:

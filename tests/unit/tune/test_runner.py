@@ -79,10 +79,12 @@ def run_trial(monkeypatch, error: Exception, at: str = "run_workers") -> dict[st
     for step in steps:
         monkeypatch.setattr(runner, step, fail if step == at else lambda *_, **__: None)
     reported: list[dict[str, Any]] = []
-    monkeypatch.setattr(runner.Dataset, "open", fail if at == "open" else lambda *_, **__: None)
+    dataset = SimpleNamespace(digest="d")
+    monkeypatch.setattr(runner.Dataset, "open", fail if at == "open" else lambda *_: dataset)
     monkeypatch.setattr(runner.tune, "report", reported.append)
     config = recipe("demo").replace(data="d", output="o", name="trial-000")
     task = {"config": config.to_json(), "run_id": None, "start": None, "until": None}
+    task["manifest_digest"] = None
     runner.run_trial(task, SimpleNamespace(show=SimpleNamespace(remote=print)))
     (result,) = reported
     return result
