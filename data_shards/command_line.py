@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import functools
 import io
+import logging
 import os
 import re
 import shutil
@@ -30,16 +31,31 @@ def program(package: str, script: str) -> str:
     return script if Path(sys.argv[0]).name == script else f"python -m {package}"
 
 
+def _complain(text: str) -> None:
+    """Print on stderr, broken between words on a terminal."""
+    if sys.stderr.isatty():
+        text = wrap(text, shutil.get_terminal_size().columns)
+    print(text, file=sys.stderr)
+
+
+class _Warnings(logging.Handler):
+    """Prints what is logged where nobody has set logging up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            _complain(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command; print a `ReidError` as one line on stderr, and return the exit code."""
+    logging.lastResort = _Warnings(logging.WARNING)
     try:
         return main() or 0
     except ReidError as error:
         kind = "" if isinstance(error, Interrupted) else "error: "
-        text = f"{kind}{error}"
-        if sys.stderr.isatty():
-            text = wrap(text, shutil.get_terminal_size().columns)
-        print(text, file=sys.stderr)
+        _complain(f"{kind}{error}")
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -163,7 +163,7 @@ def why_not_measurable(
     seen = {camid for _, camid in (*query, *gallery)}
     if len(seen) == 1:
         return (
-            f"all query and gallery images are from one camera ({min(seen)}); each query needs a"
+            "all query and gallery images are from one camera; each query needs a"
             " gallery image of the same person from another camera"
         )
     return (

@@ -20,9 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_shards import progress
-from data_shards.command_line import run_command
-from data_shards.errors import ReidError
-from data_shards.progress import display, duration, phase, silent
+from data_shards.progress import display, duration, phase, silent, wrap
 
 
 class Clock:
@@ -279,22 +277,25 @@ def test_a_note_is_one_line_in_a_log():
     assert lines(console) == [NOTE, NOTE]
 
 
-def test_an_error_breaks_like_a_note(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    def fail() -> None:
-        raise ReidError(NOTE)
-
-    shown = Terminal()
-    monkeypatch.setattr(sys, "stderr", shown)
-    monkeypatch.setenv("COLUMNS", "36")
-    assert run_command(fail) == ReidError.exit_code
-    assert shown.getvalue().splitlines()[:2] == [
-        "error: models:/reid-people@champion",
-        "was measured on few: give `a --b c`",
-    ]
+@pytest.mark.parametrize("kind", ["error: ", ""])
+def test_errors_and_warnings_break_like_a_note(kind):
+    """In a process of its own: pytest takes over what is logged."""
+    act = "raise ReidError(NOTE)" if kind else "logging.getLogger('data_shards').warning(NOTE)"
+    code = (
+        "import io, logging, sys\n"
+        "from data_shards.command_line import run_command\n"
+        "from data_shards.errors import ReidError\n"
+        f"NOTE = {NOTE!r}\n"
+        "sys.stderr.isatty = lambda: True\n"
+        f"def main():\n    {act}\n"
+        "run_command(main)"
+    )
+    env = os.environ | {"COLUMNS": "36"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
+    assert done.stderr.splitlines() == wrap(f"{kind}{NOTE}", 36).splitlines()
+    assert len(done.stderr.splitlines()) > 1
 
 
 def test_a_line_above_the_bars_breaks_between_words():

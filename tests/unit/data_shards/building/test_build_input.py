@@ -138,7 +138,7 @@ def test_names_that_are_accepted_are_accepted_by_mlflow():
         (
             [(1, 7), (2, 7)],
             [(1, 7), (2, 7)],
-            r"all query and gallery images are from one camera \(7",
+            r"all query and gallery images are from one camera; each",
         ),
         ([(1, 0), (2, 1)], [(1, 0), (2, 1), (3, 0)], "no query has a gallery image of the same"),
     ],
@@ -153,7 +153,7 @@ def test_build_warns_of_a_dataset_that_cannot_be_measured(tmp_path, caplog):
     root.write_text(re.sub(r",\d,(\w+)$", r",0,\1", root.read_text(), flags=re.MULTILINE))
     build("csv", root, str(tmp_path / "out"), **SMALL)
     assert "models cannot be measured on this dataset: all query and gallery" in caplog.text
-    assert "one camera (0)" in str(Dataset.open(str(tmp_path / "out")).why_not_measurable())
+    assert "one camera" in str(Dataset.open(str(tmp_path / "out")).why_not_measurable())
 
 
 def test_a_dataset_that_can_be_measured_gives_no_warning(root, tmp_path, caplog):
