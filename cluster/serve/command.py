@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import os
+import platform
 import re
+import socket
 import time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
@@ -67,7 +69,9 @@ def serve(settings: Serve) -> None:
                     service = checked(settings.service)
                 with phase(progress, "starting the service"):
                     start(service, token, settings.host, settings.port)
-            url = f"http://{settings.host}:{settings.port}"
+            # Every address of a machine is none that a browser can open.
+            shown = platform.node() if settings.host in ("0.0.0.0", "::") else settings.host
+            url = f"http://{shown}:{settings.port}"
             console.print(f"page      {url}/")
             console.print(f"API       {url}/openapi.json")
             console.print(f"enrolled  {service.store}")
@@ -133,8 +137,10 @@ def start(settings: Settings, token: str | None, host: str, port: int) -> None:
         logger.warning("the service needs %d cores, and the Ray cluster has %g free", cpus, free)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start("HeadOnly", HTTPOptions(host=host, port=port), logging_config=quiet)
+    if not serve.status().proxies and _is_head():
+        _require_free(host, port)
     try:
+        serve.start("HeadOnly", HTTPOptions(host=host, port=port), logging_config=quiet)
         serve.run(build_app(settings, token), name=NAME, logging_config=quiet)
         _wait_for_answer(f"http://{host}:{port}/healthz")
     except RuntimeError as error:
@@ -144,6 +150,29 @@ def start(settings: Settings, token: str | None, host: str, port: int) -> None:
     except BaseException:  # a second Ctrl-C, too: Ray would keep what has started
         end()
         raise
+
+
+def _is_head() -> bool:
+    """Whether Ray's head, where the service listens, is this machine."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    heads = [n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]]
+    return here in heads
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise `ConfigError` if something listens on this port of this machine."""
+    try:
+        socket.create_server((host, port), family=_family(host)).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on port {port} of {host} ({error.strerror}): give another --port"
+        ) from None
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _wait_for_answer(url: str) -> None:
