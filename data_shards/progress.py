@@ -65,16 +65,19 @@ def wrap(text: str, width: int) -> str:
     return "\n".join(map(wrapper.fill, whole.splitlines())).replace("\0", " ")
 
 
-def print_table(console: Console, table: Table) -> None:
+def print_table(console: Console, table: Table, *, less: int = 0) -> None:
     """Print a table at its full width: no cell is wrapped or shortened, on narrow terminals too.
 
-    Columns move together if they then fit.
+    Columns move together if they then fit; otherwise up to `less` of the last are left out there.
     """
     before = console.width
     console.width = 10_000
     if console.measure(table).maximum > before:
         table.show_edge = table.pad_edge = False
         table.padding = (0, 1, 0, 0)
+    while less and console.is_terminal and console.measure(table).maximum > before:
+        table.columns.pop()
+        less -= 1
     console.width = max(before, console.measure(table).maximum)
     console.print(table, crop=False)
     console.width = before

@@ -88,7 +88,7 @@ def models(tracking_uri: str | None = None) -> None:
     table = Table(*names, box=SIMPLE_HEAD)
     for model in found:
         table.add_row(*model.row())
-    print_table(console, table)
+    print_table(console, table, less=2)
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -317,6 +317,19 @@ def test_a_table_never_shortens_or_wraps_a_name():
     assert console.width == 40
 
 
+@pytest.mark.parametrize(
+    ("width", "terminal", "last"), [(30, True, "day"), (60, True, "run"), (30, False, "run")]
+)
+def test_a_table_leaves_its_last_columns_out_where_a_terminal_is_too_narrow(width, terminal, last):
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    table = Table("model", "day", "run", box=SIMPLE_HEAD)
+    table.add_row("reid-people-b9b461ca", "2026-05", "a-run-with-a-name")
+    progress.print_table(console, table, less=2)
+    words = " ".join(lines(console)).split()
+    assert [name for name in ("model", "day", "run") if name in words][-1] == last
+    assert all(len(line) <= width or not terminal for line in lines(console))
+
+
 def test_columns_of_a_table_that_is_too_wide_move_together():
     console = Console(file=io.StringIO(), width=30, soft_wrap=True)
     table = Table("model", "dataset", "run", box=SIMPLE_HEAD)
