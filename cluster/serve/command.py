@@ -166,8 +166,9 @@ def _require_free(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=_family(host)).close()
     except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]  # Python adds the address
         raise ConfigError(
-            f"cannot listen on port {port} of {host} ({error.strerror}): give another --port"
+            f"cannot listen on port {port} of {host} ({reason}): give another --port"
         ) from None
 
 
