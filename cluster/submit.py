@@ -92,9 +92,10 @@ def submit(command: Sequence[str], options: Submit) -> int:
         ) from None
     at = f"--address {shlex.quote(address)}"
     how = f"ray job logs {job} --follow {at}"
+    pasted = how.replace(f" {at}", f" \\\n    {at}")  # a terminal would break it
     console.print(f"job {job} on {address}")
     if options.detach:
-        console.print(f"follow it: ray job logs {job} --follow \\\n    {at}")
+        console.print(f"follow it: {pasted}")
         console.print(f"stop it:   ray job stop {job} \\\n    {at}")
         return 0
     here = local.running(local.FOLDER.absolute())
@@ -103,9 +104,7 @@ def submit(command: Sequence[str], options: Submit) -> int:
         details = asyncio.run(_follow(client, log))
     except KeyboardInterrupt:
         if not _asked_to_stop(console):
-            console.print(
-                f"the job continues; follow it:\nray job logs {job} --follow \\\n    {at}"
-            )
+            console.print(f"the job continues; follow it:\n{pasted}")
             return 130
         try:
             client.stop_job(job)

@@ -15,7 +15,7 @@ import termios
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,17 @@ def wrap(text: str, width: int) -> str:
     whole = re.sub("`[^`\n]*`", lambda found: found[0].replace(" ", "\0"), text)
     wrapper = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False)
     return "\n".join(map(wrapper.fill, whole.splitlines())).replace("\0", " ")
+
+
+def print_places(console: Console, lines: Iterable[str]) -> None:
+    """Print lines of a label and an address or command, two or more spaces apart.
+
+    Where a terminal would break the address, it has a line of its own.
+    """
+    for line in lines:
+        if console.is_terminal and len(line) > console.width:
+            line = re.sub(" {2,}", "\n", line).lstrip("\n")
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(console: Console, table: Table, *, less: int = 0) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, ReidError, StorageError
-from data_shards.progress import display, make_console, phase, say
+from data_shards.progress import display, make_console, phase, print_places, say
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.runs import preflight, run_lock
@@ -358,4 +358,4 @@ def _show(outcome: Outcome, parent: Tracker, console: Console) -> None:
         lines.append(f"model      {outcome.model} ({note})")
     if parent.uri and parent.run_id:
         lines.append(f"MLflow     {run_page(parent.uri, parent.run_id)}")
-    console.print("\n".join(lines))
+    print_places(console, lines)

@@ -69,7 +69,7 @@ def serve(settings: Serve) -> None:
                     service = checked(settings.service)
                 with phase(progress, "starting the service"):
                     start(service, token, settings.host, settings.port)
-            # Every address of a machine is none that a browser can open.
+            # A browser cannot open a wildcard address.
             shown = platform.node() if settings.host in ("0.0.0.0", "::") else settings.host
             url = f"http://{shown}:{settings.port}"
             console.print(f"page      {url}/")
@@ -164,16 +164,13 @@ def _is_head() -> bool:
 def _require_free(host: str, port: int) -> None:
     """Raise `ConfigError` if something listens on this port of this machine."""
     try:
-        socket.create_server((host, port), family=_family(host)).close()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
         reason = str(error.strerror).partition(" (while")[0]  # Python adds the address
         raise ConfigError(
             f"cannot listen on port {port} of {host} ({reason}): give another --port"
         ) from None
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _wait_for_answer(url: str) -> None:

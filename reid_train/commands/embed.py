@@ -59,7 +59,7 @@ def require_found(
     images: Iterable[str] = (),
     tracking_uri: str | None = None,
 ) -> None:
-    """Look for models and images before PyTorch is loaded: a mistyped name is told at once.
+    """Look for models and images before PyTorch is loaded: a mistyped name is an error at once.
 
     Raises:
         ReidError: one of them is not there. Files of embeddings and ONNX files are not looked for.

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import re
 import tempfile
 from pathlib import Path, PurePosixPath
 
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from data_shards.dataset import Dataset
 from data_shards.errors import DataError, StorageError
-from data_shards.progress import Progress, phase, silent
+from data_shards.progress import Progress, phase, print_places, silent
 from data_shards.storage import open_storage
 from reid_train.config import TrainConfig
 from reid_train.evaluation.metrics import MEAN
@@ -111,10 +110,7 @@ def show(summary: Summary, config: TrainConfig, tracker: Tracker, console: Conso
     lines.append(f"model      {model}")
     if tracker.uri and tracker.run_id:
         lines.append(f"MLflow     {run_page(tracker.uri, tracker.run_id)}")
-    for line in lines:
-        if console.is_terminal and len(line) > console.width:
-            line = re.sub(" {2,}", "\n", line)  # an address that is broken cannot be opened
-        console.print(line.lstrip("\n"), highlight=False, markup=False, soft_wrap=True)
+    print_places(console, lines)
 
 
 def _shown(metrics: dict[str, float]) -> list[str]:
