@@ -31,7 +31,7 @@ from reid_train.config import TrainConfig
 from reid_train.out_of_memory import gpu_out_of_memory, out_of_memory
 from reid_train.runs import checkpoint_store
 from reid_train.runs.console import Board, beside_driver, reporter, watch
-from reid_train.runs.process import own_temporary_folder, stop_signals
+from reid_train.runs.process import keep_freed_memory, own_temporary_folder, stop_signals
 from reid_train.runs.ray_internals import CONTEXT_LOGGER, ResilientTrainer, on_purpose, set_timeouts
 from reid_train.runs.run_lock import RunLock
 from reid_train.tracking import prometheus
@@ -178,6 +178,8 @@ def _train(settings: dict[str, Any]) -> None:
         device=get_device(),  # type: ignore[arg-type]
         cache=ShardCache(dataset.storage, *cache),
     )
+    if context.device.type == "cpu":
+        keep_freed_memory()
     if board is not None:
         context.show, context.progress = board.show.remote, reporter(board)
     if settings["test"]:
