@@ -41,6 +41,7 @@ from reid_train.model.precision import autocast, precision_on, set_precision
 from reid_train.out_of_memory import out_of_memory
 from reid_train.registry.load import fetched
 from reid_train.runs.cores import settle
+from reid_train.runs.process import keep_freed_memory
 from reid_train.runs.ray_trainer import use_gpu
 
 logger = logging.getLogger(__name__)
@@ -218,6 +219,8 @@ class _Worker:
             return
         settings, self.storage = self.settings, open_storage(self.settings.out)
         torch.set_num_threads(settings.cpus_per_worker or 1)
+        if self.device == "cpu":
+            keep_freed_memory()
         self.data = open_images(settings.data, settings.loader.node_cache)
         if self.data.digest != self.digest:
             raise DataError(f"the images at {settings.data} changed while they were embedded")
