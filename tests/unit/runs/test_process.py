@@ -18,9 +18,10 @@ sys.stdin.read()
 """
 
 TENSORS = """
-import resource, sys, threading
+import ctypes, resource, sys, threading
 import torch
 from reid_train.runs.process import keep_freed_memory
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: no huge pages, each is one fault
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def faults():
