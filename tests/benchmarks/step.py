@@ -1,9 +1,9 @@
-"""A training step on CPU cores: memory given back to the kernel or kept, compiled or not.
+"""A training step on CPU cores: memory given back to the kernel, or kept.
 
-    python tests/benchmarks/step.py [--backbone resnet18] [--size 128 64] [--rounds 3] [--compile]
+    python tests/benchmarks/step.py [--backbone resnet18] [--size 128 64] [--rounds 3]
 
 Each way runs in a process of its own, in turn, because memory that a process keeps stays kept. The
-step is the network's, both ways, and Adam's, in a thread that is not the main one, as in Ray.
+step is a forward and a backward pass and Adam, in a thread that is not the main one, as in Ray.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def steps(given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads)
     model = ReidNet(given.backbone, 700, image=tuple(given.size), stripes=given.stripes)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-    run = model.to(memory_format=torch.channels_last)
-    if "compiled" in given.way:
-        run = torch.compile(model, dynamic=False)
+    model = model.to(memory_format=torch.channels_last)
     images = torch.randn(given.batch, 3, *given.size).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 700, (given.batch,))
     times = []
@@ -42,7 +40,8 @@ def steps(given: argparse.Namespace) -> None:
             before = resource.getrusage(resource.RUSAGE_SELF)
         began = time.perf_counter()
         optimizer.zero_grad()
-        torch.stack([F.cross_entropy(each, labels) for each in run(images).logits]).sum().backward()
+        losses = [F.cross_entropy(each, labels) for each in model(images).logits]
+        torch.stack(losses).sum().backward()
         optimizer.step()
         times.append(time.perf_counter() - began)
     after = resource.getrusage(resource.RUSAGE_SELF)
@@ -61,20 +60,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12, help="of a process")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="also compiled")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # this is the process that is measured
     given = parser.parse_args()
     if given.way:
-        if "kept" in given.way:
+        if given.way == "kept":
             keep_freed_memory()
         thread = threading.Thread(target=steps, args=[given])
         thread.start()
         thread.join()
         return
-    ways = ["as usual", "kept", *(["compiled", "kept, compiled"] if given.compile else [])]
-    found: dict[str, list[dict]] = {way: [] for way in ways}
+    found: dict[str, list[dict]] = {"as usual": [], "kept": []}
     for _ in range(given.rounds):
-        for way in ways:
+        for way in found:
             command = [sys.executable, *sys.argv, "--way", way]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
             found[way].append(json.loads(output))
